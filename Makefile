@@ -1,0 +1,38 @@
+# make sweep: a real sweep of a tiny GPT and a tiny MoE on 4 CPU ranks. make test: all tests. Both set up what they need.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: sweep test lint format oracle bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+sweep: $(READY)
+	$(VENV)/bin/megatune sweep search_spaces/sweeps/tiny-gpt.yaml
+	$(VENV)/bin/megatune sweep search_spaces/sweeps/tiny-moe.yaml
+
+test: $(READY) lint
+	$(VENV)/bin/python -m pytest --cov --cov-report=term
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+oracle: $(READY)
+	MEGATUNE_ORACLE_DRAWS=2000 $(VENV)/bin/python -m pytest tests/integration/test_rules_against_megatron.py --timeout 7200
+
+bench: $(READY)
+	$(VENV)/bin/python -m tests.bench.space
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,63 @@
+"""The cluster: the GPUs a sweep may use, and what connects them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from tuner.files import STRICT
+from tuner.workload import Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One accelerator, or one CPU rank that stands for one."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    memory_gib: float
+    """Memory a process can allocate, in GiB (1024^3 bytes)."""
+    peak_tflops: Mapping[Precision, float]
+    """Dense peak (no sparsity) in TFLOP/s, by precision."""
+    memory_bandwidth_gb_per_s: float
+    """HBM bandwidth in GB/s (10^9 bytes)."""
+
+    def __post_init__(self) -> None:
+        if self.memory_gib <= 0 or self.memory_bandwidth_gb_per_s <= 0:
+            raise ValueError("memory_gib and memory_bandwidth_gb_per_s must be above 0")
+        if not self.peak_tflops or any(value <= 0 for value in self.peak_tflops.values()):
+            raise ValueError("peak_tflops needs at least one precision, each above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """`nodes` machines of `gpus_per_node` equal GPUs. Bandwidths are a GPU's, in one direction, in GB/s (10^9 bytes)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpu: Gpu
+    nodes: int = 1
+    gpus_per_node: int
+    nvlink_domain_gpus: int
+    """GPUs that reach each other at `nvlink_bandwidth_gb_per_s`; may span nodes (NVL72)."""
+    nvlink_bandwidth_gb_per_s: float
+    nvlink_latency_us: float
+    fabric_bandwidth_gb_per_s: float
+    """Between NVLink domains."""
+    fabric_latency_us: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each figure comes from, by field name."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "nvlink_domain_gpus"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def world_size(self) -> int:
+        """GPUs in the cluster, each with one rank."""
+        return self.nodes * self.gpus_per_node

@@ -1,0 +1,34 @@
+"""Errors that a user acts on. The command line turns each into one message and an exit code."""
+
+from difflib import get_close_matches
+from collections.abc import Iterable
+
+
+class MegatuneError(Exception):
+    """Base of the errors that are reported without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(MegatuneError):
+    """What the user gave cannot be used: says which file and key, and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class NothingFeasibleError(MegatuneError):
+    """Every trial ran and none gave a measured layout. Exit code 3."""
+
+    exit_code = 3
+
+
+class CircuitBreakerError(MegatuneError):
+    """The machine, not the layouts, keeps failing; the sweep stopped itself. Exit code 4."""
+
+    exit_code = 4
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the nearest known name, or an empty string."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,167 @@
+"""The layout: one choice of the execution knobs, what Megatron calls each, and the sizes derived from it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from tuner.files import STRICT
+
+RecomputeGranularity = Literal["none", "selective", "full"]
+RecomputeMethod = Literal["none", "uniform", "block"]
+TokenDispatcher = Literal["allgather", "alltoall", "flex"]
+
+Size = TypeVar("Size", int, NDArray[np.int64])
+
+
+def _knob(default: object, megatron: str, flag: str, label: str = "") -> Any:
+    return field(default=default, metadata={"megatron": megatron, "flag": flag, "label": label})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One choice of the execution knobs. `0` and `"none"` stand for Megatron's None, so that every knob is one table column.
+
+    Each field's metadata holds `megatron` (the field in Megatron Bridge's ConfigContainer), `flag` (Megatron-LM's
+    argument) and `label` (its short form in `Layout.label`).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    tp: int = _knob(1, "model.tensor_model_parallel_size", "--tensor-model-parallel-size", "tp")
+    pp: int = _knob(1, "model.pipeline_model_parallel_size", "--pipeline-model-parallel-size", "pp")
+    vpp: int = _knob(
+        1, "model.virtual_pipeline_model_parallel_size", "--num-virtual-stages-per-pipeline-rank", "vpp"
+    )
+    """Model chunks a pipeline rank; 1 is no interleaving."""
+    cp: int = _knob(1, "model.context_parallel_size", "--context-parallel-size", "cp")
+    ep: int = _knob(1, "model.expert_model_parallel_size", "--expert-model-parallel-size", "ep")
+    etp: int = _knob(1, "model.expert_tensor_parallel_size", "--expert-tensor-parallel-size", "etp")
+    """Always stated: Megatron-Core's None means tp, Megatron Bridge's means 1."""
+    sp: bool = _knob(False, "model.sequence_parallel", "--sequence-parallel", "sp")
+    micro_batch_size: int = _knob(1, "train.micro_batch_size", "--micro-batch-size", "mbs")
+    """Samples a rank takes through the model at once."""
+
+    num_layers_in_first_pipeline_stage: int = _knob(
+        0, "model.num_layers_in_first_pipeline_stage", "--decoder-first-pipeline-num-layers", "first"
+    )
+    num_layers_in_last_pipeline_stage: int = _knob(
+        0, "model.num_layers_in_last_pipeline_stage", "--decoder-last-pipeline-num-layers", "last"
+    )
+    account_for_embedding_in_pipeline_split: bool = _knob(
+        False,
+        "model.account_for_embedding_in_pipeline_split",
+        "--account-for-embedding-in-pipeline-split",
+        "emb",
+    )
+    account_for_loss_in_pipeline_split: bool = _knob(
+        False, "model.account_for_loss_in_pipeline_split", "--account-for-loss-in-pipeline-split", "loss"
+    )
+    microbatch_group_size_per_vp_stage: int = _knob(
+        0, "model.microbatch_group_size_per_vp_stage", "--microbatch-group-size-per-virtual-pipeline-stage", "group"
+    )
+    """Contiguous micro-batches a virtual stage takes; 0 is Megatron's default, pp."""
+
+    recompute_granularity: RecomputeGranularity = _knob(
+        "none", "model.recompute_granularity", "--recompute-granularity", "rc"
+    )
+    recompute_method: RecomputeMethod = _knob("none", "model.recompute_method", "--recompute-method", "")
+    recompute_num_layers: int = _knob(0, "model.recompute_num_layers", "--recompute-num-layers", "")
+    recompute_modules: str = _knob("none", "model.recompute_modules", "--recompute-modules", "")
+    """Modules that selective recompute drops, joined by `+` (`core_attn+layernorm`); `none` is Megatron's default, core_attn."""
+
+    use_distributed_optimizer: bool = _knob(
+        True, "ddp.use_distributed_optimizer", "--use-distributed-optimizer", "zero1"
+    )
+    overlap_grad_reduce: bool = _knob(False, "ddp.overlap_grad_reduce", "--overlap-grad-reduce", "ogr")
+    overlap_param_gather: bool = _knob(False, "ddp.overlap_param_gather", "--overlap-param-gather", "opg")
+    overlap_p2p_comm: bool = _knob(
+        False, "comm_overlap.overlap_p2p_comm", "--no-overlap-p2p-communication", "op2p"
+    )
+    """Pipeline sends and receives overlap compute; interleaved schedules only. Megatron-LM's flag turns it off."""
+    tp_comm_overlap: bool = _knob(False, "comm_overlap.tp_comm_overlap", "--tp-comm-overlap", "otp")
+
+    moe_token_dispatcher_type: TokenDispatcher = _knob(
+        "alltoall", "model.moe_token_dispatcher_type", "--moe-token-dispatcher-type", "disp"
+    )
+    moe_shared_expert_overlap: bool = _knob(
+        False, "model.moe_shared_expert_overlap", "--moe-shared-expert-overlap", "ose"
+    )
+    overlap_moe_expert_parallel_comm: bool = _knob(
+        False, "comm_overlap.overlap_moe_expert_parallel_comm", "--overlap-moe-expert-parallel-comm", "oep"
+    )
+    delay_wgrad_compute: bool = _knob(
+        False, "comm_overlap.delay_wgrad_compute", "--delay-wgrad-compute", "dwgrad"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in (
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "microbatch_group_size_per_vp_stage",
+            "recompute_num_layers",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0 (0 leaves it to Megatron), not {getattr(self, name)}")
+
+    def label(self) -> str:
+        """A short name: the knobs that differ from their default, `tp2 pp4 mbs2 sp rc=full`; tp, pp and mbs always."""
+        parts = []
+        for knob in fields(self):
+            value, label = getattr(self, knob.name), knob.metadata["label"]
+            if not label or (value == knob.default and label not in {"tp", "pp", "mbs"}):
+                continue
+            if value is True:
+                parts.append(label)
+            elif value is False:
+                parts.append(f"no-{label}")
+            else:
+                parts.append(f"{label}={value}" if isinstance(value, str) else f"{label}{value}")
+        if self.recompute_granularity == "full":
+            parts[parts.index("rc=full")] = f"rc=full:{self.recompute_method}:{self.recompute_num_layers}"
+        elif self.recompute_granularity == "selective" and self.recompute_modules != "none":
+            parts[parts.index("rc=selective")] = f"rc={self.recompute_modules}"
+        return " ".join(parts)
+
+
+KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(Layout))
+"""The knobs, in the order of the table's columns."""
+
+DEFAULTS: Mapping[str, Any] = {knob.name: knob.default for knob in fields(Layout)}
+
+
+def layout_from(row: Mapping[str, Any]) -> Layout:
+    """Build a layout from a table row or mapping: NumPy scalars become plain ones; missing knobs take their default."""
+    values = {name: row[name] for name in KNOBS if name in row}
+    return Layout(**{name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()})
+
+
+def data_parallel_size(world_size: int, tp: Size, pp: Size, cp: Size) -> Size:
+    """dp = world / (tp*pp*cp): ranks that hold the same dense weights and read different samples."""
+    return world_size // (tp * pp * cp)
+
+
+def expert_data_parallel_size(world_size: int, pp: Size, ep: Size, etp: Size) -> Size:
+    """edp = world / (pp*ep*etp): ranks that hold the same experts."""
+    return world_size // (pp * ep * etp)
+
+
+def min_gpus(tp: Size, pp: Size, cp: Size, ep: Size, etp: Size) -> Size:
+    """pp * max(tp*cp, ep*etp): the dense and the expert grid of a pipeline stage share its GPUs (arXiv:2504.14960)."""
+    return pp * np.maximum(tp * cp, ep * etp)
+
+
+def num_microbatches(global_batch_size: int, micro_batch_size: Size, dp: Size) -> Size:
+    """Micro-batches a rank takes through the model in one optimizer step."""
+    return global_batch_size // (micro_batch_size * dp)
+
+
+def module_names(recompute_modules: str) -> Iterable[str]:
+    """The modules of a `recompute_modules` knob; empty for Megatron's default."""
+    return () if recompute_modules == "none" else tuple(recompute_modules.split("+"))

@@ -1,0 +1,242 @@
+"""The sweep file: what a user writes, validated, and resolved into the nouns."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from search_spaces.loader import load_cluster, load_model
+from tuner.cluster import Cluster
+from tuner.errors import InputError, did_you_mean
+from tuner.files import STRICT, parse, read_yaml
+from tuner.layout import DEFAULTS, KNOBS, Layout
+from tuner.space import Domain, default_domain, search_domain
+from tuner.trial import Limits, Measurement
+from tuner.workload import Model, Precision, Workload
+
+Value = bool | int | str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadChoice:
+    """A Workload whose model may be named."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model: str | Model
+    """A built-in name, a path to a model's YAML or to a Hugging Face config.json, or the model inline."""
+    seq_length: int
+    global_batch_size: int
+    precision: Precision = "bf16"
+    moe_router_force_load_balancing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterChoice:
+    """A built-in or written cluster, with another count of nodes or another memory limit."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """When the sweep ends; whichever comes first. Earlier runs of the same sweep count."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    trials: int = 20
+    hours: float | None = None
+    """Wall clock of all trials."""
+    gpu_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or (self.hours or 1) <= 0 or (self.gpu_hours or 1) <= 0:
+            raise ValueError("trials, hours and gpu_hours must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """Where the runs are logged."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    uri: str | None = None
+    """An MLflow tracking URI; None takes MLFLOW_TRACKING_URI, else SQLite beside the results."""
+    experiment: str | None = None
+    """None names it megatune/<model>/<cluster>."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepFile:
+    """The sweep file as written."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    workload: WorkloadChoice
+    cluster: str | ClusterChoice | Cluster
+    """A built-in name or path, `detect` for this machine, a choice with other sizes, or the cluster inline."""
+    knobs: Mapping[str, tuple[Value, ...] | Literal["auto"]] | None = None
+    """Which knobs may vary, and over what; `auto` takes every sensible value. None is the default search."""
+    fixed: Mapping[str, Value] = field(default_factory=dict)
+    """Knobs held at one value. A knob in neither keeps its default."""
+    lift: tuple[str, ...] = ()
+    """Ids of cluster policies that may be broken."""
+    baseline: Mapping[str, Value] | None = None
+    """The layout to beat; knobs not named keep their default. None takes the best published heuristic."""
+    recipe: str | None = None
+    """Name of the recipe whose layout the baseline is: exports then hold only what differs from it."""
+    budget: Budget = field(default_factory=Budget)
+    measurement: Measurement = field(default_factory=Measurement)
+    limits: Limits = field(default_factory=Limits)
+    program: Literal["megatron_core"] = "megatron_core"
+    seed: int = 1234
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise ValueError(f"name '{self.name}' must be letters, digits, '.', '_' and '-': it names the results folder")
+        for group in ("knobs", "fixed", "baseline"):
+            for name in getattr(self, group) or {}:
+                if name not in KNOBS:
+                    raise ValueError(f"{group}: unknown knob '{name}'{did_you_mean(name, KNOBS)}")
+        if self.recipe and self.baseline is None:
+            raise ValueError("recipe needs baseline: the layout that the recipe has now")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """A sweep, resolved: nothing is left to look up."""
+
+    name: str
+    workload: Workload
+    cluster: Cluster
+    domain: Domain
+    """Candidate values of every knob that is not at its default."""
+    lifted: frozenset[str]
+    baseline: Layout | None
+    recipe: str | None
+    budget: Budget
+    measurement: Measurement
+    limits: Limits
+    program: str
+    seed: int
+    tracking: Tracking
+
+    @property
+    def experiment(self) -> str:
+        """The MLflow experiment."""
+        return self.tracking.experiment or f"megatune/{self.workload.model.name}/{self.cluster.name}"
+
+
+def load_sweep(path: Path, detect: Callable[[], Cluster]) -> Sweep:
+    """Read and resolve a sweep file; `detect` reads this machine where the file asks for that.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    file = read_yaml(SweepFile, path)
+    return resolve(file, str(path), path.parent, detect)
+
+
+def resolve(file: SweepFile, source: str, folder: Path, detect: Callable[[], Cluster]) -> Sweep:
+    """Resolve a sweep file whose relative paths start at `folder`; raises InputError naming `source` and the key."""
+    try:
+        workload = _workload(file.workload, folder)
+        cluster = _cluster(file.cluster, folder, detect)
+        if workload.precision not in cluster.gpu.peak_tflops:
+            known = ", ".join(cluster.gpu.peak_tflops)
+            raise InputError(
+                f"key 'workload.precision': {cluster.gpu.name} has no {workload.precision} (it has {known})"
+            )
+        baseline = None if file.baseline is None else _layout(file.baseline, "baseline")
+        return Sweep(
+            name=file.name,
+            workload=workload,
+            cluster=cluster,
+            domain=_domain(file, workload, cluster),
+            lifted=frozenset(file.lift),
+            baseline=baseline,
+            recipe=file.recipe,
+            budget=file.budget,
+            measurement=file.measurement,
+            limits=file.limits,
+            program=file.program,
+            seed=file.seed,
+            tracking=file.tracking,
+        )
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith(source) else f"{source}: {message}") from None
+
+
+def _beside(name: str, folder: Path) -> str:
+    """A path in a sweep file is relative to that file; a built-in name stays a name."""
+    candidate = folder / name
+    return str(candidate) if candidate.is_file() else name
+
+
+def _workload(choice: WorkloadChoice, folder: Path) -> Workload:
+    model = choice.model if isinstance(choice.model, Model) else load_model(_beside(choice.model, folder))
+    try:
+        return Workload(
+            model=model,
+            seq_length=choice.seq_length,
+            global_batch_size=choice.global_batch_size,
+            precision=choice.precision,
+            moe_router_force_load_balancing=choice.moe_router_force_load_balancing,
+        )
+    except ValueError as error:
+        raise InputError(f"key 'workload': {error}") from None
+
+
+def _cluster(choice: str | ClusterChoice | Cluster, folder: Path, detect: Callable[[], Cluster]) -> Cluster:
+    if isinstance(choice, Cluster):
+        return choice
+    changed = ClusterChoice(name=choice) if isinstance(choice, str) else choice
+    known = detect() if changed.name == "detect" else load_cluster(_beside(changed.name, folder))
+    data: dict[str, Any] = asdict(known)
+    for key in ("nodes", "gpus_per_node"):
+        if (value := getattr(changed, key)) is not None:
+            data[key] = value
+    if changed.memory_gib is not None:
+        data["gpu"]["memory_gib"] = changed.memory_gib
+    # A node that lost or gained GPUs keeps one NVLink domain only as far as the hardware's own reaches.
+    if changed.gpus_per_node is not None and known.nvlink_domain_gpus == known.gpus_per_node:
+        data["nvlink_domain_gpus"] = changed.gpus_per_node
+    return parse(Cluster, data, "key 'cluster'")
+
+
+def _layout(values: Mapping[str, Value], key: str) -> Layout:
+    return parse(Layout, dict(values), f"key '{key}'")
+
+
+def _domain(file: SweepFile, workload: Workload, cluster: Cluster) -> Domain:
+    if file.knobs is None:
+        domain = dict(search_domain(workload, cluster))
+    else:
+        everything = default_domain(workload, cluster)
+        domain = {
+            name: tuple(everything.get(name, (DEFAULTS[name],))) if values == "auto" else tuple(values)
+            for name, values in file.knobs.items()
+        }
+    domain.update({name: (value,) for name, value in file.fixed.items()})
+    for name, values in domain.items():
+        if not values:
+            raise InputError(f"key 'knobs.{name}': give at least one value")
+        if len(set(values)) != len(values):
+            raise InputError(f"key 'knobs.{name}': values repeat: {list(values)}")
+        for value in values:
+            _layout({name: value}, f"fixed.{name}" if name in file.fixed else f"knobs.{name}")
+    both = sorted(set(file.knobs or {}) & set(file.fixed))
+    if both:
+        raise InputError(f"key 'fixed.{both[0]}': also listed under knobs; keep one of the two")
+    return domain

@@ -1,0 +1,253 @@
+"""The contract of a trial: the only thing that crosses a process boundary.
+
+A launcher writes `spec.json`; the program reads it, writes `heartbeat.json` while it runs, a record for each rank, and
+`result.json` at the end, also on an error. Nothing else passes between them. A program imports only this module.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from tuner.cluster import Cluster
+from tuner.files import STRICT
+from tuner.layout import Layout
+from tuner.workload import Workload
+
+SCHEMA_VERSION = 1
+
+
+class Outcome(StrEnum):
+    """How a trial ended. Values are only ever added."""
+
+    COMPLETED = "completed"
+    OOM = "oom"
+    INVALID = "invalid"
+    HANG = "hang"
+    TIMEOUT = "timeout"
+    TOO_SLOW = "too_slow"
+    COMMUNICATION = "communication"
+    NAN = "nan"
+    INFRASTRUCTURE = "infrastructure"
+    INTERRUPTED = "interrupted"
+
+
+Phase = Literal["startup", "build", "warmup", "memory", "forward", "backward", "optimizer", "measure", "teardown"]
+"""Where a rank was: imports and rendezvous, model build, untimed steps, the accounted step, timed steps, the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """How long a trial measures."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    warmup_steps: int = 3
+    """Untimed optimizer steps; at least 3, since the second holds the peak (Adam's state comes with the first)."""
+    min_steps: int = 5
+    max_steps: int = 20
+    target_relative_interval: float = 0.02
+    """Stop once the 95% interval of the median step is within plus or minus this share of it."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 3:
+            raise ValueError(
+                f"warmup_steps must be at least 3, not {self.warmup_steps}: a layout counts as feasible only "
+                "after 3 optimizer steps"
+            )
+        if not 1 <= self.min_steps <= self.max_steps:
+            raise ValueError(f"min_steps ({self.min_steps}) must lie in 1..max_steps ({self.max_steps})")
+        if not 0 < self.target_relative_interval < 1:
+            raise ValueError(f"target_relative_interval must lie between 0 and 1, not {self.target_relative_interval}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long a trial may take, in seconds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    startup_s: float = 600.0
+    """From the start to the end of the first optimizer step: imports, rendezvous, build, just-in-time compilation."""
+    step_s: float = 300.0
+    """Between two heartbeats after that; longer is a hang."""
+    trial_s: float = 1800.0
+    """The whole trial."""
+
+    def __post_init__(self) -> None:
+        for name in ("startup_s", "step_s", "trial_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialSpec:
+    """Everything a program needs to run one trial."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema_version: int = SCHEMA_VERSION
+    sweep: str
+    number: int
+    """The trial's number in its sweep, from 0."""
+    attempt: int = 1
+    workload: Workload
+    cluster: Cluster
+    layout: Layout
+    program: str = "megatron_core"
+    measurement: Measurement = field(default_factory=Measurement)
+    limits: Limits = field(default_factory=Limits)
+    seed: int = 1234
+    """Of the weights, the mock tokens and the dropout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """What a failing rank saw, in its own words."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: str
+    """The exception's qualified name, `torch.OutOfMemoryError`."""
+    message: str
+    traceback: str
+    time_s: float
+    """Seconds since the epoch: the earliest of many is the cause."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankRecord:
+    """What one rank reports, at its end or at its failure."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    rank: int
+    host: str
+    phase: Phase
+    """Where it was at the end."""
+    step: int
+    """Optimizer steps finished."""
+    peak_allocated_gib: float | None = None
+    peak_reserved_gib: float | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heartbeat:
+    """Rank 0's sign of life."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    phase: Phase
+    step: int
+    """Optimizer steps finished, warm-up included."""
+    time_s: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Durations:
+    """Where the trial's wall clock went, in seconds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    startup_s: float = 0.0
+    """From the launcher's start to the process group."""
+    build_s: float = 0.0
+    warmup_s: float = 0.0
+    measure_s: float = 0.0
+    total_s: float = 0.0
+    """Launcher's start to the end of the last process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """What a completed trial measured."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    step_times_ms: tuple[float, ...]
+    """Every timed step: the slowest rank's, synchronised."""
+    step_time_ms: float
+    """Their median."""
+    step_time_low_ms: float
+    """Lower end of the bootstrap 95% interval of the median."""
+    step_time_high_ms: float
+    losses: tuple[float, ...]
+    """One an optimizer step, warm-up included."""
+    grad_norms: tuple[float, ...]
+    tokens_per_s_per_gpu: float
+    model_tflops_per_s_per_gpu: float
+    mfu: float | None
+    """Share of the GPU's dense peak of the precision; None where the cluster does not state it."""
+    peak_allocated_gib: float
+    """The worst rank's."""
+    peak_reserved_gib: float | None
+    """The worst rank's; None on CPU, where nothing is reserved."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialResult:
+    """How a trial ended, with its evidence: the record of truth."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema_version: int = SCHEMA_VERSION
+    outcome: Outcome
+    reason: str
+    """One line: what happened, where, and what to do."""
+    phase: Phase | None = None
+    rank: int | None = None
+    """The first failing rank."""
+    metrics: Metrics | None = None
+    """Present exactly if the outcome is completed."""
+    ranks: tuple[RankRecord, ...] = ()
+    durations: Durations = field(default_factory=Durations)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """torch, megatron-core, transformer-engine, CUDA, NCCL, driver, python, megatune."""
+    device_name: str = ""
+    finished_at: str = ""
+    """ISO 8601, UTC."""
+
+    def __post_init__(self) -> None:
+        if (self.outcome is Outcome.COMPLETED) != (self.metrics is not None):
+            raise ValueError("metrics are present exactly if the outcome is completed")
+
+
+@dataclass(frozen=True, slots=True)
+class TrialFolder:
+    """The paths of one trial: no other place spells them."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        """The TrialSpec."""
+        return self.path / "spec.json"
+
+    @property
+    def result(self) -> Path:
+        """The TrialResult."""
+        return self.path / "result.json"
+
+    @property
+    def heartbeat(self) -> Path:
+        """The Heartbeat."""
+        return self.path / "heartbeat.json"
+
+    @property
+    def plan(self) -> Path:
+        """The launcher's plan, with the command that reruns the trial."""
+        return self.path / "plan.json"
+
+    @property
+    def log(self) -> Path:
+        """The folder of the ranks' output."""
+        return self.path / "log"
+
+    def rank_record(self, rank: int) -> Path:
+        """The RankRecord of a rank."""
+        return self.path / "ranks" / f"rank{rank:05d}.json"

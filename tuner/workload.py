@@ -1,0 +1,155 @@
+"""The model and the workload: what is trained. A sweep never changes any of it."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from tuner.files import STRICT
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A decoder architecture in Megatron-Core's own field names (`TransformerConfig`, `MLATransformerConfig`, GPTModel).
+
+    Raises:
+        ValueError: if the fields contradict each other whatever the layout.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Width of a dense layer's MLP; of the leading dense layers in a mixture of experts."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Key-value heads; equal to `num_attention_heads` without grouped-query attention."""
+    kv_channels: int
+    """Head dimension (not used by multi-latent attention)."""
+    vocab_size: int
+    make_vocab_size_divisible_by: int = 128
+    gated_linear_unit: bool = True
+    activation_func: Literal["silu", "gelu", "squared_relu", "quick_gelu"] = "silu"
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    max_position_embeddings: int = 0
+    """Rows of the learned position table; 0 with rotary positions."""
+    rotary_base: int = 10000
+    share_embeddings_and_output_weights: bool = False
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    window_size: tuple[int, int] | None = None
+    """Sliding window (left, right) in tokens; None is full causal attention."""
+    window_attn_skip_freq: int | None = None
+    """Every how many layers attention is full; None slides in every layer."""
+
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_router_topk: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    """Summed width of all shared experts; None without."""
+    moe_layer_freq: int | tuple[int, ...] = 1
+    """N: every Nth layer has experts, the first included; a tuple of 0 (dense) and 1 (experts), one a layer."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] = (
+        "aux_loss"
+    )
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
+    moe_router_topk_scaling_factor: float | None = None
+    moe_router_enable_expert_bias: bool = False
+
+    multi_latent_attention: bool = False
+    q_lora_rank: int | None = None
+    """None projects queries directly."""
+    kv_lora_rank: int | None = None
+    qk_head_dim: int | None = None
+    qk_pos_emb_head_dim: int | None = None
+    v_head_dim: int | None = None
+
+    mtp_num_layers: int | None = None
+    """Multi-token-prediction layers behind the last one; None without."""
+
+    def __post_init__(self) -> None:
+        positive = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        for field in (*positive, "kv_channels", "vocab_size", "make_vocab_size_divisible_by"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_query_groups ({self.num_query_groups})"
+            )
+        experts = (self.moe_ffn_hidden_size, self.moe_router_topk)
+        if self.num_moe_experts is None:
+            if any(value is not None for value in (*experts, self.moe_shared_expert_intermediate_size)):
+                raise ValueError("moe_* sizes are given, but num_moe_experts is not")
+        elif any(value is None for value in experts):
+            raise ValueError("num_moe_experts needs moe_ffn_hidden_size and moe_router_topk beside it")
+        if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
+            raise ValueError(
+                f"moe_layer_freq lists {len(self.moe_layer_freq)} layers, but num_layers is {self.num_layers}"
+            )
+        latent = (self.kv_lora_rank, self.qk_head_dim, self.qk_pos_emb_head_dim, self.v_head_dim)
+        if self.multi_latent_attention and any(value is None for value in latent):
+            raise ValueError(
+                "multi_latent_attention needs kv_lora_rank, qk_head_dim, qk_pos_emb_head_dim and v_head_dim"
+            )
+        if self.position_embedding_type == "learned_absolute" and self.max_position_embeddings < 1:
+            raise ValueError("position_embedding_type learned_absolute needs max_position_embeddings")
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether any layer has routed experts."""
+        return self.num_moe_experts is not None
+
+    def moe_layer_pattern(self) -> tuple[bool, ...]:
+        """Whether each of the `num_layers` layers has routed experts (Megatron: gpt_layer_specs.py)."""
+        if self.num_moe_experts is None:
+            return (False,) * self.num_layers
+        if isinstance(self.moe_layer_freq, tuple):
+            return tuple(bool(value) for value in self.moe_layer_freq)
+        return tuple(layer % self.moe_layer_freq == 0 for layer in range(self.num_layers))
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Rows of the embedding after Megatron's padding for `tp` (megatron/training: vocab_size_with_padding)."""
+        multiple = self.make_vocab_size_divisible_by * tp
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """The convergence contract: model, sequence length, global batch, precision and routing."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model: Model
+    seq_length: int
+    """Tokens a sample."""
+    global_batch_size: int
+    """Samples an optimizer step, over all GPUs."""
+    precision: Precision = "bf16"
+    moe_router_force_load_balancing: bool = False
+    """Routes every token at random instead of by the router: flatters time and memory, so it is recorded."""
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1 or self.global_batch_size < 1:
+            raise ValueError(
+                f"seq_length ({self.seq_length}) and global_batch_size ({self.global_batch_size}) must be at least 1"
+            )
+        if self.moe_router_force_load_balancing and not self.model.is_moe:
+            raise ValueError("moe_router_force_load_balancing needs a model with experts")
+        table = self.model.max_position_embeddings
+        if self.model.position_embedding_type == "learned_absolute" and self.seq_length > table:
+            raise ValueError(f"seq_length ({self.seq_length}) is longer than max_position_embeddings ({table})")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens an optimizer step, over all GPUs."""
+        return self.global_batch_size * self.seq_length
