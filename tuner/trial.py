@@ -234,6 +234,11 @@ class TrialFolder:
         return self.path / "result.json"
 
     @property
+    def source(self) -> Path:
+        """Why the trial was chosen (tuner.report.TrialSource)."""
+        return self.path / "source.json"
+
+    @property
     def heartbeat(self) -> Path:
         """The Heartbeat."""
         return self.path / "heartbeat.json"
@@ -248,6 +253,15 @@ class TrialFolder:
         """The folder of the ranks' output."""
         return self.path / "log"
 
+    @property
+    def ranks(self) -> Path:
+        """The folder of the RankRecords."""
+        return self.path / "ranks"
+
     def rank_record(self, rank: int) -> Path:
         """The RankRecord of a rank."""
-        return self.path / "ranks" / f"rank{rank:05d}.json"
+        return self.ranks / f"rank{rank:05d}.json"
+
+    def set_aside(self, attempt: int) -> Path:
+        """Where the files of an earlier attempt are kept, from 1."""
+        return self.path / f"attempt-{attempt}"

@@ -47,6 +47,8 @@ class Model:
     """Sliding window (left, right) in tokens; None is full causal attention."""
     window_attn_skip_freq: int | None = None
     """Every how many layers attention is full; None slides in every layer."""
+    softmax_type: Literal["vanilla", "learnable"] = "vanilla"
+    """`learnable` gives each head an attention sink, which rules out some attention kernels."""
 
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int | None = None

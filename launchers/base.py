@@ -1,0 +1,217 @@
+"""What every launcher shares: the plan of a trial's job, its time limits, and who owns its processes."""
+
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import psutil
+
+from tuner.trial import Heartbeat, Limits, TrialFolder, TrialResult, TrialSpec
+
+MARKER = "MEGATUNE_TRIAL"
+"""The environment variable by which a trial's processes are known wherever they moved: its folder."""
+
+STARTED_AT = "MEGATUNE_STARTED_AT"
+"""The environment variable that tells a program when its launcher began, in seconds since the epoch."""
+
+Ending = Literal["stop", "startup", "step", "trial"]
+"""Why a launcher ended a job itself: it was told to, or the limit of that name was passed."""
+
+_KILL_S = 10.0
+"""How long the kernel gets to take away a killed process; one that stays longer hangs in a driver."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchPlan:
+    """Everything a launcher will do for one trial, decided before it touches anything."""
+
+    folder: Path
+    """The trial's folder, absolute; the job's working directory."""
+    world_size: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    """What is set on top of the inherited environment."""
+    files: Mapping[str, str]
+    """What is written before the start: path within the folder to content."""
+    limits: Limits
+
+    def shell_command(self) -> str:
+        """One line for a POSIX shell that runs the trial again, without the tuner."""
+        variables = [f"{name}={value}" for name, value in self.env.items()]
+        return f"cd {shlex.quote(str(self.folder))} && {shlex.join(['env', *variables, *self.argv])}"
+
+    def to_data(self) -> dict[str, Any]:
+        """The plan as JSON data, as plan.json keeps it; of the files the names, since they lie beside it."""
+        return {
+            "command": self.shell_command(),
+            "argv": list(self.argv),
+            "env": dict(self.env),
+            "world_size": self.world_size,
+            "files": list(self.files),
+            "limits": {
+                "startup_s": self.limits.startup_s,
+                "step_s": self.limits.step_s,
+                "trial_s": self.limits.trial_s,
+            },
+        }
+
+
+class Launcher(Protocol):
+    """Runs trials, one at a time."""
+
+    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
+        """Decide what to run, touching nothing.
+
+        Raises:
+            InputError: if this launcher cannot run the spec.
+        """
+
+    def run(
+        self,
+        plan: LaunchPlan,
+        stop: threading.Event,
+        on_heartbeat: Callable[[Heartbeat], None] | None = None,
+    ) -> TrialResult:
+        """Run the job to its end, whatever that is, and leave the result in the trial's folder.
+
+        Blocks. When `stop` is set, ends the job; the outcome is interrupted. No process of the job outlives
+        the call.
+        """
+
+
+@dataclass(slots=True)
+class Clock:
+    """Tells when a trial passes one of its limits, from the heartbeats seen. Times are monotonic seconds."""
+
+    limits: Limits
+    started_s: float
+    heartbeat: Heartbeat | None = None
+    _beat_s: float = field(default=0.0, init=False)
+
+    def beat(self, heartbeat: Heartbeat, now_s: float) -> bool:
+        """Take a heartbeat in; return whether it is a new one.
+
+        Its age counts from when it was seen: the clocks of two nodes need not agree.
+        """
+        if heartbeat == self.heartbeat:
+            return False
+        self.heartbeat, self._beat_s = heartbeat, now_s
+        return True
+
+    def passed(self, now_s: float) -> Ending | None:
+        """The limit that is passed, if any."""
+        if now_s - self.started_s > self.limits.trial_s:
+            return "trial"
+        if self.heartbeat is None or self.heartbeat.step < 1:
+            return "startup" if now_s - self.started_s > self.limits.startup_s else None
+        return "step" if now_s - self._beat_s > self.limits.step_s else None
+
+
+def _processes(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        # Other users' processes cannot be read, and any process may end while it is looked at.
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and belongs(process) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def marked_processes(folder: str) -> list[psutil.Process]:
+    """The living processes of this machine whose marker is `folder`, a trial's, or lies below it."""
+    return _processes(lambda process: _is_marked(process, folder))
+
+
+def _is_marked(process: psutil.Process, folder: str) -> bool:
+    marker = process.environ().get(MARKER)
+    return marker is not None and Path(marker).is_relative_to(folder)
+
+
+class Job:
+    """The processes of one trial on this machine, the whole tree of them.
+
+    They are known as descendants, as members of the process group, and by the marker, which also finds those
+    that changed their session after their parent died.
+    """
+
+    def __init__(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> None:
+        """Start `argv` in `folder`, in its own session, its output appended to `output`; raises OSError."""
+        self._marker = env[MARKER]
+        with output.open("ab") as file:
+            self._process = subprocess.Popen(
+                argv,
+                cwd=folder,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def ended(self) -> bool:
+        """Whether the first process has ended. It stays unreaped, so that its id stays its own."""
+        if self._process.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def end(self, grace_s: float) -> tuple[int, ...]:
+        """End every process: SIGTERM, and SIGKILL after `grace_s`; reap the first. May be called again.
+
+        Returns:
+            The process ids that even SIGKILL did not end; empty but for a process that hangs in a driver.
+        """
+        left = _end(self._alive, grace_s)
+        if self.ended():
+            self._process.wait()
+        return tuple(process.pid for process in left)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The first process's exit code, negative for a signal; None before `end`."""
+        return self._process.returncode
+
+    def _alive(self) -> list[psutil.Process]:
+        root = self._process.pid
+        if self._process.returncode is not None:
+            return marked_processes(self._marker)
+        descendants: set[psutil.Process] = set()
+        with suppress(psutil.Error):
+            descendants.update(psutil.Process(root).children(recursive=True))
+        return _processes(
+            lambda process: (
+                process in descendants or os.getpgid(process.pid) == root or _is_marked(process, self._marker)
+            )
+        )
+
+
+def end_marked(folder: str, grace_s: float) -> tuple[int, ...]:
+    """End what a killed launcher has left running for a trial, or for any trial of a sweep, by its folder.
+
+    Returns:
+        The process ids that even SIGKILL did not end.
+    """
+    return tuple(process.pid for process in _end(lambda: marked_processes(folder), grace_s))
+
+
+def _end(find: Callable[[], list[psutil.Process]], grace_s: float) -> list[psutil.Process]:
+    alive = find()
+    for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
+        deadline_s = time.monotonic() + patience_s
+        told: set[psutil.Process] = set()
+        # Looked up anew each time: a process may be started while the others are ended.
+        while alive and time.monotonic() < deadline_s:
+            for process in set(alive) - told:
+                with suppress(psutil.Error):
+                    process.send_signal(number)
+            told.update(alive)
+            time.sleep(0.05)
+            alive = find()
+    return alive

@@ -1,0 +1,49 @@
+"""Mock tokens: a sample follows from the seed and its number, so any layout trains on the same batches."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from launchers.programs.megatron_core.specs import chunk_positions
+from tuner.layout import Layout, num_microbatches
+from tuner.workload import Workload
+
+Batch = dict[str, Tensor]
+"""`tokens`, `labels`, `position_ids`: int64, [micro_batch_size, seq_length / cp]."""
+
+
+def sample(seed: int, number: int, seq_length: int, vocab_size: int) -> Tensor:
+    """Return the `seq_length + 1` token ids of global sample `number`."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.randint(vocab_size, (seq_length + 1,), generator=generator)
+
+
+def micro_batches(
+    workload: Workload,
+    layout: Layout,
+    seed: int,
+    *,
+    step: int,
+    dp_rank: int,
+    dp: int,
+    cp_rank: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of step `step`: its share of the samples, and its part of each."""
+    positions = chunk_positions(workload.seq_length // layout.cp, layout.cp, cp_rank, torch.device("cpu"))
+    size = layout.micro_batch_size
+    for number in range(num_microbatches(workload.global_batch_size, size, dp)):
+        first = step * workload.global_batch_size + (number * dp + dp_rank) * size
+        tokens = torch.stack(
+            [
+                sample(seed, first + index, workload.seq_length, workload.model.vocab_size)
+                for index in range(size)
+            ]
+        )
+        batch = {
+            "tokens": tokens[:, positions],
+            "labels": tokens[:, positions + 1],
+            "position_ids": positions.repeat(size, 1),
+        }
+        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}

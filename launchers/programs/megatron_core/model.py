@@ -1,0 +1,84 @@
+"""The process grids and this rank's part of the model, built by Megatron-Core."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from launchers.programs.megatron_core.config import ddp_config
+from launchers.programs.megatron_core.specs import decoder_block_spec, mtp_block_spec
+from tuner.layout import Layout
+from tuner.workload import Workload
+
+
+def initialize_grids(layout: Layout, seed: int) -> None:
+    """Set up Megatron's process groups and random states; the default process group must exist.
+
+    Raises:
+        RuntimeError: by Megatron, where the world is no multiple of the grids.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def build_model(workload: Workload, layout: Layout, config: TransformerConfig) -> list[GPTModel]:
+    """Build this rank's `vpp` model chunks, their weights uninitialised; `initialize_grids` comes first."""
+    stages = range(layout.vpp) if layout.vpp > 1 else [None]
+    return [_build_chunk(workload, layout, config, stage) for stage in stages]
+
+
+def _build_chunk(
+    workload: Workload, layout: Layout, config: TransformerConfig, vp_stage: int | None
+) -> GPTModel:
+    model = workload.model
+    decoder = decoder_block_spec(config, vp_stage)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=decoder,
+        vocab_size=model.padded_vocab_size(layout.tp),
+        max_sequence_length=model.max_position_embeddings or workload.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+        mtp_block_spec=mtp_block_spec(config, decoder, vp_stage),
+        vp_stage=vp_stage,
+    )
+
+
+def wrap_for_training(
+    chunks: list[GPTModel], layout: Layout, device: torch.device
+) -> list[DistributedDataParallel]:
+    """Bring the chunks to device and precision, and wrap them in Megatron's DistributedDataParallel."""
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        config, module = chunk.config, chunk.to(device)
+        for parameter in module.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        if config.fp16 or config.bf16:
+            module = Float16Module(config, module)
+            _keep_expert_bias_in_fp32(module)
+        # Only the first chunk's gradients are worth sending in pieces (Megatron-LM: training.py, get_model).
+        wrapped.append(
+            DistributedDataParallel(config, ddp_config(layout), module, disable_bucketing=number > 0)
+        )
+    return wrapped
+
+
+def _keep_expert_bias_in_fp32(module: Any) -> None:
+    for submodule in module.modules():
+        if hasattr(submodule, "_maintain_float32_expert_bias"):
+            submodule._maintain_float32_expert_bias()

@@ -1,0 +1,172 @@
+"""Which module implements each part of a layer: Transformer Engine's where it is installed, else plain Torch.
+
+Megatron's own local spec lacks things that a layout may ask for: its norm refuses sequence parallelism, its
+attention refuses context parallelism, and its latent attention shards the down projections, of which
+Transformer Engine keeps a copy on every rank. The modules here replace them, on CPU and on CUDA alike.
+"""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+    get_gpt_mtp_block_spec_for_backend,
+)
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, random
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+
+
+class TorchNorm(torch.nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, marked for Megatron as sequence parallel."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=_device()))
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.zeros_like(self.weight))
+        for parameter in self.parameters():
+            # finalize_model_grads sums the gradients of such parameters over the tensor parallel group.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise `hidden`, [..., hidden_size]."""
+        if self.bias is None:
+            return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        return layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class TorchCoreAttention(torch.nn.Module):
+    """Causal attention, also over a context parallel group and in a sliding window.
+
+    Megatron cuts a sequence into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that causal work
+    is even. Keys and values are gathered over the group (their gradients summed and scattered back); the
+    mask follows the chunks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
+        sliding = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window_size = config.window_size if sliding else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+        """Attend: query [s, b, heads, d], key and value [s, b, groups, d or dv] -> [s, b, heads * dv]."""
+        cp, rank, length = self.cp_group.size(), self.cp_group.rank(), query.shape[0]
+        mask = None
+        if cp > 1:
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
+        if cp > 1 or self.window_size is not None:
+            everywhere = [chunk_positions(length, cp, other, query.device) for other in range(cp)]
+            mask = attention_mask(everywhere[rank], torch.cat(everywhere), self.window_size)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def chunk_positions(length: int, cp: int, rank: int, device: torch.device) -> Tensor:
+    """Return where a rank's `length` tokens stand: chunks `rank` and `2*cp-1-rank` of the 2*cp."""
+    if cp == 1:
+        return torch.arange(length, device=device)
+    chunk = torch.arange(length // 2, device=device)
+    return torch.cat([chunk + rank * (length // 2), chunk + (2 * cp - 1 - rank) * (length // 2)])
+
+
+def attention_mask(queries: Tensor, keys: Tensor, window_size: tuple[int, int] | None) -> Tensor:
+    """Return the keys that a query sees, [queries, keys]: none after it, all in the window (-1: all)."""
+    distance = queries[:, None] - keys[None, :]
+    seen = distance >= 0
+    if window_size is not None and window_size[0] >= 0:
+        seen = seen & (distance <= window_size[0])
+    return seen
+
+
+class _TorchSpecProvider(LocalSpecProvider):  # type: ignore[misc]
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return TorchNorm
+
+
+def decoder_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Return the layers of this pipeline rank's chunk `vp_stage` (None without interleaving)."""
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    _repair_megatron()
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    for layer in block.layer_specs:
+        _replace_with_torch(layer.submodules)
+    block.layer_norm = TorchNorm
+    return block
+
+
+def mtp_block_spec(
+    config: TransformerConfig, decoder: TransformerBlockSubmodules, vp_stage: int | None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Return the multi-token-prediction layers of this chunk; None where it has none."""
+    if not config.mtp_num_layers:
+        return None
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_mtp_block_spec(config, decoder, use_transformer_engine=True, vp_stage=vp_stage)
+    return get_gpt_mtp_block_spec_for_backend(config, decoder, _TorchSpecProvider(), vp_stage=vp_stage)
+
+
+def _replace_with_torch(layer: Any) -> None:
+    attention = layer.self_attention.submodules
+    attention.core_attention = TorchCoreAttention
+    for owner in (layer, attention):
+        for name, module in vars(owner).items():
+            if name.endswith("layernorm") and module is not IdentityOp:
+                setattr(owner, name, TorchNorm)
+            if name.endswith("down_proj"):
+                setattr(owner, name, Linear)
+
+
+def _repair_megatron() -> None:
+    """Where Megatron takes Transformer Engine for granted (it asks for fp8's state without fp8), say no."""
+    moe_utils.te_general_gemm = None
+    multi_latent_attention.HAVE_TE = False
+    random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = random.fp8_autocast = lambda **unused: nullcontext()
+
+
+def _device() -> torch.device:
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

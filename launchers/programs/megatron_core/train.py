@@ -1,0 +1,159 @@
+"""The training job itself: Megatron-Core's model, schedule and optimizer, one real step at a time."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from launchers.programs.megatron_core.config import optimizer_config, transformer_config
+from launchers.programs.megatron_core.data import Batch, micro_batches
+from launchers.programs.megatron_core.model import build_model, initialize_grids, wrap_for_training
+from launchers.programs.megatron_core.weights import initialize_weights
+from tuner.layout import Layout, num_microbatches
+from tuner.trial import Phase
+from tuner.workload import Workload
+
+
+class Job:
+    """One rank of a training job. The default process group must exist; every rank makes the same calls.
+
+    Raises:
+        ValueError, AssertionError, RuntimeError: where Megatron refuses the layout.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        layout: Layout,
+        seed: int,
+        device: torch.device,
+        enter: Callable[[Phase], None] = lambda phase: None,
+    ) -> None:
+        """Build grids, model and optimizer. `enter` hears of each part of a step that begins."""
+        self.workload, self.layout, self.seed, self.device, self.enter = workload, layout, seed, device, enter
+        initialize_grids(layout, seed)
+        self.dp = parallel_state.get_data_parallel_world_size()
+        self._check_batch()
+        self.config = transformer_config(workload, layout, device.type)
+        if layout.tp_comm_overlap:
+            _initialize_user_buffers(workload, layout)
+        chunks = build_model(workload, layout, self.config)
+        initialize_weights(chunks, seed)
+        self.chunks = wrap_for_training(chunks, layout, device)
+        self.optimizer = get_megatron_optimizer(
+            optimizer_config(workload, layout), self.chunks, use_gloo_process_groups=False
+        )
+        self._connect()
+        self.step_number = 0
+
+    def step(self) -> tuple[Tensor, float]:
+        """Do one optimizer step; return the summed loss of this rank's tokens and the norm of all gradients.
+
+        The sum is 0 off the last pipeline stage; the norm is 0 where fp16's loss scaler skipped the step.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=[self._data() for _ in self.chunks] if self.layout.vpp > 1 else self._data(),
+            model=self.chunks if self.layout.vpp > 1 else self.chunks[0],
+            num_microbatches=num_microbatches(
+                self.workload.global_batch_size, self.layout.micro_batch_size, self.dp
+            ),
+            seq_length=self.workload.seq_length,
+            micro_batch_size=self.layout.micro_batch_size,
+            forward_only=False,
+        )
+        self.enter("optimizer")
+        _, grad_norm, _ = self.optimizer.step()
+        self.step_number += 1
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+        return total, float(grad_norm or 0.0)
+
+    def mean_loss(self, local_sum: Tensor) -> float:
+        """Return the step's mean loss a token, the same on every rank, from the sums that `step` returned."""
+        # The last stage's tensor parallel ranks hold the same tokens, so each counts for its share.
+        total = local_sum.double() / self.layout.tp
+        dist.all_reduce(total)
+        return float(total) / self.workload.tokens_per_step
+
+    def close(self) -> None:
+        """Free the process groups, so that another job may follow in this process."""
+        parallel_state.destroy_model_parallel()
+
+    def _check_batch(self) -> None:
+        samples, per_step = self.workload.global_batch_size, self.layout.micro_batch_size * self.dp
+        if samples % per_step:
+            # Megatron's own calculator (num_microbatches_calculator.py) says it in these words.
+            raise ValueError(
+                f"global batch size ({samples}) is not divisible by micro batch size "
+                f"({self.layout.micro_batch_size}) times data parallel size ({self.dp})"
+            )
+
+    def _data(self) -> Iterator[Batch]:
+        return micro_batches(
+            self.workload,
+            self.layout,
+            self.seed,
+            step=self.step_number,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp=self.dp,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            device=self.device,
+        )
+
+    def _forward(
+        self, data: Iterator[Batch], chunk: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        self.enter("forward")
+        batch = next(data)
+        arguments = (batch["tokens"], batch["position_ids"], None)
+        if return_schedule_plan:  # the schedule that overlaps expert communication asks for it
+            output = get_attr_wrapped_model(chunk, "build_schedule_plan")(*arguments, labels=batch["labels"])
+        else:
+            output = chunk(*arguments, labels=batch["labels"])
+        self.enter("backward")
+        return output, _summed_loss
+
+    def _connect(self) -> None:
+        """Hand the schedule its callbacks, as Megatron-LM's training loop does (training.py, train)."""
+
+        def of_chunks(name: str) -> Any:
+            functions = [getattr(chunk, name) for chunk in self.chunks]
+            return functions if len(functions) > 1 else functions[0]
+
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if self.layout.overlap_grad_reduce:
+            self.config.no_sync_func = of_chunks("no_sync")
+            self.config.grad_sync_func = of_chunks("start_grad_sync")
+        if self.layout.overlap_param_gather and self.layout.vpp > 1:
+            self.config.param_sync_func = of_chunks("start_param_sync")
+
+
+def _summed_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the losses of a micro-batch's tokens; Megatron divides by their number and by the micro-batches."""
+    total = losses.float().sum()
+    tokens = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return total, tokens, total.detach().clone()
+
+
+def _initialize_user_buffers(workload: Workload, layout: Layout) -> None:
+    """Allocate what overlapped tensor parallel communication sends through (Megatron-LM: initialize.py)."""
+    from transformer_engine.pytorch.module.base import initialize_ub
+
+    rows = workload.seq_length * layout.micro_batch_size // layout.cp
+    initialize_ub(
+        shape=[rows, workload.model.hidden_size],
+        tp_size=layout.tp,
+        use_fp8=workload.precision in {"fp8", "mxfp8"},
+        bootstrap_backend="nccl",
+    )

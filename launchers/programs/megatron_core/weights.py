@@ -1,0 +1,108 @@
+"""The initial weights: they follow from the seed and a weight's place in the model, not from the layout.
+
+So every layout of a workload starts from the same model and, with the same data, goes through the same
+losses. Megatron's own initialisation draws from random states that differ by rank.
+"""
+
+import re
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+STD = 0.02
+"""Megatron's default `init_method_std`."""
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Hashed at a time: bounds the temporaries to 32 MiB, below any training step's own."""
+
+
+def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
+    """Set every parameter of this rank: matrices uniform with standard deviation STD, biases 0, norms 1."""
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, parameter in global_parameters(chunk):
+                if parameter.dim() == 1:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                else:
+                    _fill(parameter, name, _key(seed, _source(name, chunk)), chunk.config)
+
+
+def global_parameters(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter with its name in the whole model: global layer and expert numbers, from 0."""
+    layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+    experts = chunk.config.num_moe_experts or 0
+    ep_rank = parallel_state.get_expert_model_parallel_rank()
+    first_expert = experts // chunk.config.expert_model_parallel_size * ep_rank
+    for local_name, parameter in chunk.named_parameters():
+        name = local_name
+        for prefix, number in layers.items():
+            if name.startswith(prefix):
+                name = f"decoder.layers.{number}.{name.removeprefix(prefix)}"
+                break
+        yield _with_global_expert(name, first_expert), parameter
+
+
+def _source(name: str, chunk: GPTModel) -> str:
+    # The last stage has a copy of the embedding where the model ties it to the output layer.
+    tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+    return "embedding.word_embeddings.weight" if tied else name
+
+
+def _with_global_expert(name: str, first_expert: int) -> str:
+    def shifted(match: re.Match[str]) -> str:
+        return f"{match[1]}{int(match[2]) + first_expert}"
+
+    # SequentialMLP numbers its experts as modules, Transformer Engine's grouped one as weights.
+    return re.sub(r"(experts\.local_experts\.|experts\.linear_fc\d\.weight)(\d+)", shifted, name)
+
+
+def _fill(parameter: Tensor, name: str, key: int, config: TransformerConfig) -> None:
+    halves = [parameter]
+    if config.gated_linear_unit and re.search(r"linear_fc1\.weight\d*$", name):
+        # A rank's gate and up projections are shards of two matrices, stacked.
+        halves = list(parameter.chunk(2))
+    rank, size = _shard(parameter, name)
+    for number, half in enumerate(halves):
+        rows, columns = half.shape
+        by_rows = getattr(parameter, "partition_dim", 0) == 0
+        row_offset, column_offset = (rank * rows, 0) if by_rows else (0, rank * columns)
+        all_columns = columns if by_rows else columns * size
+        step = max(1, _CHUNK_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            part = half[start : start + step]
+            row = torch.arange(start, start + len(part), device=part.device) + row_offset
+            column = torch.arange(columns, device=part.device) + column_offset
+            part.copy_(uniform(row[:, None] * all_columns + column[None, :], key + number))
+
+
+def _shard(parameter: Tensor, name: str) -> tuple[int, int]:
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return 0, 1
+    if ".experts." in name:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
+def uniform(index: Tensor, key: int) -> Tensor:
+    """Hash int64 indices to fp32 values of mean 0 and standard deviation STD (SplitMix64's finaliser)."""
+    value = index + key
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        value = (value ^ (value >> shift)) * factor
+    bits = ((value ^ (value >> 31)) >> 8) & 0xFFFFFF
+    return (bits.to(torch.float32) / (1 << 23) - 1.0) * (STD * 3**0.5)
+
+
+def _key(seed: int, name: str) -> int:
+    digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2

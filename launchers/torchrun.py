@@ -1,0 +1,268 @@
+"""Runs trials on this machine, under torchrun."""
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import launchers
+from launchers import logs
+from launchers.base import MARKER, STARTED_AT, Clock, Ending, Job, LaunchPlan, end_marked
+from launchers.classify import Evidence, Verdict, classify, failed_ranks
+from tuner.environment import cuda_environment
+from tuner.errors import InputError, did_you_mean
+from tuner.files import read_json, to_data, write_json, write_text
+from tuner.trial import Heartbeat, Outcome, RankRecord, TrialFolder, TrialResult, TrialSpec
+
+PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}
+"""The module of each program that a spec may name."""
+
+_POLL_S = 0.1
+_LOG_LIMIT_BYTES = 64 << 20
+_FOREIGN_VARIABLES = ("TORCHELASTIC_", "PET_")
+"""Prefixes of what another torchrun around us would pass to ours."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchrunLauncher:
+    """Runs every trial as one torchrun job on this machine."""
+
+    programs: Mapping[str, str] = field(default_factory=lambda: PROGRAMS)
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """CPU cores that the ranks share."""
+    grace_s: float = 10.0
+    """Between SIGTERM and SIGKILL."""
+
+    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
+        """See Launcher. The port is the kernel's choice at the start, so two sweeps cannot collide on it."""
+        cluster = spec.cluster
+        if cluster.nodes > 1:
+            raise InputError(
+                f"cluster '{cluster.name}': nodes = {cluster.nodes}, but the torchrun launcher starts jobs "
+                "on this machine only (nodes = 1); use the Slurm launcher for more"
+            )
+        if spec.program not in self.programs:
+            known = ", ".join(sorted(self.programs))
+            raise InputError(
+                f"key 'program': unknown program '{spec.program}'{did_you_mean(spec.program, self.programs)}"
+                f"; known: {known}"
+            )
+        folder = TrialFolder(folder.path.absolute())
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1"]
+        torchrun += [f"--nproc-per-node={cluster.world_size}", "--max-restarts=0"]
+        torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=trial"]
+        torchrun += ["--local-addr=127.0.0.1", f"--log-dir={folder.log}", "--redirects=3"]
+        return LaunchPlan(
+            folder=folder.path,
+            world_size=cluster.world_size,
+            argv=(*torchrun, "-m", self.programs[spec.program], str(folder.spec), str(folder.path)),
+            env=self._environment(spec, folder),
+            files={folder.spec.name: json.dumps(to_data(spec), indent=2) + "\n"},
+            limits=spec.limits,
+        )
+
+    def run(
+        self,
+        plan: LaunchPlan,
+        stop: threading.Event,
+        on_heartbeat: Callable[[Heartbeat], None] | None = None,
+    ) -> TrialResult:
+        """See Launcher."""
+        folder, started_s = TrialFolder(plan.folder), time.monotonic()
+        try:
+            evidence = self._run(plan, folder, stop, on_heartbeat)
+            result = _result(evidence, classify(evidence), folder)
+        except OSError as error:
+            # The disk is full, the folder gone, or no process can be started: the machine's fault.
+            reason = f"the trial cannot be run in {folder.path}: {error}"
+            result = TrialResult(outcome=Outcome.INFRASTRUCTURE, reason=reason)
+        result = replace(
+            result,
+            durations=replace(result.durations, total_s=time.monotonic() - started_s),
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        with suppress(OSError):
+            write_json(folder.result, result)
+        return result
+
+    def _environment(self, spec: TrialSpec, folder: TrialFolder) -> dict[str, str]:
+        cluster = spec.cluster
+        on_cpu = cluster.device == "cpu"
+        env = {
+            MARKER: str(folder.path),
+            "PYTHONPATH": os.pathsep.join(_python_path()),
+            "PYTHONFAULTHANDLER": "1",
+            "OMP_NUM_THREADS": str(max(1, self.cores // cluster.world_size) if on_cpu else 1),
+            "GLOO_SOCKET_IFNAME": "lo",
+            # How long torchrun waits for the other ranks once one has failed.
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(self.grace_s)),
+        }
+        return env if on_cpu else env | cuda_environment(spec.layout, cluster.gpu.name)
+
+    def _run(
+        self,
+        plan: LaunchPlan,
+        folder: TrialFolder,
+        stop: threading.Event,
+        on_heartbeat: Callable[[Heartbeat], None] | None,
+    ) -> Evidence:
+        if left := end_marked(plan.env[MARKER], self.grace_s):
+            return Evidence(limits=plan.limits, exit_code=None, survivors=left)
+        _set_aside(folder)
+        folder.log.mkdir(parents=True)
+        for name, text in plan.files.items():
+            write_text(folder.path / name, text)
+        write_json(folder.plan, plan.to_data())
+        kills_before = _host_oom_kills()
+        watch = _Watch(folder, Clock(plan.limits, time.monotonic()), on_heartbeat)
+        environment = {**_inherited(), **plan.env, STARTED_AT: repr(time.time())}
+        job = Job(plan.argv, environment, folder.path, _output(folder))
+        try:
+            ending = watch.until_end(job, stop)
+            ended_at_s = time.time() if ending else math.inf
+        finally:
+            survivors = job.end(self.grace_s)
+            watch.close_gaps()
+        evidence = Evidence(
+            limits=plan.limits,
+            exit_code=job.exit_code,
+            ending=ending,
+            ended_at_s=ended_at_s,
+            survivors=survivors,
+            heartbeat=watch.clock.heartbeat,
+            host_oom_kills=_host_oom_kills() - kills_before,
+        )
+        return _with_files(evidence, folder, plan.world_size)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Looks after a running job: its heartbeats, its limits, and the size of its output."""
+
+    folder: TrialFolder
+    clock: Clock
+    on_heartbeat: Callable[[Heartbeat], None] | None
+    cut: dict[Path, bytes] = field(default_factory=dict)
+
+    def until_end(self, job: Job, stop: threading.Event) -> Ending | None:
+        """Block until the job ends by itself (None), or there is a reason to end it."""
+        while not job.ended():
+            self.look()
+            if ending := self.clock.passed(time.monotonic()):
+                return ending
+            self.cut.update(logs.bound(self.folder.log, _LOG_LIMIT_BYTES))
+            if stop.wait(_POLL_S):
+                return "stop"
+        self.look()
+        return None
+
+    def look(self) -> None:
+        """Take in the newest heartbeat."""
+        with suppress(InputError):
+            beat = read_json(Heartbeat, self.folder.heartbeat)
+            if self.clock.beat(beat, time.monotonic()) and self.on_heartbeat:
+                self.on_heartbeat(beat)
+
+    def close_gaps(self) -> None:
+        """Make the cut files plain again, now that nobody writes them."""
+        for path, earlier in self.cut.items():
+            logs.close_gap(path, earlier)
+
+
+def _python_path() -> list[str]:
+    """Where the children find our packages when they run from a checkout; the user's own entries stay."""
+    root = Path(launchers.__file__).parents[1]
+    # An installed package is found without help, and site-packages in front would hide the standard library.
+    ours = [] if root.name in {"site-packages", "dist-packages"} else [str(root)]
+    theirs = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return [*ours, *(str(Path(entry).absolute()) for entry in theirs)]
+
+
+def _inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_VARIABLES)}
+
+
+def _output(folder: TrialFolder) -> Path:
+    return folder.log / "torchrun.log"
+
+
+def _rank_logs(folder: TrialFolder) -> dict[int, list[Path]]:
+    """The output files of each rank: torchrun names a folder after the rank, below one of its own."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(folder.log.glob("*/attempt_0/*/std*.log")):
+        found.setdefault(int(path.parent.name), []).append(path)
+    return found
+
+
+def _set_aside(folder: TrialFolder) -> None:
+    """Move what an earlier attempt left out of the way; the result first: it says that the trial is done."""
+    left = (folder.result, folder.heartbeat, folder.ranks, folder.log, folder.plan)
+    stale = [path for path in left if path.exists()]
+    if not stale:
+        return
+    attempt = 1
+    while folder.set_aside(attempt).exists():
+        attempt += 1
+    folder.set_aside(attempt).mkdir()
+    for path in stale:
+        path.rename(folder.set_aside(attempt) / path.name)
+
+
+def _host_oom_kills() -> int:
+    """Processes that this kernel, or our cgroup, has killed for memory so far; 0 where neither tells."""
+    kills = 0
+    for counters in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")):
+        with suppress(OSError):
+            lines = (line.split() for line in counters.read_text(encoding="ascii").splitlines())
+            kills += sum(int(line[1]) for line in lines if line[0] == "oom_kill")
+    return kills
+
+
+def _with_files(evidence: Evidence, folder: TrialFolder, world_size: int) -> Evidence:
+    """Add what the ranks and torchrun wrote; what is torn or missing is left out."""
+    records = []
+    for rank in range(world_size):
+        with suppress(InputError):
+            records.append(read_json(RankRecord, folder.rank_record(rank)))
+    result, result_error = None, ""
+    try:
+        result = read_json(TrialResult, folder.result)
+    except InputError as error:
+        result_error = str(error) if folder.result.exists() else ""
+    report = logs.tail(_output(folder))
+    return replace(
+        evidence,
+        result=result,
+        result_error=result_error,
+        records=tuple(records),
+        exit_codes=failed_ranks(report),
+        tails={rank: "".join(map(logs.tail, paths)) for rank, paths in _rank_logs(folder).items()},
+        launcher_tail=report,
+    )
+
+
+def _result(evidence: Evidence, verdict: Verdict, folder: TrialFolder) -> TrialResult:
+    """What the program measured, under our verdict on it."""
+    if verdict.outcome is Outcome.COMPLETED and evidence.result is not None:
+        return evidence.result
+    reason = verdict.reason
+    if evidence.exit_code != 0:
+        rank_logs = _rank_logs(folder).get(-1 if verdict.rank is None else verdict.rank, [])
+        log = next((path for path in rank_logs if path.name == "stderr.log"), _output(folder))
+        reason += f" (log: {log.relative_to(folder.path)})"
+    return replace(
+        evidence.result or TrialResult(outcome=Outcome.INFRASTRUCTURE, reason=""),
+        outcome=verdict.outcome,
+        reason=reason,
+        phase=verdict.phase,
+        rank=verdict.rank,
+        metrics=None,
+        ranks=evidence.records or (evidence.result.ranks if evidence.result else ()),
+    )

@@ -1,0 +1,74 @@
+"""The one loader of the built-in models and clusters, by name or from a user's own file. No logic."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tuner.cluster import Cluster
+from tuner.errors import InputError, did_you_mean
+from tuner.files import read_yaml
+from tuner.huggingface import model_from_config
+from tuner.workload import Model
+
+ROOT = Path(__file__).parent
+
+
+def model_names() -> list[str]:
+    """The built-in models, sorted."""
+    return _names("models")
+
+
+def cluster_names() -> list[str]:
+    """The built-in clusters, sorted."""
+    return _names("clusters")
+
+
+def load_model(name_or_path: str) -> Model:
+    """Load a built-in model by name, a `.yaml` file of `Model`'s fields, or a Hugging Face `config.json`.
+
+    Raises:
+        InputError: if there is no such model or file, or the file does not describe a model.
+    """
+    path = _find("models", name_or_path, ["a .yaml file", "a Hugging Face config.json"])
+    if path.suffix != ".json":
+        return read_yaml(Model, path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from None
+    return model_from_config(data, str(path))
+
+
+def load_cluster(name_or_path: str, nodes: int | None = None) -> Cluster:
+    """Load a built-in cluster by name or a `.yaml` file of `Cluster`'s fields; `nodes` replaces its count.
+
+    Raises:
+        InputError: if there is no such cluster or file, the file describes none, or `nodes` is below 1.
+    """
+    cluster = read_yaml(Cluster, _find("clusters", name_or_path, ["a .yaml file"]))
+    if nodes is None:
+        return cluster
+    try:
+        return replace(cluster, nodes=nodes)
+    except ValueError as error:
+        raise InputError(f"cluster {name_or_path}: {error}") from None
+
+
+def _names(kind: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / kind).glob("*.yaml"))
+
+
+def _find(kind: str, name_or_path: str, files: Sequence[str]) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml", ".json"}:
+        return path
+    known = _names(kind)
+    if name_or_path in known:
+        return ROOT / kind / f"{name_or_path}.yaml"
+    raise InputError(
+        f"unknown {kind.removesuffix('s')} '{name_or_path}'{did_you_mean(name_or_path, known)}. "
+        f"Give the path of {' or '.join(files)}, or one of: {', '.join(known)}"
+    )

@@ -1,0 +1,75 @@
+"""Hold the rules against Megatron on random layouts: `python -m tests.oracle --draws 2000 --seed 7`, JSON on
+stdout.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from tests.oracle.draws import Draw, draws
+from tests.oracle.megatron import Verdict, judge, prepare
+from tuner.layout import DEFAULTS
+from tuner.rules import Violation, broken_rules
+
+
+def disagreement(verdict: Verdict, broken: tuple[Violation, ...]) -> str:
+    """Say how Megatron and the rules disagree; empty if they do not.
+
+    A layout in another than its canonical form is legal or not as its canonical form is, so there the rules
+    claim
+    nothing but their own refusal.
+    """
+    kinds = {violation.kind for violation in broken}
+    refused = bool(kinds & {"megatron", "program"})
+    if verdict.accepted and refused and "canonical" not in kinds:
+        return "Megatron takes what a rule says it refuses"
+    if not verdict.accepted and not refused:
+        return "Megatron refuses what no rule says it refuses"
+    return ""
+
+
+def report(draw: Draw, verdict: Verdict, broken: tuple[Violation, ...], how: str) -> dict[str, Any]:
+    """All that is needed to see and repeat a disagreement."""
+    layout = {knob: value for knob, value in asdict(draw.layout).items() if value != DEFAULTS[knob]}
+    return {
+        "how": how,
+        "model": draw.workload.model.name,
+        "precision": draw.workload.precision,
+        "seq_length": draw.workload.seq_length,
+        "global_batch_size": draw.workload.global_batch_size,
+        "world_size": draw.cluster.world_size,
+        "layout": layout,
+        "verdict": asdict(verdict),
+        "broken": [violation.rule for violation in broken],
+    }
+
+
+def main() -> None:
+    """Judge this worker's share of the draws."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    prepare()
+    found, alone, counts = [], Counter[str](), Counter[str]()
+    share = islice(draws(options.seed), options.worker, options.draws, options.workers)
+    for draw in share:
+        broken = broken_rules(draw.layout, draw.workload, draw.cluster)
+        verdict = judge(draw.workload, draw.layout, draw.cluster.world_size)
+        counts["accepted" if verdict.accepted else f"refused: {verdict.stage}"] += 1
+        counts["valid"] += not broken
+        if len(broken) == 1:
+            alone[broken[0].rule] += 1
+        if how := disagreement(verdict, broken):
+            found.append(report(draw, verdict, broken, how))
+    json.dump({"disagreements": found, "counts": counts, "broken_alone": alone}, sys.stdout, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Random layouts, valid and not, for tiny models with awkward sizes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from tuner.cluster import Cluster, Gpu
+from tuner.layout import Layout, layout_from
+from tuner.rules import broken_rules
+from tuner.rules.recompute import MODULES
+from tuner.space import Domain, enumerate_layouts
+from tuner.workload import Model, Workload
+
+WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """One question to Megatron and to the rules."""
+
+    workload: Workload
+    cluster: Cluster
+    layout: Layout
+
+
+def _model(name: str, **fields: Any) -> Model:
+    defaults: dict[str, Any] = {
+        "num_layers": 6,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 4,
+        "kv_channels": 8,
+        "vocab_size": 60,
+        "make_vocab_size_divisible_by": 8,
+    }
+    return Model(name=name, **{**defaults, **fields})
+
+
+_MOE: dict[str, Any] = {"num_moe_experts": 6, "moe_ffn_hidden_size": 16, "moe_router_topk": 2}
+_MLA: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 10,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "qk_layernorm": True,
+}
+
+MODELS: tuple[Model, ...] = (
+    _model("dense"),
+    _model(
+        "odd-heads",
+        num_attention_heads=6,
+        num_query_groups=3,
+        kv_channels=6,
+        hidden_size=30,
+        ffn_hidden_size=36,
+    ),
+    _model(
+        "one-group",
+        num_attention_heads=8,
+        num_query_groups=1,
+        kv_channels=2,
+        num_layers=7,
+        ffn_hidden_size=40,
+    ),
+    _model("two-groups", num_attention_heads=8, num_query_groups=2, num_layers=8, window_size=(7, 0)),
+    _model(
+        "old",
+        num_layers=10,
+        gated_linear_unit=False,
+        activation_func="gelu",
+        normalization="LayerNorm",
+        position_embedding_type="learned_absolute",
+        max_position_embeddings=64,
+        add_bias_linear=True,
+        share_embeddings_and_output_weights=True,
+    ),
+    _model("dense-mtp", num_layers=5, mtp_num_layers=1),
+    _model("moe", **_MOE),
+    _model(
+        "moe-shared",
+        **{**_MOE, "num_moe_experts": 8},
+        moe_shared_expert_intermediate_size=24,
+        moe_layer_freq=2,
+    ),
+    _model("moe-odd", **{**_MOE, "moe_ffn_hidden_size": 18}, num_layers=9, num_query_groups=2),
+    _model("moe-bias", **_MOE, add_bias_linear=True, num_layers=4),
+    _model("moe-top-1", **{**_MOE, "moe_router_topk": 1}, num_layers=4),
+    _model(
+        "latent",
+        **_MLA,
+        **{**_MOE, "num_moe_experts": 8},
+        moe_shared_expert_intermediate_size=16,
+        moe_layer_freq=(0, 1, 1, 1, 1, 1, 1),
+        num_layers=7,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        mtp_num_layers=1,
+    ),
+    _model(
+        "latent-dense",
+        **{**_MLA, "q_lora_rank": None},
+        num_layers=4,
+        num_attention_heads=6,
+        num_query_groups=6,
+    ),
+)
+
+_SIZES = (1, 1, 1, 2, 2, 3, 4, 6, 8)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "tp": _SIZES,
+    "pp": _SIZES,
+    "vpp": (1, 1, 1, 2, 3, 4),
+    "cp": (1, 1, 1, 2, 3, 4, 8),
+    "ep": _SIZES,
+    "etp": (1, 1, 1, 2, 3, 4),
+    "sp": (False, True),
+    "micro_batch_size": (1, 1, 2, 3, 4),
+    "num_layers_in_first_pipeline_stage": (0, 0, 0, 1, 2, 3, 4, 6),
+    "num_layers_in_last_pipeline_stage": (0, 0, 0, 1, 2, 3, 4, 6),
+    "account_for_embedding_in_pipeline_split": (False, False, True),
+    "account_for_loss_in_pipeline_split": (False, False, True),
+    "microbatch_group_size_per_vp_stage": (0, 0, 0, 2, 3, 4, 5, 6, 8),
+    "recompute_granularity": ("none", "selective", "full", "full"),
+    "recompute_method": ("none", "uniform", "block"),
+    "recompute_num_layers": (0, 0, 1, 2, 3),
+    "recompute_modules": ("none", "none", *MODULES, "layernorm+mlp", "moe+core_attn", "core_attn+layernorm"),
+    "use_distributed_optimizer": (True, False),
+    "overlap_grad_reduce": (False, True),
+    "overlap_param_gather": (False, True),
+    "overlap_p2p_comm": (False, True),
+    "tp_comm_overlap": (False, False, False, False, True),
+    "moe_token_dispatcher_type": ("alltoall", "alltoall", "allgather", "flex"),
+    "moe_shared_expert_overlap": (False, False, True),
+    "overlap_moe_expert_parallel_comm": (False, False, False, False, True),
+    "delay_wgrad_compute": (False, False, False, False, True),
+}
+
+_GRID = (
+    *("tp", "pp", "vpp", "cp", "ep", "etp", "sp", "micro_batch_size"),
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
+_RECOMPUTE: tuple[dict[str, Any], ...] = tuple(
+    {
+        "recompute_granularity": how,
+        "recompute_method": method,
+        "recompute_num_layers": layers,
+        "recompute_modules": names,
+    }
+    for how, method, layers, names in (
+        ("none", "none", 0, "none"),
+        ("full", "uniform", 1, "none"),
+        ("full", "uniform", 2, "none"),
+        ("full", "uniform", 3, "none"),
+        ("full", "block", 1, "none"),
+        ("full", "block", 2, "none"),
+        *(
+            ("selective", "none", 0, names)
+            for names in ("none", "layernorm", "mlp", "moe", "core_attn+layernorm")
+        ),
+        *(("selective", "none", 0, names) for names in ("mla_up_proj", "shared_experts", "layernorm+moe")),
+    )
+)
+_LIFTED = frozenset({"uneven-split-balanced", "interleaving-overlaps-p2p"})
+
+
+def draws(seed: int) -> Iterator[Draw]:
+    """Endless draws: valid layouts, valid ones with one or two knobs changed, and some with every knob at
+    random.
+    """
+    random = Random(seed)
+    while True:
+        workload = Workload(
+            model=random.choice(MODELS),
+            seq_length=random.choice((16, 24, 32, 36)),
+            global_batch_size=random.choice((8, 12, 16, 24)),
+            precision=random.choice(("fp32", "bf16")),
+        )
+        cluster = cpu_cluster(random.choice(WORLD_SIZES))
+        layout = next(filter(None, (_valid(workload, cluster, random) for _ in range(5))), None)
+        if layout is None or random.random() < 0.1:
+            layout = Layout(**{knob: random.choice(values) for knob, values in _CHOICES.items()})
+        else:
+            for knob in random.sample(sorted(_CHOICES), random.choice((0, 0, 1, 1, 1, 2))):
+                layout = replace(layout, **{knob: random.choice(_CHOICES[knob])})
+        yield Draw(workload=workload, cluster=cluster, layout=layout)
+
+
+def cpu_cluster(world_size: int) -> Cluster:
+    """CPU ranks in one NVLink domain."""
+    return Cluster(
+        name=f"cpu-{world_size}",
+        device="cpu",
+        gpu=Gpu(name="cpu", memory_gib=4, peak_tflops={"fp32": 0.05}, memory_bandwidth_gb_per_s=10),
+        gpus_per_node=world_size,
+        nvlink_domain_gpus=world_size,
+        nvlink_bandwidth_gb_per_s=1,
+        nvlink_latency_us=10,
+        fabric_bandwidth_gb_per_s=1,
+        fabric_latency_us=10,
+    )
+
+
+def _valid(workload: Workload, cluster: Cluster, random: Random) -> Layout | None:
+    """A layout that the rules call valid, if one is found: grids and split first, then knob by knob."""
+    # A few candidates a knob, at random: every grid can come up, and no table grows large.
+    domain: Domain = {
+        knob: tuple(random.sample(_CHOICES[knob], min(3, len(_CHOICES[knob])))) for knob in _GRID
+    }
+    grids = enumerate_layouts(workload, cluster, domain, lifted=_LIFTED).table
+    if not len(grids):
+        return None
+    row = grids.iloc[random.randrange(len(grids))]
+    layout = layout_from({str(knob): value for knob, value in row.items()})
+    others = sorted(set(_CHOICES) - set(_GRID) - set(_RECOMPUTE[0]))
+    changes: list[dict[str, Any]] = [{knob: random.choice(_CHOICES[knob])} for knob in others]
+    for change in random.sample([random.choice(_RECOMPUTE), *changes], len(changes) + 1):
+        changed = replace(layout, **change)
+        if not broken_rules(changed, workload, cluster, _LIFTED):
+            layout = changed
+    return layout

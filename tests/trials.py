@@ -1,0 +1,122 @@
+"""Trials for tests: nouns and folders as a sweep leaves them, with measurements made from one step time."""
+
+from pathlib import Path
+
+from tuner.cluster import Cluster, Gpu
+from tuner.files import write_json
+from tuner.layout import Layout
+from tuner.report import TrialRow, TrialSource, trial_folder
+from tuner.trial import Durations, Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.workload import Model, Workload
+
+MODEL = Model(
+    name="test-gpt",
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=256,
+)
+
+WORKLOAD = Workload(model=MODEL, seq_length=128, global_batch_size=16, precision="bf16")
+
+CLUSTER = Cluster(
+    name="test-cluster",
+    device="cuda",
+    gpu=Gpu(name="H100", memory_gib=79.1, peak_tflops={"bf16": 989.4}, memory_bandwidth_gb_per_s=3350.0),
+    nodes=1,
+    gpus_per_node=8,
+    nvlink_domain_gpus=8,
+    nvlink_bandwidth_gb_per_s=450.0,
+    nvlink_latency_us=2.0,
+    fabric_bandwidth_gb_per_s=50.0,
+    fabric_latency_us=5.0,
+)
+
+
+def spec_of(number: int, layout: Layout, *, sweep: str = "night", cluster: Cluster = CLUSTER) -> TrialSpec:
+    return TrialSpec(sweep=sweep, number=number, workload=WORKLOAD, cluster=cluster, layout=layout)
+
+
+def metrics_of(step_time_ms: float, half_interval_ms: float = 1.0, peak_gib: float = 10.0) -> Metrics:
+    tokens_per_s = WORKLOAD.tokens_per_step / (step_time_ms / 1000)
+    return Metrics(
+        step_times_ms=(
+            step_time_ms - 2 * half_interval_ms,
+            step_time_ms,
+            step_time_ms + 2 * half_interval_ms,
+        ),
+        step_time_ms=step_time_ms,
+        step_time_low_ms=step_time_ms - half_interval_ms,
+        step_time_high_ms=step_time_ms + half_interval_ms,
+        losses=(5.5, 5.4, 5.3, 5.2, 5.1, 5.0),
+        grad_norms=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
+        tokens_per_s_per_gpu=tokens_per_s / CLUSTER.world_size,
+        model_tflops_per_s_per_gpu=40_000.0 / step_time_ms,
+        mfu=40.0 / step_time_ms,
+        peak_allocated_gib=peak_gib,
+        peak_reserved_gib=peak_gib + 1.5,
+    )
+
+
+def completed_row(
+    number: int,
+    step_time_ms: float,
+    *,
+    layout: Layout | None = None,
+    source: str = "sampler",
+    note: str = "",
+    half_interval_ms: float = 1.0,
+    peak_gib: float = 10.0,
+) -> TrialRow:
+    result = TrialResult(
+        outcome=Outcome.COMPLETED,
+        reason="3 steps measured",
+        metrics=metrics_of(step_time_ms, half_interval_ms, peak_gib),
+        durations=Durations(startup_s=8.0, build_s=1.0, warmup_s=2.0, measure_s=3.0, total_s=15.0),
+        versions={"torch": "2.13.0", "megatron-core": "0.16.1"},
+        device_name="NVIDIA H100 80GB HBM3",
+        finished_at=f"2026-03-01T02:{number:02d}:00+00:00",
+    )
+    return TrialRow(
+        number=number,
+        source=source,
+        note=note,
+        layout=layout or Layout(micro_batch_size=number + 1),
+        result=result,
+    )
+
+
+def failed_row(
+    number: int,
+    outcome: Outcome = Outcome.OOM,
+    reason: str = "rank 3 ran out of memory",
+    *,
+    source: str = "sampler",
+) -> TrialRow:
+    result = TrialResult(
+        outcome=outcome,
+        reason=reason,
+        phase="warmup",
+        rank=3,
+        durations=Durations(startup_s=8.0, total_s=12.0),
+        versions={"torch": "2.13.0"},
+        finished_at=f"2026-03-01T02:{number:02d}:00+00:00",
+    )
+    return TrialRow(
+        number=number, source=source, note="", layout=Layout(tp=2, micro_batch_size=number + 1), result=result
+    )
+
+
+def write_trial(results: Path, row: TrialRow) -> TrialFolder:
+    """Write a trial's folder as the sweep, the launcher and the program leave it."""
+    folder = trial_folder(results, row.number)
+    folder.log.mkdir(parents=True, exist_ok=True)
+    write_json(folder.source, TrialSource(source=row.source, note=row.note))
+    write_json(folder.spec, spec_of(row.number, row.layout))
+    write_json(folder.plan, {"argv": ["torchrun", "--nproc-per-node=8"]})
+    write_json(folder.result, row.result)
+    (folder.log / "stderr.log").write_text(f"output of trial {row.number}\n")
+    return folder

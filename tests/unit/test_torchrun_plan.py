@@ -1,0 +1,167 @@
+"""What a torchrun launcher would do, decided without doing it; and the limits and logs that it watches."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launchers import logs
+from launchers.base import Clock, Ending
+from launchers.torchrun import TorchrunLauncher
+from tests.trials import CLUSTER, spec_of
+from tuner.cluster import Cluster
+from tuner.environment import cuda_environment
+from tuner.errors import InputError
+from tuner.files import parse
+from tuner.layout import Layout
+from tuner.trial import Heartbeat, Limits, TrialFolder, TrialSpec
+
+CPU = replace(CLUSTER, device="cpu", gpus_per_node=4)
+FOLDER = TrialFolder(Path("/nowhere/a 'night'/t0000"))
+
+
+def test_planning_touches_nothing_and_starts_one_rank_a_gpu(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path / "t0000")
+    plan = TorchrunLauncher().plan(spec_of(0, Layout()), folder)
+    assert not folder.path.exists()
+    assert "--nproc-per-node=8" in plan.argv
+    assert plan.argv[-3:] == ("launchers.programs.megatron_core", str(folder.spec), str(folder.path))
+
+
+def test_the_plan_holds_the_whole_spec() -> None:
+    spec = spec_of(3, Layout(tp=2, sp=True))
+    plan = TorchrunLauncher().plan(spec, FOLDER)
+    assert parse(TrialSpec, json.loads(plan.files["spec.json"]), "plan") == spec
+
+
+def test_the_plan_is_the_same_each_time_and_plain_data() -> None:
+    launcher, spec = TorchrunLauncher(), spec_of(0, Layout())
+    data = launcher.plan(spec, FOLDER).to_data()
+    assert data == launcher.plan(spec, FOLDER).to_data()
+    assert json.loads(json.dumps(data)) == data
+
+
+@given(st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1))
+def test_a_shell_reads_the_command_back_as_planned_whatever_the_folder_is_called(name: str) -> None:
+    plan = TorchrunLauncher().plan(spec_of(0, Layout()), TrialFolder(Path("/results", name)))
+    words = shlex.split(plan.shell_command())
+    variables = [f"{key}={value}" for key, value in plan.env.items()]
+    assert words == ["cd", str(plan.folder), "&&", "env", *variables, *plan.argv]
+
+
+def test_several_nodes_are_refused_with_the_figure() -> None:
+    cluster = replace(CLUSTER, nodes=2)
+    with pytest.raises(InputError, match=r"'test-cluster': nodes = 2, but the torchrun launcher"):
+        TorchrunLauncher().plan(spec_of(0, Layout(), cluster=cluster), FOLDER)
+
+
+def test_an_unknown_program_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(InputError, match=r"'megatron-core' \(did you mean 'megatron_core'\?\)"):
+        TorchrunLauncher().plan(replace(spec_of(0, Layout()), program="megatron-core"), FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "cores", "threads"), [(CPU, 2, "1"), (CPU, 4, "1"), (CPU, 16, "4"), (CLUSTER, 64, "1")]
+)
+def test_cpu_ranks_share_the_cores(cluster: Cluster, cores: int, threads: str) -> None:
+    plan = TorchrunLauncher(cores=cores).plan(spec_of(0, Layout(), cluster=cluster), FOLDER)
+    assert plan.env["OMP_NUM_THREADS"] == threads
+
+
+def test_only_cuda_jobs_get_the_variables_of_cuda() -> None:
+    launcher, layout = TorchrunLauncher(), Layout(tp=2)
+    assert launcher.plan(spec_of(0, layout), FOLDER).env["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in launcher.plan(spec_of(0, layout, cluster=CPU), FOLDER).env
+
+
+@pytest.mark.parametrize(
+    ("gpu", "layout", "connections"),
+    [
+        ("H100", Layout(), "8"),
+        ("H100", Layout(tp=2), "1"),
+        ("A100-SXM4-80GB", Layout(cp=2), "1"),
+        ("H100", Layout(tp=2, ep=2, overlap_moe_expert_parallel_comm=True), "8"),
+        ("H100", Layout(tp=2, ep=2, moe_token_dispatcher_type="flex"), "32"),
+        ("NVIDIA B200", Layout(tp=2), "32"),
+        ("GB300", Layout(), "32"),
+    ],
+)
+def test_the_hardware_queues_follow_the_gpu_and_its_overlaps(
+    gpu: str, layout: Layout, connections: str
+) -> None:
+    assert cuda_environment(layout, gpu) == {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
+
+
+def test_the_users_own_python_path_stays_and_is_made_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/opt/megatron:relative")
+    entries = TorchrunLauncher().plan(spec_of(0, Layout()), FOLDER).env["PYTHONPATH"].split(":")
+    assert entries[-2:] == ["/opt/megatron", str(Path("relative").absolute())]
+
+
+LIMITS = Limits(startup_s=10.0, step_s=5.0, trial_s=100.0)
+
+
+def clock(step: int | None, seen_s: float) -> Clock:
+    clock = Clock(LIMITS, started_s=1000.0)
+    if step is not None:
+        clock.beat(Heartbeat(phase="measure", step=step, time_s=0.0), seen_s)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("step", "seen_s", "now_s", "passed"),
+    [
+        (None, 0.0, 1010.0, None),
+        (None, 0.0, 1010.1, "startup"),
+        (0, 1009.0, 1010.1, "startup"),  # a heartbeat before the first step ended does not stretch the start
+        (1, 1009.0, 1014.0, None),
+        (1, 1009.0, 1014.1, "step"),
+        (7, 1099.0, 1100.1, "trial"),
+    ],
+)
+def test_a_limit_is_passed_only_after_its_time(
+    step: int | None, seen_s: float, now_s: float, passed: Ending | None
+) -> None:
+    assert clock(step, seen_s).passed(now_s) == passed
+
+
+def test_a_heartbeat_seen_again_is_no_sign_of_life() -> None:
+    watch = clock(1, 1009.0)
+    assert not watch.beat(Heartbeat(phase="measure", step=1, time_s=0.0), 1013.0)
+    assert watch.passed(1014.1) == "step"
+    assert watch.beat(Heartbeat(phase="measure", step=2, time_s=0.0), 1014.1)
+    assert watch.passed(1014.2) is None
+
+
+def test_logs_within_their_limit_are_left_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_bytes(b"x" * (2 << 20))
+    assert logs.bound(tmp_path, 3 << 20) == {}
+    assert (tmp_path / "a.log").stat().st_size == 2 << 20
+
+
+@pytest.mark.parametrize("after_the_cut", [b"", b" and newest"])
+def test_a_log_cut_under_its_writer_keeps_the_first_and_the_newest_output(
+    after_the_cut: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "rank" / "stdout.log"
+    path.parent.mkdir()
+    with path.open("wb", buffering=0) as writer:
+        writer.write(b"first" + b"x" * (8 << 20) + b"new")
+        cut = logs.bound(tmp_path, 4 << 20)
+        writer.write(after_the_cut)
+        assert path.stat().st_blocks * 512 < 4 << 20
+    assert list(cut) == [path]
+    logs.close_gap(path, cut[path])
+    text = path.read_bytes()
+    assert text.startswith(b"firstx") and text.endswith(b"xnew" + after_the_cut)
+    assert b"\0" not in text and len(text) < 3 << 20
+
+
+def test_the_tail_of_what_is_no_text_or_not_there_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_bytes(b"\xff\xfe broken")
+    assert logs.tail(tmp_path / "a.log").endswith(" broken")
+    assert logs.tail(tmp_path / "missing.log") == ""

@@ -1,0 +1,95 @@
+"""What several commands share: their arguments, and the way from a sweep file to its table."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from tuner.cluster import Cluster
+from tuner.errors import InputError
+from tuner.files import parse
+from tuner.layout import Layout
+from tuner.results import SweepFolder
+from tuner.space import Space, enumerate_layouts
+from tuner.sweep_file import Sweep, load_sweep
+
+SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
+ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]
+ResultsFolder = Annotated[
+    Path, typer.Argument(metavar="RESULTS", help="A sweep's results folder, results/<sweep>, or just <sweep>.")
+]
+Knobs = Annotated[list[str], typer.Argument(metavar="KNOB=VALUE...", help="The layout: tp=2 pp=4 sp=true ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+stdout = Console(soft_wrap=False, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A sweep and the table of its valid layouts."""
+
+    sweep: Sweep
+    space: Space
+
+
+def detect() -> Cluster:
+    """This machine; imported late, since it asks the driver."""
+    from launchers.detect import detect_cluster
+
+    return detect_cluster()
+
+
+def load(path: Path) -> Loaded:
+    """Read a sweep file and enumerate its valid layouts."""
+    sweep = load_sweep(path, detect)
+    return Loaded(sweep, enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted))
+
+
+def results_folder(folder: Path) -> SweepFolder:
+    """The results folder a user means by its path or by the sweep's name alone."""
+    candidate = folder if folder.exists() else Path("results") / folder
+    if not candidate.is_dir():
+        raise InputError(f"{folder}: there is no such results folder (nor {candidate})")
+    return SweepFolder(candidate)
+
+
+def parse_layout(pairs: list[str]) -> Layout:
+    """A layout from `KNOB=VALUE` words."""
+    data: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise InputError(f"'{pair}': write a knob as NAME=VALUE, as in tp=2")
+        try:
+            data[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"'{pair}': the value cannot be read") from None
+    return parse(Layout, data, "layout")
+
+
+def print_json(data: Any) -> None:
+    """Print data for a script: plain JSON, never wrapped or coloured."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def check_not_empty(loaded: Loaded, source: Path) -> None:
+    """Refuse a space without a valid layout, saying which rules emptied it.
+
+    Raises:
+        InputError: with the count of combinations that each rule removed.
+    """
+    if len(loaded.space.table):
+        return
+    counts = sorted(loaded.space.rejected.items(), key=lambda item: -item[1])
+    lines = [f"  {count:>14,}  {rule}" for rule, count in counts if count]
+    raise InputError(
+        f"{source}: none of {loaded.space.combinations:,} combinations is a valid layout. Removed by rule:\n"
+        + "\n".join(lines)
+        + f"\nTry one layout with `megatune explain {source} tp=1 pp=1` to read what a rule asks for."
+    )

@@ -1,0 +1,120 @@
+"""The sweep while it runs: a live line on a terminal, one plain line a trial anywhere else."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from tuner.layout import Layout
+from tuner.report import TrialRow, TrialSource
+from tuner.sweep import Progress
+from tuner.trial import Heartbeat
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a glance takes it: `45s`, `7m05s`, `3h10m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def standing(progress: Progress) -> str:
+    """Trials done of how many, best so far, time and budget left."""
+    parts = [f"{progress.finished}/{progress.budget} trials"]
+    if progress.best is not None and progress.best.result.metrics is not None:
+        metrics = progress.best.result.metrics
+        parts.append(f"best {metrics.step_time_ms:,.1f} ms (trial {progress.best.number}: {progress.best.layout.label()})")
+    if progress.pruned:
+        parts.append(f"{progress.pruned} ruled out by memory")
+    left_s = progress.used_s / progress.finished * (progress.budget - progress.finished) if progress.finished else None
+    if progress.left_s is not None:
+        left_s = progress.left_s if left_s is None else min(left_s, progress.left_s)
+    parts.append(f"{duration(progress.used_s)} used" + ("" if left_s is None else f", about {duration(left_s)} left"))
+    return " | ".join(parts)
+
+
+def outcome_line(row: TrialRow, pruned: int) -> str:
+    """One line about an ended trial."""
+    metrics = row.result.metrics
+    if metrics is None:
+        told = f"{row.result.outcome}: {row.result.reason}"
+    else:
+        half = (metrics.step_time_high_ms - metrics.step_time_low_ms) / 2
+        told = (
+            f"{metrics.step_time_ms:,.1f} ms (+-{half:,.1f}), {metrics.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, "
+            f"peak {metrics.peak_allocated_gib:.3f} GiB"
+        )
+    ruled_out = f"; rules out {pruned} more" if pruned else ""
+    return f"trial {row.number} [{row.source}] {row.layout.label()}: {told}{ruled_out} ({duration(row.result.durations.total_s)})"
+
+
+class PlainProgress:
+    """One line a trial, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
+
+    def started(self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress) -> None:
+        """Says only that a trial is tried again."""
+        if attempt > 1:
+            self._console.print(f"trial {number}: attempt {attempt}", markup=False)
+
+    def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
+        """Nothing: a log wants no heartbeats."""
+
+    def finished(self, row: TrialRow, pruned: int, progress: Progress) -> None:
+        """The trial's line, and where the sweep stands."""
+        self._console.print(outcome_line(row, pruned), markup=False)
+        self._console.print(f"    {standing(progress)}", markup=False)
+
+
+class LiveProgress(PlainProgress):
+    """The same lines, and below them a live one about the running trial."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._render)
+        self._head, self._phase, self._standing, self._since = "", "", "", time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def started(self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress) -> None:
+        """A trial begins."""
+        super().started(number, attempt, layout, origin, progress)
+        self._head = f"trial {number} [{origin.source}] {layout.label()}"
+        self._phase, self._standing, self._since = "starting", standing(progress), time.monotonic()
+
+    def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
+        """The running trial's phase and step."""
+        self._phase = f"{heartbeat.phase}, step {heartbeat.step}"
+
+    def finished(self, row: TrialRow, pruned: int, progress: Progress) -> None:
+        """The trial's line goes above the live one."""
+        self._standing = standing(progress)
+        self._console.print(outcome_line(row, pruned), markup=False)
+
+    def _render(self) -> Text:
+        elapsed = duration(time.monotonic() - self._since)
+        return Text.from_markup(
+            f"[bold]{escape(self._head)}[/] {escape(self._phase)} ({elapsed})\n[dim]{escape(self._standing)}[/]"
+        )

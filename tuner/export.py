@@ -1,0 +1,352 @@
+"""The override: a measured layout in the form that a launcher takes, with the evidence on top. Pure."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+import yaml
+
+from tuner.environment import cuda_environment
+from tuner.files import to_data
+from tuner.layout import Layout, module_names
+from tuner.trial import Metrics, TrialSpec
+
+
+class Format(StrEnum):
+    """What an override is written for."""
+
+    BRIDGE_CLI = "bridge-cli"
+    BRIDGE_PYTHON = "bridge-python"
+    MEGATRON_LM = "megatron-lm"
+    YAML = "yaml"
+    JSON = "json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Another trial against ours: its step time over ours, above 1 where ours is faster."""
+
+    trial: int
+    label: str
+    ratio: float
+    ratio_low: float
+    """From the near ends of both 95% intervals, so wider than a 95% interval of the ratio."""
+    ratio_high: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether the two 95% intervals overlap."""
+        return self.ratio_low <= 1 <= self.ratio_high
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What was measured of the exported layout, and how sure it is."""
+
+    trial: int
+    metrics: Metrics
+    rival: Comparison | None
+    """The fastest trial of another layout; None where no other completed."""
+    baseline: Comparison | None
+    """None where no baseline completed."""
+    versions: Mapping[str, str]
+    device_name: str
+
+    def gain_sentence(self) -> str:
+        """The gain over the baseline, with its noise."""
+        start = self.baseline
+        if start is None:
+            return "No baseline completed: the gain is unknown."
+        if start.trial == self.trial:
+            return "This is the baseline itself."
+        noise = "; within noise" if start.is_tie else ""
+        return (
+            f"{start.ratio:.3f}x the throughput of the baseline, t{start.trial:04d} {start.label} "
+            f"({start.ratio_low:.3f}x to {start.ratio_high:.3f}x by the ends of both 95% intervals{noise})."
+        )
+
+    def certainty_sentence(self) -> str:
+        """How sure the ranking is."""
+        steps = f"{len(self.metrics.step_times_ms)} timed steps"
+        if self.rival is None:
+            return f"{steps}; no other layout completed, so there is nothing to compare with."
+        rival = self.rival
+        other = f"the fastest other layout, t{rival.trial:04d} {rival.label}"
+        verdict = (
+            "tie within noise, the 95% intervals overlap"
+            if rival.is_tie
+            else "clear, the 95% intervals are apart"
+        )
+        return f"{steps}; {other}, differs by {rival.ratio - 1:+.1%} in step time: {verdict}."
+
+
+_NONE_AT_ZERO = {
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "microbatch_group_size_per_vp_stage",
+    "recompute_num_layers",
+}
+
+_COMM_OVERLAP = "comm_overlap"
+_COMM_OVERLAP_CLASS = "megatron.bridge.training.comm_overlap.CommOverlapConfig"
+
+
+def megatron_value(knob: str, value: Any) -> Any:
+    """A knob's value as Megatron has it: our 0 and `none` are its None, and so is a vpp of 1."""
+    if knob == "recompute_modules":
+        return list(module_names(value)) or None
+    if value == "none" or (knob in _NONE_AT_ZERO and value == 0) or (knob == "vpp" and value == 1):
+        return None
+    return value
+
+
+def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any]:
+    """Megatron's values by `group.field`: of the knobs that differ from `base`, of every knob without one."""
+    return {
+        knob.metadata["megatron"]: megatron_value(knob.name, getattr(layout, knob.name))
+        for knob in fields(Layout)
+        if base is None or getattr(layout, knob.name) != getattr(base, knob.name)
+    }
+
+
+def bridge_settings(layout: Layout) -> dict[str, Any]:
+    """Every field of Megatron Bridge's ConfigContainer that selects `layout`, whatever the recipe had.
+
+    Source: Megatron Bridge, training/comm_overlap.py (`CommOverlapConfig`) and training/config.py.
+    """
+    settings = megatron_fields(layout)
+    overlaps = {path: value for path, value in settings.items() if path.startswith(f"{_COMM_OVERLAP}.")}
+    settings = {path: value for path, value in settings.items() if path not in overlaps}
+    # A recipe's own placement of layers would win over the sizes that were measured.
+    settings["model.pipeline_model_parallel_layout"] = None
+    # Bridge shards the optimizer if either of the two asks for it; its own recipes set the gather in both.
+    settings["optimizer.use_distributed_optimizer"] = layout.use_distributed_optimizer
+    settings["optimizer.overlap_param_gather"] = layout.overlap_param_gather
+    if not any(overlaps.values()):
+        # Without a CommOverlapConfig only `ddp` counts; with one, its defaults would win over `ddp`.
+        return {**settings, _COMM_OVERLAP: None}
+    return {
+        **settings,
+        **overlaps,
+        f"{_COMM_OVERLAP}.batch_p2p_comm": not layout.overlap_p2p_comm,
+        f"{_COMM_OVERLAP}.overlap_grad_reduce": layout.overlap_grad_reduce,
+        f"{_COMM_OVERLAP}.overlap_param_gather": layout.overlap_param_gather,
+        # A recipe's user-buffer preset belongs to its own tp and micro-batch.
+        f"{_COMM_OVERLAP}.tp_comm_overlap_cfg": None,
+    }
+
+
+def bridge_changes(layout: Layout, base: Layout | None) -> dict[str, Any]:
+    """The part of `bridge_settings` that a recipe with the layout `base` lacks; all of it without one."""
+    wanted = bridge_settings(layout)
+    if base is None:
+        return wanted
+    present = bridge_settings(base)
+    changed = {path for path, value in wanted.items() if path not in present or present[path] != value}
+    if _differ(layout, base, _STAGES):
+        changed.add("model.pipeline_model_parallel_layout")
+    # Bridge chooses overlaps by these sizes wherever the recipe leaves them open, so then all are stated.
+    if any(_is_overlap(path) for path in changed) or _differ(layout, base, ("tp", "pp", "vpp", "cp")):
+        changed |= {path for path in wanted if _is_overlap(path)}
+    return {path: value for path, value in wanted.items() if path in changed}
+
+
+_STAGES = ("pp", "vpp", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+
+
+def _differ(layout: Layout, base: Layout, knobs: tuple[str, ...]) -> bool:
+    return any(getattr(layout, knob) != getattr(base, knob) for knob in knobs)
+
+
+def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
+    """Megatron-LM's arguments for a layout: flag to values; none for a flag that stands alone.
+
+    Source: Megatron-LM, megatron/training/arguments.py; interleaving turns p2p overlap on by itself there.
+    """
+    arguments: dict[str, list[str]] = {}
+    for knob in fields(Layout):
+        value = megatron_value(knob.name, getattr(layout, knob.name))
+        if knob.name == "overlap_p2p_comm":
+            value = layout.vpp > 1 and not layout.overlap_p2p_comm
+        if value is True:
+            arguments[knob.metadata["flag"]] = []
+        elif isinstance(value, list):
+            arguments[knob.metadata["flag"]] = value
+        elif value is not None and value is not False:
+            arguments[knob.metadata["flag"]] = [str(value)]
+    return arguments
+
+
+def export(
+    format: Format, spec: TrialSpec, figures: Figures, rerun_command: str, recipe_layout: Layout | None = None
+) -> str:
+    """Write the override that selects a measured layout, ending with a newline.
+
+    Args:
+        format: what it is for.
+        spec: the measured trial's.
+        figures: its measurements; they head the text as comments (in JSON as fields).
+        rerun_command: the shell command that runs the trial again.
+        recipe_layout: the layout that the recipe has now: only what differs is written; None writes all.
+    """
+    environment = (
+        cuda_environment(spec.layout, spec.cluster.gpu.name) if spec.cluster.device == "cuda" else {}
+    )
+    changes = bridge_changes(spec.layout, recipe_layout)
+    # Always pinned: Bridge's benchmark recipes rescale it with dp, which would change the training.
+    changes["train.global_batch_size"] = spec.workload.global_batch_size
+    if format is Format.JSON:
+        return _json(spec, figures, rerun_command, changes, environment)
+    header = _evidence(spec, figures, rerun_command)
+    if format is Format.MEGATRON_LM:
+        lines = [*header, *_megatron_lm_usage(spec.layout, recipe_layout, environment)]
+        return _comments(lines) + _megatron_lm(spec, recipe_layout)
+    if format is Format.BRIDGE_PYTHON:
+        return _comments(header) + _bridge_python(changes, environment)
+    lines = [
+        *header,
+        *(f"set in the job's environment: export {name}={value}" for name, value in environment.items()),
+    ]
+    if format is Format.YAML:
+        lines.append("for process_config_with_overrides(config, config_filepath=<this file>)")
+        return _comments(lines) + yaml.safe_dump(_nested(_with_class(changes)), sort_keys=False)
+    lines += [
+        "append to the command line of run_recipe.py",
+        "++ and not the plain form: it also works where the recipe's model config is nested or lacks the key",
+    ]
+    return _comments(lines) + _continued(
+        [f"++{path}={_hydra(value)}" for path, value in _with_class(changes).items()]
+    )
+
+
+def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
+    metrics, workload, cluster = figures.metrics, spec.workload, spec.cluster
+    mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
+    reserved = "" if metrics.peak_reserved_gib is None else f", {metrics.peak_reserved_gib:.2f} GiB reserved"
+    versions = ", ".join(f"{name} {text}" for name, text in figures.versions.items())
+    return [
+        f"megatune: trial t{figures.trial:04d} of sweep {spec.sweep}",
+        f"{workload.model.name}, {workload.seq_length} tokens a sample, "
+        f"global batch {workload.global_batch_size}, {workload.precision}, "
+        f"on {cluster.world_size} GPUs of {cluster.name}",
+        f"layout: {spec.layout.label()}",
+        f"step time: {metrics.step_time_ms:,.2f} ms (median; 95% interval {metrics.step_time_low_ms:,.2f} to "
+        f"{metrics.step_time_high_ms:,.2f} ms)",
+        f"throughput: {metrics.tokens_per_s_per_gpu:,.1f} tokens/s/GPU, "
+        f"{metrics.model_tflops_per_s_per_gpu:.4g} model TFLOP/s/GPU{mfu}",
+        f"peak memory: {metrics.peak_allocated_gib:.2f} GiB allocated{reserved} (worst rank)",
+        f"how sure: {figures.certainty_sentence()}",
+        f"gain: {figures.gain_sentence()}",
+        f"measured on {figures.device_name or cluster.gpu.name} with {versions or 'unrecorded versions'}",
+        f"run it again: {rerun_command}",
+    ]
+
+
+def _comments(lines: list[str]) -> str:
+    # A line break of any kind in a name must not turn the rest of it into code.
+    clean = ("".join(letter if letter.isprintable() else " " for letter in line) for line in lines)
+    return "".join(f"# {line}\n" for line in clean)
+
+
+def _with_class(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the class of `comm_overlap`: where a recipe has None, Bridge builds it from the fields."""
+    if any(path.startswith(f"{_COMM_OVERLAP}.") for path in changes):
+        return {**changes, f"{_COMM_OVERLAP}._target_": _COMM_OVERLAP_CLASS}
+    return dict(changes)
+
+
+def _is_overlap(path: str) -> bool:
+    return path.split(".")[0] == _COMM_OVERLAP
+
+
+def _hydra(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+
+
+def _continued(arguments: list[str]) -> str:
+    return " \\\n".join(shlex.quote(argument) for argument in arguments) + "\n"
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in settings.items():
+        group, _, name = path.partition(".")
+        if name:
+            tree.setdefault(group, {})[name] = value
+        else:
+            tree[group] = value
+    return tree
+
+
+def _bridge_python(changes: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    overlap = any(path.startswith(f"{_COMM_OVERLAP}.") for path in changes)
+    module, _, name = _COMM_OVERLAP_CLASS.rpartition(".")
+    lines = ["import os", ""] if environment else []
+    lines += [f"from {module} import {name}"] if overlap else []
+    lines += ["from megatron.bridge.training.config import ConfigContainer", "", ""]
+    lines += ["def apply(cfg: ConfigContainer) -> ConfigContainer:", '    """Select the measured layout."""']
+    # Read when CUDA starts, which is after the recipe is built.
+    lines += [f"    os.environ[{name!r}] = {value!r}" for name, value in environment.items()]
+    if overlap:
+        lines += [
+            "    if cfg.comm_overlap is None:",
+            f"        cfg.comm_overlap = {name}(tp_comm_overlap=False)",
+        ]
+    lines += [f"    cfg.{path} = {value!r}" for path, value in changes.items()]
+    return "\n".join([*lines, "    return cfg", ""])
+
+
+def _megatron_lm_usage(layout: Layout, base: Layout | None, environment: Mapping[str, str]) -> list[str]:
+    lines = [f"set in the job's environment: export {name}={value}" for name, value in environment.items()]
+    lines.append("append to the arguments of pretrain_gpt.py")
+    gone = {} if base is None else megatron_lm_arguments(base).keys() - megatron_lm_arguments(layout).keys()
+    return lines + [f"and remove: {flag}" for flag in sorted(gone)]
+
+
+def _megatron_lm(spec: TrialSpec, base: Layout | None) -> str:
+    present = {} if base is None else megatron_lm_arguments(base)
+    wanted = {
+        flag: values
+        for flag, values in megatron_lm_arguments(spec.layout).items()
+        if present.get(flag) != values
+    }
+    wanted["--global-batch-size"] = [str(spec.workload.global_batch_size)]
+    return " \\\n".join(shlex.join([flag, *values]) for flag, values in wanted.items()) + "\n"
+
+
+def _json(
+    spec: TrialSpec,
+    figures: Figures,
+    rerun_command: str,
+    changes: Mapping[str, Any],
+    environment: Mapping[str, str],
+) -> str:
+    comparisons = {"fastest_other_layout": figures.rival, "baseline": figures.baseline}
+    data = {
+        "sweep": spec.sweep,
+        "trial": figures.trial,
+        "workload": to_data(spec.workload),
+        "cluster": spec.cluster.name,
+        "world_size": spec.cluster.world_size,
+        "layout": to_data(spec.layout),
+        "bridge": changes,
+        "megatron_lm": megatron_lm_arguments(spec.layout),
+        "environment": environment,
+        "metrics": to_data(figures.metrics),
+        "timed_steps": len(figures.metrics.step_times_ms),
+        **{
+            name: asdict(other) | {"is_tie": other.is_tie} if other else None
+            for name, other in comparisons.items()
+        },
+        "device_name": figures.device_name,
+        "versions": dict(figures.versions),
+        "rerun_command": rerun_command,
+    }
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,130 @@
+"""What a rule is, and the columns of layouts that it judges."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tuner.cluster import Cluster
+from tuner.layout import KNOBS, Layout, module_names
+from tuner.workload import Workload
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+Kind = Literal["megatron", "arguments", "policy", "canonical", "program"]
+"""Who refuses: `megatron` Megatron-Core itself (or it would train another model); `arguments` only the
+argument
+checks of Megatron-LM's or Megatron Bridge's training loop; `policy` a choice of ours that the user may lift;
+`canonical` the run is legal, but another layout spells the same run; `program` the device or a package lacks
+it.
+"""
+
+
+class Columns:
+    """The knobs of many layouts: one array a knob, all of one length; sizes widen to int64, so products
+    cannot overflow.
+
+    Texts are held as `pandas.Categorical`, so that a question about one is asked once a category, not once a
+    row.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self._data = data
+
+    def __getitem__(self, knob: str) -> Ints:
+        """The values of a size knob."""
+        return np.asarray(self._data[knob], dtype=np.int64)
+
+    def on(self, knob: str) -> Bools:
+        """Where a switch is on."""
+        return np.asarray(self._data[knob], dtype=np.bool_)
+
+    def text(self, knob: str, accepts: Callable[[str], bool]) -> Bools:
+        """Where `accepts` holds for a text knob."""
+        column = self._data[knob]
+        accepted = np.array([accepts(category) for category in column.categories], dtype=np.bool_)
+        mask: Bools = accepted[column.codes]
+        return mask
+
+    def among(self, knob: str, *values: str) -> Bools:
+        """Where a text knob has one of `values`."""
+        return self.text(knob, lambda text: text in values)
+
+    def recomputes(self, module: str) -> Bools:
+        """Where selective recompute names `module`."""
+        return self.text("recompute_modules", lambda text: module in module_names(text))
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> "Columns":
+        """The knobs of a table of layouts."""
+        return cls({knob: _column(table[knob]) for knob in KNOBS if knob in table})
+
+    @classmethod
+    def single(cls, layout: Layout) -> "Columns":
+        """The knobs of one layout, as columns of length 1."""
+        values = {knob: getattr(layout, knob) for knob in KNOBS}
+        return cls(
+            {knob: pd.Categorical([v]) if isinstance(v, str) else np.array([v]) for knob, v in values.items()}
+        )
+
+
+def _column(series: "pd.Series[Any]") -> Any:
+    if pd.api.types.is_numeric_dtype(series.dtype):
+        return series.to_numpy()
+    return pd.Categorical(series)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """One thing a layout must satisfy. The predicate is vectorised over layouts; the message is about one
+    that breaks it.
+    """
+
+    id: str
+    """Kebab-case; what `lift` in a sweep file and `Space.rejected` name."""
+    kind: Kind
+    knobs: frozenset[str]
+    """The knobs that `holds` reads; empty if the workload and the cluster decide alone."""
+    holds: Callable[[Columns, Workload, Cluster], Any]
+    """True where the rule is kept: an array as long as the columns, or one bool for all of them."""
+    message: Callable[[Layout, Workload, Cluster], str]
+    """What is wrong, as an equation with its numbers, and what to change."""
+    source: str
+    """Who refuses, as a path inside Megatron-LM's repository unless said otherwise."""
+
+    def mask(self, columns: Columns, workload: Workload, cluster: Cluster, rows: int) -> Bools:
+        """Where the rule is kept, as an array of `rows` bools."""
+        held = np.asarray(self.holds(columns, workload, cluster), dtype=np.bool_)
+        return np.broadcast_to(held, (rows,))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Violation:
+    """A rule that a layout breaks."""
+
+    rule: str
+    kind: Kind
+    message: str
+    source: str
+
+
+def rule(
+    id: str,
+    kind: Kind,
+    knobs: str,
+    *,
+    holds: Callable[[Columns, Workload, Cluster], Any],
+    message: Callable[[Layout, Workload, Cluster], str],
+    source: str,
+) -> Rule:
+    """A Rule whose knobs are written as one string, separated by blanks."""
+    return Rule(id=id, kind=kind, knobs=frozenset(knobs.split()), holds=holds, message=message, source=source)
+
+
+def remainder(what: str, value: int, parts: str, divisor: int) -> str:
+    """`what (value) % (parts = divisor) = r, must be 0`: the equation of a rule of divisibility."""
+    return f"{what} ({value}) % ({parts} = {divisor}) = {value % divisor}, must be 0"

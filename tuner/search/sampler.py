@@ -1,0 +1,115 @@
+"""An Optuna sampler whose suggestions are rows of the table of valid layouts: never invalid, never twice."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from tuner.layout import KNOBS, Layout, layout_from
+
+
+def find_row(table: pd.DataFrame, layout: Layout) -> int | None:
+    """The position of a layout in the table, or None."""
+    mask = np.ones(len(table), dtype=bool)
+    for knob in KNOBS:
+        mask &= table[knob].to_numpy() == getattr(layout, knob)
+    rows = np.flatnonzero(mask)
+    return int(rows[0]) if len(rows) else None
+
+
+def layout_at(table: pd.DataFrame, row: int) -> Layout:
+    """The layout at a position of the table."""
+    return layout_from({knob: table[knob].iloc[row] for knob in KNOBS})
+
+
+def distributions(table: pd.DataFrame, tried: Sequence[Layout] = ()) -> dict[str, BaseDistribution]:
+    """A categorical distribution for every knob that takes more than one value in the table and the tried layouts."""
+    found: dict[str, BaseDistribution] = {}
+    for knob in KNOBS:
+        values = {value.item() if isinstance(value, np.generic) else value for value in table[knob].unique()}
+        values |= {getattr(layout, knob) for layout in tried}
+        if len(values) > 1:
+            found[knob] = CategoricalDistribution(sorted(values))
+    return found
+
+
+class TableSampler(BaseSampler):
+    """Half the time a nearest untried neighbour of the best measured row, else any untried row.
+
+    Args:
+        table: The valid layouts, a row each, columns as KNOBS.
+        seed: Of the draws. Optuna stores no sampler state, so a resumed sweep adds its count of trials to the seed.
+        tried: Layouts of earlier trials, which may lie outside a table whose sweep file has changed since.
+    """
+
+    def __init__(self, table: pd.DataFrame, seed: int, tried: Sequence[Layout] = ()) -> None:
+        self._table = table
+        self.space = distributions(table, tried)
+        codes = [pd.factorize(table[knob])[0].astype(np.int16) for knob in self.space]
+        self._codes = np.column_stack(codes) if codes else np.zeros((len(table), 1), np.int16)
+        self._available: NDArray[np.bool_] = np.ones(len(table), dtype=bool)
+        self._best: int | None = None
+        self._random = np.random.default_rng(seed)
+
+    @property
+    def remaining(self) -> int:
+        """Rows that may still be suggested."""
+        return int(self._available.sum())
+
+    def is_available(self, row: int) -> bool:
+        """Whether a row is neither tried nor pruned."""
+        return bool(self._available[row])
+
+    def exclude(self, rows: NDArray[np.bool_]) -> int:
+        """Never suggest the rows of this mask; returns how many of them were still available."""
+        newly = int((self._available & rows).sum())
+        self._available &= ~rows
+        return newly
+
+    def exclude_row(self, row: int) -> None:
+        """Never suggest this row (again)."""
+        self._available[row] = False
+
+    def note_best(self, row: int) -> None:
+        """Tell which row is the best measured so far."""
+        self._best = row
+
+    def choose(self) -> int:
+        """The next row.
+
+        Raises:
+            ValueError: if no row is left.
+        """
+        candidates = np.flatnonzero(self._available)
+        if not len(candidates):
+            raise ValueError("every row is tried or pruned")
+        if self._best is not None and self._random.random() < 0.5:
+            distance = (self._codes[candidates] != self._codes[self._best]).sum(axis=1)
+            candidates = candidates[distance == distance.min()]
+        return int(self._random.choice(candidates))
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All knobs that vary: a row is chosen whole."""
+        return self.space
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The values of the chosen row."""
+        return self.params(layout_at(self._table, self.choose()))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Refused: one knob alone says nothing about validity."""
+        raise ValueError(f"'{param_name}' is no knob of the table; a row is sampled whole")
+
+    def params(self, layout: Layout) -> dict[str, Any]:
+        """A layout as Optuna's parameters: the knobs that vary."""
+        return {knob: getattr(layout, knob) for knob in self.space}

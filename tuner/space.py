@@ -1,0 +1,307 @@
+"""The space: every valid layout as one table, enumerated in numpy without a Python loop over layouts."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import gcd, prod
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tuner.cluster import Cluster
+from tuner.errors import InputError, did_you_mean
+from tuner.files import parse
+from tuner.layout import (
+    DEFAULTS,
+    KNOBS,
+    Layout,
+    data_parallel_size,
+    expert_data_parallel_size,
+    num_microbatches,
+)
+from tuner.rules import Columns, Rule, active_rules
+from tuner.workload import Workload
+
+Value = bool | int | str
+Domain = Mapping[str, tuple[Value, ...]]
+"""Candidate values by knob. A knob that is not named keeps its default, but for `overlap_p2p_comm`, which
+follows vpp.
+"""
+
+_SWITCH: tuple[Value, ...] = (False, True)
+_UNNAMED: Domain = MappingProxyType({"overlap_p2p_comm": _SWITCH})
+
+_STAGES: tuple[str, ...] = (
+    *("tp", "pp", "cp", "ep", "etp", "sp", "micro_batch_size"),
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("vpp", "microbatch_group_size_per_vp_stage", "overlap_p2p_comm"),
+    *("moe_token_dispatcher_type", "moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm"),
+    *("delay_wgrad_compute", "tp_comm_overlap"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
+)
+"""The order in which knobs are bound: those that rule out the most come first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """The valid layouts of a domain."""
+
+    table: pd.DataFrame
+    """One row a layout, one column a knob, in the order of KNOBS; small integers, bools and categoricals."""
+    rejected: Mapping[str, int]
+    """How many combinations of the domain each rule removed; a combination counts for the first rule that
+    met it.
+    """
+    combinations: int
+    """Combinations in the domain: the rows and the rejected together."""
+
+
+def enumerate_layouts(
+    workload: Workload,
+    cluster: Cluster,
+    domain: Domain,
+    fixed: Mapping[str, Value] = MappingProxyType({}),
+    lifted: Collection[str] = frozenset(),
+) -> Space:
+    """Return every layout of `domain` that keeps every rule, in an order that depends on the arguments alone.
+
+    `fixed` holds knobs at one value, over the domain; `lifted` names the policies that may be broken.
+
+    Raises:
+        InputError: if a knob or a lifted rule is unknown, or a value is none of its knob.
+    """
+    candidates = _candidates({**domain, **{knob: (value,) for knob, value in fixed.items()}})
+    rules = active_rules(lifted)
+    rows = _Rows(candidates)
+    # Knobs with one value cost nothing, and let the rules that read them act at once.
+    for knob in sorted(_STAGES, key=lambda name: len(candidates[name]) > 1):
+        rows.bind(knob, [rule for rule in rules if rows.completes(rule, knob)], workload, cluster)
+    return Space(table=rows.table(), rejected=rows.rejected, combinations=prod(map(len, candidates.values())))
+
+
+class _Rows:
+    """The layouts found so far, over the knobs bound so far. Texts are held as codes of their candidates."""
+
+    def __init__(self, candidates: Mapping[str, tuple[Value, ...]]) -> None:
+        self._texts = {k: [str(v) for v in vs] for k, vs in candidates.items() if isinstance(vs[0], str)}
+        self._values = {
+            knob: np.arange(len(values), dtype=np.int8) if knob in self._texts else _compact(values)
+            for knob, values in candidates.items()
+        }
+        self._columns: dict[str, NDArray[Any]] = {}
+        self._count = 1
+        self.rejected: dict[str, int] = {}
+
+    def completes(self, rule: Rule, knob: str) -> bool:
+        """Whether binding `knob` gives `rule` all that it reads, and not earlier."""
+        if not rule.knobs:
+            return not self._columns
+        return knob in rule.knobs and rule.knobs <= {knob, *self._columns}
+
+    def bind(self, knob: str, rules: list[Rule], workload: Workload, cluster: Cluster) -> None:
+        """Cross the rows with the candidates of `knob`, and drop those that break one of `rules`."""
+        total = left = self._count * len(self._values[knob])
+        read = frozenset[str]().union(*(rule.knobs for rule in rules))
+        columns = Columns({name: self._typed(name, self._crossed(name, knob)) for name in read})
+        unbound = [len(v) for name, v in self._values.items() if name not in self._columns and name != knob]
+        kept = np.ones(total, dtype=np.bool_)
+        for rule in rules:
+            kept &= rule.mask(columns, workload, cluster, total)
+            now = int(np.count_nonzero(kept))
+            if now < left:
+                self.rejected[rule.id] = self.rejected.get(rule.id, 0) + (left - now) * prod(unbound)
+            left = now
+        self._keep(knob, kept, left == total)
+
+    def table(self) -> pd.DataFrame:
+        """The rows, every knob bound."""
+        return pd.DataFrame({knob: self._typed(knob, self._columns[knob]) for knob in KNOBS}, copy=False)
+
+    def _crossed(self, name: str, knob: str) -> NDArray[Any]:
+        if name == knob:
+            return np.tile(self._values[knob], self._count)
+        return np.repeat(self._columns[name], len(self._values[knob]))
+
+    def _typed(self, name: str, column: NDArray[Any]) -> Any:
+        if name not in self._texts:
+            return column
+        return pd.Categorical.from_codes(
+            column.astype(np.int8, copy=False), categories=pd.Index(self._texts[name])
+        )
+
+    def _keep(self, knob: str, kept: NDArray[np.bool_], everything: bool) -> None:
+        if everything:
+            self._columns = {name: self._crossed(name, knob) for name in (*self._columns, knob)}
+        else:
+            parent, choice = np.divmod(np.flatnonzero(kept), len(self._values[knob]))
+            self._columns = {name: column[parent] for name, column in self._columns.items()}
+            self._columns[knob] = self._values[knob][choice]
+        self._count = len(self._columns[knob])
+
+
+def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> pd.DataFrame:
+    """The table with the sizes that follow from a row beside its knobs: dp, edp, num_microbatches."""
+    c = Columns.of(table)
+    dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
+    edp = expert_data_parallel_size(cluster.world_size, c["pp"], c["ep"], c["etp"])
+    micro = num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp)
+    return table.assign(
+        dp=dp.astype(np.int32), edp=edp.astype(np.int32), num_microbatches=micro.astype(np.int32)
+    )
+
+
+def default_domain(workload: Workload, cluster: Cluster) -> Domain:
+    """Candidate values of every knob: all that could sensibly win, whatever the rules then say of a
+    combination.
+    """
+    model, moe = workload.model, workload.model.is_moe
+    pp = _pipeline_sizes(workload, cluster)
+    first_last = _uneven_stages(model.num_layers, pp)
+    cuda = cluster.device == "cuda"
+    shared = moe and model.moe_shared_expert_intermediate_size is not None
+    experts_overlap = _SWITCH if moe and cuda and workload.precision != "fp32" else (False,)
+    return {
+        **_grid(workload, cluster, pp),
+        "vpp": _virtual_sizes(model.num_layers, pp, first_last),
+        "num_layers_in_first_pipeline_stage": first_last,
+        "num_layers_in_last_pipeline_stage": first_last,
+        "account_for_embedding_in_pipeline_split": _SWITCH,
+        "account_for_loss_in_pipeline_split": _SWITCH,
+        "microbatch_group_size_per_vp_stage": (0, *(2 * size for size in pp if 1 < size <= 8)),
+        "recompute_granularity": ("none", "selective", "full"),
+        "recompute_method": ("none", "uniform", "block"),
+        "recompute_num_layers": (0, 1),
+        "recompute_modules": _module_sets(workload, cluster),
+        "use_distributed_optimizer": (True, False),
+        "overlap_grad_reduce": _SWITCH,
+        "overlap_param_gather": _SWITCH,
+        "overlap_p2p_comm": _SWITCH,
+        "tp_comm_overlap": _SWITCH if cuda else (False,),
+        "moe_token_dispatcher_type": _dispatchers(moe, cuda),
+        "moe_shared_expert_overlap": _SWITCH if shared else (False,),
+        "overlap_moe_expert_parallel_comm": experts_overlap,
+        "delay_wgrad_compute": experts_overlap,
+    }
+
+
+def search_domain(workload: Workload, cluster: Cluster) -> Domain:
+    """The smaller domain of a sweep that names no knobs: the grids, the micro-batch and recompute.
+
+    Overlaps are on where they are legal; layers split unevenly only if some pp does not divide them.
+    """
+    pp = _pipeline_sizes(workload, cluster)
+    accounted = _SWITCH if any(workload.model.num_layers % size for size in pp) else (False,)
+    first_last = _uneven_stages(workload.model.num_layers, pp)
+    return {
+        **_grid(workload, cluster, pp),
+        "vpp": _virtual_sizes(workload.model.num_layers, pp, first_last),
+        "num_layers_in_first_pipeline_stage": first_last,
+        "num_layers_in_last_pipeline_stage": first_last,
+        "account_for_embedding_in_pipeline_split": accounted,
+        "account_for_loss_in_pipeline_split": accounted,
+        "recompute_granularity": ("none", "selective", "full"),
+        "recompute_method": ("none", "uniform"),
+        "recompute_num_layers": (0, 1),
+        "use_distributed_optimizer": (True,),
+        "overlap_grad_reduce": (True,),
+        "overlap_param_gather": (True,),
+        "overlap_p2p_comm": _SWITCH,
+    }
+
+
+def _candidates(named: Domain) -> dict[str, tuple[Value, ...]]:
+    """The values of every knob, each once and of its knob's type."""
+    for knob, values in named.items():
+        if knob not in KNOBS:
+            raise InputError(f"unknown knob '{knob}'{did_you_mean(knob, KNOBS)}")
+        if not values:
+            raise InputError(f"knob '{knob}': no values to choose from")
+        for value in values:
+            parse(Layout, {knob: value}, f"knob '{knob}'")
+    return {
+        knob: tuple(dict.fromkeys(named.get(knob, _UNNAMED.get(knob, (DEFAULTS[knob],))))) for knob in KNOBS
+    }
+
+
+def _compact(values: tuple[Value, ...]) -> NDArray[Any]:
+    """Sizes or switches in the smallest type that their column needs."""
+    if isinstance(values[0], bool):
+        return np.array(values, dtype=np.bool_)
+    return np.array(values, dtype=np.int16 if max(map(int, values)) <= np.iinfo(np.int16).max else np.int32)
+
+
+def _divisors(number: int, at_most: int) -> tuple[int, ...]:
+    return tuple(size for size in range(1, min(number, at_most) + 1) if number % size == 0)
+
+
+def _grid(workload: Workload, cluster: Cluster, pp: tuple[int, ...]) -> dict[str, tuple[Value, ...]]:
+    """The sizes of both device grids, sequence parallelism and the micro-batch."""
+    model, world = workload.model, cluster.world_size
+    experts, expert_ffn = model.num_moe_experts or 1, model.moe_ffn_hidden_size or 1
+    # A context rank that holds few tokens computes less than it sends (Bridge's guide: cp from 8K on).
+    fewest_tokens = 2048 if cluster.device == "cuda" else 32
+    cp = _divisors(world, max(1, workload.seq_length // fewest_tokens))
+    batch = workload.global_batch_size
+    return {
+        "tp": _divisors(gcd(world, model.num_attention_heads), world),
+        "pp": pp,
+        "cp": tuple(size for size in cp if size == 1 or workload.seq_length % (2 * size) == 0),
+        "ep": _divisors(gcd(world, experts), world),
+        # Splitting an expert over more than a few ranks leaves each a thin product (the guide: rarely used).
+        "etp": _divisors(gcd(world, expert_ffn), 4),
+        "sp": _SWITCH,
+        "micro_batch_size": tuple(2**power for power in range(5) if batch % 2**power == 0),
+    }
+
+
+def _pipeline_sizes(workload: Workload, cluster: Cluster) -> tuple[int, ...]:
+    """Every divisor of the world, powers of two or not, that leaves each stage a layer or the embedding or
+    the loss.
+    """
+    return _divisors(cluster.world_size, workload.model.num_layers + 2)
+
+
+def _uneven_stages(num_layers: int, pp: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers of a first or last stage where neither layers nor accounted slots divide evenly; 0 states
+    nothing.
+
+    Outer stages also hold the embedding or the loss, so they take at most what a middle stage takes.
+    """
+    sizes = {0}
+    for stages in pp:
+        if any((num_layers + accounted) % stages == 0 for accounted in (0, 1, 2)):
+            continue
+        middle = -(-num_layers // stages)
+        one = num_layers - middle * (stages - 1)
+        both = num_layers - middle * (stages - 2)
+        sizes |= {size for size in (one, both // 2, both - both // 2) if 0 < size <= middle}
+    return tuple(sorted(sizes))
+
+
+def _virtual_sizes(num_layers: int, pp: tuple[int, ...], first_last: tuple[int, ...]) -> tuple[int, ...]:
+    """Every count of chunks that divides the layers of a stage, evenly split or not."""
+    stages = {(num_layers + extra) // size for extra in (0, 1, 2) for size in pp if size > 1}
+    stages |= {-(-num_layers // size) for size in pp if size > 1 and len(first_last) > 1}
+    return tuple(sorted({1, *(count for layers in stages for count in _divisors(layers, layers))}))
+
+
+def _dispatchers(moe: bool, cuda: bool) -> tuple[str, ...]:
+    if not moe:
+        return ("alltoall",)
+    return ("alltoall", "allgather", "flex") if cuda else ("alltoall", "allgather")
+
+
+def _module_sets(workload: Workload, cluster: Cluster) -> tuple[str, ...]:
+    """What selective recompute may drop: Megatron's default, all that is cheap to compute again, or all
+    MLPs.
+    """
+    model = workload.model
+    cheap = ["layernorm"]
+    cheap += ["mla_up_proj"] * model.multi_latent_attention
+    cheap += ["moe_act"] * (model.is_moe and cluster.device == "cuda")
+    mlp = "moe" if model.is_moe else "mlp"
+    return ("none", "+".join(cheap), mlp)
