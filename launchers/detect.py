@@ -17,6 +17,9 @@ NAME = "this-machine"
 MAX_CPU_RANKS = 8
 """More CPU ranks cost start-up time and teach nothing that eight do not."""
 
+MAX_RANKS_PER_CORE = 4
+"""More ranks on a CPU core wait for each other longer than they work."""
+
 _PCIE_EFFICIENCY = 0.8
 _GIB = 1024**3
 
@@ -166,3 +169,27 @@ def _pcie_gb_per_s(handle: Any) -> float:
         return 0.0
     # Generation 3 moves 8 GT/s a lane with 128 payload bits in 130, and each later one doubles it.
     return float(lanes * 2.0 ** (generation - 3) * 128 / 130)
+
+
+def check_machine(cluster: Cluster) -> None:
+    """Refuse a cluster that this machine cannot stand for.
+
+    Raises:
+        InputError: if it needs CUDA or more GPUs than are visible, or more CPU ranks than the cores can carry.
+    """
+    wanted = cluster.world_size
+    if cluster.device == "cuda":
+        import torch
+
+        there = torch.cuda.device_count()
+        if wanted > there:
+            raise InputError(
+                f"key 'cluster': {cluster.name} is {cluster.nodes} x {cluster.gpus_per_node} = {wanted} GPUs, but "
+                f"this machine has {there}: set cluster.nodes and cluster.gpus_per_node to what is here, or "
+                "'cluster: detect'; `megatune plan` works for any cluster"
+            )
+    elif wanted > (most := MAX_RANKS_PER_CORE * len(os.sched_getaffinity(0))):
+        raise InputError(
+            f"key 'cluster': {cluster.name} is {wanted} CPU ranks, but this machine's cores carry {most} "
+            f"({MAX_RANKS_PER_CORE} a core): lower cluster.gpus_per_node"
+        )

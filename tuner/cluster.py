@@ -33,7 +33,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """`nodes` machines of `gpus_per_node` equal GPUs. Bandwidths are a GPU's, in one direction, in GB/s (10^9 bytes)."""
+    """`nodes` machines of `gpus_per_node` equal GPUs. Bandwidths are a GPU's, one way, in GB/s (10^9 bytes)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

@@ -1,7 +1,7 @@
 """Errors that a user acts on. The command line turns each into one message and an exit code."""
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class MegatuneError(Exception):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -19,9 +19,7 @@ STRICT: ConfigDict = {"extra": "forbid", "strict": True}
 """The pydantic configuration of every dataclass that is read from a file (its `__pydantic_config__`)."""
 
 
-@cache
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
 def parse(cls: type[T], data: object, source: str) -> T:
@@ -32,7 +30,8 @@ def parse(cls: type[T], data: object, source: str) -> T:
     """
     try:
         # JSON mode: lists become tuples and strings become enums, yet "8" is still no integer.
-        return _adapter(cls).validate_json(json.dumps(data))
+        value: T = _adapter(cls).validate_json(json.dumps(data))
+        return value
     except ValidationError as error:
         lines = [_explain(cls, item) for item in error.errors(include_url=False)]
         raise InputError(f"{source}: " + "\n  ".join(dict.fromkeys(lines))) from None

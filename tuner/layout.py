@@ -23,7 +23,7 @@ def _knob(default: object, megatron: str, flag: str, label: str = "") -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """One choice of the execution knobs. `0` and `"none"` stand for Megatron's None, so that every knob is one table column.
+    """One choice of the execution knobs; `0` and `"none"` stand for Megatron's None, so each is one table column.
 
     Each field's metadata holds `megatron` (the field in Megatron Bridge's ConfigContainer), `flag` (Megatron-LM's
     argument) and `label` (its short form in `Layout.label`).
@@ -61,7 +61,10 @@ class Layout:
         False, "model.account_for_loss_in_pipeline_split", "--account-for-loss-in-pipeline-split", "loss"
     )
     microbatch_group_size_per_vp_stage: int = _knob(
-        0, "model.microbatch_group_size_per_vp_stage", "--microbatch-group-size-per-virtual-pipeline-stage", "group"
+        0,
+        "model.microbatch_group_size_per_vp_stage",
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        "group",
     )
     """Contiguous micro-batches a virtual stage takes; 0 is Megatron's default, pp."""
 
@@ -71,7 +74,7 @@ class Layout:
     recompute_method: RecomputeMethod = _knob("none", "model.recompute_method", "--recompute-method", "")
     recompute_num_layers: int = _knob(0, "model.recompute_num_layers", "--recompute-num-layers", "")
     recompute_modules: str = _knob("none", "model.recompute_modules", "--recompute-modules", "")
-    """Modules that selective recompute drops, joined by `+` (`core_attn+layernorm`); `none` is Megatron's default, core_attn."""
+    """What selective recompute drops, joined by `+` (`core_attn+layernorm`); `none` is core_attn, the default."""
 
     use_distributed_optimizer: bool = _knob(
         True, "ddp.use_distributed_optimizer", "--use-distributed-optimizer", "zero1"
@@ -108,7 +111,9 @@ class Layout:
             "recompute_num_layers",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0 (0 leaves it to Megatron), not {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be at least 0 (0 leaves it to Megatron), not {getattr(self, name)}"
+                )
 
     def label(self) -> str:
         """A short name: the knobs that differ from their default, `tp2 pp4 mbs2 sp rc=full`; tp, pp and mbs always."""
@@ -139,7 +144,9 @@ DEFAULTS: Mapping[str, Any] = {knob.name: knob.default for knob in fields(Layout
 def layout_from(row: Mapping[str, Any]) -> Layout:
     """Build a layout from a table row or mapping: NumPy scalars become plain ones; missing knobs take their default."""
     values = {name: row[name] for name in KNOBS if name in row}
-    return Layout(**{name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()})
+    return Layout(
+        **{name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    )
 
 
 def data_parallel_size(world_size: int, tp: Size, pp: Size, cp: Size) -> Size:
@@ -154,7 +161,8 @@ def expert_data_parallel_size(world_size: int, pp: Size, ep: Size, etp: Size) ->
 
 def min_gpus(tp: Size, pp: Size, cp: Size, ep: Size, etp: Size) -> Size:
     """pp * max(tp*cp, ep*etp): the dense and the expert grid of a pipeline stage share its GPUs (arXiv:2504.14960)."""
-    return pp * np.maximum(tp * cp, ep * etp)
+    stage: Size = np.maximum(tp * cp, ep * etp)
+    return pp * stage
 
 
 def num_microbatches(global_batch_size: int, micro_batch_size: Size, dp: Size) -> Size:

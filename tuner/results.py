@@ -12,7 +12,6 @@ from tuner.report import trial_folder
 from tuner.sweep_file import Sweep
 from tuner.trial import TrialFolder
 
-
 IDENTITY = ("workload", "cluster", "program", "seed")
 """What must not change between two runs of a sweep, or its trials could not be compared."""
 
@@ -52,7 +51,9 @@ class SweepFolder:
             self.trials.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(None, "no permission to write")
-            recorded = json.loads(self.identity.read_text(encoding="utf-8")) if self.identity.exists() else None
+            recorded = (
+                json.loads(self.identity.read_text(encoding="utf-8")) if self.identity.exists() else None
+            )
         except OSError as error:
             raise InputError(
                 f"{self.path}: the results folder cannot be written: {error.strerror or error}; "
@@ -65,7 +66,7 @@ class SweepFolder:
         wanted = to_data(sweep)
         if recorded is not None and not isinstance(recorded, dict):
             recorded = {}
-        differences = [] if recorded is None else _differences(*({k: d.get(k) for k in IDENTITY} for d in (recorded, wanted)))
+        differences = [] if recorded is None else _differences(_identity(recorded), _identity(wanted))
         if differences:
             raise InputError(
                 f"{self.path}: holds the results of another sweep; different: {'; '.join(differences[:5])}. "
@@ -81,8 +82,14 @@ class SweepFolder:
             InputError: if it holds none.
         """
         if not self.identity.exists():
-            raise InputError(f"{self.path}: holds no sweep (no {self.identity.name}); name a folder that `sweep` wrote")
+            raise InputError(
+                f"{self.path}: holds no sweep (no {self.identity.name}); name a folder that `sweep` wrote"
+            )
         return read_json(Sweep, self.identity)
+
+
+def _identity(sweep: dict[str, Any]) -> dict[str, Any]:
+    return {key: sweep.get(key) for key in IDENTITY}
 
 
 def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:

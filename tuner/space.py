@@ -21,7 +21,7 @@ from tuner.layout import (
     expert_data_parallel_size,
     num_microbatches,
 )
-from tuner.rules import Columns, Rule, active_rules
+from tuner.rules import Columns, Rule, Texts, active_rules
 from tuner.workload import Workload
 
 Value = bool | int | str
@@ -106,7 +106,7 @@ class _Rows:
         """Cross the rows with the candidates of `knob`, and drop those that break one of `rules`."""
         total = left = self._count * len(self._values[knob])
         read = frozenset[str]().union(*(rule.knobs for rule in rules))
-        columns = Columns({name: self._typed(name, self._crossed(name, knob)) for name in read})
+        columns = Columns({name: self._judged(name, self._crossed(name, knob)) for name in read})
         unbound = [len(v) for name, v in self._values.items() if name not in self._columns and name != knob]
         kept = np.ones(total, dtype=np.bool_)
         for rule in rules:
@@ -119,19 +119,18 @@ class _Rows:
 
     def table(self) -> pd.DataFrame:
         """The rows, every knob bound."""
-        return pd.DataFrame({knob: self._typed(knob, self._columns[knob]) for knob in KNOBS}, copy=False)
+        data: dict[str, Any] = {knob: self._columns[knob] for knob in KNOBS}
+        for knob, texts in self._texts.items():
+            data[knob] = pd.Categorical.from_codes(self._columns[knob], categories=pd.Index(texts))
+        return pd.DataFrame(data, copy=False)
 
     def _crossed(self, name: str, knob: str) -> NDArray[Any]:
         if name == knob:
             return np.tile(self._values[knob], self._count)
         return np.repeat(self._columns[name], len(self._values[knob]))
 
-    def _typed(self, name: str, column: NDArray[Any]) -> Any:
-        if name not in self._texts:
-            return column
-        return pd.Categorical.from_codes(
-            column.astype(np.int8, copy=False), categories=pd.Index(self._texts[name])
-        )
+    def _judged(self, name: str, column: NDArray[Any]) -> Any:
+        return Texts(column, self._texts[name]) if name in self._texts else column
 
     def _keep(self, knob: str, kept: NDArray[np.bool_], everything: bool) -> None:
         if everything:
@@ -163,7 +162,7 @@ def default_domain(workload: Workload, cluster: Cluster) -> Domain:
     first_last = _uneven_stages(model.num_layers, pp)
     cuda = cluster.device == "cuda"
     shared = moe and model.moe_shared_expert_intermediate_size is not None
-    experts_overlap = _SWITCH if moe and cuda and workload.precision != "fp32" else (False,)
+    experts_overlap = _SWITCH if moe and workload.precision != "fp32" else (False,)
     return {
         **_grid(workload, cluster, pp),
         "vpp": _virtual_sizes(model.num_layers, pp, first_last),
@@ -184,7 +183,7 @@ def default_domain(workload: Workload, cluster: Cluster) -> Domain:
         "moe_token_dispatcher_type": _dispatchers(moe, cuda),
         "moe_shared_expert_overlap": _SWITCH if shared else (False,),
         "overlap_moe_expert_parallel_comm": experts_overlap,
-        "delay_wgrad_compute": experts_overlap,
+        "delay_wgrad_compute": experts_overlap if cuda else (False,),
     }
 
 

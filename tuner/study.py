@@ -65,7 +65,9 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     frozen = [_frozen(trial, space) for trial in trials]
     study = _load(path, name, sampler)
-    if study is None or [_essence(t) for t in study.get_trials(deepcopy=False)] != [_essence(t) for t in frozen]:
+    if study is None or [_essence(t) for t in study.get_trials(deepcopy=False)] != [
+        _essence(t) for t in frozen
+    ]:
         for file in path.parent.glob(f"{path.name}*"):
             file.unlink()
         study = _create(path, name, sampler)
@@ -108,6 +110,10 @@ def _frozen(trial: StudyTrial, space: Mapping[str, BaseDistribution]) -> FrozenT
 
 
 def _essence(trial: FrozenTrial) -> tuple[Any, ...]:
-    params = trial.system_attrs.get("fixed_params", trial.params) if trial.state is TrialState.WAITING else trial.params
+    params = (
+        trial.system_attrs.get("fixed_params", trial.params)
+        if trial.state is TrialState.WAITING
+        else trial.params
+    )
     value = trial.value if trial.state is TrialState.COMPLETE else None
     return trial.state, dict(params), trial.distributions, value, trial.user_attrs

@@ -62,7 +62,9 @@ class Progress:
 class Observer(Protocol):
     """Who wants to see the sweep while it runs."""
 
-    def started(self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress) -> None:
+    def started(
+        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress
+    ) -> None:
         """An attempt of a trial begins."""
 
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
@@ -103,7 +105,10 @@ class SweepLoop:
             self._take(layout)
             trials.append(
                 StudyTrial(
-                    params=self._sampler.params(layout), result=result, source=origin.source, label=layout.label()
+                    params=self._sampler.params(layout),
+                    result=result,
+                    source=origin.source,
+                    label=layout.label(),
                 )
             )
             if result is None or STATES[result.outcome] is optuna.trial.TrialState.WAITING:
@@ -129,7 +134,9 @@ class SweepLoop:
                     return Stop.BREAKER
                 if result.outcome is Outcome.INTERRUPTED:
                     return Stop.INTERRUPTED
-                if result.outcome not in RETRIED or (attempt > 1 and result.outcome is not Outcome.INFRASTRUCTURE):
+                if result.outcome not in RETRIED or (
+                    attempt > 1 and result.outcome is not Outcome.INFRASTRUCTURE
+                ):
                     break
             self._tell(number, trial, layout, origin, result)
         return reason
@@ -151,7 +158,9 @@ class SweepLoop:
     def _time_limits_s(self) -> tuple[float | None, float | None]:
         budget = self._sweep.budget
         hours = None if budget.hours is None else budget.hours * 3600
-        gpu_hours = None if budget.gpu_hours is None else budget.gpu_hours * 3600 / self._sweep.cluster.world_size
+        gpu_hours = (
+            None if budget.gpu_hours is None else budget.gpu_hours * 3600 / self._sweep.cluster.world_size
+        )
         return hours, gpu_hours
 
     def _reason_to_end(self, stop: threading.Event) -> Stop | None:
@@ -233,7 +242,7 @@ class SweepLoop:
 
     def _begun(self) -> list[tuple[Layout, TrialSource, TrialResult | None]]:
         """Every trial folder, in order; numbers without a gap, since a number is given before its folder is made."""
-        begun = []
+        begun: list[tuple[Layout, TrialSource, TrialResult | None]] = []
         while (folder := self._folder.trial(len(begun))).spec.exists():
             spec = read_json(TrialSpec, folder.spec)
             result = read_json(TrialResult, folder.result) if folder.result.exists() else None
@@ -274,6 +283,6 @@ def with_row(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
         return table
     row = pd.DataFrame([{knob: getattr(layout, knob) for knob in table.columns}])
     joined = pd.concat([table, row], ignore_index=True)
-    return joined.astype({name: kind for name, kind in table.dtypes.items() if not isinstance(kind, pd.CategoricalDtype)})
-
-
+    return joined.astype(
+        {name: kind for name, kind in table.dtypes.items() if not isinstance(kind, pd.CategoricalDtype)}
+    )

@@ -103,7 +103,9 @@ class SweepFile:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise ValueError(f"name '{self.name}' must be letters, digits, '.', '_' and '-': it names the results folder")
+            raise ValueError(
+                f"name '{self.name}' must be letters, digits, '.', '_' and '-': it names the results folder"
+            )
         for group in ("knobs", "fixed", "baseline"):
             for name in getattr(self, group) or {}:
                 if name not in KNOBS:

@@ -35,7 +35,9 @@ class Outcome(StrEnum):
     INTERRUPTED = "interrupted"
 
 
-Phase = Literal["startup", "build", "warmup", "memory", "forward", "backward", "optimizer", "measure", "teardown"]
+Phase = Literal[
+    "startup", "build", "warmup", "memory", "forward", "backward", "optimizer", "measure", "teardown"
+]
 """Where a rank was: imports and rendezvous, model build, untimed steps, the accounted step, timed steps, the end."""
 
 
@@ -61,7 +63,9 @@ class Measurement:
         if not 1 <= self.min_steps <= self.max_steps:
             raise ValueError(f"min_steps ({self.min_steps}) must lie in 1..max_steps ({self.max_steps})")
         if not 0 < self.target_relative_interval < 1:
-            raise ValueError(f"target_relative_interval must lie between 0 and 1, not {self.target_relative_interval}")
+            raise ValueError(
+                f"target_relative_interval must lie between 0 and 1, not {self.target_relative_interval}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ Precision = Literal["fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A decoder architecture in Megatron-Core's own field names (`TransformerConfig`, `MLATransformerConfig`, GPTModel).
+    """A decoder architecture in Megatron-Core's own field names (TransformerConfig and GPTModel).
 
     Raises:
         ValueError: if the fields contradict each other whatever the layout.
@@ -57,9 +57,9 @@ class Model:
     """Summed width of all shared experts; None without."""
     moe_layer_freq: int | tuple[int, ...] = 1
     """N: every Nth layer has experts, the first included; a tuple of 0 (dense) and 1 (experts), one a layer."""
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] = (
-        "aux_loss"
-    )
+    moe_router_load_balancing_type: Literal[
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"
+    ] = "aux_loss"
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     moe_router_pre_softmax: bool = False
     moe_router_num_groups: int | None = None
@@ -149,7 +149,9 @@ class Workload:
             raise ValueError("moe_router_force_load_balancing needs a model with experts")
         table = self.model.max_position_embeddings
         if self.model.position_embedding_type == "learned_absolute" and self.seq_length > table:
-            raise ValueError(f"seq_length ({self.seq_length}) is longer than max_position_embeddings ({table})")
+            raise ValueError(
+                f"seq_length ({self.seq_length}) is longer than max_position_embeddings ({table})"
+            )
 
     @property
     def tokens_per_step(self) -> int:

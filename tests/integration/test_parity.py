@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from tuner.layout import Layout
-from tuner.workload import Model, Workload
+from tuner.workload import Model, Precision, Workload
 
 STEPS = 3
-TOLERANCE = 1e-4
+TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-3
 
 DENSE = Model(
     name="dense",
@@ -72,7 +72,9 @@ LATENT = replace(
     v_head_dim=8,
 )
 PREDICTING = replace(LATENT, name="predicting", mtp_num_layers=1)
-MODELS = {model.name: model for model in (DENSE, TIED, WINDOW, MOE, LATENT, PREDICTING)}
+BF16 = replace(MOE, name="moe-bf16")
+"""The same in bf16, as the overlap of expert communication demands."""
+MODELS = {model.name: model for model in (DENSE, TIED, WINDOW, MOE, LATENT, PREDICTING, BF16)}
 
 FULL_UNIFORM = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
 FULL_BLOCK = Layout(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
@@ -124,6 +126,8 @@ PARALLEL: list[tuple[Model, Layout]] = [
     (LATENT, Layout(tp=2, sp=True, pp=2, micro_batch_size=4)),
     (LATENT, Layout(cp=2, micro_batch_size=2)),
     (PREDICTING, Layout(pp=2, vpp=2, overlap_p2p_comm=True)),
+    (BF16, Layout(ep=2)),
+    (BF16, Layout(ep=2, overlap_moe_expert_parallel_comm=True)),
 ]
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -134,7 +138,8 @@ def case_id(case: tuple[Model, Layout]) -> str:
 
 
 def workload_of(model: Model) -> Workload:
-    return Workload(model=model, seq_length=32, global_batch_size=8, precision="fp32")
+    precision: Precision = "bf16" if model is BF16 else "fp32"
+    return Workload(model=model, seq_length=32, global_batch_size=8, precision=precision)
 
 
 def train_all(ranks: int, folder: Path) -> Runs:
@@ -166,22 +171,24 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return train_all(4, tmp_path_factory.mktemp("together"))
 
 
-def assert_same_training(run: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+def assert_same_training(model: Model, run: Mapping[str, Any], alone: Runs) -> None:
+    reference = alone[case_id((model, PLAIN))]
     assert len(reference["losses"]) == STEPS
+    tolerance = BF16_TOLERANCE if model is BF16 else TOLERANCE
     for quantity in ("losses", "grad_norms"):
-        assert run[quantity] == pytest.approx(reference[quantity], rel=TOLERANCE), quantity
+        assert run[quantity] == pytest.approx(reference[quantity], rel=tolerance), quantity
 
 
 @pytest.mark.parametrize("case", SINGLE, ids=case_id)
 def test_recompute_and_micro_batch_size_leave_the_training_alone(
     case: tuple[Model, Layout], alone: Runs
 ) -> None:
-    assert_same_training(alone[case_id(case)], alone[case_id((case[0], PLAIN))])
+    assert_same_training(case[0], alone[case_id(case)], alone)
 
 
 @pytest.mark.parametrize("case", PARALLEL, ids=case_id)
 def test_every_layout_trains_the_same_model(case: tuple[Model, Layout], alone: Runs, together: Runs) -> None:
-    assert_same_training(together[case_id(case)], alone[case_id((case[0], PLAIN))])
+    assert_same_training(case[0], together[case_id(case)], alone)
 
 
 def test_training_moves_the_weights(alone: Runs) -> None:

@@ -17,7 +17,9 @@ Exit codes: 0 a best layout was measured (or the command did its work), 1 our ow
 feasible ran, 4 stopped by the circuit breaker, 130 interrupted with everything kept.
 """
 
-app = typer.Typer(help=DESCRIPTION, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=DESCRIPTION, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 for command in (init, plan, explain, sweep, trial, show, export, ui, doctor):
     name = command.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(command, name))
@@ -57,6 +59,6 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         stderr.print(
             f"[bold red]internal error:[/] {escape(type(error).__name__)}: {escape(str(error))}\n"
-            "This is a bug in megatune, not in your input; run again as `megatune --debug ...` and report the traceback."
+            "This is a bug in megatune, not in your input: run `megatune --debug ...` and report the traceback."
         )
         return 1

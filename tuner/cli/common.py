@@ -21,9 +21,12 @@ from tuner.sweep_file import Sweep, load_sweep
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
 ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]
 ResultsFolder = Annotated[
-    Path, typer.Argument(metavar="RESULTS", help="A sweep's results folder, results/<sweep>, or just <sweep>.")
+    Path,
+    typer.Argument(metavar="RESULTS", help="A sweep's results folder, results/<sweep>, or just <sweep>."),
 ]
-Knobs = Annotated[list[str], typer.Argument(metavar="KNOB=VALUE...", help="The layout: tp=2 pp=4 sp=true ...")]
+Knobs = Annotated[
+    list[str], typer.Argument(metavar="KNOB=VALUE...", help="The layout: tp=2 pp=4 sp=true ...")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 stdout = Console(soft_wrap=False, highlight=False)

@@ -18,11 +18,14 @@ def explain(sweep_file: SweepPath, knobs: Knobs, json: AsJson = False) -> int:
         "min_gpus": needed,
         "dp": dp,
         "edp": expert_data_parallel_size(world, layout.pp, layout.ep, layout.etp),
-        "num_microbatches": num_microbatches(sweep.workload.global_batch_size, layout.micro_batch_size, dp) if dp else 0,
+        "num_microbatches": num_microbatches(sweep.workload.global_batch_size, layout.micro_batch_size, dp)
+        if dp
+        else 0,
     }
     if json:
         broken = [
-            {"rule": item.rule, "kind": item.kind, "message": item.message, "source": item.source} for item in violations
+            {"rule": item.rule, "kind": item.kind, "message": item.message, "source": item.source}
+            for item in violations
         ]
         print_json({"layout": layout.label(), "valid": not violations, "derived": derived, "broken": broken})
         return 2 if violations else 0

@@ -24,7 +24,8 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
                 "valid": len(space.table),
                 "rejected": {rule: count for rule, count in rejected.items() if count},
                 "queue": [
-                    {"source": origin.source, "note": origin.note, "layout": to_data(layout)} for layout, origin in queue
+                    {"source": origin.source, "note": origin.note, "layout": to_data(layout)}
+                    for layout, origin in queue
                 ],
             }
         )

@@ -1,7 +1,6 @@
 """The sweep while it runs: a live line on a terminal, one plain line a trial anywhere else."""
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -30,13 +29,21 @@ def standing(progress: Progress) -> str:
     parts = [f"{progress.finished}/{progress.budget} trials"]
     if progress.best is not None and progress.best.result.metrics is not None:
         metrics = progress.best.result.metrics
-        parts.append(f"best {metrics.step_time_ms:,.1f} ms (trial {progress.best.number}: {progress.best.layout.label()})")
+        parts.append(
+            f"best {metrics.step_time_ms:,.1f} ms (trial {progress.best.number}: {progress.best.layout.label()})"
+        )
     if progress.pruned:
         parts.append(f"{progress.pruned} ruled out by memory")
-    left_s = progress.used_s / progress.finished * (progress.budget - progress.finished) if progress.finished else None
+    left_s = (
+        progress.used_s / progress.finished * (progress.budget - progress.finished)
+        if progress.finished
+        else None
+    )
     if progress.left_s is not None:
         left_s = progress.left_s if left_s is None else min(left_s, progress.left_s)
-    parts.append(f"{duration(progress.used_s)} used" + ("" if left_s is None else f", about {duration(left_s)} left"))
+    parts.append(
+        f"{duration(progress.used_s)} used" + ("" if left_s is None else f", about {duration(left_s)} left")
+    )
     return " | ".join(parts)
 
 
@@ -52,7 +59,8 @@ def outcome_line(row: TrialRow, pruned: int) -> str:
             f"peak {metrics.peak_allocated_gib:.3f} GiB"
         )
     ruled_out = f"; rules out {pruned} more" if pruned else ""
-    return f"trial {row.number} [{row.source}] {row.layout.label()}: {told}{ruled_out} ({duration(row.result.durations.total_s)})"
+    took = duration(row.result.durations.total_s)
+    return f"trial {row.number} [{row.source}] {row.layout.label()}: {told}{ruled_out} ({took})"
 
 
 class PlainProgress:
@@ -67,10 +75,15 @@ class PlainProgress:
     def __exit__(self, *exc_info: object) -> None:
         return None
 
-    def started(self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress) -> None:
+    def started(
+        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress
+    ) -> None:
         """Says only that a trial is tried again."""
         if attempt > 1:
             self._console.print(f"trial {number}: attempt {attempt}", markup=False)
+
+    def waiting_for(self, layout: Layout) -> None:
+        """Nothing: the trial's line comes at its end."""
 
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
         """Nothing: a log wants no heartbeats."""
@@ -93,16 +106,20 @@ class LiveProgress(PlainProgress):
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._live.stop()
 
-    def started(self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress) -> None:
+    def started(
+        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress
+    ) -> None:
         """A trial begins."""
         super().started(number, attempt, layout, origin, progress)
-        self._head = f"trial {number} [{origin.source}] {layout.label()}"
-        self._phase, self._standing, self._since = "starting", standing(progress), time.monotonic()
+        self.waiting_for(layout)
+        self._head, self._standing = f"trial {number} [{origin.source}] {layout.label()}", standing(progress)
+
+    def waiting_for(self, layout: Layout) -> None:
+        """One layout runs."""
+        self._head, self._phase, self._since = layout.label(), "starting", time.monotonic()
 
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
         """The running trial's phase and step."""

@@ -13,7 +13,9 @@ from tuner.report import best, html_page, read_trials, summary, terminal_table, 
 def show(
     results: ResultsFolder,
     json: AsJson = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained HTML page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write one self-contained HTML page.")
+    ] = None,
 ) -> None:
     """Print the trials of a sweep, running or finished: fastest first, then the failed ones."""
     folder = results_folder(results)

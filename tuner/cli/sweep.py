@@ -1,19 +1,18 @@
 """megatune sweep: measure layouts until the budget is used, and say which is best."""
 
 import shlex
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tuner.cli.common import ResultsRoot, SweepPath, check_not_empty, load, stderr, stdout
+from tuner.cli.export import override
 from tuner.cli.progress import LiveProgress, PlainProgress
+from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
+from tuner.export import Format
 from tuner.files import write_text
 from tuner.heuristics import seeds
 from tuner.report import TrialRow, best, figures, summary, terminal_table
@@ -24,15 +23,23 @@ if TYPE_CHECKING:
     from launchers.base import Launcher
     from tuner.sweep import Stop
     from tuner.sweep_file import Sweep
+    from tuner.tracking import Status
+
+
+_STATUS: Mapping[str, "Status"] = {"INTERRUPTED": "KILLED", "BREAKER": "FAILED"}
+"""MLflow's status of a sweep that ended for this reason; any other is FINISHED."""
 
 
 def sweep(
     sweep_file: SweepPath,
     results: ResultsRoot = Path("results"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the first trial's plan; start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the first trial's plan; start nothing.")
+    ] = False,
 ) -> int:
     """Run the sweep, or go on with it: the same command resumes after any end."""
-    from tuner.sweep import Stop, SweepLoop, queue_of, with_row
+    from launchers.base import end_marked
+    from tuner.sweep import SweepLoop, queue_of, with_row
     from tuner.tracking import Tracker
 
     loaded = load(sweep_file)
@@ -46,21 +53,25 @@ def sweep(
     if dry_run:
         from tuner.sweep import trial_spec
 
-        stdout.print(launcher.plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0)).shell_command(), soft_wrap=True)
+        stdout.print(
+            launcher.plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0)).shell_command(),
+            soft_wrap=True,
+        )
         return 0
     folder.claim(config)
+    end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
     tracker = Tracker.open(folder.path, config.tracking.uri, config.experiment, config.name, {})
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
     loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer)
     stderr.print(
         f"{config.name}: {len(table):,} valid layouts, {len(loop.rows)} trials done, results in {folder.path}"
     )
-    with _stop_on_signals() as stop, observer:
+    with stop_on_signals() as stop, observer:
         reason = loop.run(stop)
     rows = loop.rows
     text = summary(rows, config.name, _sentence(reason), _next_commands(folder, sweep_file))
     write_text(folder.path / "summary.md", text)
-    tracker.finish(text, "KILLED" if reason is Stop.INTERRUPTED else "FINISHED")
+    tracker.finish(text, _STATUS.get(reason.name, "FINISHED"))
     _print_end(config, rows, folder, reason, sweep_file)
     return _exit_code(reason, rows, folder)
 
@@ -78,7 +89,7 @@ def _exit_code(reason: "Stop", rows: list[TrialRow], folder: SweepFolder) -> int
         )
     if best(rows) is None:
         raise NothingFeasibleError(
-            f"{len(rows)} trials ran and none gave a measured layout; `megatune show {folder.path}` says why each failed"
+            f"{len(rows)} trials ran, none gave a measured layout; `megatune show {folder.path}` says why each failed"
         )
     return 0
 
@@ -98,24 +109,6 @@ def _launcher(config: "Sweep") -> "Launcher":
 
     check_machine(config.cluster)
     return TorchrunLauncher()
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM end the running trial and keep everything; a second SIGINT changes nothing."""
-    stop = threading.Event()
-
-    def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        if not stop.is_set():
-            stderr.print(f"\n{signal.Signals(number).name}: ending the running trial; everything measured is kept")
-        stop.set()
-
-    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _sentence(reason: "Stop") -> str:
@@ -138,12 +131,10 @@ def _next_commands(folder: SweepFolder, sweep_file: Path) -> dict[str, str]:
 def _print_end(
     config: "Sweep", rows: list[TrialRow], folder: SweepFolder, reason: "Stop", sweep_file: Path
 ) -> None:
-    from tuner.cli.export import override
-
     stdout.print(terminal_table(rows, f"{config.name}: {_sentence(reason)}"))
     facts = figures(rows)
     if facts is not None:
         stdout.print(f"\n[bold]Best layout[/] (trial {facts.trial})", soft_wrap=True)
-        stdout.print(override(folder, config, rows, facts.trial, "bridge-cli"), markup=False, soft_wrap=True)
+        stdout.print(override(folder, rows, Format.BRIDGE_CLI), markup=False, soft_wrap=True)
     for purpose, command in _next_commands(folder, sweep_file).items():
         stdout.print(f"{purpose}:\n    [bold]{command}[/]", soft_wrap=True)

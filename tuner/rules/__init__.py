@@ -13,10 +13,20 @@ from tuner.cluster import Cluster
 from tuner.errors import InputError, did_you_mean
 from tuner.layout import Layout
 from tuner.rules import batch, grids, moe, overlap, pipeline, recompute, shapes
-from tuner.rules.base import Bools, Columns, Kind, Rule, Violation
+from tuner.rules.base import Bools, Columns, Kind, Rule, Texts, Violation
 from tuner.workload import Workload
 
-__all__ = ["RULES", "Columns", "Kind", "Rule", "Violation", "active_rules", "broken_rules", "valid_mask"]
+__all__ = [
+    "RULES",
+    "Columns",
+    "Kind",
+    "Rule",
+    "Texts",
+    "Violation",
+    "active_rules",
+    "broken_rules",
+    "valid_mask",
+]
 
 RULES: tuple[Rule, ...] = (
     *grids.RULES,

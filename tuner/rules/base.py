@@ -1,8 +1,8 @@
 """What a rule is, and the columns of layouts that it judges."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -24,28 +24,38 @@ it.
 """
 
 
-class Columns:
-    """The knobs of many layouts: one array a knob, all of one length; sizes widen to int64, so products
-    cannot overflow.
+class Texts(NamedTuple):
+    """A column of texts, so that a question about one is asked once a category, not once a row."""
 
-    Texts are held as `pandas.Categorical`, so that a question about one is asked once a category, not once a
-    row.
+    codes: NDArray[np.int8]
+    """A row's index in `categories`."""
+    categories: Sequence[str]
+
+
+class Columns:
+    """The knobs of many layouts: one array a knob (Texts for texts), all of one length.
+
+    Sizes widen to int64, so that products cannot overflow.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self._data = data
 
+    def column(self, knob: str) -> Any:
+        """The column as it is held."""
+        return self._data[knob]
+
     def __getitem__(self, knob: str) -> Ints:
         """The values of a size knob."""
-        return np.asarray(self._data[knob], dtype=np.int64)
+        return np.asarray(self.column(knob), dtype=np.int64)
 
     def on(self, knob: str) -> Bools:
         """Where a switch is on."""
-        return np.asarray(self._data[knob], dtype=np.bool_)
+        return np.asarray(self.column(knob), dtype=np.bool_)
 
     def text(self, knob: str, accepts: Callable[[str], bool]) -> Bools:
         """Where `accepts` holds for a text knob."""
-        column = self._data[knob]
+        column = self.column(knob)
         accepted = np.array([accepts(category) for category in column.categories], dtype=np.bool_)
         mask: Bools = accepted[column.codes]
         return mask
@@ -59,23 +69,25 @@ class Columns:
         return self.text("recompute_modules", lambda text: module in module_names(text))
 
     @classmethod
-    def of(cls, table: pd.DataFrame) -> "Columns":
+    def of(cls, table: pd.DataFrame) -> Self:
         """The knobs of a table of layouts."""
         return cls({knob: _column(table[knob]) for knob in KNOBS if knob in table})
 
     @classmethod
-    def single(cls, layout: Layout) -> "Columns":
+    def single(cls, layout: Layout) -> Self:
         """The knobs of one layout, as columns of length 1."""
         values = {knob: getattr(layout, knob) for knob in KNOBS}
-        return cls(
-            {knob: pd.Categorical([v]) if isinstance(v, str) else np.array([v]) for knob, v in values.items()}
-        )
+        return cls({k: Texts(_ZERO, [v]) if isinstance(v, str) else np.array([v]) for k, v in values.items()})
+
+
+_ZERO = np.zeros(1, dtype=np.int8)
 
 
 def _column(series: "pd.Series[Any]") -> Any:
     if pd.api.types.is_numeric_dtype(series.dtype):
         return series.to_numpy()
-    return pd.Categorical(series)
+    categorical = pd.Categorical(series)
+    return Texts(categorical.codes, list(categorical.categories))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -176,8 +176,5 @@ RULES: tuple[Rule, ...] = (
         ),
         source=TRANSFORMER_CONFIG,
     ),
-    _needs_cuda(
-        "expert-overlap-needs-cuda", "overlap_moe_expert_parallel_comm", "Transformer Engine and streams"
-    ),
     _needs_cuda("delayed-wgrad-needs-cuda", "delay_wgrad_compute", "Transformer Engine"),
 )

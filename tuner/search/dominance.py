@@ -31,4 +31,5 @@ def needs_at_least_as_much_memory(table: pd.DataFrame, layout: Layout) -> NDArra
             same_recompute &= column == value
         else:
             mask &= column == value
-    return mask & (same_recompute | (table["recompute_granularity"].to_numpy() == "none"))
+    mask &= same_recompute | (table["recompute_granularity"].to_numpy() == "none")
+    return mask

@@ -97,6 +97,12 @@ class Job:
                 f"global batch size ({samples}) is not divisible by micro batch size "
                 f"({self.layout.micro_batch_size}) times data parallel size ({self.dp})"
             )
+        chunks = 2 * self.layout.cp
+        if self.layout.cp > 1 and self.workload.seq_length % chunks:
+            raise ValueError(
+                f"sequence length ({self.workload.seq_length}) is not divisible by 2 * context parallel size "
+                f"({chunks}): each rank takes two chunks"
+            )
 
     def _data(self) -> Iterator[Batch]:
         return micro_batches(

@@ -1,0 +1,103 @@
+"""megatune doctor: whether this machine can run trials."""
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from tuner.cli.common import AsJson, ResultsRoot, detect, print_json, stdout
+from tuner.errors import InputError
+
+Status = Literal["ok", "missing", "failed"]
+MIN_FREE_GIB = 5.0
+"""Below this a night's logs and databases may fill the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    status: Status
+    """missing is no fault: something optional is not there."""
+    told: str
+
+
+def doctor(results: ResultsRoot = Path("results"), json: AsJson = False) -> int:
+    """Look at everything a trial needs on this machine. Exit code 0 if trials can run, 2 if not."""
+    checks = [
+        Check("python", "ok", platform.python_version()),
+        *(_package(name, optional=False) for name in ("torch", "megatron-core", "optuna", "mlflow")),
+        _package("transformer-engine", optional=True),
+        _try("megatron imports", _import_megatron),
+        _try("machine", _machine),
+        _try("gloo on loopback", _gloo),
+        _try("results folder", lambda: _writable(results)),
+    ]
+    if json:
+        print_json([{"check": check.name, "status": check.status, "told": check.told} for check in checks])
+    else:
+        table = Table("check", "status", "what", box=None)
+        colours = {"ok": "green", "missing": "yellow", "failed": "red"}
+        for check in checks:
+            table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", check.told)
+        stdout.print(table)
+    return 2 if any(check.status == "failed" for check in checks) else 0
+
+
+def _try(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", look())
+    except Exception as error:  # whatever it is, the doctor tells it and looks on
+        return Check(name, "failed", f"{type(error).__name__}: {error}")
+
+
+def _package(name: str, optional: bool) -> Check:
+    try:
+        return Check(name, "ok", version(name))
+    except PackageNotFoundError:
+        if optional:
+            return Check(name, "missing", "the program uses its Torch layers instead")
+        return Check(name, "failed", f"not installed: pip install {name}")
+
+
+def _import_megatron() -> str:
+    from launchers.programs.megatron_core import train
+
+    return f"the program {train.__package__} loads"
+
+
+def _machine() -> str:
+    cluster = detect()
+    return (
+        f"{cluster.world_size} x {cluster.gpu.name} with {cluster.gpu.memory_gib} GiB "
+        f"(in a sweep file: 'cluster: detect', {', '.join(cluster.gpu.peak_tflops)})"
+    )
+
+
+def _gloo() -> str:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but in no __all__
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("megatune", "here")
+    if store.get("megatune") != b"here":
+        raise OSError("the rendezvous store forgets what it is told")
+    return f"a rendezvous store answers on 127.0.0.1:{store.port}"
+
+
+def _writable(results: Path) -> str:
+    existing = next(path for path in (results.absolute(), *results.absolute().parents) if path.exists())
+    probe = existing / ".megatune-probe"
+    probe.write_text("probe", encoding="utf-8")
+    probe.unlink()
+    free_gib = shutil.disk_usage(existing).free / 1024**3
+    if free_gib < MIN_FREE_GIB:
+        raise InputError(
+            f"only {free_gib:.1f} GiB free in {existing}; a night's sweep wants {MIN_FREE_GIB:.0f}"
+        )
+    return f"{results.absolute()}: writable, {free_gib:.0f} GiB free"

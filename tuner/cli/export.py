@@ -1,0 +1,57 @@
+"""megatune export: a measured layout as the override for the user's own recipe."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli.common import ResultsFolder, results_folder, stderr
+from tuner.errors import InputError, NothingFeasibleError
+from tuner.export import Format
+from tuner.export import export as write_override
+from tuner.files import read_json, write_text
+from tuner.report import TrialRow, figures, read_trials
+from tuner.results import SweepFolder
+from tuner.trial import TrialSpec
+
+
+def export(
+    results: ResultsFolder,
+    format: Annotated[Format, typer.Option("--format", help="What the override is for.")] = Format.BRIDGE_CLI,
+    trial: Annotated[int | None, typer.Option("--trial", help="Export this trial, not the best one.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file.")] = None,
+) -> None:
+    """Print the override that selects the best measured layout, with its evidence on top."""
+    folder = results_folder(results)
+    text = override(folder, read_trials(folder.path), format, trial)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        write_text(output, text)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
+    stderr.print(f"wrote {output}")
+
+
+def override(folder: SweepFolder, rows: list[TrialRow], format: Format, number: int | None = None) -> str:
+    """The override that selects a trial's layout, the best one's by default.
+
+    Raises:
+        InputError: if that trial did not complete.
+        NothingFeasibleError: if none did.
+    """
+    facts = figures(rows, number)
+    if facts is None:
+        if number is None:
+            raise NothingFeasibleError(f"{folder.path}: no trial completed, so there is nothing to export")
+        raise InputError(
+            f"--trial {number}: did not complete in {folder.path}; `megatune show` lists those that did"
+        )
+    trial = folder.trial(facts.trial)
+    sweep = folder.sweep()
+    command = json.loads(trial.plan.read_text(encoding="utf-8"))["command"] if trial.plan.exists() else ""
+    base = sweep.baseline if sweep.recipe else None
+    return write_override(format, read_json(TrialSpec, trial.spec), facts, command, base)

@@ -1,0 +1,76 @@
+"""megatune trial: run one layout."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli.common import AsJson, Knobs, SweepPath, detect, parse_layout, print_json, stderr, stdout
+from tuner.cli.progress import LiveProgress, PlainProgress, outcome_line
+from tuner.cli.signals import stop_on_signals
+from tuner.errors import InputError
+from tuner.files import to_data, write_json
+from tuner.layout import Layout
+from tuner.report import TrialRow, TrialSource
+from tuner.rules import broken_rules
+from tuner.sweep_file import Sweep, load_sweep
+from tuner.trial import Outcome, TrialFolder
+
+EXIT_CODES = {Outcome.COMPLETED: 0, Outcome.INTERRUPTED: 130}
+"""Every other outcome is 3: nothing feasible ran."""
+
+
+def trial(
+    sweep_file: SweepPath,
+    knobs: Knobs,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", help="Where its files go; results/<sweep>/manual/<layout> if not given."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command; start nothing.")] = False,
+    json: AsJson = False,
+) -> int:
+    """Run one layout as one trial, outside the sweep. Exit code 0 if it was measured, 3 if not."""
+    from launchers.detect import check_machine
+    from launchers.torchrun import TorchrunLauncher
+    from tuner.sweep import trial_spec
+
+    sweep, layout = load_sweep(sweep_file, detect), parse_layout(knobs)
+    _refuse_invalid(sweep, layout, sweep_file)
+    path = folder or Path("results") / sweep.name / "manual" / layout.label().replace(" ", "_").replace(
+        ":", "-"
+    )
+    target, launcher = TrialFolder(path), TorchrunLauncher()
+    plan = launcher.plan(trial_spec(sweep, 0, 1, layout), target)
+    if dry_run:
+        print_json(plan.to_data()) if json else stdout.print(
+            plan.shell_command(), markup=False, soft_wrap=True
+        )
+        return 0
+    check_machine(sweep.cluster)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(target.source, TrialSource(source="manual"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror or error}; name another with --folder"
+        ) from None
+    observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
+    with stop_on_signals() as stop, observer:
+        observer.waiting_for(layout)
+        result = launcher.run(plan, stop, lambda beat: observer.heartbeat(0, beat))
+    if json:
+        print_json(to_data(result))
+    else:
+        row = TrialRow(number=0, source="manual", note="", layout=layout, result=result)
+        stdout.print(outcome_line(row, 0), markup=False, soft_wrap=True)
+        stdout.print(f"files: {shlex.quote(str(path))}", markup=False, soft_wrap=True)
+    return EXIT_CODES.get(result.outcome, 3)
+
+
+def _refuse_invalid(sweep: Sweep, layout: Layout, source: Path) -> None:
+    broken = broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted)
+    if broken:
+        lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
+        raise InputError(f"{source}: {layout.label()} is not a valid layout:\n  {lines}")
