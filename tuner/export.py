@@ -11,7 +11,7 @@ import yaml
 
 from tuner.environment import cuda_environment
 from tuner.files import to_data
-from tuner.layout import Layout, module_names
+from tuner.layout import MOE_KNOBS, Layout, module_names
 from tuner.trial import Metrics, TrialSpec
 
 
@@ -196,6 +196,8 @@ def export(
         cuda_environment(spec.layout, spec.cluster.gpu.name) if spec.cluster.device == "cuda" else {}
     )
     changes = bridge_changes(spec.layout, recipe_layout)
+    if recipe_layout is None and not spec.workload.model.is_moe:
+        changes = {path: value for path, value in changes.items() if path not in _expert_metadata("megatron")}
     # Always pinned: Bridge's benchmark recipes rescale it with dp, which would change the training.
     changes["train.global_batch_size"] = spec.workload.global_batch_size
     if format is Format.JSON:
@@ -220,6 +222,10 @@ def export(
     return _comments(lines) + _continued(
         [f"++{path}={_hydra(value)}" for path, value in _with_class(changes).items()]
     )
+
+
+def _expert_metadata(key: str) -> set[str]:
+    return {knob.metadata[key] for knob in fields(Layout) if knob.name in MOE_KNOBS}
 
 
 def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
@@ -317,6 +323,8 @@ def _megatron_lm(spec: TrialSpec, base: Layout | None) -> str:
         for flag, values in megatron_lm_arguments(spec.layout).items()
         if present.get(flag) != values
     }
+    if base is None and not spec.workload.model.is_moe:
+        wanted = {flag: values for flag, values in wanted.items() if flag not in _expert_metadata("flag")}
     wanted["--global-batch-size"] = [str(spec.workload.global_batch_size)]
     return " \\\n".join(shlex.join([flag, *values]) for flag, values in wanted.items()) + "\n"
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -30,10 +30,13 @@ def parse(cls: type[T], data: object, source: str) -> T:
     """
     try:
         # JSON mode: lists become tuples and strings become enums, yet "8" is still no integer.
-        value: T = _adapter(cls).validate_json(json.dumps(data))
+        # A date that YAML reads out of a plain word is the word again.
+        text = json.dumps(data, allow_nan=False, default=str)
+        value: T = _adapter(cls).validate_json(text)
         return value
     except ValidationError as error:
-        lines = [_explain(cls, item) for item in error.errors(include_url=False)]
+        problems = _nearest_branches(error.errors(include_url=False), json.loads(text))
+        lines = [_explain(cls, key, items) for key, items in problems.items()]
         raise InputError(f"{source}: " + "\n  ".join(dict.fromkeys(lines))) from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{source}: cannot be read as JSON data: {error}") from None
@@ -99,15 +102,91 @@ def write_text(path: Path, text: str) -> None:
         os.close(directory)
 
 
-def _explain(cls: type[Any], error: Mapping[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-        return f"unknown key '{key}'{did_you_mean(location[-1], _known_keys(cls, location[:-1]))}"
-    if error["type"] in {"missing", "missing_argument"}:
+Problem = Mapping[str, Any]
+"""One of pydantic's errors: its `loc`, `type`, `msg` and `input`."""
+
+_UNKNOWN = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
+_MISSING = frozenset({"missing", "missing_argument"})
+
+
+def _nearest_branches(problems: Sequence[Problem], data: object) -> dict[tuple[str, ...], list[Problem]]:
+    """The problems by the key that the user sees; of a union's branches those of the one that fits best.
+
+    Pydantic tells what is wrong with every branch, and puts the branch's name among the keys of `loc`.
+    """
+    by_key: dict[tuple[str, ...], dict[str, list[Problem]]] = {}
+    plain: dict[tuple[str, ...], list[Problem]] = {}
+    for problem in problems:
+        place = _branch_place(problem, data)
+        location = tuple(map(str, problem["loc"]))
+        if place is None:
+            plain.setdefault(location, []).append(problem)
+        else:
+            by_key.setdefault(location[:place], {}).setdefault(location[place], []).append(problem)
+    for key, branches in by_key.items():
+        entered = [
+            [{**p, "loc": (*p["loc"][: len(key)], *p["loc"][len(key) + 1 :])} for p in branch]
+            for branch in branches.values()
+        ]
+        # A branch whose own type is another is no near miss, unless none is one.
+        near = [
+            branch
+            for branch in entered
+            if all(len(p["loc"]) > len(key) or p["type"] == "value_error" for p in branch)
+        ]
+        best = min(near, key=_misfit) if near else [problem for branch in entered for problem in branch]
+        for inner, found in _nearest_branches(best, data).items():
+            plain.setdefault(inner, []).extend(found)
+    return plain
+
+
+def _misfit(branch: Sequence[Problem]) -> tuple[int, int]:
+    """How badly a union's branch fits: what is there and wrong tells more than what is missing."""
+    return sum(problem["type"] not in _MISSING for problem in branch), len(branch)
+
+
+def _branch_place(problem: Problem, data: object) -> int | None:
+    """Where in a problem's location the name of a union's branch stands: it is no key of the data."""
+    location = problem["loc"]
+    for place, part in enumerate(location):
+        is_index = isinstance(data, list) and isinstance(part, int)
+        if is_index or (isinstance(data, dict) and part in data):
+            data = data[part]  # type: ignore[index]  # a list or a dict, by the line above
+        elif problem["type"] in _MISSING and place == len(location) - 1:
+            return None
+        else:
+            return place
+    return None
+
+
+def _explain(cls: type[Any], location: tuple[str, ...], problems: Sequence[Problem]) -> str:
+    """One line about a key; several problems of one key are the branches of a union, none of which fits."""
+    key, error = ".".join(location), problems[0]
+    if error["type"] in _UNKNOWN:
+        return f"unknown key '{key}'{did_you_mean(location[-1], _known_keys(cls, list(location[:-1])))}"
+    if error["type"] in _MISSING:
         return f"missing key '{key}'"
-    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+    else:
+        words = (_WORDS.get(p["type"], p["msg"].removeprefix("Input should be ")) for p in problems)
+        message = f"should be {' or '.join(dict.fromkeys(words))}, not {_shown(error['input'])}"
     return f"key '{key}': {message}" if key else message
+
+
+_WORDS: Mapping[str, str] = {
+    "dataclass_type": "a mapping of keys to values",
+    "dict_type": "a mapping of keys to values",
+    "tuple_type": "a list",
+}
+"""Where pydantic's own words are JSON's, not those of a YAML file."""
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "empty"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _known_keys(cls: type[Any], location: list[str]) -> list[str]:

@@ -138,6 +138,16 @@ class Layout:
 KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(Layout))
 """The knobs, in the order of the table's columns."""
 
+MOE_KNOBS: tuple[str, ...] = (
+    "ep",
+    "etp",
+    "moe_token_dispatcher_type",
+    "moe_shared_expert_overlap",
+    "overlap_moe_expert_parallel_comm",
+    "delay_wgrad_compute",
+)
+"""The knobs that a dense model has no use for."""
+
 DEFAULTS: Mapping[str, Any] = {knob.name: knob.default for knob in fields(Layout)}
 
 

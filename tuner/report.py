@@ -196,10 +196,10 @@ def terminal_table(rows: Sequence[TrialRow], title: str = "") -> Group:
 
 
 def _completed_table(ranked: Sequence[tuple[TrialRow, Metrics]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("trial", no_wrap=True)
-    table.add_column("layout", overflow="fold")
-    for heading in ("step\nms", "95%\ninterval", "tokens/s\n/GPU", "TFLOP/s\n/GPU", "peak\nGiB", "vs\nbest"):
+    table.add_column("layout", min_width=26)
+    for heading in ("step\nms", "95%\ninterval", "tokens/s\n/GPU", "peak\nGiB", "vs\nbest"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row, metrics in ranked:
         step_ms, fastest_ms = metrics.step_time_ms, ranked[0][1].step_time_ms
@@ -211,7 +211,6 @@ def _completed_table(ranked: Sequence[tuple[TrialRow, Metrics]]) -> Table:
             f"{step_ms:,.1f}",
             f"±{arm_ms / step_ms:.1%}",
             f"{metrics.tokens_per_s_per_gpu:,.0f}",
-            f"{metrics.model_tflops_per_s_per_gpu:.4g}",
             f"{metrics.peak_allocated_gib:.3g}",
             "best" if is_best else f"{step_ms / fastest_ms - 1:+.1%}",
         )

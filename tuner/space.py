@@ -26,9 +26,7 @@ from tuner.workload import Workload
 
 Value = bool | int | str
 Domain = Mapping[str, tuple[Value, ...]]
-"""Candidate values by knob. A knob that is not named keeps its default, but for `overlap_p2p_comm`, which
-follows vpp.
-"""
+"""Candidate values by knob. One that is not named keeps its default; `overlap_p2p_comm` alone follows vpp."""
 
 _SWITCH: tuple[Value, ...] = (False, True)
 _UNNAMED: Domain = MappingProxyType({"overlap_p2p_comm": _SWITCH})
@@ -53,9 +51,7 @@ class Space:
     table: pd.DataFrame
     """One row a layout, one column a knob, in the order of KNOBS; small integers, bools and categoricals."""
     rejected: Mapping[str, int]
-    """How many combinations of the domain each rule removed; a combination counts for the first rule that
-    met it.
-    """
+    """How many combinations each rule removed; a combination counts for the first rule that met it."""
     combinations: int
     """Combinations in the domain: the rows and the rejected together."""
 
@@ -154,7 +150,7 @@ def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> p
 
 
 def default_domain(workload: Workload, cluster: Cluster) -> Domain:
-    """Candidate values of every knob: all that could sensibly win, whatever the rules then say of a
+    """Candidate values of every knob: all that could sensibly win, whatever the rules say of a
     combination.
     """
     model, moe = workload.model, workload.model.is_moe
@@ -251,22 +247,20 @@ def _grid(workload: Workload, cluster: Cluster, pp: tuple[int, ...]) -> dict[str
         "cp": tuple(size for size in cp if size == 1 or workload.seq_length % (2 * size) == 0),
         "ep": _divisors(gcd(world, experts), world),
         # Splitting an expert over more than a few ranks leaves each a thin product (the guide: rarely used).
-        "etp": _divisors(gcd(world, expert_ffn), 4),
+        "etp": _divisors(gcd(world, expert_ffn), 8),
         "sp": _SWITCH,
         "micro_batch_size": tuple(2**power for power in range(5) if batch % 2**power == 0),
     }
 
 
 def _pipeline_sizes(workload: Workload, cluster: Cluster) -> tuple[int, ...]:
-    """Every divisor of the world, powers of two or not, that leaves each stage a layer or the embedding or
-    the loss.
-    """
+    """Every divisor of the world that leaves each stage a layer, the embedding or the loss."""
     return _divisors(cluster.world_size, workload.model.num_layers + 2)
 
 
 def _uneven_stages(num_layers: int, pp: tuple[int, ...]) -> tuple[int, ...]:
-    """Layers of a first or last stage where neither layers nor accounted slots divide evenly; 0 states
-    nothing.
+    """Layers of a first or last stage, for sizes that divide neither layers nor accounted slots; 0 states
+    none.
 
     Outer stages also hold the embedding or the loss, so they take at most what a middle stage takes.
     """
@@ -295,9 +289,7 @@ def _dispatchers(moe: bool, cuda: bool) -> tuple[str, ...]:
 
 
 def _module_sets(workload: Workload, cluster: Cluster) -> tuple[str, ...]:
-    """What selective recompute may drop: Megatron's default, all that is cheap to compute again, or all
-    MLPs.
-    """
+    """What selective recompute may drop: Megatron's default, all that is cheap to redo, or all MLPs."""
     model = workload.model
     cheap = ["layernorm"]
     cheap += ["mla_up_proj"] * model.multi_latent_attention

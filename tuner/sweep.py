@@ -97,7 +97,7 @@ class SweepLoop:
         self._launcher, self._tracker, self._observer = launcher, tracker, observer
         self.rows = read_trials(folder.path)
         begun = self._begun()
-        self._sampler = TableSampler(table, sweep.seed + len(begun), [layout for layout, _, _ in begun])
+        self._sampler = TableSampler(table, sweep.seed, [layout for layout, _, _ in begun])
         self._waiting: dict[int, tuple[Layout, TrialSource]] = {}
         self._pruned = 0
         trials = []
@@ -116,6 +116,7 @@ class SweepLoop:
             else:
                 self._learn(layout, result)
         self.rows = [row for row in self.rows if row.number not in self._waiting]
+        self._mark_best()
         self._study = open_study(folder.study, sweep.name, self._sampler, self._sampler.space, trials)
         self._queue = [(layout, origin) for layout, origin in queue if self._row_is_free(layout)]
 

@@ -13,6 +13,7 @@ from tuner.cluster import Cluster
 from tuner.errors import InputError, did_you_mean
 from tuner.files import STRICT, parse, read_yaml
 from tuner.layout import DEFAULTS, KNOBS, Layout
+from tuner.rules import active_rules
 from tuner.space import Domain, default_domain, search_domain
 from tuner.trial import Limits, Measurement
 from tuner.workload import Model, Precision, Workload
@@ -58,8 +59,10 @@ class Budget:
     gpu_hours: float | None = None
 
     def __post_init__(self) -> None:
-        if self.trials < 1 or (self.hours or 1) <= 0 or (self.gpu_hours or 1) <= 0:
-            raise ValueError("trials, hours and gpu_hours must be above 0")
+        for name in ("trials", "hours", "gpu_hours"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +112,8 @@ class SweepFile:
         for group in ("knobs", "fixed", "baseline"):
             for name in getattr(self, group) or {}:
                 if name not in KNOBS:
-                    raise ValueError(f"{group}: unknown knob '{name}'{did_you_mean(name, KNOBS)}")
+                    hint = did_you_mean(name, KNOBS) or f"; the knobs are {', '.join(KNOBS)}"
+                    raise ValueError(f"{group}: unknown knob '{name}'{hint}")
         if self.recipe and self.baseline is None:
             raise ValueError("recipe needs baseline: the layout that the recipe has now")
 
@@ -159,7 +163,8 @@ def resolve(file: SweepFile, source: str, folder: Path, detect: Callable[[], Clu
             raise InputError(
                 f"key 'workload.precision': {cluster.gpu.name} has no {workload.precision} (it has {known})"
             )
-        baseline = None if file.baseline is None else _layout(file.baseline, "baseline")
+        baseline = None if file.baseline is None else parse(Layout, dict(file.baseline), "baseline")
+        active_rules(file.lift)  # refuses what cannot be lifted
         return Sweep(
             name=file.name,
             workload=workload,
@@ -217,10 +222,6 @@ def _cluster(choice: str | ClusterChoice | Cluster, folder: Path, detect: Callab
     return parse(Cluster, data, "key 'cluster'")
 
 
-def _layout(values: Mapping[str, Value], key: str) -> Layout:
-    return parse(Layout, dict(values), f"key '{key}'")
-
-
 def _domain(file: SweepFile, workload: Workload, cluster: Cluster) -> Domain:
     if file.knobs is None:
         domain = dict(search_domain(workload, cluster))
@@ -234,10 +235,11 @@ def _domain(file: SweepFile, workload: Workload, cluster: Cluster) -> Domain:
     for name, values in domain.items():
         if not values:
             raise InputError(f"key 'knobs.{name}': give at least one value")
+        for value in values:
+            parse(Layout, {name: value}, "fixed" if name in file.fixed else "knobs")
+        # After the types: to Python, True repeats 1.
         if len(set(values)) != len(values):
             raise InputError(f"key 'knobs.{name}': values repeat: {list(values)}")
-        for value in values:
-            _layout({name: value}, f"fixed.{name}" if name in file.fixed else f"knobs.{name}")
     both = sorted(set(file.knobs or {}) & set(file.fixed))
     if both:
         raise InputError(f"key 'fixed.{both[0]}': also listed under knobs; keep one of the two")

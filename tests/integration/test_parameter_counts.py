@@ -102,13 +102,12 @@ def builder() -> Iterator[ProcessPoolExecutor]:
 
 
 def shortened(model: Model) -> Model:
-    """The model with 4 layers at full width, without sinks: the Torch attention used here has none."""
+    """The model with 4 layers at full width."""
     frequency = model.moe_layer_freq
     return replace(
         model,
         num_layers=4,
         moe_layer_freq=frequency[:4] if isinstance(frequency, tuple) else frequency,
-        softmax_type="vanilla",
     )
 
 

@@ -49,6 +49,7 @@ TIED = replace(
     share_embeddings_and_output_weights=True,
 )
 WINDOW = replace(DENSE, name="window", num_query_groups=1, window_size=(8, 0), window_attn_skip_freq=2)
+SINKS = replace(WINDOW, name="sinks", softmax_type="learnable", num_query_groups=2)
 MOE = replace(
     DENSE,
     name="moe",
@@ -74,7 +75,7 @@ LATENT = replace(
 PREDICTING = replace(LATENT, name="predicting", mtp_num_layers=1)
 BF16 = replace(MOE, name="moe-bf16")
 """The same in bf16, as the overlap of expert communication demands."""
-MODELS = {model.name: model for model in (DENSE, TIED, WINDOW, MOE, LATENT, PREDICTING, BF16)}
+MODELS = {model.name: model for model in (DENSE, TIED, WINDOW, SINKS, MOE, LATENT, PREDICTING, BF16)}
 
 FULL_UNIFORM = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
 FULL_BLOCK = Layout(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
@@ -116,6 +117,7 @@ PARALLEL: list[tuple[Model, Layout]] = [
     (TIED, Layout(tp=2, pp=2, sp=True, micro_batch_size=4)),
     (TIED, Layout(pp=2, vpp=2, cp=2, overlap_p2p_comm=True, micro_batch_size=2)),
     (WINDOW, Layout(tp=2, cp=2, sp=True, micro_batch_size=4)),
+    (SINKS, Layout(tp=2, cp=2, sp=True, micro_batch_size=4)),
     (MOE, Layout(ep=4)),
     (MOE, Layout(ep=2, etp=2)),
     (MOE, Layout(ep=2, etp=2, moe_token_dispatcher_type="allgather")),

@@ -12,14 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DRAWS = int(os.environ.get("MEGATUNE_ORACLE_DRAWS", "200"))
 SEED = int(os.environ.get("MEGATUNE_ORACLE_SEED", "20260"))
-WORKERS = 2
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """What the oracle found. It runs in processes of its own: it turns a process into a CPU-only fake world
-    for good.
-    """
+    """What the oracle found, in a process of its own: it turns a process into a fake world for good."""
     print(f"MEGATUNE_ORACLE_SEED={SEED} MEGATUNE_ORACLE_DRAWS={DRAWS}")
     command = [
         sys.executable,
@@ -32,26 +29,10 @@ def report() -> dict[str, Any]:
         "--seed",
         str(SEED),
     ]
-    processes = [
-        subprocess.Popen(
-            [*command, "--workers", str(WORKERS), "--worker", str(worker)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for worker in range(WORKERS)
-    ]
-    merged: dict[str, Any] = {"disagreements": [], "counts": {}, "broken_alone": {}}
-    for process in processes:
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors[-4000:]
-        part = json.loads(output)
-        merged["disagreements"] += part["disagreements"]
-        for key in ("counts", "broken_alone"):
-            for name, number in part[key].items():
-                merged[key][name] = merged[key].get(name, 0) + number
-    return merged
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
+    found: dict[str, Any] = json.loads(process.stdout)
+    return found
 
 
 @pytest.mark.timeout(60 + 10 * DRAWS)
@@ -64,4 +45,4 @@ def test_the_draws_meet_both_verdicts_and_many_rules(report: dict[str, Any]) -> 
     assert counts["accepted"] >= DRAWS // 5
     assert counts["valid"] >= DRAWS // 10
     assert sum(number for name, number in counts.items() if name.startswith("refused")) >= DRAWS // 10
-    assert len(report["broken_alone"]) >= min(10, DRAWS // 10)
+    assert len(report["broken_alone"]) >= 50

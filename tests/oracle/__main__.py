@@ -1,5 +1,7 @@
-"""Hold the rules against Megatron on random layouts: `python -m tests.oracle --draws 2000 --seed 7`, JSON on
-stdout.
+"""Hold the rules against Megatron on random layouts: `python -m tests.oracle --draws 2000 --seed 7`.
+
+The JSON on stdout lists every disagreement, how Megatron took the draws, and how often a rule was broken
+alone.
 """
 
 import argparse
@@ -7,21 +9,22 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
+from multiprocessing import get_context
 from typing import Any
 
-from tests.oracle.draws import Draw, draws
+from tests.oracle.draws import Draw, directed, draws
 from tests.oracle.megatron import Verdict, judge, prepare
 from tuner.layout import DEFAULTS
 from tuner.rules import Violation, broken_rules
+
+PROCESSES = 2
 
 
 def disagreement(verdict: Verdict, broken: tuple[Violation, ...]) -> str:
     """Say how Megatron and the rules disagree; empty if they do not.
 
-    A layout in another than its canonical form is legal or not as its canonical form is, so there the rules
-    claim
-    nothing but their own refusal.
+    Of a layout in another than its canonical form the rules claim only that they refuse it.
     """
     kinds = {violation.kind for violation in broken}
     refused = bool(kinds & {"megatron", "program"})
@@ -48,26 +51,29 @@ def report(draw: Draw, verdict: Verdict, broken: tuple[Violation, ...], how: str
     }
 
 
+def ask(draw: Draw) -> tuple[Draw, Verdict, tuple[Violation, ...]]:
+    """Ask Megatron and the rules."""
+    verdict = judge(draw.workload, draw.layout, draw.cluster.world_size)
+    return draw, verdict, broken_rules(draw.layout, draw.workload, draw.cluster)
+
+
 def main() -> None:
-    """Judge this worker's share of the draws."""
+    """Judge one case a rule and the random draws."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--worker", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    prepare()
     found, alone, counts = [], Counter[str](), Counter[str]()
-    share = islice(draws(options.seed), options.worker, options.draws, options.workers)
-    for draw in share:
-        broken = broken_rules(draw.layout, draw.workload, draw.cluster)
-        verdict = judge(draw.workload, draw.layout, draw.cluster.world_size)
-        counts["accepted" if verdict.accepted else f"refused: {verdict.stage}"] += 1
-        counts["valid"] += not broken
-        if len(broken) == 1:
-            alone[broken[0].rule] += 1
-        if how := disagreement(verdict, broken):
-            found.append(report(draw, verdict, broken, how))
+    wanted = chain(directed(), islice(draws(options.seed), options.draws))
+    # Megatron's hooks keep a model alive for good, so a process judges a few only; a fork imports nothing.
+    with get_context("fork").Pool(PROCESSES, initializer=prepare, maxtasksperchild=100) as pool:
+        for draw, verdict, broken in pool.imap(ask, wanted):
+            counts["accepted" if verdict.accepted else f"refused: {verdict.stage}"] += 1
+            counts["valid"] += not broken
+            if len(broken) == 1:
+                alone[broken[0].rule] += 1
+            if how := disagreement(verdict, broken):
+                found.append(report(draw, verdict, broken, how))
     json.dump({"disagreements": found, "counts": counts, "broken_alone": alone}, sys.stdout, indent=2)
 
 

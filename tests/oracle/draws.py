@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+from tests.rule_cases import CASES
 from tuner.cluster import Cluster, Gpu
 from tuner.layout import Layout, layout_from
 from tuner.rules import broken_rules
@@ -171,10 +172,14 @@ _RECOMPUTE: tuple[dict[str, Any], ...] = tuple(
 _LIFTED = frozenset({"uneven-split-balanced", "interleaving-overlaps-p2p"})
 
 
+def directed() -> Iterator[Draw]:
+    """One draw for each rule that breaks it, as far as CPU ranks can."""
+    for _, knobs, workload, cluster, _ in CASES:
+        yield Draw(workload=workload, cluster=cpu_cluster(cluster.world_size), layout=Layout(**knobs))
+
+
 def draws(seed: int) -> Iterator[Draw]:
-    """Endless draws: valid layouts, valid ones with one or two knobs changed, and some with every knob at
-    random.
-    """
+    """Endless draws: valid layouts, valid ones with a knob or two changed, and some wholly at random."""
     random = Random(seed)
     while True:
         workload = Workload(

@@ -1,10 +1,9 @@
 """The verdict of the installed Megatron-Core on one layout, in one process, whatever the world's size.
 
 A fake process group stands for the world: collectives return at once, and gathers repeat this rank's own
-tensor, as if
-all ranks held the same. Values are garbage; every refusal is real, since the program's own job is built and
-stepped on
-real tensors, on the first, a middle and the last pipeline rank.
+tensor, as if all ranks held the same. Values are garbage; every refusal is real, since the program's own job
+is
+built and stepped on real tensors, on the first, a middle and the last pipeline rank.
 """
 
 import warnings
@@ -21,6 +20,7 @@ from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCal
 from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launchers.programs.megatron_core.config import transformer_config
@@ -41,9 +41,7 @@ class Verdict:
 
     accepted: bool
     stage: Stage = ""
-    """Where it refused: the batch calculator, the configuration, the split of layers, the build or the first
-    step.
-    """
+    """Where it refused: cutting the batch, the configuration, the split of layers, the build or a step."""
     message: str = ""
 
 
@@ -72,9 +70,10 @@ def judge(workload: Workload, layout: Layout, world_size: int) -> Verdict:
             # Ranks run fastest over tp, then cp, ep and dp, slowest over pp.
             rank = pp_rank * (world_size // layout.pp)
             stage = "build"
-            job = _Rank(rank, world_size)
-            with job:
+            with _Rank(rank, world_size):
                 training = Job(workload, layout, 1234, torch.device("cpu"))
+                stage = "batch"
+                _cut_sequence(workload)
                 stage = "step"
                 training.step()
     except (ValueError, AssertionError, RuntimeError, IndexError, ImportError, ZeroDivisionError) as error:
@@ -92,6 +91,11 @@ def _cut_batch(workload: Workload, layout: Layout, world_size: int) -> None:
             decrease_batch_size_if_needed=False,
             rank=0,
         )
+
+
+def _cut_sequence(workload: Workload) -> None:
+    """Megatron's own cut over the context ranks: the program's would drop tokens that are left over."""
+    get_batch_on_this_cp_rank({"tokens": torch.zeros(1, workload.seq_length)})
 
 
 def _check_split(config: Any) -> None:
@@ -125,9 +129,7 @@ class _Rank:
 
 
 def _with_empty_input(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake exchange repeats the input to fill the output, which it cannot where no token came to this
-    rank.
-    """
+    """The fake exchange fills the output with the input, which it cannot where this rank has no token."""
 
     @wraps(collective)
     def wrapped(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -151,9 +153,7 @@ def _with_zeros(receive: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_an_end(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A checkpoint whose outputs include a parameter is its own ancestor: Megatron recurses until memory is
-    gone.
-    """
+    """A checkpoint that returns a parameter is its own ancestor: Megatron recurses until memory is gone."""
     depth = 0
 
     @wraps(backward)

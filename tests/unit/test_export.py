@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trials import CLUSTER, completed_row, spec_of
+from tests.trials import CLUSTER, MODEL, WORKLOAD, completed_row, spec_of
 from tuner.environment import cuda_environment
 from tuner.export import Figures, Format, bridge_settings, export, megatron_lm_arguments, megatron_value
 from tuner.layout import Layout
@@ -38,6 +38,9 @@ def _values(default: object, name: str) -> st.SearchStrategy[Any]:
 LAYOUTS = st.builds(Layout, **{knob.name: _values(knob.default, knob.name) for knob in fields(Layout)})
 
 
+MOE = replace(MODEL, num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_topk=2)
+
+
 def _figures(layout: Layout) -> Figures:
     rows = [
         completed_row(0, 100.0, layout=Layout(micro_batch_size=99), source="baseline"),
@@ -49,7 +52,14 @@ def _figures(layout: Layout) -> Figures:
 
 
 def _export(form: Format, layout: Layout, recipe: Layout | None = None) -> str:
-    return export(form, spec_of(1, layout), _figures(layout), "megatune trial results/night 1", recipe)
+    spec = replace(spec_of(1, layout), workload=replace(WORKLOAD, model=MOE))
+    return export(form, spec, _figures(layout), "megatune trial results/night 1", recipe)
+
+
+@pytest.mark.parametrize("form", [form for form in Format if form is not Format.JSON])
+def test_a_dense_model_without_a_recipe_gets_no_knob_of_experts(form: Format) -> None:
+    text = export(form, spec_of(1, Layout(tp=2)), _figures(Layout(tp=2)), "megatune trial results/night 1")
+    assert "tensor" in text and "expert" not in text
 
 
 def _layout_of(bridge: dict[str, Any]) -> Layout:

@@ -1,6 +1,7 @@
 """What the Megatron-Core program does without another rank: tokens, weights, masks and the memory account."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from launchers.programs.megatron_core.config import transformer_config
 from launchers.programs.megatron_core.data import micro_batches, sample
 from launchers.programs.megatron_core.memory import TensorAccount
-from launchers.programs.megatron_core.specs import attention_mask, chunk_positions
+from launchers.programs.megatron_core.specs import TorchCoreAttention, attention_mask, chunk_positions
 from launchers.programs.megatron_core.weights import STD, uniform
 from tests.trials import MODEL
 from tuner.layout import Layout
@@ -122,3 +123,36 @@ def test_the_cpu_refuses_what_it_cannot_do() -> None:
         transformer_config(fp8, Layout(), "cpu")
     with pytest.raises(ValueError, match="tp_comm_overlap needs Transformer Engine"):
         transformer_config(WORKLOAD, Layout(tp=2, sp=True, tp_comm_overlap=True), "cpu")
+
+
+@pytest.mark.parametrize("window_size", [None, (3, 0)])
+def test_a_sink_takes_its_share_of_every_softmax_and_gives_no_value(
+    window_size: tuple[int, int] | None,
+) -> None:
+    torch.manual_seed(0)
+    length, heads, groups, width = 8, 4, 2, 6
+    config = SimpleNamespace(
+        softmax_type="learnable",
+        num_attention_heads=heads,
+        tensor_model_parallel_size=1,
+        params_dtype=torch.float32,
+        window_size=window_size,
+        window_attn_skip_freq=None,
+    )
+    alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    attention = TorchCoreAttention(config, 1, None, "self", pg_collection=alone)  # type: ignore[arg-type]
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0])
+    assert attention.softmax_offset is not None
+    attention.softmax_offset.data.copy_(sinks)
+    query = torch.randn(length, 1, heads, width)
+    key, value = (torch.randn(length, 1, groups, width) for _ in range(2))
+
+    expected = torch.zeros(length, heads, width)
+    for head in range(heads):
+        group = head // (heads // groups)
+        for place in range(length):
+            first = 0 if window_size is None else max(0, place - window_size[0])
+            scores = key[first : place + 1, 0, group] @ query[place, 0, head] / width**0.5
+            weights = scores.exp() / (scores.exp().sum() + sinks[head].exp())
+            expected[place, head] = weights @ value[first : place + 1, 0, group]
+    torch.testing.assert_close(attention(query, key, value)[:, 0], expected.flatten(1))

@@ -170,7 +170,7 @@ def test_the_terminal_shows_the_fastest_first_and_why_others_failed() -> None:
     assert lines[0] == "night [1]"
     by_trial = {match.group(): line for line in lines if (match := re.search(r"t\d{4}", line))}
     assert list(by_trial) == ["t0002", "t0003", "t0000", "t0001", "t0004", "t0005"]
-    for fact in ("tp2 pp1 sp mbs1", "80.0", "±1.2%", "3,200", "500", "best"):
+    for fact in ("tp2 pp1 sp mbs1", "80.0", "±1.2%", "3,200", "best"):
         assert fact in by_trial["t0002"]
     assert "+1.9%" in by_trial["t0003"]
     assert "+25.0%" in by_trial["t0000"]
@@ -189,7 +189,7 @@ def test_no_figure_is_cut_on_a_terminal_of_80_columns(width: int) -> None:
     text = _terminal(
         [completed_row(0, 12_345.6, layout=knobs, source="baseline", peak_gib=132.5), NIGHT[4]], width
     )
-    for fact in ("t0000", "baseline", "12,345.6", "±0.0%", "21", "3.24", "132", "best", "timeout"):
+    for fact in ("t0000", "baseline", "12,345.6", "±0.0%", "21", "132", "best", "timeout"):
         assert fact in text
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= width

@@ -212,3 +212,34 @@ def test_layers_that_no_even_split_divides_still_get_pipeline_stages() -> None:
     sixteen = table[table.pp == 16]
     first, last = sixteen.num_layers_in_first_pipeline_stage, sixteen.num_layers_in_last_pipeline_stage
     assert {(2, 3), (3, 2)} <= set(zip(first, last, strict=True))
+
+
+def chunks_of(layout: Layout, num_layers: int) -> tuple[int, ...]:
+    """Layers a chunk, rank by rank, as Megatron's get_num_layers_to_build spreads them."""
+    first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
+    emb, loss = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
+    left = layout.pp - (first > 0) - (last > 0)
+    ranks = [(num_layers - first - last + emb + loss) // max(left, 1)] * layout.pp
+    ranks[0], ranks[-1] = first or ranks[0], last or ranks[-1]
+    chunks = [size // layout.vpp for size in ranks for _ in range(layout.vpp)]
+    chunks[0] -= emb
+    chunks[-1] -= loss
+    return tuple(chunks)
+
+
+@pytest.mark.parametrize("num_layers", [4, 6, 7, 8, 10, 12, 14])
+def test_no_two_rows_split_the_layers_alike_and_every_split_is_whole(num_layers: int) -> None:
+    outer = tuple(range(num_layers + 1))
+    domain: Domain = {
+        "pp": (1, 2, 3, 4, 6),
+        "vpp": (1, 2, 3),
+        "num_layers_in_first_pipeline_stage": outer,
+        "num_layers_in_last_pipeline_stage": outer,
+        "account_for_embedding_in_pipeline_split": (False, True),
+        "account_for_loss_in_pipeline_split": (False, True),
+    }
+    work = workload(dense(num_layers=num_layers), global_batch_size=144)
+    found = layouts(enumerate_layouts(work, cluster(12), domain, lifted={"uneven-split-balanced"}))
+    splits = [(layout.pp, layout.vpp, chunks_of(layout, num_layers)) for layout in found]
+    assert len(set(splits)) == len(splits) > len(domain["pp"])
+    assert all(sum(chunks) == num_layers and min(chunks) >= 0 for _, _, chunks in splits)

@@ -29,7 +29,8 @@ Knobs = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
-stdout = Console(soft_wrap=False, highlight=False)
+# Piped, a table has no terminal's width to keep to.
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

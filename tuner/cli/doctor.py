@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -67,7 +68,9 @@ def _package(name: str, optional: bool) -> Check:
 
 
 def _import_megatron() -> str:
-    from launchers.programs.megatron_core import train
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing beside it is told above
+        from launchers.programs.megatron_core import train
 
     return f"the program {train.__package__} loads"
 

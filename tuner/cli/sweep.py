@@ -120,11 +120,14 @@ def _sentence(reason: "Stop") -> str:
 
 def _next_commands(folder: SweepFolder, sweep_file: Path) -> dict[str, str]:
     path = shlex.quote(str(folder.path))
+    again = f"megatune sweep {shlex.quote(str(sweep_file))}"
+    if folder.path.parent != Path("results"):
+        again += f" --results {shlex.quote(str(folder.path.parent))}"
     return {
         "The override, ready to paste": f"megatune export {path} --format bridge-cli",
         "Every trial": f"megatune show {path}",
         "Compare the trials in MLflow": f"megatune ui {path}",
-        "Go on with more trials (raise budget.trials first)": f"megatune sweep {shlex.quote(str(sweep_file))}",
+        "Go on with more trials (raise budget.trials first)": again,
     }
 
 

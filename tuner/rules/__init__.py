@@ -1,5 +1,4 @@
-"""What is valid: one object a rule, for one layout (`broken_rules`) and for a whole table of them
-(`valid_mask`).
+"""What is valid: one object a rule, asked of one layout (`broken_rules`) or of a whole table (`valid_mask`).
 
 The only place that knows. Truth is the installed Megatron; tests/integration holds the rules against it.
 """

@@ -16,11 +16,12 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 Kind = Literal["megatron", "arguments", "policy", "canonical", "program"]
-"""Who refuses: `megatron` Megatron-Core itself (or it would train another model); `arguments` only the
-argument
-checks of Megatron-LM's or Megatron Bridge's training loop; `policy` a choice of ours that the user may lift;
-`canonical` the run is legal, but another layout spells the same run; `program` the device or a package lacks
-it.
+"""Who refuses.
+
+`megatron`: Megatron-Core itself, or it would train another model. `arguments`: only the argument checks of
+Megatron-LM's or Megatron Bridge's training loop. `policy`: we do, and the user may lift it. `canonical`: the
+run
+may be legal, but another layout spells the same run. `program`: the device or a package cannot do it.
 """
 
 
@@ -92,8 +93,8 @@ def _column(series: "pd.Series[Any]") -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """One thing a layout must satisfy. The predicate is vectorised over layouts; the message is about one
-    that breaks it.
+    """One thing a layout must satisfy: a predicate over many layouts, and a message about one that breaks
+    it.
     """
 
     id: str

@@ -1,6 +1,4 @@
-"""Micro-batches: how the fixed global batch is cut, and what the interleaved schedule asks of their
-number.
-"""
+"""Micro-batches: how the fixed global batch is cut, and how many of them the interleaved schedule wants."""
 
 import numpy as np
 

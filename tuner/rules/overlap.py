@@ -5,7 +5,7 @@ from typing import Any
 
 from tuner.cluster import Cluster
 from tuner.layout import Layout
-from tuner.rules.base import Columns, Rule, rule
+from tuner.rules.base import Columns, Kind, Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 from tuner.workload import Workload
 
@@ -31,7 +31,7 @@ def _expert_overlap(
     knobs: str,
     needs: Callable[[Columns, Workload, Cluster], Any],
     message: Callable[[Layout, Workload], str],
-    kind: Any = "megatron",
+    kind: Kind = "megatron",
     source: str = TRANSFORMER_CONFIG,
 ) -> Rule:
     """A need of overlap_moe_expert_parallel_comm."""
@@ -92,6 +92,19 @@ RULES: tuple[Rule, ...] = (
             f"use_distributed_optimizer (it is {x.use_distributed_optimizer}): turn both on or it off"
         ),
         source=ARGUMENTS,
+    ),
+    rule(
+        "interleaved-param-gather-needs-optimizer",
+        "megatron",
+        "overlap_param_gather use_distributed_optimizer vpp",
+        holds=lambda c, w, k: (
+            ~c.on("overlap_param_gather") | c.on("use_distributed_optimizer") | (c["vpp"] == 1)
+        ),
+        message=lambda x, w, k: (
+            f"overlap_param_gather with vpp ({x.vpp}) > 1 needs use_distributed_optimizer: turn it on or the "
+            "overlap off"
+        ),
+        source="megatron/core/distributed/param_and_grad_buffer.py, start_param_sync",
     ),
     rule(
         "tp-overlap-needs-sp",

@@ -18,8 +18,8 @@ SPLIT = f"pp {UNEVEN} {ACCOUNT}"
 class StageLayers(NamedTuple):
     """Slots of layers on the first, a middle and the last pipeline rank, all chunks together.
 
-    A slot is a layer, or the embedding or the loss where the split counts them as one (they leave one layer
-    less).
+    A slot is a layer, or the embedding or the loss where the split counts them as one, at the cost of a
+    layer.
     Meaningful where the split rules hold; `middle` also where there is no middle rank.
     """
 
@@ -74,9 +74,7 @@ def _even_split(c: Columns, w: Workload) -> Bools:
 
 
 def _rest_fits(c: Columns, w: Workload) -> Bools:
-    """The layers that are left go evenly, and at least one a stage, onto the stages that are left, or both
-    are none.
-    """
+    """The layers left go evenly, and at least one a stage, onto the stages left, or both are none."""
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
     rest, stages = w.model.num_layers - first - last, _stages_left(c)
     spread = (stages > 0) & (rest > 0) & (rest % np.maximum(stages, 1) == 0)
@@ -92,9 +90,7 @@ def _chunks_even(c: Columns, w: Workload) -> Bools:
 
 
 def _says_something(c: Columns, w: Workload) -> Bools:
-    """A stated stage differs from what the stage would get unstated; of two stages only the first is
-    stated.
-    """
+    """A stated stage differs from what it would get unstated; of two stages only the first is stated."""
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
     middle, stages = stage_slots(c, w).middle, _stages_left(c)
     repeats = (stages > 0) & ((first == middle) | (last == middle))
@@ -242,6 +238,25 @@ RULES: tuple[Rule, ...] = (
             f"({x.num_layers_in_last_pipeline_stage}) of "
             f"{w.model.num_layers} layers on pp {x.pp} are one layer short of the other stages: write "
             "account_for_embedding_in_pipeline_split or account_for_loss_in_pipeline_split instead"
+        ),
+        source=BLOCK,
+    ),
+    rule(
+        "accounted-split-says-something",
+        "canonical",
+        f"pp vpp {ACCOUNT}",
+        holds=lambda c, w, k: (
+            ~(
+                c.on("account_for_embedding_in_pipeline_split")
+                & c.on("account_for_loss_in_pipeline_split")
+                & (c["pp"] == 2)
+                & (c["vpp"] == 1)
+            )
+        ),
+        message=lambda x, w, k: (
+            f"with pp {x.pp} and vpp {x.vpp} each stage holds either the embedding or the loss, so to "
+            "account for both "
+            f"splits {w.model.num_layers} layers as to account for none: turn both off"
         ),
         source=BLOCK,
     ),

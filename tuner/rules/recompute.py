@@ -35,10 +35,9 @@ def _idle(modules: str, model: Model) -> list[str]:
 
 
 def _ordered(modules: str) -> bool:
-    """Known names, each once, in the order of MODULES, and core_attn alone spelled as Megatron's default."""
+    """Each name once, in the order of MODULES, and core_attn alone spelled as Megatron's default, none."""
     names = module_names(modules)
-    known = [module for module in MODULES if module in names]
-    return modules != "core_attn" and list(names) in (known, [*known])
+    return modules != "core_attn" and list(names) == [module for module in MODULES if module in names]
 
 
 def _unknown(modules: str) -> list[str]:

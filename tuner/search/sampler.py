@@ -44,7 +44,7 @@ class TableSampler(BaseSampler):
 
     Args:
         table: The valid layouts, a row each, columns as KNOBS.
-        seed: Of the draws. Optuna stores no sampler state, so a resumed sweep adds its count of trials to the seed.
+        seed: Of the draws. Each trial draws by its own number, so that a resumed sweep goes on as if never stopped.
         tried: Layouts of earlier trials, which may lie outside a table whose sweep file has changed since.
     """
 
@@ -55,7 +55,7 @@ class TableSampler(BaseSampler):
         self._codes = np.column_stack(codes) if codes else np.zeros((len(table), 1), np.int16)
         self._available: NDArray[np.bool_] = np.ones(len(table), dtype=bool)
         self._best: int | None = None
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
 
     @property
     def remaining(self) -> int:
@@ -80,8 +80,8 @@ class TableSampler(BaseSampler):
         """Tell which row is the best measured so far."""
         self._best = row
 
-    def choose(self) -> int:
-        """The next row.
+    def choose(self, number: int) -> int:
+        """The row of trial `number`.
 
         Raises:
             ValueError: if no row is left.
@@ -89,10 +89,11 @@ class TableSampler(BaseSampler):
         candidates = np.flatnonzero(self._available)
         if not len(candidates):
             raise ValueError("every row is tried or pruned")
-        if self._best is not None and self._random.random() < 0.5:
+        random = np.random.default_rng((self._seed, number))
+        if self._best is not None and random.random() < 0.5:
             distance = (self._codes[candidates] != self._codes[self._best]).sum(axis=1)
             candidates = candidates[distance == distance.min()]
-        return int(self._random.choice(candidates))
+        return int(random.choice(candidates))
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All knobs that vary: a row is chosen whole."""
@@ -102,7 +103,7 @@ class TableSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The values of the chosen row."""
-        return self.params(layout_at(self._table, self.choose()))
+        return self.params(layout_at(self._table, self.choose(trial.number)))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -52,6 +52,7 @@ _MODEL_FIELDS = (
     "qk_layernorm",
     "window_size",
     "window_attn_skip_freq",
+    "softmax_type",
     "mtp_num_layers",
 )
 _MOE_FIELDS = (

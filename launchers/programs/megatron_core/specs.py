@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, random
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
@@ -52,7 +53,7 @@ class TorchNorm(torch.nn.Module):
 
 
 class TorchCoreAttention(torch.nn.Module):
-    """Causal attention, also over a context parallel group and in a sliding window.
+    """Causal attention, also over a context parallel group, in a sliding window, and with learnable sinks.
 
     Megatron cuts a sequence into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that causal work
     is even. Keys and values are gathered over the group (their gradients summed and scattered back); the
@@ -74,6 +75,14 @@ class TorchCoreAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
         sliding = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window_size = config.window_size if sliding else None
+        self.softmax_offset = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(
+                torch.zeros(heads, dtype=config.params_dtype, device=_device())
+            )
+            # Each rank holds its own heads', so the norm of the gradients counts them on every rank.
+            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         """Attend: query [s, b, heads, d], key and value [s, b, groups, d or dv] -> [s, b, heads * dv]."""
@@ -85,6 +94,8 @@ class TorchCoreAttention(torch.nn.Module):
         if cp > 1 or self.window_size is not None:
             everywhere = [chunk_positions(length, cp, other, query.device) for other in range(cp)]
             mask = attention_mask(everywhere[rank], torch.cat(everywhere), self.window_size)
+        if self.softmax_offset is not None:
+            key, value, mask = self._with_sink(key, value, mask, length)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = scaled_dot_product_attention(
             query,
@@ -96,6 +107,23 @@ class TorchCoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _with_sink(
+        self, key: Tensor, value: Tensor, mask: Tensor | None, length: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append one key that every query sees: its score is its head's sink, its value 0 (GPT-OSS).
+
+        The mask becomes an additive one, [heads, queries, keys + 1].
+        """
+        assert self.softmax_offset is not None
+        if mask is None:
+            positions = torch.arange(length, device=key.device)
+            mask = attention_mask(positions, positions, None)
+        scores = torch.zeros(mask.shape, dtype=key.dtype, device=key.device).masked_fill(~mask, float("-inf"))
+        heads = self.softmax_offset.shape[0]
+        sink = self.softmax_offset[:, None, None].expand(heads, length, 1)
+        key, value = (torch.cat([tensor, torch.zeros_like(tensor[:1])]) for tensor in (key, value))
+        return key, value, torch.cat([scores.expand(heads, -1, -1), sink], dim=2)
 
 
 def chunk_positions(length: int, cp: int, rank: int, device: torch.device) -> Tensor:

@@ -22,12 +22,12 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
-    """Set every parameter of this rank: matrices uniform with standard deviation STD, biases 0, norms 1."""
+    """Set every parameter of this rank: matrices uniform with standard deviation STD, biases and attention sinks 0, norms 1."""
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in global_parameters(chunk):
                 if parameter.dim() == 1:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                    parameter.fill_(0.0 if name.endswith(("bias", "softmax_offset")) else 1.0)
                 else:
                     _fill(parameter, name, _key(seed, _source(name, chunk)), chunk.config)
 
