@@ -12,6 +12,15 @@ EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_i
 GROUP = "microbatch_group_size_per_vp_stage"
 EXPERT_OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 MIXTURE, DENSE = workload(mixture()), workload(dense())
+LATENT = workload(
+    dense(
+        multi_latent_attention=True,
+        kv_lora_rank=16,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=4,
+        v_head_dim=8,
+    )
+)
 
 
 def on_cpu(gpus: int) -> Cluster:
@@ -65,6 +74,7 @@ CASES: list[Case] = [
         cluster(8),
         "kv_channels*(heads + 2*groups) = 3*(8 + 2*1) (30) % (tp = 8) = 6",
     ),
+    ("mla-tp-needs-sp", {"tp": 2}, LATENT, cluster(2), "tp (2) and without sp"),
     (
         "ffn-by-tp",
         {"tp": 4},
@@ -202,6 +212,13 @@ CASES: list[Case] = [
         DENSE,
         cluster(2),
         "vpp (3) must divide the layers of every pipeline rank (first 4, middle 4, last 4",
+    ),
+    (
+        "uneven-chunks-need-a-middle",
+        {"pp": 2, "vpp": 2, FIRST: 2, LAST: 6, "overlap_p2p_comm": True},
+        DENSE,
+        cluster(2),
+        "first (2) and last (6) both stated",
     ),
     (
         "mtp-needs-a-layer",

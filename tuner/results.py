@@ -1,7 +1,11 @@
 """The results folder of a sweep: its paths, and whose it is."""
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +78,25 @@ class SweepFolder:
             )
         if recorded != wanted:
             write_json(self.identity, wanted)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one tuner; the kernel lets go of it however the process ends.
+
+        Raises:
+            InputError: if another tuner holds it.
+        """
+        with (self.path / "lock").open("w", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in {errno.EAGAIN, errno.EACCES}:
+                    raise
+                raise InputError(
+                    f"{self.path}: another megatune is running this sweep; `megatune show {self.path}` tells how "
+                    "far it is"
+                ) from None
+            yield
 
     def sweep(self) -> Sweep:
         """The sweep that this folder holds.

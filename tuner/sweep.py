@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import optuna
 import pandas as pd
 
+from tuner.errors import InputError
 from tuner.files import read_json, write_json
 from tuner.heuristics import Seed
 from tuner.layout import Layout
@@ -99,7 +100,7 @@ class SweepLoop:
         begun = self._begun()
         self._sampler = TableSampler(table, sweep.seed, [layout for layout, _, _ in begun])
         self._waiting: dict[int, tuple[Layout, TrialSource]] = {}
-        self._pruned = 0
+        self._pruned = self._running = 0
         trials = []
         for number, (layout, origin, result) in enumerate(begun):
             self._take(layout)
@@ -146,7 +147,7 @@ class SweepLoop:
         """Where the sweep stands now."""
         used_s = sum(row.result.durations.total_s for row in self.rows)
         limits = [value for value in self._time_limits_s() if value is not None]
-        possible = len(self.rows) + len(self._waiting) + self._sampler.remaining
+        possible = len(self.rows) + self._running + len(self._waiting) + self._sampler.remaining
         return Progress(
             finished=len(self.rows),
             budget=min(self._sweep.budget.trials, possible),
@@ -194,6 +195,7 @@ class SweepLoop:
         trial.set_user_attr("source", origin.source)
         trial.set_user_attr("layout", layout.label())
         self._take(layout)
+        self._running = 1
         return trial.number, layout, origin, trial
 
     def _attempt(
@@ -210,7 +212,7 @@ class SweepLoop:
     def _tell(
         self, number: int, trial: optuna.Trial, layout: Layout, origin: TrialSource, result: TrialResult
     ) -> None:
-        before = self._pruned
+        before, self._running = self._pruned, 0
         self._learn(layout, result)
         trial.set_user_attr("outcome", str(result.outcome))
         trial.set_user_attr("reason", result.reason)
@@ -242,12 +244,18 @@ class SweepLoop:
         return row is not None and self._sampler.is_available(row)
 
     def _begun(self) -> list[tuple[Layout, TrialSource, TrialResult | None]]:
-        """Every trial folder, in order; numbers without a gap, since a number is given before its folder is made."""
+        """Every trial folder, in order; numbers without a gap, as Optuna counts its trials."""
         begun: list[tuple[Layout, TrialSource, TrialResult | None]] = []
         while (folder := self._folder.trial(len(begun))).spec.exists():
             spec = read_json(TrialSpec, folder.spec)
             result = read_json(TrialResult, folder.result) if folder.result.exists() else None
             begun.append((spec.layout, read_json(TrialSource, folder.source), result))
+        later = [row.number for row in self.rows if row.number >= len(begun)]
+        if later:
+            raise InputError(
+                f"{folder.path}: is missing or holds no {folder.spec.name}, but trial t{later[0]:04d} has ended: put "
+                "it back; to have one trial measured again, remove only its result.json"
+            )
         return begun
 
 

@@ -114,6 +114,8 @@ class SweepFile:
                 if name not in KNOBS:
                     hint = did_you_mean(name, KNOBS) or f"; the knobs are {', '.join(KNOBS)}"
                     raise ValueError(f"{group}: unknown knob '{name}'{hint}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, not {self.seed}")
         if self.recipe and self.baseline is None:
             raise ValueError("recipe needs baseline: the layout that the recipe has now")
 

@@ -1,7 +1,8 @@
 """The contract of a trial: the only thing that crosses a process boundary.
 
-A launcher writes `spec.json`; the program reads it, writes `heartbeat.json` while it runs, a record for each rank, and
-`result.json` at the end, also on an error. Nothing else passes between them. A program imports only this module.
+A launcher writes `spec.json`; the program reads it, writes `heartbeat.json` while it runs, a record for each rank,
+and `result.json` at the end, also on an error. Nothing else passes between them: a program needs this module and
+the nouns in its records, no more.
 """
 
 from collections.abc import Mapping

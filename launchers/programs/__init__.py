@@ -1,1 +1,1 @@
-"""What runs inside a trial. A program reads a TrialSpec, writes a TrialResult, and imports only `tuner.trial`."""
+"""What runs inside a trial: a program reads a TrialSpec, writes a TrialResult, and shares nothing else."""

@@ -15,6 +15,7 @@ from tuner.errors import InputError
 from tuner.files import parse
 from tuner.layout import Layout
 from tuner.results import SweepFolder
+from tuner.rules import broken_rules
 from tuner.space import Space, enumerate_layouts
 from tuner.sweep_file import Sweep, load_sweep
 
@@ -71,6 +72,8 @@ def parse_layout(pairs: list[str]) -> Layout:
         if not separator:
             raise InputError(f"'{pair}': write a knob as NAME=VALUE, as in tp=2")
         try:
+            if name in data:
+                raise InputError(f"'{pair}': {name} is given twice")
             data[name] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise InputError(f"'{pair}': the value cannot be read") from None
@@ -80,6 +83,24 @@ def parse_layout(pairs: list[str]) -> Layout:
 def print_json(data: Any) -> None:
     """Print data for a script: plain JSON, never wrapped or coloured."""
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def refuse_invalid(sweep: Sweep, layout: Layout, what: str) -> None:
+    """Refuse a layout that breaks a rule, naming every one.
+
+    Raises:
+        InputError: opening with `what`, which says where the layout comes from.
+    """
+    broken = broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted)
+    if broken:
+        lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
+        raise InputError(f"{what}: {layout.label()} is not a valid layout:\n  {lines}")
+
+
+def check_baseline(sweep: Sweep, source: Path) -> None:
+    """Refuse a stated baseline that is no valid layout; raises InputError."""
+    if sweep.baseline is not None:
+        refuse_invalid(sweep, sweep.baseline, f"{source}: key 'baseline'")
 
 
 def check_not_empty(loaded: Loaded, source: Path) -> None:

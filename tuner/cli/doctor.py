@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from tuner.cli.common import AsJson, ResultsRoot, detect, print_json, stdout
@@ -46,7 +47,7 @@ def doctor(results: ResultsRoot = Path("results"), json: AsJson = False) -> int:
         table = Table("check", "status", "what", box=None)
         colours = {"ok": "green", "missing": "yellow", "failed": "red"}
         for check in checks:
-            table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", check.told)
+            table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.told))
         stdout.print(table)
     return 2 if any(check.status == "failed" for check in checks) else 0
 

@@ -1,5 +1,7 @@
 """megatune explain: why a layout is valid or not."""
 
+from rich.markup import escape
+
 from tuner.cli.common import AsJson, Knobs, SweepPath, detect, parse_layout, print_json, stdout
 from tuner.layout import data_parallel_size, expert_data_parallel_size, min_gpus, num_microbatches
 from tuner.rules import broken_rules
@@ -36,5 +38,5 @@ def explain(sweep_file: SweepPath, knobs: Knobs, json: AsJson = False) -> int:
         return 0
     for item in violations:
         stdout.print(f"[red]{item.rule}[/] [dim]({item.kind})[/]: ", end="")
-        stdout.print(f"{item.message}\n    [dim]source: {item.source}[/]", soft_wrap=True)
+        stdout.print(f"{escape(item.message)}\n    [dim]source: {escape(item.source)}[/]", soft_wrap=True)
     return 2

@@ -33,7 +33,7 @@ def export(
         write_text(output, text)
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
-    stderr.print(f"wrote {output}")
+    stderr.print(f"wrote {output}", markup=False)
 
 
 def override(folder: SweepFolder, rows: list[TrialRow], format: Format, number: int | None = None) -> str:

@@ -26,4 +26,7 @@ def init(
         )
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    stderr.print(f"wrote {path}. Next: edit it, then `megatune plan {path}`, then `megatune sweep {path}`")
+    stderr.print(
+        f"wrote {path}. Next: edit it, then `megatune plan {path}`, then `megatune sweep {path}`",
+        markup=False,
+    )

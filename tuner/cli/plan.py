@@ -1,8 +1,9 @@
 """megatune plan: what a sweep would try, without starting anything."""
 
+from rich.markup import escape
 from rich.table import Table
 
-from tuner.cli.common import AsJson, SweepPath, check_not_empty, load, print_json, stdout
+from tuner.cli.common import AsJson, SweepPath, check_baseline, check_not_empty, load, print_json, stdout
 from tuner.files import to_data
 from tuner.heuristics import seeds
 from tuner.sweep import queue_of, with_row
@@ -13,6 +14,7 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
     loaded = load(sweep_file)
     check_not_empty(loaded, sweep_file)
     sweep, space = loaded.sweep, loaded.space
+    check_baseline(sweep, sweep_file)
     table = space.table if sweep.baseline is None else with_row(space.table, sweep.baseline)
     queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
     rejected = dict(sorted(space.rejected.items(), key=lambda item: -item[1]))
@@ -31,9 +33,10 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
         )
         return
     stdout.print(
-        f"[bold]{sweep.name}[/]: {sweep.workload.model.name} on {sweep.cluster.world_size} x {sweep.cluster.gpu.name}, "
+        f"{sweep.name}: {sweep.workload.model.name} on {sweep.cluster.world_size} x {sweep.cluster.gpu.name}, "
         f"sequence {sweep.workload.seq_length}, global batch {sweep.workload.global_batch_size}, "
-        f"{sweep.workload.precision}"
+        f"{sweep.workload.precision}",
+        markup=False,
     )
     stdout.print(f"{len(space.table):,} valid layouts of {space.combinations:,} combinations")
     rules = Table("rule", "removed", title="Rejections by rule", title_justify="left")
@@ -44,7 +47,7 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
     stdout.print(rules)
     first = Table("trial", "source", "layout", "why", title="First trials", title_justify="left")
     for number, (layout, origin) in enumerate(queue[: sweep.budget.trials]):
-        first.add_row(str(number), origin.source, layout.label(), origin.note)
+        first.add_row(str(number), origin.source, layout.label(), escape(origin.note))
     stdout.print(first)
     later = max(0, min(sweep.budget.trials, len(table)) - len(queue))
     stdout.print(f"then up to {later} rows that the sampler picks; budget {sweep.budget.trials} trials")

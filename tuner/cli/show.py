@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tuner.cli.common import AsJson, ResultsFolder, print_json, results_folder, stderr, stdout
+from tuner.errors import InputError
 from tuner.files import to_data, write_text
 from tuner.report import best, html_page, read_trials, summary, terminal_table, tie
 
@@ -21,8 +22,12 @@ def show(
     folder = results_folder(results)
     sweep, rows = folder.sweep(), read_trials(folder.path)
     if html is not None:
-        write_text(html, html_page(rows, sweep.name, summary(rows, sweep.name, "", {})))
-        stderr.print(f"wrote {html}")
+        page = html_page(rows, sweep.name, summary(rows, sweep.name, "", {}))
+        try:
+            write_text(html, page)
+        except OSError as error:
+            raise InputError(f"{html}: cannot be written: {error.strerror or error}") from None
+        stderr.print(f"wrote {html}", markup=False)
     if json:
         fastest = best(rows)
         print_json(

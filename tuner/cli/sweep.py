@@ -6,21 +6,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from tuner.cli.common import ResultsRoot, SweepPath, check_not_empty, load, stderr, stdout
+from tuner.cli.common import ResultsRoot, SweepPath, check_baseline, check_not_empty, load, stderr, stdout
 from tuner.cli.export import override
 from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
-from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
+from tuner.errors import CircuitBreakerError, NothingFeasibleError
 from tuner.export import Format
 from tuner.files import write_text
 from tuner.heuristics import seeds
 from tuner.report import TrialRow, best, figures, summary, terminal_table
 from tuner.results import SweepFolder
-from tuner.rules import broken_rules
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
     from launchers.base import Launcher
+    from tuner.layout import Layout
+    from tuner.report import TrialSource
     from tuner.sweep import Stop
     from tuner.sweep_file import Sweep
     from tuner.tracking import Status
@@ -38,33 +44,47 @@ def sweep(
     ] = False,
 ) -> int:
     """Run the sweep, or go on with it: the same command resumes after any end."""
-    from launchers.base import end_marked
-    from tuner.sweep import SweepLoop, queue_of, with_row
-    from tuner.tracking import Tracker
+    from launchers.detect import check_machine
+    from launchers.torchrun import TorchrunLauncher
+    from tuner.sweep import queue_of, trial_spec, with_row
 
     loaded = load(sweep_file)
     config = loaded.sweep
     check_not_empty(loaded, sweep_file)
-    _check_baseline(config, sweep_file)
-    launcher = _launcher(config)
+    check_baseline(config, sweep_file)
     table = loaded.space.table if config.baseline is None else with_row(loaded.space.table, config.baseline)
     queue = queue_of(config.baseline, seeds(config.workload, config.cluster, table))
-    folder = SweepFolder(results / config.name)
+    folder, launcher = SweepFolder(results / config.name), TorchrunLauncher()
+    # Also refuses what this launcher cannot run, before anything is written.
+    first = launcher.plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0))
     if dry_run:
-        from tuner.sweep import trial_spec
-
-        stdout.print(
-            launcher.plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0)).shell_command(),
-            soft_wrap=True,
-        )
+        stdout.print(first.shell_command(), markup=False, soft_wrap=True)
         return 0
+    check_machine(config.cluster)
     folder.claim(config)
+    with folder.lock():
+        return _run(config, table, queue, folder, launcher, sweep_file)
+
+
+def _run(
+    config: "Sweep",
+    table: "pd.DataFrame",
+    queue: "Sequence[tuple[Layout, TrialSource]]",
+    folder: SweepFolder,
+    launcher: "Launcher",
+    sweep_file: Path,
+) -> int:
+    from launchers.base import end_marked
+    from tuner.sweep import SweepLoop
+    from tuner.tracking import Tracker
+
     end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
     tracker = Tracker.open(folder.path, config.tracking.uri, config.experiment, config.name, {})
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
     loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer)
     stderr.print(
-        f"{config.name}: {len(table):,} valid layouts, {len(loop.rows)} trials done, results in {folder.path}"
+        f"{config.name}: {len(table):,} valid layouts, {len(loop.rows)} trials done, results in {folder.path}",
+        markup=False,
     )
     with stop_on_signals() as stop, observer:
         reason = loop.run(stop)
@@ -92,23 +112,6 @@ def _exit_code(reason: "Stop", rows: list[TrialRow], folder: SweepFolder) -> int
             f"{len(rows)} trials ran, none gave a measured layout; `megatune show {folder.path}` says why each failed"
         )
     return 0
-
-
-def _check_baseline(config: "Sweep", source: Path) -> None:
-    if config.baseline is None:
-        return
-    broken = broken_rules(config.baseline, config.workload, config.cluster, config.lifted)
-    if broken:
-        lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
-        raise InputError(f"{source}: key 'baseline': {config.baseline.label()} is not valid:\n  {lines}")
-
-
-def _launcher(config: "Sweep") -> "Launcher":
-    from launchers.detect import check_machine
-    from launchers.torchrun import TorchrunLauncher
-
-    check_machine(config.cluster)
-    return TorchrunLauncher()
 
 
 def _sentence(reason: "Stop") -> str:
@@ -140,4 +143,4 @@ def _print_end(
         stdout.print(f"\n[bold]Best layout[/] (trial {facts.trial})", soft_wrap=True)
         stdout.print(override(folder, rows, Format.BRIDGE_CLI), markup=False, soft_wrap=True)
     for purpose, command in _next_commands(folder, sweep_file).items():
-        stdout.print(f"{purpose}:\n    [bold]{command}[/]", soft_wrap=True)
+        stdout.print(f"{purpose}:\n    [bold]{escape(command)}[/]", soft_wrap=True)

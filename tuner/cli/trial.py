@@ -6,15 +6,23 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli.common import AsJson, Knobs, SweepPath, detect, parse_layout, print_json, stderr, stdout
+from tuner.cli.common import (
+    AsJson,
+    Knobs,
+    SweepPath,
+    detect,
+    parse_layout,
+    print_json,
+    refuse_invalid,
+    stderr,
+    stdout,
+)
 from tuner.cli.progress import LiveProgress, PlainProgress, outcome_line
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import InputError
 from tuner.files import to_data, write_json
-from tuner.layout import Layout
 from tuner.report import TrialRow, TrialSource
-from tuner.rules import broken_rules
-from tuner.sweep_file import Sweep, load_sweep
+from tuner.sweep_file import load_sweep
 from tuner.trial import Outcome, TrialFolder
 
 EXIT_CODES = {Outcome.COMPLETED: 0, Outcome.INTERRUPTED: 130}
@@ -37,7 +45,7 @@ def trial(
     from tuner.sweep import trial_spec
 
     sweep, layout = load_sweep(sweep_file, detect), parse_layout(knobs)
-    _refuse_invalid(sweep, layout, sweep_file)
+    refuse_invalid(sweep, layout, str(sweep_file))
     path = folder or Path("results") / sweep.name / "manual" / layout.label().replace(" ", "_").replace(
         ":", "-"
     )
@@ -67,10 +75,3 @@ def trial(
         stdout.print(outcome_line(row, 0), markup=False, soft_wrap=True)
         stdout.print(f"files: {shlex.quote(str(path))}", markup=False, soft_wrap=True)
     return EXIT_CODES.get(result.outcome, 3)
-
-
-def _refuse_invalid(sweep: Sweep, layout: Layout, source: Path) -> None:
-    broken = broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted)
-    if broken:
-        lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
-        raise InputError(f"{source}: {layout.label()} is not a valid layout:\n  {lines}")

@@ -203,6 +203,24 @@ RULES: tuple[Rule, ...] = (
         source=BLOCK,
     ),
     rule(
+        "uneven-chunks-need-a-middle",
+        "megatron",
+        f"pp vpp {UNEVEN}",
+        holds=lambda c, w, k: (
+            (c["vpp"] == 1)
+            | (c["pp"] != 2)
+            | (c["num_layers_in_first_pipeline_stage"] == 0)
+            | (c["num_layers_in_last_pipeline_stage"] == 0)
+        ),
+        message=lambda x, w, k: (
+            f"pp is {x.pp} with first ({x.num_layers_in_first_pipeline_stage}) and last "
+            f"({x.num_layers_in_last_pipeline_stage}) both stated: with vpp ({x.vpp}) > 1 Megatron divides "
+            "by the 0 "
+            "middle stages; state the first alone"
+        ),
+        source="megatron/core/transformer/transformer_layer.py, get_transformer_layer_offset",
+    ),
+    rule(
         "mtp-needs-a-layer",
         "megatron",
         f"vpp {SPLIT}",

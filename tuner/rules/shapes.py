@@ -120,6 +120,18 @@ RULES: tuple[Rule, ...] = (
         source="megatron/core/model_parallel_config.py (Megatron Bridge clears sp silently)",
     ),
     rule(
+        "mla-tp-needs-sp",
+        "policy",
+        "tp sp",
+        holds=lambda c, w, k: (not w.model.multi_latent_attention) | (c["tp"] == 1) | c.on("sp"),
+        message=lambda x, w, k: (
+            f"latent attention with tp ({x.tp}) and without sp trains slightly differently (gradient norms off by "
+            "2e-4): every rank keeps the shared rotary key, and its gradient is summed with sp only; turn sp on, or "
+            "lift this rule"
+        ),
+        source="megatron/core/transformer/multi_latent_attention.py, measured against tp 1",
+    ),
+    rule(
         "sequence-by-cp",
         "megatron",
         "cp",

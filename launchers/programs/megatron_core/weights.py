@@ -22,7 +22,7 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
-    """Set every parameter of this rank: matrices uniform with standard deviation STD, biases and attention sinks 0, norms 1."""
+    """Set every parameter of this rank: matrices uniform (standard deviation STD), biases and sinks 0, norms 1."""
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in global_parameters(chunk):

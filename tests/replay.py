@@ -1,0 +1,220 @@
+"""Sweeps without processes: a launcher whose program is a formula of the layout, and a loop around it."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from launchers.base import LaunchPlan
+from launchers.torchrun import TorchrunLauncher
+from tests.trials import CLUSTER, WORKLOAD, metrics_of
+from tuner.cluster import Cluster
+from tuner.files import parse, to_data, write_json, write_text
+from tuner.heuristics import seeds
+from tuner.layout import Layout
+from tuner.report import TrialRow, TrialSource
+from tuner.results import SweepFolder
+from tuner.space import enumerate_layouts
+from tuner.sweep import Progress, SweepLoop, queue_of, with_row
+from tuner.sweep_file import Sweep, SweepFile, resolve
+from tuner.tracking import Tracker
+from tuner.trial import Durations, Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
+
+SEARCHED: Mapping[str, Any] = {
+    "tp": [1, 2, 4],
+    "pp": [1, 2],
+    "micro_batch_size": [1, 2, 4],
+    "recompute_granularity": ["none", "full"],
+    "recompute_method": ["none", "uniform"],
+    "recompute_num_layers": [0, 1],
+}
+"""34 valid layouts of the test model on eight GPUs: tp x pp x micro-batch x (nothing or everything recomputed)."""
+
+TRIALS = 8
+"""The budget of a sweep that states none."""
+
+TRIAL_S = 60.0
+"""Wall clock of every replayed trial."""
+
+
+class KilledError(BaseException):
+    """The tuner itself dies, as by SIGKILL: nothing may catch it."""
+
+
+def step_time_ms(layout: Layout) -> float:
+    """Another time for every layout; fastest at tp2 pp1 mbs4 without recompute."""
+    recompute = 1.3 if layout.recompute_granularity == "full" else 1.0
+    return recompute * (100 + 40 * abs(layout.tp - 2) + 25 * layout.pp + 30 / layout.micro_batch_size)
+
+
+def memory_gib(layout: Layout) -> float:
+    """Grows with the micro-batch, shrinks with the model's shards and with recompute."""
+    recompute = 0.25 if layout.recompute_granularity == "full" else 1.0
+    return (16 + 32 * layout.micro_batch_size * recompute) / (layout.tp * layout.pp)
+
+
+def replayed(spec: TrialSpec, limit_gib: float) -> TrialResult:
+    """What the formulas make of a layout."""
+    layout, needed = spec.layout, memory_gib(spec.layout)
+    finished_at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=spec.number)
+    ending: dict[str, Any] = {
+        "durations": Durations(total_s=TRIAL_S),
+        "device_name": "replay",
+        "finished_at": finished_at.isoformat(timespec="seconds"),
+    }
+    if needed > limit_gib:
+        reason = f"needs {needed:.1f} GiB of {limit_gib:.1f}"
+        return TrialResult(outcome=Outcome.OOM, reason=reason, phase="memory", rank=0, **ending)
+    metrics = metrics_of(step_time_ms(layout), half_interval_ms=0.1, peak_gib=needed)
+    return TrialResult(outcome=Outcome.COMPLETED, reason="replayed", metrics=metrics, **ending)
+
+
+Scripted = Outcome | type[KilledError]
+
+
+@dataclass
+class ReplayLauncher:
+    """Ends every trial by the formulas, but for those whose attempts are scripted.
+
+    Its files are those of a real launcher: the plan is the real one, the result is written beside it.
+    """
+
+    limit_gib: float = 1000.0
+    script: Mapping[int, Sequence[Scripted]] = field(default_factory=dict)
+    """How the launches of a trial's number end, in order; the formulas end those after them."""
+    stop_at: int | None = None
+    """The trial during which the user asks to stop."""
+    launched: list[TrialSpec] = field(default_factory=list)
+
+    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
+        """The real launcher's plan."""
+        return TorchrunLauncher().plan(spec, folder)
+
+    def run(
+        self,
+        plan: LaunchPlan,
+        stop: threading.Event,
+        on_heartbeat: Callable[[Heartbeat], None] | None = None,
+    ) -> TrialResult:
+        """Write what a real trial leaves, in its order."""
+        folder = TrialFolder(plan.folder)
+        folder.result.unlink(missing_ok=True)
+        folder.log.mkdir(parents=True, exist_ok=True)
+        for name, text in plan.files.items():
+            write_text(folder.path / name, text)
+        write_json(folder.plan, plan.to_data())
+        spec = parse(TrialSpec, json.loads(plan.files[folder.spec.name]), "the plan")
+        earlier = sum(other.number == spec.number for other in self.launched)
+        self.launched.append(spec)
+        if on_heartbeat:
+            on_heartbeat(Heartbeat(phase="measure", step=1, time_s=0.0))
+        if spec.number == self.stop_at:
+            stop.set()
+        scripted = self.script.get(spec.number, ())[earlier : earlier + 1]
+        if KilledError in scripted:
+            raise KilledError
+        result = replayed(spec, self.limit_gib)
+        if stop.is_set():
+            scripted = [Outcome.INTERRUPTED]
+        for outcome in scripted:
+            assert isinstance(outcome, Outcome)
+            result = replace(result, outcome=outcome, reason=f"scripted {outcome}", metrics=None)
+        write_json(folder.result, result)
+        return result
+
+    @property
+    def numbers(self) -> list[int]:
+        """The trials' numbers, a launch each."""
+        return [spec.number for spec in self.launched]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """The layouts, a launch each."""
+        return [spec.layout for spec in self.launched]
+
+
+class NoTracker(Tracker):
+    """No MLflow: making its store takes seconds. Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.logged: list[int] = []
+
+    def sync(self, rows: Any) -> None:
+        self.logged += [row.number for row in rows]
+
+    def log_trial(self, row: TrialRow, folder: TrialFolder) -> bool:
+        self.logged.append(row.number)
+        return True
+
+
+@dataclass
+class Watching:
+    """An observer that remembers."""
+
+    begun: list[tuple[int, int, str]] = field(default_factory=list)
+    """Number, attempt and source."""
+    ended: list[tuple[int, int]] = field(default_factory=list)
+    """Number and how many rows it ruled out."""
+    progress: list[Progress] = field(default_factory=list)
+    beats: int = 0
+
+    def started(
+        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress
+    ) -> None:
+        self.begun.append((number, attempt, origin.source))
+        self.progress.append(progress)
+
+    def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
+        self.beats += 1
+
+    def finished(self, row: TrialRow, pruned: int, progress: Progress) -> None:
+        self.ended.append((row.number, pruned))
+        self.progress.append(progress)
+
+
+def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
+    """A sweep of the test model; `keys` as in a sweep file."""
+    data = {
+        "name": "night",
+        "workload": {**to_data(WORKLOAD)},
+        "cluster": to_data(cluster),
+        "knobs": dict(SEARCHED),
+        "budget": {"trials": TRIALS},
+        **keys,
+    }
+    return resolve(parse(SweepFile, data, "night.yaml"), "night.yaml", Path(), lambda: cluster)
+
+
+def table_of(sweep: Sweep) -> pd.DataFrame:
+    """Its valid layouts, the baseline's included."""
+    table = enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted).table
+    return table if sweep.baseline is None else with_row(table, sweep.baseline)
+
+
+def loop_of(
+    results: Path,
+    launcher: ReplayLauncher,
+    sweep: Sweep | None = None,
+    tracker: Tracker | None = None,
+    observer: Watching | None = None,
+) -> SweepLoop:
+    """The loop of a sweep as the command line makes it, around a replay."""
+    sweep = sweep or sweep_of()
+    table, folder = table_of(sweep), SweepFolder(results)
+    folder.claim(sweep)
+    queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
+    return SweepLoop(sweep, table, queue, folder, launcher, tracker or NoTracker(), observer or Watching())
+
+
+def run_to_end(
+    results: Path, launcher: ReplayLauncher | None = None, sweep: Sweep | None = None
+) -> SweepLoop:
+    """Run a sweep until it ends by itself."""
+    loop = loop_of(results, launcher or ReplayLauncher(), sweep)
+    loop.run(threading.Event())
+    return loop
