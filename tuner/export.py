@@ -231,7 +231,7 @@ def _expert_metadata(key: str) -> set[str]:
 def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
     metrics, workload, cluster = figures.metrics, spec.workload, spec.cluster
     mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
-    reserved = "" if metrics.peak_reserved_gib is None else f", {metrics.peak_reserved_gib:.2f} GiB reserved"
+    reserved = "" if metrics.peak_reserved_gib is None else f", {metrics.peak_reserved_gib:.4g} GiB reserved"
     versions = ", ".join(f"{name} {text}" for name, text in figures.versions.items())
     return [
         f"megatune: trial t{figures.trial:04d} of sweep {spec.sweep}",
@@ -243,7 +243,7 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
         f"{metrics.step_time_high_ms:,.2f} ms)",
         f"throughput: {metrics.tokens_per_s_per_gpu:,.1f} tokens/s/GPU, "
         f"{metrics.model_tflops_per_s_per_gpu:.4g} model TFLOP/s/GPU{mfu}",
-        f"peak memory: {metrics.peak_allocated_gib:.2f} GiB allocated{reserved} (worst rank)",
+        f"peak memory: {metrics.peak_allocated_gib:.4g} GiB allocated{reserved} (worst rank)",
         f"how sure: {figures.certainty_sentence()}",
         f"gain: {figures.gain_sentence()}",
         f"measured on {figures.device_name or cluster.gpu.name} with {versions or 'unrecorded versions'}",

@@ -207,7 +207,7 @@ def _completed_table(ranked: Sequence[tuple[TrialRow, Metrics]]) -> Table:
         is_best = row is ranked[0][0]
         cells = (
             f"t{row.number:04d}\n{row.source}",
-            row.layout.label(),
+            f"{row.layout.label()}\n{row.result.outcome.value}",
             f"{step_ms:,.1f}",
             f"±{arm_ms / step_ms:.1%}",
             f"{metrics.tokens_per_s_per_gpu:,.0f}",
