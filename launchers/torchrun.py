@@ -46,7 +46,7 @@ class TorchrunLauncher:
         if cluster.nodes > 1:
             raise InputError(
                 f"cluster '{cluster.name}': nodes = {cluster.nodes}, but the torchrun launcher starts jobs "
-                "on this machine only (nodes = 1); use the Slurm launcher for more"
+                "on this machine only: set cluster.nodes to 1; `megatune plan` and `explain` work for any cluster"
             )
         if spec.program not in self.programs:
             known = ", ".join(sorted(self.programs))

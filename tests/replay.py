@@ -103,7 +103,10 @@ class ReplayLauncher:
     ) -> TrialResult:
         """Write what a real trial leaves, in its order."""
         folder = TrialFolder(plan.folder)
-        folder.result.unlink(missing_ok=True)
+        if folder.result.exists():
+            aside = next(path for n in range(1, 99) if not (path := folder.set_aside(n)).exists())
+            aside.mkdir()
+            folder.result.rename(aside / folder.result.name)
         folder.log.mkdir(parents=True, exist_ok=True)
         for name, text in plan.files.items():
             write_text(folder.path / name, text)

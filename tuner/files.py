@@ -49,7 +49,9 @@ def read_yaml_data(path: Path) -> object:
         InputError: if the file is missing, unreadable or not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -58,6 +60,22 @@ def read_yaml_data(path: Path) -> object:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise InputError(f"{path}: is not YAML{where}: {getattr(error, 'problem', error)}") from None
+
+
+def _refuse_repeated_keys(node: yaml.Node | None) -> None:
+    """YAML forbids a key to stand twice in one mapping; PyYAML keeps the last and says nothing."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item)
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key.value}' is there twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+            _refuse_repeated_keys(value)
 
 
 def read_yaml(cls: type[T], path: Path) -> T:

@@ -19,6 +19,9 @@ from tuner.trial import TrialFolder
 IDENTITY = ("workload", "cluster", "program", "seed")
 """What must not change between two runs of a sweep, or its trials could not be compared."""
 
+_UNFIT = frozenset("?%{}")
+"""SQLAlchemy reads ? and % in a path as its own, and Optuna formats braces."""
+
 
 @dataclass(frozen=True, slots=True)
 class SweepFolder:
@@ -51,6 +54,11 @@ class SweepFolder:
         Raises:
             InputError: if it cannot be written, or holds the results of a sweep of something else.
         """
+        if unfit := sorted(_UNFIT & set(str(self.path.absolute()))):
+            raise InputError(
+                f"{self.path}: the results folder's path holds {' '.join(unfit)}, which the URI of a SQLite file "
+                "cannot; name another with --results"
+            )
         try:
             self.trials.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):

@@ -19,11 +19,11 @@ from tuner.search.dominance import needs_at_least_as_much_memory
 from tuner.search.sampler import TableSampler, find_row, layout_at
 from tuner.study import STATES, StudyTrial, open_study
 from tuner.sweep_file import Sweep
-from tuner.tracking import Tracker
-from tuner.trial import Heartbeat, Outcome, TrialResult, TrialSpec
+from tuner.trial import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
     from launchers.base import Launcher
+    from tuner.tracking import Tracker
 
 RETRIED = frozenset({Outcome.HANG, Outcome.COMMUNICATION, Outcome.INFRASTRUCTURE})
 """Outcomes that a second attempt may change: the machine's fault, not the layout's."""
@@ -52,7 +52,7 @@ class Progress:
     budget: int
     """Trials it may take: the budget, or fewer where fewer layouts are left."""
     used_s: float
-    """Wall clock of all trials so far."""
+    """Wall clock of all trials so far, every attempt included."""
     left_s: float | None
     """What the budget of hours or GPU-hours leaves; None without one."""
     best: TrialRow | None
@@ -91,13 +91,14 @@ class SweepLoop:
         queue: Sequence[tuple[Layout, TrialSource]],
         folder: SweepFolder,
         launcher: "Launcher",
-        tracker: Tracker,
+        tracker: "Tracker",
         observer: Observer,
     ) -> None:
         self._sweep, self._table, self._folder = sweep, table, folder
         self._launcher, self._tracker, self._observer = launcher, tracker, observer
         self.rows = read_trials(folder.path)
         begun = self._begun()
+        self._lost_s = sum(lost_s(folder.trial(number)) for number in range(len(begun)))
         self._sampler = TableSampler(table, sweep.seed, [layout for layout, _, _ in begun])
         self._waiting: dict[int, tuple[Layout, TrialSource]] = {}
         self._pruned = self._running = 0
@@ -114,6 +115,7 @@ class SweepLoop:
             )
             if result is None or STATES[result.outcome] is optuna.trial.TrialState.WAITING:
                 self._waiting[number] = (layout, origin)
+                self._lost_s += result.durations.total_s if result else 0.0
             else:
                 self._learn(layout, result)
         self.rows = [row for row in self.rows if row.number not in self._waiting]
@@ -140,12 +142,13 @@ class SweepLoop:
                     attempt > 1 and result.outcome is not Outcome.INFRASTRUCTURE
                 ):
                     break
+                self._lost_s += result.durations.total_s
             self._tell(number, trial, layout, origin, result)
         return reason
 
     def progress(self) -> Progress:
         """Where the sweep stands now."""
-        used_s = sum(row.result.durations.total_s for row in self.rows)
+        used_s = self._lost_s + sum(row.result.durations.total_s for row in self.rows)
         limits = [value for value in self._time_limits_s() if value is not None]
         possible = len(self.rows) + self._running + len(self._waiting) + self._sampler.remaining
         return Progress(
@@ -257,6 +260,16 @@ class SweepLoop:
                 "it back; to have one trial measured again, remove only its result.json"
             )
         return begun
+
+
+def lost_s(folder: TrialFolder) -> float:
+    """Wall clock of a trial's attempts that were followed by another one."""
+    total_s, attempt = 0.0, 1
+    while (aside := TrialFolder(folder.set_aside(attempt))).path.exists():
+        if aside.result.exists():
+            total_s += read_json(TrialResult, aside.result).durations.total_s
+        attempt += 1
+    return total_s
 
 
 def trial_spec(sweep: Sweep, number: int, attempt: int, layout: Layout) -> TrialSpec:

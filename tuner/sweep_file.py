@@ -1,7 +1,8 @@
 """The sweep file: what a user writes, validated, and resolved into the nouns."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -187,6 +188,15 @@ def resolve(file: SweepFile, source: str, folder: Path, detect: Callable[[], Clu
         raise InputError(message if message.startswith(source) else f"{source}: {message}") from None
 
 
+@contextmanager
+def _under(key: str) -> Iterator[None]:
+    """Name the key of the sweep file that led to an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"key '{key}': {error}") from None
+
+
 def _beside(name: str, folder: Path) -> str:
     """A path in a sweep file is relative to that file; a built-in name stays a name."""
     candidate = folder / name
@@ -194,7 +204,8 @@ def _beside(name: str, folder: Path) -> str:
 
 
 def _workload(choice: WorkloadChoice, folder: Path) -> Workload:
-    model = choice.model if isinstance(choice.model, Model) else load_model(_beside(choice.model, folder))
+    with _under("workload.model"):
+        model = choice.model if isinstance(choice.model, Model) else load_model(_beside(choice.model, folder))
     try:
         return Workload(
             model=model,
@@ -211,7 +222,8 @@ def _cluster(choice: str | ClusterChoice | Cluster, folder: Path, detect: Callab
     if isinstance(choice, Cluster):
         return choice
     changed = ClusterChoice(name=choice) if isinstance(choice, str) else choice
-    known = detect() if changed.name == "detect" else load_cluster(_beside(changed.name, folder))
+    with _under("cluster"):
+        known = detect() if changed.name == "detect" else load_cluster(_beside(changed.name, folder))
     data: dict[str, Any] = asdict(known)
     for key in ("nodes", "gpus_per_node"):
         if (value := getattr(changed, key)) is not None:

@@ -281,7 +281,7 @@ def test_the_evidence_heads_every_text(form: Format) -> None:
         "trial t0001 of sweep night",
         "80.00 ms (median; 95% interval 79.00 to 81.00 ms)",
         "3,200.0 tokens/s/GPU, 500 model TFLOP/s/GPU, MFU 50.0%",
-        "10.00 GiB allocated, 11.50 GiB reserved",
+        "10 GiB allocated, 11.5 GiB reserved",
         "3 timed steps",
         "t0000 tp1 pp1 mbs99, differs by +25.0% in step time: clear",
         "1.250x the throughput of the baseline, t0000",

@@ -140,7 +140,7 @@ def test_a_sink_takes_its_share_of_every_softmax_and_gives_no_value(
         window_attn_skip_freq=None,
     )
     alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
-    attention = TorchCoreAttention(config, 1, None, "self", pg_collection=alone)  # type: ignore[arg-type]
+    attention = TorchCoreAttention(config, 1, None, "self", pg_collection=alone)
     sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0])
     assert attention.softmax_offset is not None
     attention.softmax_offset.data.copy_(sinks)

@@ -45,7 +45,7 @@ from tuner.trial import Outcome, TrialResult, TrialSpec
 
 LIMIT_GIB = 60.0
 """Some of the layouts need more."""
-THREE_ROWS = {"knobs": {"tp": [1, 2, 4]}, "fixed": {"pp": 2}}
+THREE_ROWS: dict[str, Any] = {"knobs": {"tp": [1, 2, 4]}, "fixed": {"pp": 2}}
 
 
 def run(loop: SweepLoop) -> Stop:
@@ -130,7 +130,7 @@ def test_oom_rules_out_exactly_the_rows_that_need_as_much_and_they_never_run(res
     ruled_out = set()
     for layout in ooms:
         dominated = needs_at_least_as_much_memory(table, layout)
-        ruled_out |= {layout_at(table, row) for row in dominated.nonzero()[0]}
+        ruled_out |= {layout_at(table, int(row)) for row in dominated.nonzero()[0]}
     every = {layout_at(table, row) for row in range(len(table))}
     assert set(launcher.layouts) == every - (ruled_out - set(ooms))
     assert len(ruled_out) > len(ooms)
@@ -164,14 +164,15 @@ def test_the_budget_ends_the_sweep(results: Path, budget: dict[str, Any], trials
     assert again.launched == []
 
 
-def test_a_larger_budget_goes_on_where_the_smaller_one_ended(results: Path) -> None:
-    run_to_end(results, sweep=sweep_of(budget={"trials": 4}))
-    launcher = ReplayLauncher()
-    run_to_end(results, launcher, sweep_of(budget={"trials": 7}))
-    assert launcher.numbers == [4, 5, 6]
-    whole = results.with_name("whole")
-    run_to_end(whole, sweep=sweep_of(budget={"trials": 7}))
-    assert story(results) == story(whole)
+def test_attempts_that_were_in_vain_use_the_budget_too(results: Path) -> None:
+    script: dict[int, Sequence[Scripted]] = {0: [Outcome.HANG], 1: [Outcome.INFRASTRUCTURE] * 2}
+    sweep = sweep_of(budget={"trials": 9, "hours": 5.5 * TRIAL_S / 3600})
+    loop = loop_of(results, ReplayLauncher(script=script, stop_at=2), sweep)
+    assert run(loop) is Stop.INTERRUPTED
+    again = loop_of(results, ReplayLauncher(), sweep)
+    assert again.progress().used_s == 6 * TRIAL_S
+    assert run(again) is Stop.HOURS
+    assert len(again.rows) == 2
 
 
 def test_progress_tells_the_time_used_and_left(results: Path) -> None:
@@ -226,6 +227,17 @@ def test_stopped_during_any_trial_the_sweep_goes_on_as_if_it_never_was(
     assert tracker.logged == [*range(number), *range(number), *range(number, TRIALS)], (
         "before, at the sync, after"
     )
+
+
+@pytest.mark.parametrize("number", range(2, TRIALS))
+def test_a_larger_budget_goes_on_as_if_it_had_been_there_from_the_start(
+    results: Path, number: int, uninterrupted: list[tuple[Any, ...]]
+) -> None:
+    launcher = ReplayLauncher(LIMIT_GIB)
+    run_to_end(results, launcher, sweep_of(budget={"trials": number}))
+    run_to_end(results, launcher)
+    assert launcher.numbers == list(range(TRIALS))
+    assert story(results) == uninterrupted
 
 
 def test_killed_before_the_trials_spec_is_written_its_number_is_used_again(

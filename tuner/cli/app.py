@@ -2,8 +2,8 @@
 
 import sys
 import traceback
+from typing import Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +13,12 @@ from tuner.errors import MegatuneError
 
 DESCRIPTION = """Find the fastest way to lay a Megatron training job over a cluster, by running it.
 
-Exit codes: 0 a best layout was measured (or the command did its work), 1 our own error, 2 bad input, 3 nothing
-feasible ran, 4 stopped by the circuit breaker, 130 interrupted with everything kept.
+Exit codes: 0 a best layout was measured (or the command did its work), 1 our own error, 2 bad input, \
+3 nothing feasible ran, 4 stopped by the circuit breaker, 130 interrupted with everything kept.
 """
+
+# Click's ClickException, or that of the copy of click that newer typers carry: typer names neither.
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help=DESCRIPTION, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -46,13 +49,10 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         stderr.print(f"[bold red]error:[/] {escape(str(error))}")
         return error.exit_code
-    except click.ClickException as error:
+    except _CommandLineError as error:
         error.show()
         return 2
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        stderr.print("interrupted")
+    except KeyboardInterrupt:
         return 130
     except Exception as error:
         if "--debug" in arguments:

@@ -6,11 +6,12 @@ from rich.table import Table
 from tuner.cli.common import AsJson, SweepPath, check_baseline, check_not_empty, load, print_json, stdout
 from tuner.files import to_data
 from tuner.heuristics import seeds
-from tuner.sweep import queue_of, with_row
 
 
 def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
     """Count the valid layouts, what each rule removed, and list the first trials. Starts no process."""
+    from tuner.sweep import queue_of, with_row
+
     loaded = load(sweep_file)
     check_not_empty(loaded, sweep_file)
     sweep, space = loaded.sweep, loaded.space

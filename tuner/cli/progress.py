@@ -1,7 +1,7 @@
 """The sweep while it runs: a live line on a terminal, one plain line a trial anywhere else."""
 
 import time
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -10,8 +10,10 @@ from rich.text import Text
 
 from tuner.layout import Layout
 from tuner.report import TrialRow, TrialSource
-from tuner.sweep import Progress
 from tuner.trial import Heartbeat
+
+if TYPE_CHECKING:
+    from tuner.sweep import Progress
 
 
 def duration(seconds: float) -> str:
@@ -24,7 +26,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def standing(progress: Progress) -> str:
+def standing(progress: "Progress") -> str:
     """Trials done of how many, best so far, time and budget left."""
     parts = [f"{progress.finished}/{progress.budget} trials"]
     if progress.best is not None and progress.best.result.metrics is not None:
@@ -76,7 +78,7 @@ class PlainProgress:
         return None
 
     def started(
-        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress
+        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: "Progress"
     ) -> None:
         """Says only that a trial is tried again."""
         if attempt > 1:
@@ -88,7 +90,7 @@ class PlainProgress:
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
         """Nothing: a log wants no heartbeats."""
 
-    def finished(self, row: TrialRow, pruned: int, progress: Progress) -> None:
+    def finished(self, row: TrialRow, pruned: int, progress: "Progress") -> None:
         """The trial's line, and where the sweep stands."""
         self._console.print(outcome_line(row, pruned), markup=False)
         self._console.print(f"    {standing(progress)}", markup=False)
@@ -110,7 +112,7 @@ class LiveProgress(PlainProgress):
         self._live.stop()
 
     def started(
-        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress
+        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: "Progress"
     ) -> None:
         """A trial begins."""
         super().started(number, attempt, layout, origin, progress)
@@ -125,7 +127,7 @@ class LiveProgress(PlainProgress):
         """The running trial's phase and step."""
         self._phase = f"{heartbeat.phase}, step {heartbeat.step}"
 
-    def finished(self, row: TrialRow, pruned: int, progress: Progress) -> None:
+    def finished(self, row: TrialRow, pruned: int, progress: "Progress") -> None:
         """The trial's line goes above the live one."""
         self._standing = standing(progress)
         self._console.print(outcome_line(row, pruned), markup=False)

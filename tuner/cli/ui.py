@@ -8,7 +8,6 @@ import typer
 
 from tuner.cli.common import ResultsFolder, results_folder, stderr
 from tuner.errors import InputError
-from tuner.tracking import default_uri
 
 
 def ui(
@@ -16,6 +15,8 @@ def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to serve on.")] = 5000,
 ) -> None:
     """Serve the MLflow UI of a sweep on 127.0.0.1 until Ctrl-C."""
+    from tuner.tracking import default_uri
+
     folder = results_folder(results)
     configured = folder.sweep().tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if configured and configured.startswith("http"):

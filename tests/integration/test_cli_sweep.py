@@ -1,0 +1,135 @@
+"""The real thing: `megatune sweep` on two CPU ranks, from the command to the override, and through an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from launchers.base import marked_processes
+from tuner.files import read_json
+from tuner.report import read_trials
+from tuner.results import SweepFolder
+from tuner.trial import Outcome, TrialResult
+
+SWEEP = """
+name: {name}
+workload: {{model: tiny-gpt, seq_length: 64, global_batch_size: 4, precision: fp32}}
+cluster: {{name: cpu-4, gpus_per_node: 2{memory}}}
+knobs: {{tp: [1, 2], pp: [1, 2], micro_batch_size: [1, 2]}}
+budget: {{trials: {trials}}}
+measurement: {{min_steps: 2, max_steps: 3}}
+"""
+
+
+def _megatune(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from tuner.cli import main; main()", *arguments],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _run(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    process = _megatune(folder, *arguments)
+    out, err = process.communicate(timeout=200)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
+
+
+def _write(folder: Path, name: str, trials: int, memory: str = "") -> str:
+    (folder / "sweep.yaml").write_text(SWEEP.format(name=name, trials=trials, memory=memory))
+    return "sweep.yaml"
+
+
+def _wait_for(condition: Path, process: subprocess.Popen[str], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition.exists():
+        assert process.poll() is None, "the sweep ended early"
+        assert time.monotonic() < deadline_s, f"{condition} never came"
+        time.sleep(0.1)
+
+
+def test_a_sweep_is_interrupted_goes_on_and_ends_with_an_override(tmp_path: Path) -> None:
+    sweep_file = _write(tmp_path, "night", trials=3)
+    folder = SweepFolder(tmp_path / "results" / "night")
+    process = _megatune(tmp_path, "sweep", sweep_file)
+    _wait_for(folder.trial(1).heartbeat, process, timeout_s=90)
+    first = folder.trial(0).result.read_bytes()
+    code, _, err = _run(tmp_path, "sweep", sweep_file)
+    assert (code, "another megatune is running this sweep" in err) == (2, True)
+
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "everything measured is kept" in err
+    assert "Traceback" not in err
+    assert marked_processes(str(tmp_path)) == []
+    assert read_json(TrialResult, folder.trial(1).result).outcome is Outcome.INTERRUPTED
+
+    code, out, err = _run(tmp_path, "sweep", sweep_file)
+    assert code == 0, err
+    assert "1 trials done" in err
+    assert folder.trial(0).result.read_bytes() == first, "what is measured is never measured again"
+    assert marked_processes(str(tmp_path)) == []
+    _check_results(tmp_path, folder, out)
+
+
+def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
+    rows = read_trials(folder.path)
+    assert [(row.number, row.result.outcome) for row in rows] == [(n, Outcome.COMPLETED) for n in range(3)]
+    assert len({row.layout for row in rows}) == 3
+    for row in rows:
+        trial = folder.trial(row.number)
+        assert all(path.exists() for path in (trial.spec, trial.plan, trial.source, trial.log))
+    assert {"sweep.json", "study.db", "mlflow.db", "summary.md"} <= {p.name for p in folder.path.iterdir()}
+    assert "megatune export results/night" in out
+
+    code, shown, _ = _run(cwd, "show", "night", "--json")
+    told = json.loads(shown)
+    fastest = min(rows, key=lambda row: row.result.metrics.step_time_ms if row.result.metrics else 0)
+    assert (code, told["best"], len(told["trials"])) == (0, fastest.number, 3)
+    for form in ("bridge-cli", "megatron-lm"):
+        code, override, _ = _run(cwd, "export", "night", "--format", form)
+        assert code == 0
+        assert f"{fastest.layout.micro_batch_size}" in override
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.path / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name LIKE 'megatune/%'")
+    runs = client.search_runs([experiment.experiment_id])
+    statuses = sorted((run.data.tags["megatune.kind"], run.info.status) for run in runs)
+    assert statuses == [("sweep", "FINISHED"), *[("trial", "FINISHED")] * 3]
+
+
+def test_where_every_layout_runs_out_of_memory_nothing_is_feasible(tmp_path: Path) -> None:
+    sweep_file = _write(tmp_path, "small", trials=1, memory=", memory_gib: 0.001")
+    code, _, err = _run(tmp_path, "sweep", sweep_file)
+    assert code == 3, err
+    rows = read_trials(tmp_path / "results" / "small")
+    assert [row.result.outcome for row in rows] == [Outcome.OOM]
+    assert "1 trials ran, none gave a measured layout" in err
+    code, _, err = _run(tmp_path, "export", "small")
+    assert code == 3
+    assert "no trial completed" in err
+
+
+@pytest.mark.parametrize("arguments", [["sweep"], ["trial"]])
+def test_a_machine_too_small_is_refused_before_anything_is_written(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    text = SWEEP.format(name="big", trials=1, memory="").replace("gpus_per_node: 2", "gpus_per_node: 4096")
+    (tmp_path / "sweep.yaml").write_text(text.replace("global_batch_size: 4", "global_batch_size: 8192"))
+    more = ["tp=1"] if arguments == ["trial"] else []
+    code, _, err = _run(tmp_path, *arguments, "sweep.yaml", *more)
+    assert code == 2
+    assert "4096 CPU ranks, but this machine's cores carry" in err
+    assert not (tmp_path / "results").exists()
