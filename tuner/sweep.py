@@ -13,10 +13,13 @@ from tuner.errors import InputError
 from tuner.files import read_json, write_json
 from tuner.heuristics import Seed
 from tuner.layout import Layout
+from tuner.predict import implementation_of
+from tuner.predict.time import step_time_ms
 from tuner.report import TrialRow, TrialSource, best, read_trials
 from tuner.results import SweepFolder
 from tuner.search.dominance import needs_at_least_as_much_memory
-from tuner.search.sampler import TableSampler, find_row, layout_at
+from tuner.search.feasibility import fit_probabilities
+from tuner.search.sampler import PredictedRows, RandomRows, Strategy, TableSampler, find_row, layout_at
 from tuner.study import STATES, StudyTrial, open_study
 from tuner.sweep_file import Sweep
 from tuner.trial import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
@@ -99,7 +102,7 @@ class SweepLoop:
         self.rows = read_trials(folder.path)
         begun = self._begun()
         self._lost_s = sum(lost_s(folder.trial(number)) for number in range(len(begun)))
-        self._sampler = TableSampler(table, sweep.seed, [layout for layout, _, _ in begun])
+        self._sampler = TableSampler(table, strategy_of(sweep, table), [layout for layout, _, _ in begun])
         self._waiting: dict[int, tuple[Layout, TrialSource]] = {}
         self._pruned = self._running = 0
         trials = []
@@ -119,7 +122,6 @@ class SweepLoop:
             else:
                 self._learn(layout, result)
         self.rows = [row for row in self.rows if row.number not in self._waiting]
-        self._mark_best()
         self._study = open_study(folder.study, sweep.name, self._sampler, self._sampler.space, trials)
         self._queue = [(layout, origin) for layout, origin in queue if self._row_is_free(layout)]
 
@@ -223,19 +225,15 @@ class SweepLoop:
         self._study.tell(trial, metrics.step_time_ms if metrics else None, STATES[result.outcome])
         row = TrialRow(number=number, source=origin.source, note=origin.note, layout=layout, result=result)
         self.rows.append(row)
-        self._mark_best()
         self._tracker.log_trial(row, self._folder.trial(number))
         self._observer.finished(row, self._pruned - before, self.progress())
 
     def _learn(self, layout: Layout, result: TrialResult) -> None:
         if result.outcome is Outcome.OOM:
             self._pruned += self._sampler.exclude(needs_at_least_as_much_memory(self._table, layout))
-
-    def _mark_best(self) -> None:
-        fastest = best(self.rows)
-        row = None if fastest is None else find_row(self._table, fastest.layout)
-        if row is not None:
-            self._sampler.note_best(row)
+        row = find_row(self._table, layout)
+        if result.metrics is not None and row is not None:
+            self._sampler.tell(row, result.metrics.step_time_ms)
 
     def _take(self, layout: Layout) -> None:
         row = find_row(self._table, layout)
@@ -286,6 +284,15 @@ def trial_spec(sweep: Sweep, number: int, attempt: int, layout: Layout) -> Trial
         limits=sweep.limits,
         seed=sweep.seed,
     )
+
+
+def strategy_of(sweep: Sweep, table: pd.DataFrame) -> Strategy:
+    """How a sweep chooses the rows behind its queue."""
+    if sweep.sampler == "random":
+        return RandomRows(sweep.seed)
+    workload, cluster = sweep.workload, sweep.cluster
+    predicted_ms = step_time_ms(table, workload, cluster, implementation_of(cluster))
+    return PredictedRows(table, predicted_ms, fit_probabilities(table, workload, cluster))
 
 
 def queue_of(baseline: Layout | None, seeds: Sequence[Seed]) -> list[tuple[Layout, TrialSource]]:

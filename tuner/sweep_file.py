@@ -20,6 +20,7 @@ from tuner.trial import Limits, Measurement
 from tuner.workload import Model, Precision, Workload
 
 Value = bool | int | str
+SamplerName = Literal["predicted", "random"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +103,9 @@ class SweepFile:
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)
     program: Literal["megatron_core"] = "megatron_core"
+    sampler: SamplerName = "predicted"
+    """Who chooses behind the seeds: `predicted` ranks by predicted step time and learns from every trial; `random`
+    takes any valid row, to compare with."""
     seed: int = 1234
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -137,6 +141,7 @@ class Sweep:
     measurement: Measurement
     limits: Limits
     program: str
+    sampler: SamplerName = "predicted"
     seed: int
     tracking: Tracking
 
@@ -180,6 +185,7 @@ def resolve(file: SweepFile, source: str, folder: Path, detect: Callable[[], Clu
             measurement=file.measurement,
             limits=file.limits,
             program=file.program,
+            sampler=file.sampler,
             seed=file.seed,
             tracking=file.tracking,
         )

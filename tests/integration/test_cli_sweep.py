@@ -111,7 +111,12 @@ def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
 
 
 def test_where_every_layout_runs_out_of_memory_nothing_is_feasible(tmp_path: Path) -> None:
-    sweep_file = _write(tmp_path, "small", trials=1, memory=", memory_gib: 0.001")
+    sweep_file = _write(tmp_path, "small", trials=3, memory=", memory_gib: 0.001")
+    code, _, err = _run(tmp_path, "sweep", sweep_file)
+    assert code == 3
+    assert "are predicted to need more than 0.001 GiB a GPU" in err
+    with (tmp_path / sweep_file).open("a") as file:
+        file.write("\nbaseline: {pp: 2}\n")
     code, _, err = _run(tmp_path, "sweep", sweep_file)
     assert code == 3, err
     rows = read_trials(tmp_path / "results" / "small")

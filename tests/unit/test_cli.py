@@ -410,7 +410,7 @@ def test_our_own_error_says_so_and_hides_the_traceback(
     def broken(*arguments: object) -> None:
         raise RuntimeError("a [bug] of ours")
 
-    monkeypatch.setattr("tuner.cli.plan.seeds", broken)
+    monkeypatch.setattr("tuner.cli.common.seeds", broken)
     assert run(["plan", sweep_file]) == 1
     err = capsys.readouterr().err
     assert "internal error: RuntimeError: a [bug] of ours" in err
@@ -426,7 +426,7 @@ def test_an_interruption_outside_a_trial_is_130(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tuner.cli.plan.seeds", interrupted)
+    monkeypatch.setattr("tuner.cli.common.seeds", interrupted)
     assert run(["plan", sweep_file]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

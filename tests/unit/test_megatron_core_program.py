@@ -78,6 +78,20 @@ def test_weights_look_like_independent_draws_of_the_right_spread() -> None:
     assert float(torch.corrcoef(torch.stack([values, other]))[0, 1]) == pytest.approx(0.0, abs=0.01)
 
 
+def test_a_tensor_whose_storage_is_emptied_leaves_the_account_and_comes_back_when_it_is_filled() -> None:
+    with TensorAccount(1e9) as account:
+        kept = torch.ones(1000)
+        assert account.live_bytes == 4000
+        kept.untyped_storage().resize_(0)
+        assert account.live_bytes == 0
+        kept.untyped_storage().resize_(4000)
+        assert account.live_bytes == 4000
+    kept.untyped_storage().resize_(0)
+    del kept
+    assert account.live_bytes == 0
+    assert account.peak_bytes == 4000
+
+
 def test_the_account_of_a_two_layer_network_is_what_the_shapes_say() -> None:
     n, width, hidden = 64, 32, 128
     with TensorAccount(float("inf")) as account:

@@ -302,7 +302,7 @@ def _sql(command: str) -> Callable[[Path], None]:
         _overwrite,
         _truncate,
         _empty,
-        _sql("UPDATE trial_values SET value = 1.0 WHERE trial_id = 3"),
+        _sql("UPDATE trial_values SET value = 1.0 WHERE trial_id = 1"),
         _sql("UPDATE trials SET state = 'FAIL' WHERE number = 1"),
         _sql("UPDATE trials SET state = 'RUNNING' WHERE number = 2"),
         _sql(

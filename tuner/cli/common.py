@@ -4,20 +4,26 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
 
 from tuner.cluster import Cluster
-from tuner.errors import InputError
+from tuner.errors import InputError, NothingFeasibleError
 from tuner.files import parse
+from tuner.heuristics import seeds
 from tuner.layout import Layout
 from tuner.results import SweepFolder
 from tuner.rules import broken_rules
 from tuner.space import Space, enumerate_layouts
 from tuner.sweep_file import Sweep, load_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tuner.report import TrialSource
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
 ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]
@@ -101,6 +107,44 @@ def check_baseline(sweep: Sweep, source: Path) -> None:
     """Refuse a stated baseline that is no valid layout; raises InputError."""
     if sweep.baseline is not None:
         refuse_invalid(sweep, sweep.baseline, f"{source}: key 'baseline'")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a sweep may launch, and what it launches first."""
+
+    table: "pd.DataFrame"
+    """The valid layouts that may fit, the baseline included."""
+    queue: "list[tuple[Layout, TrialSource]]"
+    too_large: int
+    """Valid layouts that are never launched, since they are predicted not to fit."""
+
+
+def prepare(loaded: Loaded, source: Path) -> Prepared:
+    """Leave out what is predicted not to fit, and put the baseline and the seeds in front.
+
+    Raises:
+        InputError: if no layout is valid, or the baseline is not.
+        NothingFeasibleError: if every valid layout is predicted to run out of memory.
+    """
+    from tuner.search.feasibility import MIN_FIT, fit_probabilities
+    from tuner.sweep import queue_of, with_row
+
+    check_not_empty(loaded, source)
+    check_baseline(loaded.sweep, source)
+    sweep, valid = loaded.sweep, loaded.space.table
+    fits = fit_probabilities(valid, sweep.workload, sweep.cluster)
+    table = valid[fits >= MIN_FIT].reset_index(drop=True)
+    if table.empty and sweep.baseline is None:
+        raise NothingFeasibleError(
+            f"{source}: all {len(valid):,} valid layouts are predicted to need more than "
+            f"{sweep.cluster.gpu.memory_gib:g} GiB a GPU: use more GPUs, let more knobs vary (recompute, pp), "
+            "or state a baseline, which runs whatever is predicted"
+        )
+    if sweep.baseline is not None:
+        table = with_row(table, sweep.baseline)
+    queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
+    return Prepared(table, queue, len(valid) - int((fits >= MIN_FIT).sum()))
 
 
 def check_not_empty(loaded: Loaded, source: Path) -> None:

@@ -3,21 +3,15 @@
 from rich.markup import escape
 from rich.table import Table
 
-from tuner.cli.common import AsJson, SweepPath, check_baseline, check_not_empty, load, print_json, stdout
+from tuner.cli.common import AsJson, SweepPath, load, prepare, print_json, stdout
 from tuner.files import to_data
-from tuner.heuristics import seeds
 
 
 def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
     """Count the valid layouts, what each rule removed, and list the first trials. Starts no process."""
-    from tuner.sweep import queue_of, with_row
-
     loaded = load(sweep_file)
-    check_not_empty(loaded, sweep_file)
-    sweep, space = loaded.sweep, loaded.space
-    check_baseline(sweep, sweep_file)
-    table = space.table if sweep.baseline is None else with_row(space.table, sweep.baseline)
-    queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
+    prepared = prepare(loaded, sweep_file)
+    sweep, space, table, queue = loaded.sweep, loaded.space, prepared.table, prepared.queue
     rejected = dict(sorted(space.rejected.items(), key=lambda item: -item[1]))
     if json:
         print_json(
@@ -25,6 +19,7 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
                 "sweep": sweep.name,
                 "combinations": space.combinations,
                 "valid": len(space.table),
+                "predicted_too_large": prepared.too_large,
                 "rejected": {rule: count for rule, count in rejected.items() if count},
                 "queue": [
                     {"source": origin.source, "note": origin.note, "layout": to_data(layout)}
@@ -40,6 +35,11 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
         markup=False,
     )
     stdout.print(f"{len(space.table):,} valid layouts of {space.combinations:,} combinations")
+    if prepared.too_large:
+        stdout.print(
+            f"{prepared.too_large:,} of them are predicted to need more than {sweep.cluster.gpu.memory_gib:g} GiB "
+            "and are never launched"
+        )
     rules = Table("rule", "removed", title="Rejections by rule", title_justify="left")
     rules.columns[1].justify = "right"
     for rule, count in rejected.items():

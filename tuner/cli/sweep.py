@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from tuner.cli.common import ResultsRoot, SweepPath, check_baseline, check_not_empty, load, stderr, stdout
+from tuner.cli.common import ResultsRoot, SweepPath, load, prepare, stderr, stdout
 from tuner.cli.export import override
 from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, NothingFeasibleError
 from tuner.export import Format
 from tuner.files import write_text
-from tuner.heuristics import seeds
 from tuner.report import TrialRow, best, figures, summary, terminal_table
 from tuner.results import SweepFolder
 
@@ -46,14 +45,12 @@ def sweep(
     """Run the sweep, or go on with it: the same command resumes after any end."""
     from launchers.detect import check_machine
     from launchers.torchrun import TorchrunLauncher
-    from tuner.sweep import queue_of, trial_spec, with_row
+    from tuner.sweep import trial_spec
 
     loaded = load(sweep_file)
     config = loaded.sweep
-    check_not_empty(loaded, sweep_file)
-    check_baseline(config, sweep_file)
-    table = loaded.space.table if config.baseline is None else with_row(loaded.space.table, config.baseline)
-    queue = queue_of(config.baseline, seeds(config.workload, config.cluster, table))
+    prepared = prepare(loaded, sweep_file)
+    table, queue = prepared.table, prepared.queue
     folder, launcher = SweepFolder(results / config.name), TorchrunLauncher()
     # Also refuses what this launcher cannot run, before anything is written.
     first = launcher.plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0))

@@ -1,7 +1,7 @@
 """An Optuna sampler whose suggestions are rows of the table of valid layouts: never invalid, never twice."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from tuner.layout import KNOBS, Layout, layout_from
+from tuner.search.ranking import Ranking, encode
 
 
 def find_row(table: pd.DataFrame, layout: Layout) -> int | None:
@@ -39,23 +40,74 @@ def distributions(table: pd.DataFrame, tried: Sequence[Layout] = ()) -> dict[str
     return found
 
 
-class TableSampler(BaseSampler):
-    """Half the time a nearest untried neighbour of the best measured row, else any untried row.
+class Strategy(Protocol):
+    """Which row comes next."""
+
+    def choose(self, available: NDArray[np.bool_], number: int) -> int:
+        """The row of trial `number`, one of the non-empty mask `available`."""
+
+    def tell(self, row: int, measured_ms: float) -> None:
+        """Take in the measured step time of a row."""
+
+
+class RandomRows:
+    """Any untried row, all alike: what every other strategy must beat.
+
+    Each trial draws by its own number, so that a resumed sweep goes on as if never stopped: Optuna stores no
+    sampler's state.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def choose(self, available: NDArray[np.bool_], number: int) -> int:
+        """See Strategy."""
+        return int(np.random.default_rng((self._seed, number)).choice(np.flatnonzero(available)))
+
+    def tell(self, row: int, measured_ms: float) -> None:
+        """Nothing is learnt."""
+
+
+class PredictedRows:
+    """The best predicted row first, then the greatest expected improvement on what was measured.
 
     Args:
         table: The valid layouts, a row each, columns as KNOBS.
-        seed: Of the draws. Each trial draws by its own number, so that a resumed sweep goes on as if never stopped.
+        predicted_ms: The predicted step time of every row.
+        fits: The probability that every row fits the GPU's memory; None where all do.
+    """
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        predicted_ms: NDArray[np.float64],
+        fits: NDArray[np.float64] | None = None,
+    ) -> None:
+        self._ranking = Ranking(encode(table), predicted_ms, fits)
+
+    def choose(self, available: NDArray[np.bool_], number: int) -> int:
+        """See Strategy."""
+        return self._ranking.choose(available)
+
+    def tell(self, row: int, measured_ms: float) -> None:
+        """See Strategy."""
+        self._ranking.tell(row, measured_ms)
+
+
+class TableSampler(BaseSampler):
+    """Suggests rows of a table as its strategy chooses them, each at most once.
+
+    Args:
+        table: The valid layouts, a row each, columns as KNOBS.
+        strategy: Chooses among the rows that are left.
         tried: Layouts of earlier trials, which may lie outside a table whose sweep file has changed since.
     """
 
-    def __init__(self, table: pd.DataFrame, seed: int, tried: Sequence[Layout] = ()) -> None:
+    def __init__(self, table: pd.DataFrame, strategy: Strategy, tried: Sequence[Layout] = ()) -> None:
         self._table = table
+        self._strategy = strategy
         self.space = distributions(table, tried)
-        codes = [pd.factorize(table[knob])[0].astype(np.int16) for knob in self.space]
-        self._codes = np.column_stack(codes) if codes else np.zeros((len(table), 1), np.int16)
         self._available: NDArray[np.bool_] = np.ones(len(table), dtype=bool)
-        self._best: int | None = None
-        self._seed = seed
 
     @property
     def remaining(self) -> int:
@@ -76,9 +128,9 @@ class TableSampler(BaseSampler):
         """Never suggest this row (again)."""
         self._available[row] = False
 
-    def note_best(self, row: int) -> None:
-        """Tell which row is the best measured so far."""
-        self._best = row
+    def tell(self, row: int, measured_ms: float) -> None:
+        """Take in the measured step time of a row."""
+        self._strategy.tell(row, measured_ms)
 
     def choose(self, number: int) -> int:
         """The row of trial `number`.
@@ -86,14 +138,9 @@ class TableSampler(BaseSampler):
         Raises:
             ValueError: if no row is left.
         """
-        candidates = np.flatnonzero(self._available)
-        if not len(candidates):
+        if not self.remaining:
             raise ValueError("every row is tried or pruned")
-        random = np.random.default_rng((self._seed, number))
-        if self._best is not None and random.random() < 0.5:
-            distance = (self._codes[candidates] != self._codes[self._best]).sum(axis=1)
-            candidates = candidates[distance == distance.min()]
-        return int(random.choice(candidates))
+        return self._strategy.choose(self._available, number)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All knobs that vary: a row is chosen whole."""

@@ -27,6 +27,25 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
 
+    def __enter__(self) -> "TensorAccount":
+        """Begin. Megatron empties tensors it will recompute by resizing their storage, which is no operation."""
+        resize = torch.UntypedStorage.resize_
+
+        def accounted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._account(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = accounted  # type: ignore[assignment, method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        """End; what is freed later still leaves the account."""
+        super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
+        del torch.UntypedStorage.resize_
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and account what it returned.
 

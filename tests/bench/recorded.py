@@ -1,0 +1,178 @@
+"""Measurements that others published, as workloads, clusters and tables of layouts."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from search_spaces.loader import load_cluster, load_model
+from tuner.cluster import Cluster
+from tuner.layout import DEFAULTS, KNOBS
+from tuner.space import default_domain, enumerate_layouts
+from tuner.workload import Model, Precision, Workload
+
+DATA: Final = Path(__file__).parents[3] / "shared" / "data"
+STEP_TIMES: Final = DATA / "a100_step_times.csv"
+PUBLISHED: Final = DATA / "published_layouts.csv"
+GROUP: Final = ["hidden_size", "num_layers", "gpus", "global_batch_size"]
+LARGE_GROUP: Final = 20
+"""Rows from which a group is large enough to rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One tuning problem of which every recorded layout was measured."""
+
+    name: str
+    workload: Workload
+    cluster: Cluster
+    table: pd.DataFrame
+    """One row a layout, one column a knob."""
+    measured_ms: NDArray[np.float64]
+
+
+def groups(path: Path = STEP_TIMES, rows: int = 1) -> Iterator[Group]:
+    """The groups of `rows` rows or more in a file of step times (VIA-Research/vTrain, ground truth)."""
+    for key, part in pd.read_csv(path).groupby(GROUP):
+        if len(part) < rows:
+            continue
+        first = part.iloc[0]
+        workload = Workload(
+            model=_gpt(first),
+            seq_length=int(first.seq_length),
+            global_batch_size=int(first.global_batch_size),
+            precision="fp16",
+        )
+        gpus = int(first.gpus)
+        cluster = replace(load_cluster("dgx-a100-80"), nodes=max(1, gpus // 8), gpus_per_node=min(gpus, 8))
+        measured = part["step_time_ms"].to_numpy(dtype=np.float64)
+        yield Group("-".join(map(str, key)), workload, cluster, _recorded(part), measured)
+
+
+def _gpt(row: Any) -> Model:
+    """GPT as Megatron-DeepSpeed builds it: the source states no more than these sizes."""
+    return Model(
+        name=f"gpt-{row.hidden_size:.0f}-{row.num_layers:.0f}",
+        num_layers=int(row.num_layers),
+        hidden_size=int(row.hidden_size),
+        ffn_hidden_size=4 * int(row.hidden_size),
+        num_attention_heads=int(row.num_attention_heads),
+        num_query_groups=int(row.num_attention_heads),
+        kv_channels=int(row.hidden_size) // int(row.num_attention_heads),
+        vocab_size=50257,
+        gated_linear_unit=False,
+        activation_func="gelu",
+        normalization="LayerNorm",
+        position_embedding_type="learned_absolute",
+        max_position_embeddings=int(row["seq_length"]),
+        share_embeddings_and_output_weights=True,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+    )
+
+
+def _recorded(part: pd.DataFrame) -> pd.DataFrame:
+    table = pd.DataFrame({knob: [DEFAULTS[knob]] * len(part) for knob in KNOBS})
+    for knob in ("tp", "pp", "micro_batch_size"):
+        table[knob] = part[knob].to_numpy()
+    return table.assign(
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        use_distributed_optimizer=False,
+    )
+
+
+MODELS: Final = {
+    "LLAMA3_70B": "llama3-70b",
+    "GPT OSS 120B": "gpt-oss-120b",
+    "Qwen3_30B_a3B": "qwen3-30b-a3b",
+}
+SYSTEMS: Final = {
+    "DGX-GB300": "gb300-nvl72",
+    "DGX-GB200": "gb200-nvl72",
+    "DGX-B300": "dgx-b300",
+    "DGX-B200": "dgx-b200",
+    "DGX-H100": "dgx-h100",
+}
+AXES: Final = ["tp", "pp", "cp", "vpp", "ep", "micro_batch_size"]
+"""The knobs that the published tables state."""
+PROBLEM: Final = ["model", "system", "precision", "gpus", "global_batch_size", "seq_length", "vpp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One tuned layout with its measured throughput, and the valid layouts around it."""
+
+    name: str
+    workload: Workload
+    cluster: Cluster
+    table: pd.DataFrame
+    """Every valid layout that varies the published axes, and recompute, which the tables leave open."""
+    is_published: NDArray[np.bool_]
+    """The rows of the table that it may have been."""
+    measured_ms: float
+    comparable: bool
+    """Whether it trained all parameters without FSDP, as the layouts of the table do."""
+
+
+def published(path: Path = PUBLISHED) -> Iterator[Published]:
+    """Every row of the published layouts (NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md)."""
+    tables: dict[tuple[Any, ...], pd.DataFrame] = {}
+    for row in _rows(path):
+        workload, cluster = _problem(row)
+        key = tuple(row[name] for name in PROBLEM)
+        if key not in tables:
+            tables[key] = _around(workload, cluster, int(row["vpp"]))
+        table = tables[key]
+        wanted = [row[axis] for axis in AXES]
+        tokens_per_s = row["tokens_per_s_per_gpu"] * row["gpus"]
+        yield Published(
+            f"{row['release']} {row['model']} {row['system']} {row['precision']}",
+            workload,
+            cluster,
+            table,
+            (table[AXES] == wanted).all(axis=1).to_numpy(),
+            workload.tokens_per_step / tokens_per_s * 1e3,
+            row["task"] != "LoRA" and not row["fsdp"],
+        )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
+
+
+def _problem(row: Mapping[str, Any]) -> tuple[Workload, Cluster]:
+    model, cluster = load_model(MODELS[row["model"]]), load_cluster(SYSTEMS[row["system"]])
+    precision: Precision = row["precision"].lower()
+    workload = Workload(
+        model=model,
+        seq_length=int(row["seq_length"]),
+        global_batch_size=int(row["global_batch_size"]),
+        precision=precision,
+        moe_router_force_load_balancing=model.is_moe,
+    )
+    return workload, replace(cluster, nodes=int(row["gpus"]) // cluster.gpus_per_node)
+
+
+def _around(workload: Workload, cluster: Cluster, vpp: int) -> pd.DataFrame:
+    domain = default_domain(workload, cluster)
+    varied = {knob: domain[knob] for knob in (*AXES, "sp", "overlap_p2p_comm")}
+    return enumerate_layouts(
+        workload,
+        cluster,
+        {
+            **varied,
+            "vpp": tuple(sorted({*varied["vpp"], vpp})),
+            "recompute_granularity": ("none", "selective", "full"),
+            "recompute_method": ("none", "uniform"),
+            "recompute_num_layers": (0, 1),
+            "overlap_grad_reduce": (True,),
+            "overlap_param_gather": (True,),
+            "moe_token_dispatcher_type": ("flex" if workload.model.is_moe else "alltoall",),
+        },
+    ).table

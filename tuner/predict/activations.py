@@ -1,0 +1,384 @@
+"""What autograd keeps of one layer and one micro-batch, and what its passes need beside that, in bytes a rank.
+
+The lists follow the modules' own code: Megatron-Core 0.16 (attention.py, multi_latent_attention.py, mlp.py,
+moe/moe_layer.py, moe/token_dispatcher.py, moe/experts.py), Transformer Engine 2.11 (layernorm_linear.py, linear.py,
+grouped_linear.py, FusedAttention, cross_entropy.py), and for plain Torch the modules of this repository's program
+(launchers/programs/megatron_core/specs.py), whose every tensor was traced. A tensor that two modules keep counts
+once, where it is made. `transformer_engine` stands for fused norms, activations, rotary positions and loss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.parameters import attention, expert
+from tuner.predict import Implementation
+from tuner.rules.base import Bools, Columns
+from tuner.workload import Model, Precision, Workload
+
+Floats = NDArray[np.float64]
+LINEAR_INPUT_BYTES: Mapping[Precision, float] = {
+    **{"fp32": 4.0, "bf16": 2.0, "fp16": 2.0},
+    **{"fp8": 1.0, "mxfp8": 1.0 + 1 / 32, "nvfp4": 0.5 + 1 / 16},
+}
+"""Bytes an element of a linear layer's kept input; quantised ones with their block scales, one direction."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One half of a layer: attention or MLP, each with the norm in front of it. Bytes of one micro-batch."""
+
+    kept: Floats
+    """From its forward to its backward pass."""
+    dropped: Floats
+    """Kept as well without selective recompute; comes back during its backward pass."""
+    forward: Floats
+    """Beyond both, at the worst moment of its forward pass."""
+    backward: Floats
+    """Beyond both, at the worst moment of its backward pass, the incoming gradient among it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """Final norm, output layer and loss. Bytes of one micro-batch."""
+
+    kept: Floats
+    norm: Floats
+    """Of it, what the final norm keeps."""
+    backward: Floats
+
+
+class Layers:
+    """The layers of a workload under many layouts: sizes of a rank's share, as arrays of one value a layout."""
+
+    def __init__(
+        self, columns: Columns, workload: Workload, implementation: Implementation, imbalance: float
+    ) -> None:
+        self.model: Model = workload.model
+        self.columns = columns
+        self.fused = implementation == "transformer_engine"
+        self.imbalance = imbalance
+        tp, cp, ep = (columns[knob].astype(np.float64) for knob in ("tp", "cp", "ep"))
+        self.tp, self.cp, self.ep = tp, cp, ep
+        self.etp = columns["etp"].astype(np.float64)
+        self.sp: Bools = columns.on("sp") & (columns["tp"] > 1)
+        self.seq = workload.seq_length
+        self.tokens = self.seq * columns["micro_batch_size"] / cp
+        self.size = 4.0 if workload.precision == "fp32" else 2.0
+        """Bytes of an activation."""
+        self.linear = LINEAR_INPUT_BYTES[workload.precision] if self.fused else self.size
+        self.hidden = self.tokens / np.where(self.sp, tp, 1) * self.model.hidden_size
+        """Elements of a hidden state between the tensor parallel regions."""
+        self.full_hidden = self.tokens * self.model.hidden_size
+        self.state = self.hidden * self.size
+        """Bytes of a hidden state: a layer's input, a checkpoint, a gradient between stages."""
+
+    def _recomputed(self, module: str) -> Bools:
+        """Where selective recompute names `module`; Megatron's default is core_attn."""
+        names = self.columns.recomputes(module)
+        if module == "core_attn":
+            names = names | self.columns.among("recompute_modules", "none")
+        return self.columns.among("recompute_granularity", "selective") & names
+
+    def _split(self, dropped: list[tuple[str, Floats]], kept: Floats) -> tuple[Floats, Floats]:
+        """Kept and dropped bytes, the parts of `dropped` counted where they belong."""
+        gone = np.zeros_like(self.tokens)
+        for module, amount in dropped:
+            recomputed = self._recomputed(module)
+            kept, gone = kept + np.where(recomputed, 0, amount), gone + np.where(recomputed, amount, 0)
+        return kept, gone
+
+    def _norm(self, elements: Floats, feeds_linear: bool = True) -> Floats:
+        """What a norm keeps beyond its input: its output; Torch's RMSNorm also the input in fp32, normalised."""
+        output = elements * (self.linear if feeds_linear else self.size)
+        if self.fused or self.model.normalization == "LayerNorm":
+            return output
+        upcast = 0.0 if self.size == 4 else 4.0
+        return output + elements * (self.size + upcast)
+
+    def attention(self) -> Part:
+        """The input, its norm, and attention up to the residual sum."""
+        if self.model.multi_latent_attention:
+            return self._latent_attention()
+        model, share = self.model, self.tokens / self.tp
+        query = share * model.num_attention_heads * model.kv_channels
+        group = share * model.num_query_groups * model.kv_channels
+        rotated, core_kept, extra = self._grouped_inputs(query, group)
+        core = share * model.num_attention_heads * 4 + self._mask()
+        norm = self._norm(self.hidden)
+        kept, dropped = self._split(
+            [("core_attn", core), ("layernorm" if not self.fused else "", norm)],
+            self.state + (rotated + core_kept + query) * self.size + extra,
+        )
+        gradients = (2 * query + 2 * group) * self.size + self._fp32_query(query)
+        return Part(
+            kept=kept,
+            dropped=dropped,
+            forward=np.zeros_like(kept),
+            backward=self.state + np.maximum(gradients, self._weight_gradient(query)),
+        )
+
+    def _grouped_inputs(self, query: Floats, group: Floats) -> tuple[Floats, Floats, Floats]:
+        """Elements of rotated query and key; of values and what keeps them alive; bytes of tables and inner norms."""
+        model = self.model
+        rotary = model.position_embedding_type == "rope"
+        mixed = query + 2 * group
+        normed = model.qk_layernorm
+        if self.fused:
+            # The fused kernels keep query, key and value alone; an inner norm keeps its input, the mixed projection.
+            return query + group, group + (mixed + query if normed else 0), np.zeros_like(query)
+        tables = 4.0 * self.seq / self.cp * model.kv_channels * self.size if rotary else np.zeros_like(query)
+        inner = np.zeros_like(query)
+        if normed:
+            copies = query * self.size + (0 if rotary else group * self.size)
+            inner = copies + (self._norm(query + group, False) - (query + group) * self.size)
+        # Recomputed attention gathers again: it keeps what comes in.
+        gathered = (self.cp > 1) & ~self._recomputed("core_attn")
+        # The values are a view of the mixed projection; gathered over cp they are their own, as the keys are.
+        keys = np.where(gathered, 2 * group * self.cp, group if rotary or normed else 0)
+        values = np.where(gathered & ~np.bool_(normed), 0, mixed)
+        return query + keys, values, tables + inner
+
+    def _mask(self) -> Floats:
+        """Torch keeps an explicit mask of a layer, [tokens of a rank, tokens], where causal alone does not say it."""
+        if self.fused:
+            return np.zeros_like(self.tokens)
+        pairs = self.seq / self.cp * self.seq * self.size
+        if (
+            self.model.softmax_type != "vanilla"
+        ):  # an additive mask of each head, with the sink as one more key
+            return pairs * (1 + 1 / self.seq) * self.model.num_attention_heads / self.tp
+        return np.where((self.cp > 1) | (self.model.window_size is not None), pairs, 0)
+
+    def _fp32_query(self, query: Floats) -> Floats:
+        """The query's gradient that fused attention sums up in fp32 (FlashAttention and cuDNN alike)."""
+        return query * 4 if self.fused else np.zeros_like(query)
+
+    def _weight_gradient(self, inner: Floats) -> Floats:
+        """Backward of the output projection: gradient of its input, and of its weight where that is not fused."""
+        model = self.model
+        if self.fused:
+            return inner * self.size
+        heads = model.num_attention_heads
+        width = heads * ((model.v_head_dim or 0) if model.multi_latent_attention else model.kv_channels)
+        return inner * self.size + width * model.hidden_size / self.tp * self.size
+
+    def _latent_attention(self) -> Part:
+        model, share = self.model, self.tokens / self.tp
+        assert model.kv_lora_rank and model.qk_head_dim and model.qk_pos_emb_head_dim and model.v_head_dim
+        heads = model.num_attention_heads
+        query = share * heads * (model.qk_head_dim + model.qk_pos_emb_head_dim)
+        value = share * heads * model.v_head_dim
+        # The down-projections are whole on every tensor parallel rank; sequence parallelism splits their tokens.
+        tokens = self.hidden / model.hidden_size
+        query_rank, latent = tokens * (model.q_lora_rank or 0), tokens * model.kv_lora_rank
+        down = query_rank + latent + tokens * model.qk_pos_emb_head_dim
+        inner_norms = query_rank + latent if model.qk_layernorm else np.zeros_like(latent)
+        up = self._norm(inner_norms) + (2 * query + value) * self.size
+        scores = self._scores(share * heads)
+        kept, dropped = self._split(
+            [("layernorm", self._norm(self.hidden)), ("mla_up_proj", up), ("core_attn", scores)],
+            self.state + (down + value) * self.size,
+        )
+        gradients = (2 * query + 2 * value) * self.size + self._fp32_query(query)
+        if not self.fused:  # the gradient of the probabilities, and of the scores, before query's and key's
+            gradients = np.maximum(gradients, 2 * share * heads * self.seq * self.size)
+        return Part(
+            kept=kept,
+            dropped=dropped,
+            forward=np.zeros_like(kept),
+            backward=self.state + np.maximum(gradients, self._weight_gradient(value)),
+        )
+
+    def _scores(self, rows: Floats) -> Floats:
+        """Fused: a row's log-sum. Torch has no fused kernel for values narrower than keys: it keeps the scores."""
+        if self.fused:
+            return rows * 4
+        return rows * self.seq * self.size + self._mask()
+
+    def dense_mlp(self) -> Part:
+        """The sum behind attention, its norm, and the dense MLP."""
+        share, hidden = self.tokens / self.tp, self.model.hidden_size
+        width = share * self.model.ffn_hidden_size
+        inner, backward = self._mlp(width, hidden * self.model.ffn_hidden_size / self.tp)
+        norm = self._norm(self.hidden)
+        # Transformer Engine's MLP has the norm inside; Torch's stands before it.
+        parts = [("mlp", inner + norm)] if self.fused else [("mlp", inner), ("layernorm", norm)]
+        kept, dropped = self._split(parts, self.state)
+        # Sequence parallelism gathers the incoming gradient before the row-parallel projection's products.
+        gathered = np.where(self.sp, self.full_hidden * self.size, 0)
+        return Part(
+            kept=kept,
+            dropped=dropped,
+            forward=np.zeros_like(kept),
+            backward=self.state
+            + np.where(self._recomputed("mlp"), self.state, 0)
+            + np.maximum(backward, gathered + width * self.size),
+        )
+
+    def _mlp(self, width: Floats, matrix: Floats | float, weighted: bool = False) -> tuple[Floats, Floats]:
+        """Bytes kept between the two projections, and of backward, for `width` elements a projection's output.
+
+        `matrix` is the elements of one weight matrix: plain Torch makes its gradient before adding it up.
+        """
+        gated = 2 if self.model.gated_linear_unit else 1
+        if self.fused:
+            kept = width * (gated * self.size + self.linear)
+            return kept, width * gated * self.size
+        # Torch: the projection, the activation, the linear half plus its offset, their product, times probabilities.
+        steps = (3 if self.model.gated_linear_unit else 1) + weighted
+        kept = width * (gated + steps) * self.size
+        weight_gradient = matrix * self.size
+        second = width * self.size + weight_gradient
+        activation = width * gated * self.size
+        first = (gated * weight_gradient) - width * steps * self.size + self.full_hidden * self.size
+        return kept, np.maximum(np.maximum(second, activation), first)
+
+    def experts_mlp(self) -> Part:
+        """The sum behind attention, its norm, router, shared experts, dispatch and routed experts."""
+        model = self.model
+        assert model.num_moe_experts and model.moe_ffn_hidden_size and model.moe_router_topk
+        tokens = self.hidden / model.hidden_size
+        rows = tokens * model.moe_router_topk * self.imbalance
+        dispatched = rows * self.etp * model.hidden_size
+        width = rows * model.moe_ffn_hidden_size
+        inner, inner_backward = self._mlp(width, expert(model).sharded / self.etp / self._matrices(), True)
+        shared, shared_backward = self._shared()
+        local = model.num_moe_experts / self.ep
+        activation = width * self.linear if self.fused else np.zeros_like(width)
+        norm = self._norm(self.hidden)
+        router = tokens * model.num_moe_experts * 14
+        routed = dispatched * self.linear + inner - activation + router
+        whole = self._recomputed("moe")
+        kept, dropped = self._split(
+            [("layernorm", norm), ("moe_act", activation), ("shared_experts", shared)], self.state + routed
+        )
+        everything = routed + activation + shared
+        input_kept = np.where(self._recomputed("layernorm"), 0, norm)
+        kept = np.where(whole, self.state + input_kept, kept)
+        dropped = np.where(whole, everything + norm - input_kept, dropped)
+        forward = self._dispatch_forward(dispatched, local)
+        backward = np.maximum(2 * dispatched * self.size, dispatched * self.size + inner_backward)
+        backward = np.maximum(backward, shared_backward)
+        again = np.where(whole, forward, 0)
+        return Part(
+            kept=kept, dropped=dropped, forward=forward, backward=self.state + np.maximum(backward, again)
+        )
+
+    def _matrices(self) -> int:
+        return 3 if self.model.gated_linear_unit else 2
+
+    def _shared(self) -> tuple[Floats, Floats]:
+        width = self.model.moe_shared_expert_intermediate_size
+        if width is None:
+            return np.zeros_like(self.tokens), np.zeros_like(self.tokens)
+        return self._mlp(self.tokens / self.tp * width, width * self.model.hidden_size / self.tp)
+
+    def _dispatch_forward(self, dispatched: Floats, local: Floats) -> Floats:
+        """Copies of the dispatched tokens alive at once, beside what is kept, and the shared experts' output.
+
+        Python frames hold the permuted tokens and what the all-to-all brought while the experts' output is put back
+        in order and sent (moe_layer.py, custom_forward): without either step there is one copy less.
+        """
+        sorts, sends = (local > 1).astype(np.float64), (self.ep > 1).astype(np.float64)
+        copies = 1 + 2 * sorts + sends * (2 - sorts)
+        alltoall = copies * dispatched * self.size
+        # The all-gather dispatcher holds every token of the expert grid twice instead: gathered, and before its sum.
+        gathered = 2 * self.state * self.ep * self.etp + dispatched * self.size
+        shared = self.state if self.model.moe_shared_expert_intermediate_size is not None else 0
+        by_gather = self.columns.among("moe_token_dispatcher_type", "allgather")
+        return np.where(by_gather, gathered, alltoall) + shared
+
+    def head(self, vocabulary: Floats) -> Head:
+        """The loss of one micro-batch over `vocabulary` logits a rank and token, and multi-token prediction's."""
+        logits = self.tokens * vocabulary
+        losses = 1 + (self.model.mtp_num_layers or 0)
+        # Transformer Engine's loss turns bf16 logits into their gradient in place; Megatron's own works in fp32.
+        softmax = 0.0 if self.fused or self.size == 4 else 4.0
+        norm = self.state + self._norm(self.hidden, False)
+        kept = losses * (norm + logits * (self.size + softmax))
+        gradient = self.full_hidden * self.size + np.where(self.sp, self.state, 0)
+        if not self.fused:
+            gradient = gradient + vocabulary * self.model.hidden_size * self.size
+        return Head(kept=kept, norm=norm, backward=gradient)
+
+    def pipeline_tensors(
+        self, row: NDArray[np.int64], behind: Bools, forwards_left: NDArray[np.int64]
+    ) -> tuple[Floats, Floats]:
+        """Hidden states that the schedule holds beside what is in flight, for stages `behind` the first.
+
+        At a layer's pass, and at the loss. 1F1B: the gradient that was sent back last, until the next one is made.
+        Interleaved, counted on traced runs of the schedule (schedules.py): each chunk holds the input that it took
+        last, tensors received early wait `group - pp` turns for theirs, and overlapped receives have buffers; but
+        no more wait than forward passes are left.
+        """
+        vpp, pp = self.columns["vpp"][row], self.columns["pp"][row]
+        group = self.columns["microbatch_group_size_per_vp_stage"][row]
+        early = self.columns.on("overlap_p2p_comm")[row]
+        waiting = vpp - 2 + np.where(group > 0, group - pp, 0)
+        most = forwards_left + 1 + behind
+        layer = np.minimum(2 + early + behind * (2 + 2 * early) + waiting, most)
+        loss = np.minimum(behind + 3 * early + waiting, most)
+        layer, loss = (np.where(vpp > 1, states, behind) for states in (layer, loss))
+        return self.state[row] * layer, self.state[row] * loss
+
+    def optimizer_step(self, vocabulary: Floats) -> Floats:
+        """Torch's Adam makes a root and a denominator of the weight that it updates; fused Adam makes nothing."""
+        if self.fused:
+            return np.zeros_like(vocabulary)
+        return 2 * 4.0 * vocabulary * self.model.hidden_size
+
+    def mtp_extra(self) -> Floats:
+        """Kept by one multi-token-prediction layer around its layer.
+
+        The embedding of its tokens, that and the state joined, what their two norms keep beside that, and one more
+        copy of the final norm's output (multi_token_prediction.py, _concat_embeddings and forward).
+        """
+        inner = self._norm(self.hidden, False) - self.hidden * self.size
+        return 4 * self.state + 2 * inner
+
+    def buffers(
+        self, dense: Floats, moe: Floats, last: Bools, vocabulary: Floats, row: NDArray[np.int64]
+    ) -> Floats:
+        """Held for the whole run beside the model, of stages with `dense` and `moe` layers of layouts `row`.
+
+        Transformer Engine keeps, for the gradient hooks, one empty gradient of every shape of weight that it
+        fuses the accumulation of (module/base.py, get_dummy_wgrad), and workspaces for cuBLAS: one, and one for
+        each of the four streams of a grouped product (cpp_extensions/gemm.py); Torch has its own. Sequence
+        parallelism gathers the input of the output layer into a buffer (tensor_parallel/layers.py).
+        """
+        gathers = self.sp[row] & (last if self.fused else np.ones_like(last))
+        total = np.where(gathers, self.full_hidden[row] * self.size, 0)
+        total += self._rotary_tables() * self.columns["vpp"][row]
+        if not self.fused:
+            return total
+        model, size = self.model, self.size
+        mlp = (3 if model.gated_linear_unit else 2) * model.hidden_size
+        tp, etp = self.tp[row], self.etp[row]
+        weights = np.where(dense + moe > 0, self._attention_weights()[row], 0)
+        weights += np.where(dense > 0, mlp * model.ffn_hidden_size / tp, 0)
+        widths = (model.moe_ffn_hidden_size or 0) / etp + (
+            model.moe_shared_expert_intermediate_size or 0
+        ) / tp
+        weights += np.where(moe > 0, mlp * widths, 0)
+        weights += np.where(last, vocabulary * model.hidden_size, 0)
+        workspaces = 1 + 4 * (moe > 0) + (last | (moe > 0))
+        return total + weights * size + workspaces * CUBLAS_WORKSPACE_BYTES
+
+    def _rotary_tables(self) -> float:
+        """Angles of every position, fp32, made once a model chunk and kept twice (rotary_pos_embedding.py, get_emb)."""
+        model = self.model
+        if model.position_embedding_type != "rope":
+            return 0.0
+        width = model.qk_pos_emb_head_dim if model.multi_latent_attention else model.kv_channels
+        return 2.0 * self.seq * (width or 0) * 4
+
+    def _attention_weights(self) -> Floats:
+        parameters = attention(self.model)
+        return parameters.sharded / self.tp + parameters.replicated
+
+
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+"""On Hopper and newer (Transformer Engine: get_cublas_workspace_size_bytes; PyTorch: CUBLAS_WORKSPACE_CONFIG)."""

@@ -1,0 +1,334 @@
+"""Peak memory of every layout, from what Megatron allocates: weights, gradients, Adam, activations and transients.
+
+The peak is what the allocator has handed out at the worst moment of the worst rank
+(`torch.cuda.max_memory_allocated`, or the CPU program's account of tensors). What the allocator keeps
+beyond it, CUDA's context and NCCL are not in it: `occupied_gib` adds them, calibrated.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import ndtr  # type: ignore[import-untyped]
+
+from tuner import parameters
+from tuner.cluster import Cluster
+from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size
+from tuner.predict import Implementation
+from tuner.predict.activations import Layers, Part
+from tuner.predict.memory_stages import CHECKPOINTS, DENSE, MOE, Stages, stages_of
+from tuner.rules.base import Columns
+from tuner.workload import Model, Precision, Workload
+
+Floats = NDArray[np.float64]
+Moment = Literal["layer", "loss", "embedding", "optimizer", "build"]
+MOMENTS: tuple[Moment, ...] = ("layer", "loss", "embedding", "optimizer", "build")
+"""When a stage's peak can be: at the first backward pass's first layer (or in the forward pass before it), at its
+loss, at the embedding's gradient, at the optimizer's step, or when the weights move into their buffer."""
+BUILD = MOMENTS.index("build")
+
+GIB = 1024**3
+ROWS_AT_ONCE = 50_000
+"""Bounds the memory of a prediction, and keeps its arrays in the cache."""
+
+QUANTISED_WEIGHT_BYTES: Mapping[Precision, float] = {
+    **{"fp8": 2.0, "mxfp8": 2 * (1 + 1 / 32), "nvfp4": 2 * (0.5 + 1 / 16)},
+}
+"""Bytes a weight of a linear layer's quantised copies, for forward and backward, beside its bf16 one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """The peak of one pipeline stage's rank, by what holds it, in GiB; the parts sum to `total_gib`."""
+
+    rank: int
+    """Pipeline rank."""
+    moment: Moment
+    """When the peak is."""
+    parameters_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    buffers_gib: float
+    """Held for the whole run beside the model: workspaces, the gradient hooks' empty gradients, gather buffers."""
+    attention_gib: float
+    """Kept for the backward pass by attention and the norm in front, over all micro-batches in flight."""
+    dense_mlp_gib: float
+    experts_gib: float
+    """Kept by router, dispatch, routed and shared experts, and the norm in front."""
+    checkpoints_gib: float
+    """Inputs of recomputed layers."""
+    loss_gib: float
+    """Final norm, logits and what the loss keeps of them."""
+    transient_gib: float
+    """What the worst moment needs beyond all that is kept."""
+
+    @property
+    def total_gib(self) -> float:
+        """The peak, in GiB."""
+        return float(sum(getattr(self, part) for part in PARTS))
+
+
+PARTS: tuple[str, ...] = tuple(
+    f.name for f in fields(StageMemory) if f.name.endswith("_gib") and f.name != "total_gib"
+)
+
+
+def peak_gib(
+    table: pd.DataFrame,
+    workload: Workload,
+    cluster: Cluster,
+    implementation: Implementation = "transformer_engine",
+    imbalance: float = 1.0,
+) -> Floats:
+    """Return the peak of each row's worst rank in GiB, one value a row of a table of valid layouts.
+
+    `imbalance` is the load of the busiest rank's experts over the mean: 1 where routing is balanced.
+    """
+    peaks = np.empty(len(table))
+    for start in range(0, len(table), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        columns = Columns.of(table.iloc[rows])
+        stages, parts, _ = _parts(columns, workload, cluster, implementation, imbalance, every=False)
+        total = sum(parts[name] for name in PARTS)
+        firsts = np.flatnonzero(np.diff(stages.row, prepend=-1))
+        peaks[rows] = np.maximum.reduceat(total, firsts) / GIB
+    return peaks
+
+
+def breakdown(
+    layout: Layout,
+    workload: Workload,
+    cluster: Cluster,
+    implementation: Implementation = "transformer_engine",
+    imbalance: float = 1.0,
+) -> tuple[StageMemory, ...]:
+    """Return what holds the peak of each pipeline stage of one layout; the largest total is its `peak_gib`."""
+    columns = Columns.single(layout)
+    stages, parts, moments = _parts(columns, workload, cluster, implementation, imbalance, every=True)
+    return tuple(
+        StageMemory(
+            rank=int(stages.rank[stage]),
+            moment=MOMENTS[moments[stage]],
+            **{name: float(parts[name][stage]) / GIB for name in PARTS},
+        )
+        for stage in range(len(stages.row))
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overhead:
+    """What a process occupies beyond its peak, calibrated on finished trials; the defaults are the CPU program's."""
+
+    reserved_over_allocated: float = 1.0
+    """The caching allocator's peak of reserved over allocated memory: fragmentation."""
+    context_gib: float = 0.0
+    """CUDA's context, cuBLAS and NCCL: outside of the allocator."""
+
+
+def occupied_gib(peak_gib: Floats, overhead: Overhead) -> Floats:
+    """Return the memory that a process with these peaks takes from the GPU, in GiB."""
+    return peak_gib * overhead.reserved_over_allocated + overhead.context_gib
+
+
+def fit_probability(peak_gib: Floats, memory_gib: float, relative_error: float) -> Floats:
+    """Return P(true peak <= `memory_gib`), the truth spread normally around each prediction.
+
+    `relative_error` is the standard deviation of (measured - predicted) / predicted on finished trials.
+
+    Raises:
+        ValueError: if it is not above 0: no prediction is certain.
+    """
+    if relative_error <= 0:
+        raise ValueError(f"relative_error must be above 0, not {relative_error}")
+    probability: Floats = ndtr((memory_gib / peak_gib - 1) / relative_error)
+    return probability
+
+
+def _parts(
+    columns: Columns,
+    workload: Workload,
+    cluster: Cluster,
+    implementation: Implementation,
+    imbalance: float,
+    every: bool,
+) -> tuple[Stages, dict[str, Floats], NDArray[np.intp]]:
+    """Return the stages, the bytes of every part of StageMemory, one value a stage, and the moment's index."""
+    dp = data_parallel_size(cluster.world_size, columns["tp"], columns["pp"], columns["cp"])
+    stages = stages_of(columns, workload, dp, every)
+    layers = Layers(columns, workload, implementation, imbalance)
+    vocabulary = _vocabulary(workload.model, columns)
+    held = stages.layers + _mtp_layers(workload.model, stages)
+    parts = _state(columns, workload, cluster, stages, held, vocabulary[stages.row])
+    parts["buffers_gib"] = layers.buffers(
+        held[:, DENSE], held[:, MOE], stages.last, vocabulary[stages.row], stages.row
+    )
+    activations, moment = _activations(layers, stages, vocabulary, _mtp_layers(workload.model, stages))
+    parts |= activations
+    building = parts.pop("building")
+    builds = building > sum(parts[name] for name in PARTS)
+    for name in PARTS:
+        if name not in {"parameters_gib", "gradients_gib"}:
+            parts[name] = np.where(builds, 0, parts[name])
+    parts["transient_gib"] += np.where(builds, building - parts["parameters_gib"] - parts["gradients_gib"], 0)
+    return stages, parts, np.where(builds, BUILD, moment)
+
+
+def _mtp_layers(model: Model, stages: Stages) -> Floats:
+    """Multi-token-prediction layers of each stage, dense and with experts: all are on the last, of its last kind."""
+    count = np.where(stages.last, model.mtp_num_layers or 0, 0).astype(np.float64)
+    moe = model.moe_layer_pattern()[-1]
+    return np.stack([count * (not moe), count * moe], axis=1)
+
+
+def _vocabulary(model: Model, columns: Columns) -> Floats:
+    """Rows of embedding and output layer on a rank, Megatron's padding included."""
+    sizes, index = np.unique(columns["tp"], return_inverse=True)
+    return np.array([model.padded_vocab_size(int(tp)) / tp for tp in sizes])[index]
+
+
+def _state(
+    c: Columns, workload: Workload, cluster: Cluster, stages: Stages, held: Floats, vocabulary: Floats
+) -> dict[str, Floats]:
+    """Bytes of weights, gradients and optimizer of each stage's rank.
+
+    Gradients are fp32. Adam holds two fp32 moments, and an fp32 weight where the model's is not; the distributed
+    optimizer splits them over the ranks with the same weights: dense over dp*cp, experts over edp. It also has
+    the weights in one buffer a chunk and kind, which is made while they are still outside: `building`
+    (distributed/param_and_grad_buffer.py).
+    """
+    dense, experts = _weights(c, workload.model, stages, held, vocabulary)
+    weight, adam = (4.0, 8.0) if workload.precision == "fp32" else (2.0, 12.0)
+    quantised = QUANTISED_WEIGHT_BYTES.get(workload.precision, 0.0)
+    linear = dense + experts - vocabulary * workload.model.hidden_size * (stages.first + stages.last * 1.0)
+    world, distributed = cluster.world_size, c.on("use_distributed_optimizer")
+    dense_ranks = data_parallel_size(world, c["tp"], c["pp"], c["cp"]) * c["cp"]
+    expert_ranks = expert_data_parallel_size(world, c["pp"], c["ep"], c["etp"])
+    dense_share = np.where(distributed, dense_ranks, 1)[stages.row]
+    expert_share = np.where(distributed, np.maximum(expert_ranks, 1), 1)[stages.row]
+    # With ep 1 the experts share the dense weights' buffer; else theirs comes later, as do their gradients.
+    apart = np.maximum(dense - experts * 4.0 / weight, experts)
+    moved = np.where((c["ep"] > 1)[stages.row], apart, dense + experts) * weight / c["vpp"][stages.row]
+    return {
+        "building": (dense + experts) * (weight + 4.0) + np.where(distributed[stages.row], moved, 0),
+        "parameters_gib": (dense + experts) * weight + np.maximum(linear, 0) * quantised,
+        "gradients_gib": (dense + experts) * 4.0,
+        "optimizer_gib": adam * (dense / dense_share + experts / expert_share),
+    }
+
+
+def _weights(
+    c: Columns, model: Model, stages: Stages, held: Floats, vocabulary: Floats
+) -> tuple[Floats, Floats]:
+    """Weights of each stage's rank: those that data parallel ranks share, and the routed experts'."""
+    tp = c["tp"].astype(np.float64)
+
+    def share(module: parameters.Parameters) -> Floats:
+        return module.sharded / tp + module.replicated
+
+    around = share(parameters.attention(model)) + 2 * parameters.norm(model)
+    layer = np.stack(
+        [
+            around + share(parameters.dense_mlp(model)),
+            around + parameters.router(model) + share(parameters.shared_experts(model)),
+        ],
+        axis=1,
+    )[stages.row]
+    one = parameters.expert(model)
+    local = (model.num_moe_experts or 0) / c["ep"] * (one.sharded / c["etp"] + one.replicated)
+    tables = vocabulary * model.hidden_size
+    untied = not model.share_embeddings_and_output_weights
+    whole = stages.first & stages.last
+    # The last stage has a copy of the embedding where it shares it, or looks up the tokens of MTP.
+    copies = np.where(whole, untied, untied + bool(model.mtp_num_layers or not untied))
+    mtp = (model.mtp_num_layers or 0) * (3 * parameters.norm(model) + 2 * model.hidden_size**2 / tp)[
+        stages.row
+    ]
+    learned = model.position_embedding_type == "learned_absolute"
+    positions = model.max_position_embeddings * model.hidden_size if learned else 0
+    dense = (layer * held).sum(axis=1)
+    dense += np.where(stages.first, tables + positions, 0)
+    dense += np.where(stages.last, parameters.norm(model) + copies * tables + mtp, 0)
+    return dense, held[:, MOE] * local[stages.row]
+
+
+def _activations(
+    layers: Layers, stages: Stages, vocabulary: Floats, mtp: Floats
+) -> tuple[dict[str, Floats], NDArray[np.intp]]:
+    """Return the bytes kept at each stage's worst moment, by module, and the transient; and the moment's index."""
+    row, last = stages.row, stages.last
+    attention, dense = layers.attention(), layers.dense_mlp()
+    experts = layers.experts_mlp() if layers.model.is_moe else dense
+    head = layers.head(vocabulary)
+    state = layers.state[row]
+    sizes = np.stack([attention.kept + dense.kept, attention.kept + experts.kept, layers.state], axis=1)[row]
+    in_flight = stages.in_flight.copy()
+    # Multi-token prediction recomputes each of its layers, but knows no block method.
+    checkpointed = layers.columns.among("recompute_method", "uniform")[row]
+    in_flight[:, :2] += np.where(checkpointed[:, None], 0, mtp)
+    in_flight[:, CHECKPOINTS] += np.where(checkpointed, mtp.sum(axis=1), 0)
+    # Multi-token prediction goes backward before the final norm, and its layers after the main loss.
+    predicted = mtp.sum(axis=1) * layers.mtp_extra()[row] + np.where(mtp.sum(axis=1) > 0, head.norm[row], 0)
+    loss = np.where(last, head.kept[row] + mtp.sum(axis=1) * layers.mtp_extra()[row], 0)
+    embedding = np.where(stages.first, vocabulary[row] * layers.model.hidden_size * layers.size, 0)
+    full = (in_flight * sizes).sum(axis=1)
+    transients = np.stack(
+        [
+            _layer_transient(attention, dense, experts, stages, in_flight, sizes),
+            np.where(last, head.backward[row], 0),
+            np.where(stages.first, embedding + state, 0),
+            layers.optimizer_step(vocabulary)[row],
+        ]
+    )
+    transients[0] += predicted
+    transients[:2] += layers.pipeline_tensors(row, stages.rank > 0, stages.forwards_left)
+    early = full - (stages.first_chunk * sizes).sum(axis=1)
+    kept = np.stack([full, full + loss, early, np.zeros_like(full)])
+    moment = np.argmax(kept + transients, axis=0)
+    counts = in_flight - np.where(moment == 2, 1, 0)[:, None] * stages.first_chunk
+    counts = np.where(moment == 3, 0, 1)[:, None] * counts
+    return {
+        "attention_gib": (counts[:, DENSE] + counts[:, MOE]) * attention.kept[row],
+        "dense_mlp_gib": counts[:, DENSE] * dense.kept[row],
+        "experts_gib": counts[:, MOE] * experts.kept[row],
+        "checkpoints_gib": counts[:, CHECKPOINTS] * state,
+        "loss_gib": np.where(moment == 1, loss, 0),
+        "transient_gib": np.take_along_axis(transients, moment[None], axis=0)[0],
+    }, moment
+
+
+def _layer_transient(
+    attention: Part, dense: Part, experts: Part, stages: Stages, in_flight: Floats, sizes: Floats
+) -> Floats:
+    """What the worst layer needs beyond all that is kept: its forward pass when all is in flight, or its backward.
+
+    Backward goes from the last layer up, and frees as it goes: a layer of the other kind has the kept of a layer
+    less. Full recompute first brings back what the layers kept.
+    """
+    row = stages.row
+    works = stages.working.sum(axis=1) > 0
+    # A forward pass goes beside the gradient that came last from the next stage, and the input that came last from
+    # the previous one: the schedule's variables hold them. Recomputed, it goes beside the gradient it waits for.
+    held = np.where(works | ~stages.last, 1, 0) + (stages.rank > 0) * ~works
+    waits = np.where(works | (stages.pp > 1), held, 0) * sizes[:, CHECKPOINTS]
+    extra = np.stack([_extra(attention, mlp, row, waits) for mlp in (dense, experts)], axis=1)
+    kind = stages.last_is_moe.astype(np.int64)[:, None]
+    ours = np.take_along_axis(extra, kind, axis=1)[:, 0]
+    others = np.take_along_axis(extra, 1 - kind, axis=1)[:, 0]
+    freed = np.take_along_axis(sizes, kind, axis=1)[:, 0]
+    mixed = (stages.layers.min(axis=1) > 0) & ~works
+    worst = np.where(mixed, np.maximum(ours, others - freed), ours)
+    again = (stages.working * sizes[:, :2]).sum(axis=1)
+    # Block recompute leaves layers alone: they go first, and recomputing as much later needs its output as well.
+    again += np.where(~works & (in_flight[:, CHECKPOINTS] > 0), sizes[:, CHECKPOINTS], 0)
+    return np.where(in_flight.sum(axis=1) > 0, worst + again, 0)
+
+
+def _extra(attention: Part, mlp: Part, row: NDArray[np.int64], waits: Floats) -> Floats:
+    """What one layer needs beyond what it keeps, at the worst moment of its forward and backward pass."""
+    in_mlp = mlp.dropped[row] + np.maximum(mlp.forward[row] + waits, mlp.backward[row])
+    in_attention = (attention.dropped + attention.backward - mlp.kept)[row]
+    worst: Floats = np.maximum(in_mlp, in_attention)
+    return worst
