@@ -80,7 +80,7 @@ def _run(
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
     loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer)
     stderr.print(
-        f"{config.name}: {len(table):,} valid layouts, {len(loop.rows)} trials done, results in {folder.path}",
+        f"{config.name}: {len(table):,} layouts to choose from, {len(loop.rows)} trials done, results in {folder.path}",
         markup=False,
     )
     with stop_on_signals() as stop, observer:
