@@ -29,6 +29,7 @@ oracle: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m tests.bench.space
+	$(VENV)/bin/python -m tests.bench.ask
 	$(VENV)/bin/python -m tests.bench.memory
 	$(VENV)/bin/python -m tests.bench.published
 	$(VENV)/bin/python -m tests.bench.replay

@@ -18,11 +18,9 @@ from tuner.predict.activations import Layers
 from tuner.predict.memory import (
     GIB,
     PARTS,
-    Overhead,
     StageMemory,
     breakdown,
     fit_probability,
-    occupied_gib,
     peak_gib,
 )
 from tuner.predict.memory_stages import stages_of
@@ -227,12 +225,6 @@ def test_probability_falls_from_one_to_zero_through_a_half() -> None:
     assert (np.diff(fits) < 0).all()
     with pytest.raises(ValueError, match="relative_error must be above 0, not 0"):
         fit_probability(peaks, 80.0, 0.0)
-
-
-def test_a_process_occupies_its_reserved_share_and_its_context() -> None:
-    assert occupied_gib(np.array([10.0]), Overhead()).tolist() == [10.0]
-    overhead = Overhead(reserved_over_allocated=1.1, context_gib=1.5)
-    assert occupied_gib(np.array([10.0]), overhead).tolist() == [12.5]
 
 
 def test_quantised_precisions_keep_smaller_inputs_and_more_weights() -> None:

@@ -1,7 +1,5 @@
 """The ranking of rows: best predicted first, then what the measurements make of it."""
 
-import time
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -56,14 +54,6 @@ def test_rows_like_one_that_disappointed_are_put_off() -> None:
     assert truth[rows].min() < 1.1 * truth.min()
 
 
-def test_one_trial_corrects_what_all_rows_share() -> None:
-    predicted = np.linspace(100, 200, 20)
-    ranking = Ranking(GRID, predicted)
-    ranking.tell(0, 150.0)
-    corrected = ranking.corrected_ms(np.arange(20))
-    np.testing.assert_allclose(corrected / predicted, 1.5, rtol=0.1)
-
-
 def test_knobs_become_doublings_switches_and_one_column_a_text() -> None:
     rows = pd.DataFrame([{**DEFAULTS, "tp": tp, "sp": tp > 1} for tp in (1, 2, 8)])
     rows["recompute_granularity"] = pd.Categorical(["none", "full", "none"])
@@ -75,24 +65,6 @@ def test_knobs_become_doublings_switches_and_one_column_a_text() -> None:
 
 def test_a_table_of_one_row_is_encoded_too() -> None:
     assert encode(pd.DataFrame([DEFAULTS])).shape == (1, 1)
-
-
-def test_an_ask_after_five_hundred_trials_on_a_large_table_is_quick() -> None:
-    random = np.random.default_rng(0)
-    features = random.integers(0, 6, (100_000, 12)).astype(np.float64)
-    predicted = random.uniform(100, 1000, 100_000)
-    ranking = Ranking(features, predicted)
-    available = np.ones(100_000, dtype=np.bool_)
-    for row in range(500):
-        available[row] = False
-        ranking.tell(row, float(predicted[row] * random.uniform(0.9, 1.1)))
-    took = []
-    for row in range(500, 505):
-        ranking.tell(row, float(predicted[row]))
-        started = time.process_time()
-        ranking.choose(available)
-        took.append(time.process_time() - started)
-    assert min(took) < 0.1
 
 
 @pytest.mark.skipif(not STEP_TIMES.exists(), reason=f"the recorded step times are not here: {STEP_TIMES}")

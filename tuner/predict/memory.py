@@ -2,7 +2,7 @@
 
 The peak is what the allocator has handed out at the worst moment of the worst rank
 (`torch.cuda.max_memory_allocated`, or the CPU program's account of tensors). What the allocator keeps
-beyond it, CUDA's context and NCCL are not in it: `occupied_gib` adds them, calibrated.
+beyond it, CUDA's context and NCCL are not in it.
 """
 
 from collections.abc import Mapping
@@ -116,21 +116,6 @@ def breakdown(
         )
         for stage in range(len(stages.row))
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Overhead:
-    """What a process occupies beyond its peak, calibrated on finished trials; the defaults are the CPU program's."""
-
-    reserved_over_allocated: float = 1.0
-    """The caching allocator's peak of reserved over allocated memory: fragmentation."""
-    context_gib: float = 0.0
-    """CUDA's context, cuBLAS and NCCL: outside of the allocator."""
-
-
-def occupied_gib(peak_gib: Floats, overhead: Overhead) -> Floats:
-    """Return the memory that a process with these peaks takes from the GPU, in GiB."""
-    return peak_gib * overhead.reserved_over_allocated + overhead.context_gib
 
 
 def fit_probability(peak_gib: Floats, memory_gib: float, relative_error: float) -> Floats:

@@ -97,12 +97,6 @@ class Ranking:
         gain = _expected_improvement(best - expected, deviation) * self._fits[rows]
         return int(rows[np.lexsort((expected, -gain))[0]])
 
-    def corrected_ms(self, rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        """The predicted step times of some rows, with what the measurements have taught."""
-        error = self._learnt(rows)[0] if self._rows else np.zeros(len(rows))
-        corrected: NDArray[np.float64] = np.exp(self._log_predicted[rows] + error)
-        return corrected
-
     def _learnt(self, rows: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and standard deviation of log(measured / predicted)."""
         # Matrices this small gain nothing from threads, which on busy cores wait for each other: 15 ms become 1 s.
