@@ -95,6 +95,8 @@ class Clock:
     started_s: float
     heartbeat: Heartbeat | None = None
     _beat_s: float = field(default=0.0, init=False)
+    _warm: tuple[int, float] | None = field(default=None, init=False)
+    """The first step that was seen finished, and when."""
 
     def beat(self, heartbeat: Heartbeat, now_s: float) -> bool:
         """Take a heartbeat in; return whether it is a new one.
@@ -104,7 +106,16 @@ class Clock:
         if heartbeat == self.heartbeat:
             return False
         self.heartbeat, self._beat_s = heartbeat, now_s
+        if self._warm is None and heartbeat.step >= 1:
+            self._warm = heartbeat.step, now_s
         return True
+
+    def slower_than_ms(self, now_s: float) -> float | None:
+        """A lower bound of the mean step time: the steps since the first, and the one under way, took no less."""
+        if self._warm is None or self.heartbeat is None:
+            return None
+        step, since_s = self._warm
+        return max(now_s - since_s, 0.0) / (self.heartbeat.step - step + 1) * 1000 or None
 
     def passed(self, now_s: float) -> Ending | None:
         """The limit that is passed, if any."""
@@ -135,8 +146,26 @@ def _is_marked(process: psutil.Process, folder: str) -> bool:
     return marker is not None and Path(marker).is_relative_to(folder)
 
 
+class RunningJob(Protocol):
+    """The processes of one trial on this machine, the whole tree of them."""
+
+    def ended(self) -> bool:
+        """Whether the first process has ended."""
+
+    def end(self, grace_s: float) -> tuple[int, ...]:
+        """End every process: SIGTERM, and SIGKILL after `grace_s`; may be called again.
+
+        Returns:
+            The process ids that even SIGKILL did not end; empty but for a process that hangs in a driver.
+        """
+
+    @property
+    def exit_code(self) -> int | None:
+        """The first process's exit code, negative for a signal; None before `end`."""
+
+
 class Job:
-    """The processes of one trial on this machine, the whole tree of them.
+    """A job started cold.
 
     They are known as descendants, as members of the process group, and by the marker, which also finds those
     that changed their session after their parent died.
@@ -163,19 +192,15 @@ class Job:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def end(self, grace_s: float) -> tuple[int, ...]:
-        """End every process: SIGTERM, and SIGKILL after `grace_s`; reap the first. May be called again.
-
-        Returns:
-            The process ids that even SIGKILL did not end; empty but for a process that hangs in a driver.
-        """
-        left = _end(self._alive, grace_s)
+        """See RunningJob; the first process is reaped."""
+        left = end_processes(self._alive, grace_s)
         if self.ended():
             self._process.wait()
         return tuple(process.pid for process in left)
 
     @property
     def exit_code(self) -> int | None:
-        """The first process's exit code, negative for a signal; None before `end`."""
+        """See RunningJob."""
         return self._process.returncode
 
     def _alive(self) -> list[psutil.Process]:
@@ -198,10 +223,11 @@ def end_marked(folder: str, grace_s: float) -> tuple[int, ...]:
     Returns:
         The process ids that even SIGKILL did not end.
     """
-    return tuple(process.pid for process in _end(lambda: marked_processes(folder), grace_s))
+    return tuple(process.pid for process in end_processes(lambda: marked_processes(folder), grace_s))
 
 
-def _end(find: Callable[[], list[psutil.Process]], grace_s: float) -> list[psutil.Process]:
+def end_processes(find: Callable[[], list[psutil.Process]], grace_s: float) -> list[psutil.Process]:
+    """End what `find` finds, until it finds nothing: SIGTERM, and SIGKILL after `grace_s`; return what is left."""
     alive = find()
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
         deadline_s = time.monotonic() + patience_s

@@ -50,6 +50,8 @@ class Evidence:
     """Why the program's result cannot be read; empty if it can or there is none."""
     records: tuple[RankRecord, ...] = ()
     heartbeat: Heartbeat | None = None
+    slower_than_ms: float | None = None
+    """A lower bound of the step time."""
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     """Of the failed ranks, the first to fail first."""
     tails: Mapping[int, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import launchers
 from launchers import logs
-from launchers.base import MARKER, STARTED_AT, Clock, Ending, Job, LaunchPlan, end_marked
+from launchers.base import MARKER, STARTED_AT, Clock, Ending, Job, LaunchPlan, RunningJob, end_marked
 from launchers.classify import Evidence, Verdict, classify, failed_ranks
 from tuner.environment import cuda_environment
 from tuner.errors import InputError, did_you_mean
@@ -23,6 +23,9 @@ from tuner.trial import Heartbeat, Outcome, RankRecord, TrialFolder, TrialResult
 
 PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}
 """The module of each program that a spec may name."""
+
+Start = Callable[[tuple[str, ...], Mapping[str, str], Path, Path], RunningJob]
+"""Starts a command with an environment in a folder, its output appended to a file; raises OSError."""
 
 _POLL_S = 0.1
 _LOG_LIMIT_BYTES = 64 << 20
@@ -39,6 +42,8 @@ class TorchrunLauncher:
     """CPU cores that the ranks share."""
     grace_s: float = 10.0
     """Between SIGTERM and SIGKILL."""
+    start: Start = Job
+    """Cold, or `Preload.start`, which forks."""
 
     def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
         """See Launcher. The port is the kernel's choice at the start, so two sweeps cannot collide on it."""
@@ -123,10 +128,11 @@ class TorchrunLauncher:
         kills_before = _host_oom_kills()
         watch = _Watch(folder, Clock(plan.limits, time.monotonic()), on_heartbeat)
         environment = {**_inherited(), **plan.env, STARTED_AT: repr(time.time())}
-        job = Job(plan.argv, environment, folder.path, _output(folder))
+        job = self.start(plan.argv, environment, folder.path, _output(folder))
         try:
             ending = watch.until_end(job, stop)
             ended_at_s = time.time() if ending else math.inf
+            slower_than_ms = watch.clock.slower_than_ms(time.monotonic())
         finally:
             survivors = job.end(self.grace_s)
             watch.close_gaps()
@@ -137,6 +143,7 @@ class TorchrunLauncher:
             ended_at_s=ended_at_s,
             survivors=survivors,
             heartbeat=watch.clock.heartbeat,
+            slower_than_ms=slower_than_ms,
             host_oom_kills=_host_oom_kills() - kills_before,
         )
         return _with_files(evidence, folder, plan.world_size)
@@ -151,7 +158,7 @@ class _Watch:
     on_heartbeat: Callable[[Heartbeat], None] | None
     cut: dict[Path, bytes] = field(default_factory=dict)
 
-    def until_end(self, job: Job, stop: threading.Event) -> Ending | None:
+    def until_end(self, job: RunningJob, stop: threading.Event) -> Ending | None:
         """Block until the job ends by itself (None), or there is a reason to end it."""
         while not job.ended():
             self.look()
@@ -264,5 +271,6 @@ def _result(evidence: Evidence, verdict: Verdict, folder: TrialFolder) -> TrialR
         phase=verdict.phase,
         rank=verdict.rank,
         metrics=None,
+        slower_than_ms=evidence.slower_than_ms if verdict.outcome is Outcome.TIMEOUT else None,
         ranks=evidence.records or (evidence.result.ranks if evidence.result else ()),
     )

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from launchers.base import marked_processes
+from launchers.preloaded import Preload
 from launchers.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, spec_of
 from tuner.files import read_json
@@ -39,6 +40,22 @@ class Programs(dict[str, str]):
 LAUNCHER = TorchrunLauncher(programs=Programs(), grace_s=1.0)
 
 
+@pytest.fixture(scope="module")
+def preload(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preload]:
+    """One process for the whole file, as for a whole sweep; after it, nothing of it may live."""
+    marker = tmp_path_factory.mktemp("sweep")
+    with Preload(marker) as preload:
+        yield preload
+    assert marked_processes(str(marker)) == []
+
+
+@pytest.fixture(params=["cold", "forked"])
+def launcher(request: pytest.FixtureRequest, preload: Preload) -> Iterator[TorchrunLauncher]:
+    """Both ways to start a job. A forked one has left no process when it ends."""
+    yield LAUNCHER if request.param == "cold" else replace(LAUNCHER, start=preload.start)
+    assert preload.jobs() == []
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[TrialFolder]:
     """A folder whose name a shell would take apart; after the test, no process of it may live."""
@@ -52,17 +69,21 @@ def spec_for(program: str, limits: Limits = LIMITS) -> TrialSpec:
     return replace(spec_of(0, Layout(), cluster=CPU), program=program, limits=limits)
 
 
-def run(program: str, folder: TrialFolder, limits: Limits = LIMITS) -> TrialResult:
-    result = LAUNCHER.run(LAUNCHER.plan(spec_for(program, limits), folder), threading.Event())
+def run(
+    program: str, folder: TrialFolder, limits: Limits = LIMITS, launcher: TorchrunLauncher = LAUNCHER
+) -> TrialResult:
+    result = launcher.run(launcher.plan(spec_for(program, limits), folder), threading.Event())
     assert read_json(TrialResult, folder.result) == result
     assert "\n" not in result.reason
     return result
 
 
-def test_a_completed_trial_keeps_its_measurement_and_gains_its_duration(folder: TrialFolder) -> None:
+def test_a_completed_trial_keeps_its_measurement_and_gains_its_duration(
+    folder: TrialFolder, launcher: TorchrunLauncher
+) -> None:
     beats: list[Heartbeat] = []
     started_s = time.monotonic()
-    result = LAUNCHER.run(LAUNCHER.plan(spec_for("completes"), folder), threading.Event(), beats.append)
+    result = launcher.run(launcher.plan(spec_for("completes"), folder), threading.Event(), beats.append)
     assert (result.outcome, result.reason) == (Outcome.COMPLETED, "measured")
     assert result.metrics is not None
     assert 0 < result.durations.total_s <= time.monotonic() - started_s
@@ -92,9 +113,15 @@ def test_the_planned_command_runs_the_trial_again_without_the_tuner(folder: Tria
     ],
 )
 def test_a_failed_trial_is_told_by_its_cause(
-    program: str, outcome: Outcome, phase: str, rank: int | None, reason: str, folder: TrialFolder
+    program: str,
+    outcome: Outcome,
+    phase: str,
+    rank: int | None,
+    reason: str,
+    folder: TrialFolder,
+    launcher: TorchrunLauncher,
 ) -> None:
-    result = run(program, folder)
+    result = run(program, folder, launcher=launcher)
     assert (result.outcome, result.phase, result.rank) == (outcome, phase, rank)
     assert reason in result.reason
     assert result.metrics is None
@@ -119,31 +146,42 @@ def test_a_program_that_cannot_be_imported_is_told_in_its_own_words(folder: Tria
     ],
 )
 def test_a_trial_over_its_limit_is_ended(
-    program: str, limits: Limits, outcome: Outcome, limit: str, folder: TrialFolder
+    program: str,
+    limits: Limits,
+    outcome: Outcome,
+    limit: str,
+    folder: TrialFolder,
+    launcher: TorchrunLauncher,
 ) -> None:
-    result = run(program, folder, limits)
+    result = run(program, folder, limits, launcher)
     assert result.outcome is outcome
     assert limit in result.reason
     assert result.durations.total_s < 45
+    # A timeout bounds the step time; a hang says nothing of it.
+    assert (result.slower_than_ms is not None) == (outcome is Outcome.TIMEOUT)
 
 
-def test_a_grandchild_that_left_the_session_and_ignores_sigterm_is_ended(folder: TrialFolder) -> None:
-    assert run("leaves_a_grandchild", folder).outcome is Outcome.COMPLETED
+def test_a_grandchild_that_left_the_session_and_ignores_sigterm_is_ended(
+    folder: TrialFolder, launcher: TorchrunLauncher
+) -> None:
+    assert run("leaves_a_grandchild", folder, launcher=launcher).outcome is Outcome.COMPLETED
 
 
-def test_stop_ends_the_trial_as_interrupted(folder: TrialFolder) -> None:
+def test_stop_ends_the_trial_as_interrupted(folder: TrialFolder, launcher: TorchrunLauncher) -> None:
     stop = threading.Event()
-    result = LAUNCHER.run(LAUNCHER.plan(spec_for("hangs"), folder), stop, lambda _: stop.set())
+    result = launcher.run(launcher.plan(spec_for("hangs"), folder), stop, lambda _: stop.set())
     assert result.outcome is Outcome.INTERRUPTED
     assert result.durations.total_s < 45
 
 
-def test_an_exception_in_the_tuner_still_ends_the_processes(folder: TrialFolder) -> None:
+def test_an_exception_in_the_tuner_still_ends_the_processes(
+    folder: TrialFolder, launcher: TorchrunLauncher
+) -> None:
     def fail(_: Heartbeat) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        LAUNCHER.run(LAUNCHER.plan(spec_for("hangs"), folder), threading.Event(), fail)
+        launcher.run(launcher.plan(spec_for("hangs"), folder), threading.Event(), fail)
     assert marked_processes(str(folder.path)) == []
 
 
@@ -179,8 +217,10 @@ def test_an_earlier_attempt_is_set_aside_and_does_not_speak_for_the_next(folder:
     assert earlier.rank_record(1).exists() and earlier.log.is_dir()
 
 
-def test_a_flood_of_output_is_cut_to_its_head_and_tail(folder: TrialFolder) -> None:
-    assert run("floods", folder).outcome is Outcome.COMPLETED
+def test_a_flood_of_output_is_cut_to_its_head_and_tail(
+    folder: TrialFolder, launcher: TorchrunLauncher
+) -> None:
+    assert run("floods", folder, launcher=launcher).outcome is Outcome.COMPLETED
     size = sum(path.stat().st_size for path in folder.log.rglob("*.log"))
     assert size < 100 << 20
     log = next(folder.log.glob("*/attempt_0/0/stdout.log")).read_text()
@@ -205,3 +245,35 @@ def test_a_folder_that_cannot_be_written_is_an_infrastructure_failure(tmp_path: 
     result = LAUNCHER.run(plan, threading.Event())
     assert result.outcome is Outcome.INFRASTRUCTURE
     assert str(blocked) in result.reason
+
+
+def test_the_jobs_of_a_killed_tuner_end_with_the_process_they_were_forked_from(folder: TrialFolder) -> None:
+    code = (
+        "import threading\n"
+        "from tests.integration.test_torchrun import *\n"
+        f"folder = TrialFolder(Path({str(folder.path)!r}))\n"
+        "launcher = replace(LAUNCHER, start=Preload(folder.path).start)\n"
+        "launcher.run(launcher.plan(spec_for('hangs'), folder), threading.Event())"
+    )
+    tuner = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    deadline_s = time.monotonic() + 60
+    while not folder.heartbeat.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert len(marked_processes(str(folder.path))) >= 4  # the parent, torchrun's agent and its two ranks
+    tuner.kill()
+    tuner.wait()
+    deadline_s = time.monotonic() + 10
+    while marked_processes(str(folder.path)) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert marked_processes(str(folder.path)) == []
+
+
+def test_a_stop_while_the_program_is_imported_starts_no_job(folder: TrialFolder) -> None:
+    stop = threading.Event()
+    stop.set()
+    with Preload(folder.path) as preload:
+        launcher = replace(LAUNCHER, start=preload.start)
+        result = launcher.run(launcher.plan(spec_for("hangs"), folder), stop)
+        assert result.outcome is Outcome.INTERRUPTED
+        assert marked_processes(str(folder.path)) == []
+        assert run("completes", folder, launcher=launcher).outcome is Outcome.COMPLETED, "the next one runs"

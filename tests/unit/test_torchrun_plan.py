@@ -165,3 +165,12 @@ def test_the_tail_of_what_is_no_text_or_not_there_can_be_read(tmp_path: Path) ->
     (tmp_path / "a.log").write_bytes(b"\xff\xfe broken")
     assert logs.tail(tmp_path / "a.log").endswith(" broken")
     assert logs.tail(tmp_path / "missing.log") == ""
+
+
+def test_the_steps_seen_bound_the_step_time_from_below() -> None:
+    clock = Clock(LIMITS, started_s=1000.0)
+    assert clock.slower_than_ms(1004.0) is None, "nothing is known before the first step"
+    for step, now_s in ((0, 1001.0), (1, 1003.0), (2, 1005.0), (3, 1007.0)):
+        clock.beat(Heartbeat(phase="warmup", step=step, time_s=now_s), now_s)
+    # Two steps took four seconds, and the third is not done after three more.
+    assert clock.slower_than_ms(1010.0) == pytest.approx(7000 / 3)

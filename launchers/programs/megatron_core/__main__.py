@@ -144,5 +144,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # No teardown: after a failure a collective may be pending for ever, and its destructor would wait for it.
-    os._exit(code)
+    if code:  # a collective may be pending for ever, and its destructor would wait for it
+        os._exit(code)
