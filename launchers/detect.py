@@ -98,6 +98,7 @@ def cpu_cluster(cores: int, memory_bytes: int) -> Cluster:
         name=NAME,
         gpu=replace(known.gpu, memory_gib=memory_gib),
         gpus_per_node=ranks,
+        cores=cores,
         nvlink_domain_gpus=ranks,
         sources={**known.sources, "gpu.memory_gib": "half of this machine's memory, shared by the ranks"},
     )

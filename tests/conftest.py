@@ -13,6 +13,14 @@ settings.register_profile("megatune", deadline=None)
 settings.load_profile("megatune")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was calibrated on this machine is neither read nor replaced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def in_memory() -> Iterator[Path]:
     """A folder in memory where there is such a place: a study commits two hundred times a sweep."""

@@ -181,14 +181,14 @@ class Watching:
 
 
 def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
-    """A sweep of the test model; `keys` as in a sweep file."""
+    """A sweep of the test model, which never stops by itself; `keys` as in a sweep file."""
     data = {
         "name": "night",
         "workload": {**to_data(WORKLOAD)},
         "cluster": to_data(cluster),
         "knobs": dict(SEARCHED),
-        "budget": {"trials": TRIALS},
         **keys,
+        "budget": {"trials": TRIALS, "min_gain": None, **keys.get("budget", {})},
     }
     return resolve(parse(SweepFile, data, "night.yaml"), "night.yaml", Path(), lambda: cluster)
 

@@ -105,6 +105,7 @@ CASES: list[Case] = [
         cluster(16),
         "seq_length (36) % (tp*cp = 8*2 = 16) = 4, must be 0",
     ),
+    ("window-refuses-cp", {"cp": 2}, workload(dense(window_size=(7, 0))), cluster(4), "cp is 2"),
     ("precision-needs-cuda", {}, workload(dense(), precision="fp8"), on_cpu(1), "precision fp8"),
     ("ep-needs-experts", {"ep": 2}, DENSE, cluster(2), "ep is 2"),
     ("etp-needs-experts", {"etp": 2}, DENSE, cluster(2), "etp is 2"),

@@ -42,6 +42,8 @@ class Cluster:
     gpu: Gpu
     nodes: int = 1
     gpus_per_node: int
+    cores: int | None = None
+    """Processor cores that a node's CPU ranks share; None: each has one of its own."""
     nvlink_domain_gpus: int
     """GPUs that reach each other at `nvlink_bandwidth_gb_per_s`; may span nodes (NVL72)."""
     nvlink_bandwidth_gb_per_s: float
@@ -56,6 +58,8 @@ class Cluster:
         for name in ("nodes", "gpus_per_node", "nvlink_domain_gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.cores is not None and (self.device == "cuda" or self.cores < 1):
+            raise ValueError(f"cores ({self.cores}) must be at least 1, and are stated for device cpu alone")
 
     @property
     def world_size(self) -> int:

@@ -68,6 +68,8 @@ PARAMETERS: tuple[Fact, ...] = (
     Fact("seq_length", "tokens a sample", attrgetter("workload.seq_length")),
     Fact("global_batch_size", "samples an optimizer step", attrgetter("workload.global_batch_size")),
     Fact("precision", "training precision", attrgetter("workload.precision")),
+    Fact("fp8_param", "weights of linear layers in fp8 alone", attrgetter("workload.fp8_param")),
+    Fact("grad_reduce_in_fp32", "gradients added up in fp32", attrgetter("workload.grad_reduce_in_fp32")),
     Fact(
         "moe_router_force_load_balancing",
         "tokens routed at random: flatters time and memory",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.calibration import Calibration
 from tuner.errors import InputError
 from tuner.files import read_json, to_data, write_json
 from tuner.report import trial_folder
@@ -38,6 +39,15 @@ class SweepFolder:
     def study(self) -> Path:
         """Optuna's SQLite file."""
         return self.path / "study.db"
+
+    @property
+    def calibration(self) -> Path:
+        """The Calibration that its predictions rest on, as it was at the sweep's start; absent without one."""
+        return self.path / "calibration.json"
+
+    def read_calibration(self) -> Calibration | None:
+        """The Calibration, if there is one; raises InputError if it cannot be read."""
+        return read_json(Calibration, self.calibration) if self.calibration.exists() else None
 
     @property
     def trials(self) -> Path:

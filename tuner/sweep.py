@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import optuna
 import pandas as pd
 
+from tuner.calibration import Calibration
 from tuner.errors import InputError
 from tuner.files import read_json, write_json
 from tuner.heuristics import Seed
@@ -17,9 +18,14 @@ from tuner.predict import implementation_of
 from tuner.predict.time import step_time_ms
 from tuner.report import TrialRow, TrialSource, best, read_trials
 from tuner.results import SweepFolder
+from tuner.search import optuna_rows
 from tuner.search.dominance import needs_at_least_as_much_memory
-from tuner.search.feasibility import fit_probabilities
-from tuner.search.sampler import PredictedRows, RandomRows, Strategy, TableSampler, find_row, layout_at
+from tuner.search.feasibility import Feasibility
+from tuner.search.optuna_rows import OptunaRows
+from tuner.search.predicted_rows import PredictedRows
+from tuner.search.sampler import TableSampler, find_row, layout_at
+from tuner.search.stopping import Certainty
+from tuner.search.strategy import GridRows, Observation, RandomRows, Strategy
 from tuner.study import STATES, StudyTrial, open_study
 from tuner.sweep_file import Sweep
 from tuner.trial import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
@@ -39,6 +45,7 @@ class Stop(Enum):
     """Why a sweep ended."""
 
     EXHAUSTED = "every layout is measured or ruled out"
+    CONVERGED = "no layout left is likely to be worth more (budget.min_gain)"
     TRIALS = "the budget of trials is used"
     HOURS = "the budget of hours is used"
     GPU_HOURS = "the budget of GPU-hours is used"
@@ -61,6 +68,8 @@ class Progress:
     best: TrialRow | None
     pruned: int
     """Rows ruled out without a run, by memory dominance."""
+    certainty: Certainty | None
+    """How near the best is to the best of all; None where nothing is modelled, measured or left."""
 
 
 class Observer(Protocol):
@@ -85,6 +94,7 @@ class SweepLoop:
         sweep: What to measure.
         table: The valid layouts, the baseline's row included.
         queue: Layouts to try first, in order: the baseline, then the seeds.
+        calibration: What the machine measured, for the predicted step times.
     """
 
     def __init__(
@@ -96,18 +106,21 @@ class SweepLoop:
         launcher: "Launcher",
         tracker: "Tracker",
         observer: Observer,
+        calibration: Calibration | None = None,
     ) -> None:
         self._sweep, self._table, self._folder = sweep, table, folder
         self._launcher, self._tracker, self._observer = launcher, tracker, observer
         self.rows = read_trials(folder.path)
         begun = self._begun()
         self._lost_s = sum(lost_s(folder.trial(number)) for number in range(len(begun)))
-        self._sampler = TableSampler(table, strategy_of(sweep, table), [layout for layout, _, _ in begun])
+        strategy = strategy_of(sweep, table, calibration)
+        self._sampler = TableSampler(table, strategy, [layout for layout, _, _ in begun])
         self._waiting: dict[int, tuple[Layout, TrialSource]] = {}
         self._pruned = self._running = 0
         trials = []
+        self._certainty: Certainty | None = None
         for number, (layout, origin, result) in enumerate(begun):
-            self._take(layout)
+            self._take(layout, number)
             trials.append(
                 StudyTrial(
                     params=self._sampler.params(layout),
@@ -120,10 +133,11 @@ class SweepLoop:
                 self._waiting[number] = (layout, origin)
                 self._lost_s += result.durations.total_s if result else 0.0
             else:
-                self._learn(layout, result)
+                self._learn(number, layout, result)
         self.rows = [row for row in self.rows if row.number not in self._waiting]
         self._study = open_study(folder.study, sweep.name, self._sampler, self._sampler.space, trials)
-        self._queue = [(layout, origin) for layout, origin in queue if self._row_is_free(layout)]
+        self._queue = list(queue)
+        self._certainty = self._sampler.certainty() if self._sampler.remaining else None
 
     def run(self, stop: threading.Event) -> Stop:
         """Run trials until the budget is used, nothing is left, `stop` is set, or the machine keeps failing."""
@@ -160,6 +174,7 @@ class SweepLoop:
             left_s=max(0.0, min(limits) - used_s) if limits else None,
             best=best(self.rows),
             pruned=self._pruned,
+            certainty=self._certainty,
         )
 
     def _time_limits_s(self) -> tuple[float | None, float | None]:
@@ -178,20 +193,28 @@ class SweepLoop:
             return Stop.EXHAUSTED
         if progress.finished >= self._sweep.budget.trials:
             return Stop.TRIALS
+        if not self._waiting and self._has_converged():
+            return Stop.CONVERGED
         if hours_s is not None and progress.used_s >= hours_s:
             return Stop.HOURS
         if gpu_hours_s is not None and progress.used_s >= gpu_hours_s:
             return Stop.GPU_HOURS
         return None
 
+    def _has_converged(self) -> bool:
+        budget = self._sweep.budget
+        return (
+            budget.min_gain is not None
+            and self._certainty is not None
+            and self._certainty.suffices(budget.min_gain, budget.confidence)
+        )
+
     def _ask(self) -> tuple[int, Layout, TrialSource, optuna.Trial]:
         """The next layout: one that waits to be run again, else the queue's head, else the sampler's row."""
         origin = TrialSource(source="sampler")
-        if not self._waiting:
-            self._queue = [(layout, origin) for layout, origin in self._queue if self._row_is_free(layout)]
-            if self._queue:
-                layout, origin = self._queue.pop(0)
-                self._study.enqueue_trial(self._sampler.params(layout))
+        if not self._waiting and (queued := self._queued()) is not None:
+            layout, origin = queued
+            self._study.enqueue_trial(self._sampler.params(layout))
         trial = self._study.ask(dict(self._sampler.space))
         if trial.number in self._waiting:
             layout, origin = self._waiting.pop(trial.number)
@@ -199,9 +222,19 @@ class SweepLoop:
             layout = replace(layout_at(self._table, 0), **trial.params)
         trial.set_user_attr("source", origin.source)
         trial.set_user_attr("layout", layout.label())
-        self._take(layout)
+        self._take(layout, trial.number)
         self._running = 1
         return trial.number, layout, origin, trial
+
+    def _queued(self) -> tuple[Layout, TrialSource] | None:
+        """Take the queue's next: the baseline whatever is predicted, a seed while it promises something."""
+        for place, (layout, origin) in enumerate(self._queue):
+            row = find_row(self._table, layout)
+            if row is None or not self._sampler.is_available(row):
+                continue
+            if origin.source == "baseline" or self._sampler.promises(row):
+                return self._queue.pop(place)
+        return None
 
     def _attempt(
         self, number: int, attempt: int, layout: Layout, origin: TrialSource, stop: threading.Event
@@ -218,7 +251,8 @@ class SweepLoop:
         self, number: int, trial: optuna.Trial, layout: Layout, origin: TrialSource, result: TrialResult
     ) -> None:
         before, self._running = self._pruned, 0
-        self._learn(layout, result)
+        self._learn(number, layout, result)
+        self._certainty = self._sampler.certainty() if self._sampler.remaining else None
         trial.set_user_attr("outcome", str(result.outcome))
         trial.set_user_attr("reason", result.reason)
         metrics = result.metrics
@@ -228,21 +262,17 @@ class SweepLoop:
         self._tracker.log_trial(row, self._folder.trial(number))
         self._observer.finished(row, self._pruned - before, self.progress())
 
-    def _learn(self, layout: Layout, result: TrialResult) -> None:
+    def _learn(self, number: int, layout: Layout, result: TrialResult) -> None:
         if result.outcome is Outcome.OOM:
-            self._pruned += self._sampler.exclude(needs_at_least_as_much_memory(self._table, layout))
-        row = find_row(self._table, layout)
-        if result.metrics is not None and row is not None:
-            self._sampler.tell(row, result.metrics.step_time_ms)
+            workload, cluster = self._sweep.workload, self._sweep.cluster
+            dominated = needs_at_least_as_much_memory(self._table, layout, workload, cluster)
+            self._pruned += self._sampler.exclude(dominated)
+        self._sampler.tell(number, Observation.of(result))
 
-    def _take(self, layout: Layout) -> None:
+    def _take(self, layout: Layout, number: int) -> None:
         row = find_row(self._table, layout)
         if row is not None:
-            self._sampler.exclude_row(row)
-
-    def _row_is_free(self, layout: Layout) -> bool:
-        row = find_row(self._table, layout)
-        return row is not None and self._sampler.is_available(row)
+            self._sampler.take(row, number)
 
     def _begun(self) -> list[tuple[Layout, TrialSource, TrialResult | None]]:
         """Every trial folder, in order; numbers without a gap, as Optuna counts its trials."""
@@ -286,13 +316,24 @@ def trial_spec(sweep: Sweep, number: int, attempt: int, layout: Layout) -> Trial
     )
 
 
-def strategy_of(sweep: Sweep, table: pd.DataFrame) -> Strategy:
+def strategy_of(sweep: Sweep, table: pd.DataFrame, calibration: Calibration | None = None) -> Strategy:
     """How a sweep chooses the rows behind its queue."""
-    if sweep.sampler == "random":
-        return RandomRows(sweep.seed)
-    workload, cluster = sweep.workload, sweep.cluster
-    predicted_ms = step_time_ms(table, workload, cluster, implementation_of(cluster))
-    return PredictedRows(table, predicted_ms, fit_probabilities(table, workload, cluster))
+    match sweep.sampler:
+        case "random":
+            return RandomRows(sweep.seed)
+        case "grid":
+            return GridRows()
+        case "tpe":
+            return OptunaRows(table, optuna_rows.tpe, sweep.seed)
+        case "gp":
+            return OptunaRows(table, optuna_rows.gaussian_process, sweep.seed)
+        case "predicted":
+            workload, cluster = sweep.workload, sweep.cluster
+            implementation = implementation_of(cluster)
+            predicted_ms = step_time_ms(table, workload, cluster, implementation, calibration)
+            return PredictedRows(
+                table, predicted_ms, Feasibility(table, workload, cluster), sweep.measurement
+            )
 
 
 def queue_of(baseline: Layout | None, seeds: Sequence[Seed]) -> list[tuple[Layout, TrialSource]]:

@@ -20,7 +20,7 @@ from tuner.trial import Limits, Measurement
 from tuner.workload import Model, Precision, Workload
 
 Value = bool | int | str
-SamplerName = Literal["predicted", "random"]
+SamplerName = Literal["predicted", "random", "tpe", "gp", "grid"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,8 @@ class WorkloadChoice:
     seq_length: int
     global_batch_size: int
     precision: Precision = "bf16"
+    grad_reduce_in_fp32: bool = True
+    fp8_param: bool = False
     moe_router_force_load_balancing: bool = False
 
 
@@ -59,12 +61,20 @@ class Budget:
     hours: float | None = None
     """Wall clock of all trials."""
     gpu_hours: float | None = None
+    min_gain: float | None = 0.01
+    """Stop when what is left is unlikely to be worth more than this share of the best's step time; None is never."""
+    confidence: float = 0.95
+    """How unlikely: the probability that nothing left is worth more."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "hours", "gpu_hours"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
+        for name in ("min_gain", "confidence"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +114,8 @@ class SweepFile:
     limits: Limits = field(default_factory=Limits)
     program: Literal["megatron_core"] = "megatron_core"
     sampler: SamplerName = "predicted"
-    """Who chooses behind the seeds: `predicted` ranks by predicted step time and learns from every trial; `random`
-    takes any valid row, to compare with."""
+    """Who chooses behind the seeds: `predicted` ranks by predicted step time and learns from every trial. To compare
+    with, all among the valid rows: `random`, Optuna's `tpe` and `gp`, and `grid`, the table's own order."""
     seed: int = 1234
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -218,6 +228,8 @@ def _workload(choice: WorkloadChoice, folder: Path) -> Workload:
             seq_length=choice.seq_length,
             global_batch_size=choice.global_batch_size,
             precision=choice.precision,
+            grad_reduce_in_fp32=choice.grad_reduce_in_fp32,
+            fp8_param=choice.fp8_param,
             moe_router_force_load_balancing=choice.moe_router_force_load_balancing,
         )
     except ValueError as error:

@@ -209,6 +209,8 @@ class TrialResult:
     """The first failing rank."""
     metrics: Metrics | None = None
     """Present exactly if the outcome is completed."""
+    slower_than_ms: float | None = None
+    """A lower bound of the step time, where the trial ended before it measured one."""
     ranks: tuple[RankRecord, ...] = ()
     durations: Durations = field(default_factory=Durations)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -220,6 +222,8 @@ class TrialResult:
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.COMPLETED) != (self.metrics is not None):
             raise ValueError("metrics are present exactly if the outcome is completed")
+        if self.slower_than_ms is not None and (self.metrics is not None or self.slower_than_ms <= 0):
+            raise ValueError("slower_than_ms is above 0, and stands only where there are no metrics")
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,10 @@ class Workload:
     global_batch_size: int
     """Samples an optimizer step, over all GPUs."""
     precision: Precision = "bf16"
+    grad_reduce_in_fp32: bool = True
+    """Gradients are added up and reduced in fp32; False keeps them in the weights' own 16 bits."""
+    fp8_param: bool = False
+    """Linear layers keep their weights in fp8 alone, where the optimizer's fp32 ones are rounded to."""
     moe_router_force_load_balancing: bool = False
     """Routes every token at random instead of by the router: flatters time and memory, so it is recorded."""
 
@@ -145,6 +149,8 @@ class Workload:
             raise ValueError(
                 f"seq_length ({self.seq_length}) and global_batch_size ({self.global_batch_size}) must be at least 1"
             )
+        if self.fp8_param and self.precision not in {"fp8", "mxfp8"}:
+            raise ValueError(f"fp8_param needs precision fp8 or mxfp8, not {self.precision}")
         if self.moe_router_force_load_balancing and not self.model.is_moe:
             raise ValueError("moe_router_force_load_balancing needs a model with experts")
         table = self.model.max_position_embeddings

@@ -46,6 +46,7 @@ def groups(path: Path = STEP_TIMES, rows: int = 1) -> Iterator[Group]:
             seq_length=int(first.seq_length),
             global_batch_size=int(first.global_batch_size),
             precision="fp16",
+            grad_reduce_in_fp32=False,  # as DeepSpeed does
         )
         gpus = int(first.gpus)
         cluster = replace(load_cluster("dgx-a100-80"), nodes=max(1, gpus // 8), gpus_per_node=min(gpus, 8))
@@ -154,6 +155,9 @@ def _problem(row: Mapping[str, Any]) -> tuple[Workload, Cluster]:
         seq_length=int(row["seq_length"]),
         global_batch_size=int(row["global_batch_size"]),
         precision=precision,
+        # As all of these recipes do: scripts/performance/configs, and mixed_precision.py (fp8_param_gather).
+        grad_reduce_in_fp32=False,
+        fp8_param=precision in {"fp8", "mxfp8"},
         moe_router_force_load_balancing=model.is_moe,
     )
     return workload, replace(cluster, nodes=int(row["gpus"]) // cluster.gpus_per_node)
@@ -169,6 +173,8 @@ def _around(workload: Workload, cluster: Cluster, vpp: int) -> pd.DataFrame:
             **varied,
             "vpp": tuple(sorted({*varied["vpp"], vpp})),
             "recompute_granularity": ("none", "selective", "full"),
+            # What the recipes of these models drop (scripts/performance/configs), and Megatron's default.
+            "recompute_modules": ("none", "layernorm+moe_act" if workload.model.is_moe else "layernorm"),
             "recompute_method": ("none", "uniform"),
             "recompute_num_layers": (0, 1),
             "overlap_grad_reduce": (True,),

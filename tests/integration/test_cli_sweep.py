@@ -22,8 +22,8 @@ name: {name}
 workload: {{model: tiny-gpt, seq_length: 64, global_batch_size: 4, precision: fp32}}
 cluster: {{name: cpu-4, gpus_per_node: 2{memory}}}
 knobs: {{tp: [1, 2], pp: [1, 2], micro_batch_size: [1, 2]}}
-budget: {{trials: {trials}}}
-measurement: {{min_steps: 2, max_steps: 3}}
+budget: {{trials: {trials}, min_gain: null}}
+measurement: {{min_steps: 20, max_steps: 20}}
 """
 
 
@@ -64,10 +64,11 @@ def test_a_sweep_is_interrupted_goes_on_and_ends_with_an_override(tmp_path: Path
     sweep_file = _write(tmp_path, "night", trials=3)
     folder = SweepFolder(tmp_path / "results" / "night")
     process = _megatune(tmp_path, "sweep", sweep_file)
-    _wait_for(folder.trial(1).heartbeat, process, timeout_s=90)
-    first = folder.trial(0).result.read_bytes()
+    _wait_for(folder.trial(0).spec, process, timeout_s=90)
     code, _, err = _run(tmp_path, "sweep", sweep_file)
     assert (code, "another megatune is running this sweep" in err) == (2, True)
+    _wait_for(folder.trial(1).heartbeat, process, timeout_s=90)
+    first = folder.trial(0).result.read_bytes()
 
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -99,6 +100,10 @@ def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
     told = json.loads(shown)
     fastest = min(rows, key=lambda row: row.result.metrics.step_time_ms if row.result.metrics else 0)
     assert (code, told["best"], len(told["trials"])) == (0, fastest.number, 3)
+    code, explained, _ = _run(cwd, "explain", "night", "--json")
+    told = json.loads(explained)
+    assert (code, told["best"], told["peak_memory"]["trials"]) == (0, fastest.number, 3)
+    assert told["peak_memory"]["factor"] == pytest.approx(1, rel=0.1)
     for form in ("bridge-cli", "megatron-lm"):
         code, override, _ = _run(cwd, "export", "night", "--format", form)
         assert code == 0

@@ -14,6 +14,7 @@ import pytest
 
 from launchers.torchrun import TorchrunLauncher
 from search_spaces.loader import load_model
+from tests.bench.oracle_memory import Draw, asked
 from tests.trials import CLUSTER
 from tuner.files import to_data, write_json
 from tuner.layout import Layout
@@ -71,6 +72,17 @@ CASES = (
 )
 
 
+FREE = tuple(
+    replace(spec, workload=replace(spec.workload, moe_router_force_load_balancing=False))
+    for spec in (
+        case("tiny-moe", ep=2, micro_batch_size=4),
+        case("tiny-moe", ep=4, micro_batch_size=2),
+        case("tiny-mla", ep=2, micro_batch_size=2),
+        case("tiny-mla", ep=2, pp=2, micro_batch_size=2),
+    )
+)
+
+
 class Peak(NamedTuple):
     """The peak of a pipeline stage, predicted and measured on its worst rank."""
 
@@ -100,10 +112,10 @@ def peaks(spec: TrialSpec, ranks: list[int]) -> list[Peak]:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[list[Peak]]:
-    """Every case, trained in one torchrun job."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The peak of every rank in bytes: every case, trained in one torchrun job."""
     folder = tmp_path_factory.mktemp("peaks")
-    write_json(folder / "cases.json", [to_data(spec) for spec in CASES])
+    write_json(folder / "cases.json", [to_data(spec) for spec in (*CASES, *FREE)])
     torchrun: list[str | Path] = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
     program: list[str | Path] = [
         "-m",
@@ -120,8 +132,36 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[list[Peak]]:
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((folder / "peaks.json").read_text())
-    return [peaks(spec, ranks) for spec, ranks in zip(CASES, found, strict=True)]
+    found: list[list[int]] = json.loads((folder / "peaks.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(trained: list[list[int]]) -> list[list[Peak]]:
+    """The stages of the cases with balanced routing."""
+    return [peaks(spec, ranks) for spec, ranks in zip(CASES, trained, strict=False)]
+
+
+def test_a_fake_rank_allocates_to_the_byte_what_a_real_one_does(trained: list[list[int]]) -> None:
+    dense = [
+        (spec, ranks[stage.rank * (RANKS // spec.layout.pp)], stage)
+        for spec, ranks in zip(CASES, trained, strict=False)
+        for stage in predicted(spec)
+        if spec.workload.model.name == "tiny-gpt" and not spec.layout.sp
+    ]
+    draws = [
+        Draw(family="", workload=spec.workload, cluster=spec.cluster, layout=spec.layout, stage=stage)
+        for spec, _, stage in dense
+    ]
+    assert [round(one.measured_gib * GIB) for one in asked(draws)] == [real for _, real, _ in dense]
+
+
+def test_of_free_routing_the_busiest_ranks_peak_is_expected(trained: list[list[int]]) -> None:
+    errors = {}
+    for spec, ranks in zip(FREE, trained[len(CASES) :], strict=True):
+        worst = max(stage.total_gib for stage in predicted(spec)) * GIB / max(ranks) - 1
+        errors[f"{spec.workload.model.name} {spec.layout.label()}"] = worst
+    assert {name: error for name, error in errors.items() if abs(error) > 0.12} == {}
 
 
 def test_the_worst_ranks_peak_is_predicted_within_two_percent_on_average(measured: list[list[Peak]]) -> None:

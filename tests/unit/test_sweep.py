@@ -79,12 +79,11 @@ def assert_study_equals_folders(results: Path) -> None:
         assert trial.user_attrs["outcome"] == row.result.outcome.value
 
 
-def test_the_baseline_runs_first_then_the_seeds_then_the_samplers_rows(results: Path) -> None:
+def test_the_baseline_runs_first_then_what_promises_most(results: Path) -> None:
     loop = run_to_end(results)
     sources = [row.source for row in loop.rows]
     assert sources[0] == "baseline"
-    assert sources[1:3] == ["seed", "sampler"]
-    assert sources == sorted(sources, key=["baseline", "seed", "sampler"].index)
+    assert set(sources[1:]) <= {"seed", "sampler"}
     assert [row.number for row in loop.rows] == list(range(TRIALS))
 
 
@@ -94,7 +93,7 @@ def test_a_stated_baseline_outside_the_searched_values_runs_first(results: Path)
     loop = loop_of(results, launcher, sweep)
     run(loop)
     assert launcher.layouts[0] == Layout(tp=1, cp=2, pp=4)
-    assert [row.source for row in loop.rows[:3]] == ["baseline", "seed", "seed"]
+    assert loop.rows[0].source == "baseline"
     assert launcher.layouts.count(launcher.layouts[0]) == 1
     assert_study_equals_folders(results)
 
@@ -129,7 +128,7 @@ def test_oom_rules_out_exactly_the_rows_that_need_as_much_and_they_never_run(res
     assert ooms
     ruled_out = set()
     for layout in ooms:
-        dominated = needs_at_least_as_much_memory(table, layout)
+        dominated = needs_at_least_as_much_memory(table, layout, sweep.workload, sweep.cluster)
         ruled_out |= {layout_at(table, int(row)) for row in dominated.nonzero()[0]}
     every = {layout_at(table, row) for row in range(len(table))}
     assert set(launcher.layouts) == every - (ruled_out - set(ooms))
@@ -162,6 +161,68 @@ def test_the_budget_ends_the_sweep(results: Path, budget: dict[str, Any], trials
     again = ReplayLauncher()
     assert run(loop_of(results, again, sweep)) is reason
     assert again.launched == []
+
+
+SAMPLERS = ("random", "tpe", "gp", "grid")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_other_samplers_run_the_seeds_first_and_then_only_valid_untried_rows(
+    results: Path, sampler: str
+) -> None:
+    launcher, sweep = ReplayLauncher(LIMIT_GIB), sweep_of(sampler=sampler, budget={"trials": 12})
+    loop = run_to_end(results, launcher, sweep)
+    sources = [row.source for row in loop.rows]
+    assert sources == sorted(sources, key=["baseline", "seed", "sampler"].index)
+    assert len(set(launcher.layouts)) == 12
+    assert all(find_row(table_of(sweep), layout) is not None for layout in launcher.layouts)
+    assert loop.progress().certainty is None
+    assert_study_equals_folders(results)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_other_samplers_too_go_on_as_if_they_never_were_stopped(results: Path, sampler: str) -> None:
+    sweep = sweep_of(sampler=sampler)
+    whole = results.with_name("whole")
+    run_to_end(whole, ReplayLauncher(LIMIT_GIB), sweep)
+    for number in (0, 3, 6):
+        launcher = ReplayLauncher(LIMIT_GIB, {number: [KilledError]})
+        with pytest.raises(KilledError):
+            run(loop_of(results, launcher, sweep))
+    run_to_end(results, ReplayLauncher(LIMIT_GIB), sweep)
+    assert story(results) == story(whole)
+
+
+def test_it_stops_by_itself_near_the_best_and_says_how_sure_it_is(results: Path) -> None:
+    sweep = sweep_of(budget={"trials": 100, "min_gain": 0.05, "confidence": 0.9})
+    launcher, watching = ReplayLauncher(), Watching()
+    loop = loop_of(results, launcher, sweep, observer=watching)
+    assert run(loop) is Stop.CONVERGED
+    assert 1 < len(launcher.layouts) < len(table_of(sweep))
+    winner, known = best(loop.rows), loop.progress().certainty
+    assert winner is not None
+    assert known is not None
+    assert known.within(0.05) >= 0.9
+    of_all = min(step_time_ms(layout_at(table_of(sweep), row)) for row in range(len(table_of(sweep))))
+    assert step_time_ms(winner.layout) <= 1.05 * of_all
+    earlier = [progress.certainty for progress in watching.progress[:-1]]
+    assert not any(one is not None and one.suffices(0.05, 0.9) for one in earlier)
+    again = ReplayLauncher()
+    assert run(loop_of(results, again, sweep)) is Stop.CONVERGED
+    assert again.launched == []
+
+
+def test_without_a_gain_it_never_stops_by_itself(results: Path) -> None:
+    sweep = sweep_of(budget={"trials": 100, "min_gain": None})
+    assert run(loop_of(results, ReplayLauncher(), sweep)) is Stop.EXHAUSTED
+
+
+def test_the_last_row_interrupted_is_run_again_with_nothing_left_to_choose(results: Path) -> None:
+    launcher, sweep = ReplayLauncher(script={2: [KilledError]}), sweep_of(**THREE_ROWS)
+    with pytest.raises(KilledError):
+        run(loop_of(results, launcher, sweep))
+    assert run(loop_of(results, launcher, sweep)) is Stop.EXHAUSTED
+    assert launcher.numbers == [0, 1, 2, 2]
 
 
 def test_attempts_that_were_in_vain_use_the_budget_too(results: Path) -> None:
@@ -436,10 +497,13 @@ def test_fewer_knobs_leave_an_interrupted_trial_outside_the_table_and_it_runs_ag
     launcher = ReplayLauncher(script={1: [KilledError]})
     with pytest.raises(KilledError):
         run(loop_of(results, launcher))
-    assert launcher.layouts[1].tp == 4
-    run_to_end(results, launcher, sweep_of(knobs={"tp": [1, 2], "pp": [1, 2]}, budget={"trials": 3}))
+    second = launcher.layouts[1]
+    others = [size for size in (1, 2, 4) if size != second.micro_batch_size]
+    narrower = sweep_of(knobs={"tp": [1, 2], "micro_batch_size": others}, budget={"trials": 3})
+    assert find_row(table_of(narrower), second) is None
+    run_to_end(results, launcher, narrower)
     assert launcher.numbers == [0, 1, 1, 2]
-    assert launcher.layouts[2].tp == 4
+    assert launcher.layouts[2] == second
     assert_study_equals_folders(results)
 
 

@@ -160,6 +160,12 @@ BAD: dict[str, tuple[object, str]] = {
     "a name with a slash": (_with(name="a/b"), "name 'a/b' must be letters, digits"),
     "an empty name": (_with(name=""), "name '' must be letters, digits"),
     "no trials": (_with(budget={"trials": 0}), "trials must be above 0, not 0"),
+    "a gain of all": (_with(budget={"min_gain": 1.0}), "min_gain must lie between 0 and 1, not 1.0"),
+    "certainty": (_with(budget={"confidence": 1}), "confidence must lie between 0 and 1, not 1"),
+    "an unknown sampler": (
+        _with(sampler="tbe"),
+        "key 'sampler': should be 'predicted', 'random', 'tpe', 'gp'",
+    ),
     "no hours": (_with(budget={"hours": 0}), "hours must be above 0, not 0"),
     "no GPU-hours": (_with(budget={"gpu_hours": -1}), "gpu_hours must be above 0, not -1"),
     "hours that are no number": (_with(budget={"hours": float("nan")}), "Out of range float values"),

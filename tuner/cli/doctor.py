@@ -38,6 +38,7 @@ def doctor(results: ResultsRoot = Path("results"), json: AsJson = False) -> int:
         _package("transformer-engine", optional=True),
         _try("megatron imports", _import_megatron),
         _try("machine", _machine),
+        _calibration(),
         _try("gloo on loopback", _gloo),
         _try("results folder", lambda: _writable(results)),
     ]
@@ -82,6 +83,19 @@ def _machine() -> str:
         f"{cluster.world_size} x {cluster.gpu.name} with {cluster.gpu.memory_gib} GiB "
         f"(in a sweep file: 'cluster: detect', {', '.join(cluster.gpu.peak_tflops)})"
     )
+
+
+def _calibration() -> Check:
+    from launchers.calibrate import load_calibration
+
+    try:
+        found = load_calibration(detect())
+    except InputError as error:
+        return Check("calibration", "failed", str(error))
+    if found is None:
+        told = "predictions go by the cluster's stated figures; `megatune calibrate` measures this machine"
+        return Check("calibration", "missing", told)
+    return Check("calibration", "ok", f"{found.machine.name}, measured {found.measured_at}")
 
 
 def _gloo() -> str:

@@ -1,38 +1,74 @@
-"""megatune explain: why a layout is valid or not."""
+"""megatune explain: why a layout is valid or not, and what a sweep's trials say."""
 
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 from rich.markup import escape
 
-from tuner.cli.common import AsJson, Knobs, SweepPath, detect, parse_layout, print_json, stdout
-from tuner.layout import data_parallel_size, expert_data_parallel_size, min_gpus, num_microbatches
-from tuner.rules import broken_rules
-from tuner.sweep_file import load_sweep
+from tuner.cli.common import AsJson, detect, parse_layout, print_json, results_folder, stdout
+from tuner.errors import InputError
+from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size, min_gpus, num_microbatches
+from tuner.rules import Violation, broken_rules
+from tuner.sweep_file import Sweep, load_sweep
 
 
-def explain(sweep_file: SweepPath, knobs: Knobs, json: AsJson = False) -> int:
-    """Name every rule that a layout breaks, and what to change. Exit code 0 if it is valid, 2 if not."""
-    sweep, layout = load_sweep(sweep_file, detect), parse_layout(knobs)
+def explain(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SWEEP.yaml|RESULTS", help="A sweep file, or a sweep's results folder or its name."
+        ),
+    ],
+    knobs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KNOB=VALUE...]", help="The layout: tp=2 pp=4 sp=true ..."),
+    ] = None,
+    json: AsJson = False,
+) -> int:
+    """Of a layout: every rule that it breaks, and what to change. Exit code 0 if it is valid, 2 if not.
+
+    Of a sweep's results, running or finished: predictions against measurements, which knobs mattered, and the layouts
+    one step from the best; with a layout, also what that sweep expects of it.
+    """
+    layout = parse_layout(knobs) if knobs else None
+    if not (target if target.exists() else Path("results") / target).is_dir():
+        if not target.exists():
+            raise InputError(
+                f"{target}: there is no such sweep file or results folder (nor {Path('results') / target})"
+            )
+        if layout is None:
+            raise InputError(f"{target}: is a sweep file: name the layout to explain, as in tp=2 pp=4")
+        return _explain_layout(load_sweep(target, detect), layout, json)
+
+    from tuner.cli.explain_results import explain_prediction, explain_results
+
+    folder = results_folder(target)
+    if layout is None:
+        explain_results(folder, json)
+        return 0
+    sweep = folder.sweep()
+    if broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted):
+        return _explain_layout(sweep, layout, json)
+    explain_prediction(folder, layout, derived_sizes(sweep, layout), json)
+    return 0
+
+
+def _explain_layout(sweep: Sweep, layout: Layout, json: bool) -> int:
+    """Say which rules a layout breaks; returns the exit code."""
     violations = broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted)
-    world = sweep.cluster.world_size
-    needed = int(min_gpus(layout.tp, layout.pp, layout.cp, layout.ep, layout.etp))
-    dp = data_parallel_size(world, layout.tp, layout.pp, layout.cp)
-    derived = {
-        "world_size": world,
-        "min_gpus": needed,
-        "dp": dp,
-        "edp": expert_data_parallel_size(world, layout.pp, layout.ep, layout.etp),
-        "num_microbatches": num_microbatches(sweep.workload.global_batch_size, layout.micro_batch_size, dp)
-        if dp
-        else 0,
-    }
+    derived = derived_sizes(sweep, layout)
     if json:
-        broken = [
-            {"rule": item.rule, "kind": item.kind, "message": item.message, "source": item.source}
-            for item in violations
-        ]
-        print_json({"layout": layout.label(), "valid": not violations, "derived": derived, "broken": broken})
+        print_json(
+            {
+                "layout": layout.label(),
+                "valid": not violations,
+                "derived": derived,
+                "broken": [_data(item) for item in violations],
+            }
+        )
         return 2 if violations else 0
-    sizes = ", ".join(f"{name} {value}" for name, value in derived.items())
-    stdout.print(f"[bold]{layout.label()}[/]  ({sizes})", soft_wrap=True)
+    print_head(layout, derived)
     if not violations:
         stdout.print("[green]valid[/]: breaks no rule")
         return 0
@@ -40,3 +76,28 @@ def explain(sweep_file: SweepPath, knobs: Knobs, json: AsJson = False) -> int:
         stdout.print(f"[red]{item.rule}[/] [dim]({item.kind})[/]: ", end="")
         stdout.print(f"{escape(item.message)}\n    [dim]source: {escape(item.source)}[/]", soft_wrap=True)
     return 2
+
+
+def derived_sizes(sweep: Sweep, layout: Layout) -> dict[str, int]:
+    """The sizes that follow from a layout; 0 micro-batches where the grid does not even fit the world."""
+    world = sweep.cluster.world_size
+    dp = data_parallel_size(world, layout.tp, layout.pp, layout.cp)
+    return {
+        "world_size": world,
+        "min_gpus": int(min_gpus(layout.tp, layout.pp, layout.cp, layout.ep, layout.etp)),
+        "dp": dp,
+        "edp": expert_data_parallel_size(world, layout.pp, layout.ep, layout.etp),
+        "num_microbatches": num_microbatches(sweep.workload.global_batch_size, layout.micro_batch_size, dp)
+        if dp
+        else 0,
+    }
+
+
+def print_head(layout: Layout, derived: dict[str, int]) -> None:
+    """Print a layout's name and its derived sizes."""
+    sizes = ", ".join(f"{name} {value}" for name, value in derived.items())
+    stdout.print(f"[bold]{layout.label()}[/]  ({sizes})", soft_wrap=True)
+
+
+def _data(item: Violation) -> dict[str, Any]:
+    return {"rule": item.rule, "kind": item.kind, "message": item.message, "source": item.source}

@@ -4,13 +4,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from tuner.cli.common import AsJson, SweepPath, load, prepare, print_json, stdout
+from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.files import to_data
 
 
-def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
+def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) -> None:
     """Count the valid layouts, what each rule removed, and list the first trials. Starts no process."""
+    from tuner.search.audit import removed
+
     loaded = load(sweep_file)
     prepared = prepare(loaded, sweep_file)
+    gone = removed(loaded.space.table, loaded.sweep.workload, loaded.sweep.cluster) if pruned else None
     sweep, space, table, queue = loaded.sweep, loaded.space, prepared.table, prepared.queue
     rejected = dict(sorted(space.rejected.items(), key=lambda item: -item[1]))
     if json:
@@ -25,6 +29,7 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
                     {"source": origin.source, "note": origin.note, "layout": to_data(layout)}
                     for layout, origin in queue
                 ],
+                **({} if gone is None else {"pruned": pruned_data(gone)}),
             }
         )
         return
@@ -52,3 +57,5 @@ def plan(sweep_file: SweepPath, json: AsJson = False) -> None:
     stdout.print(first)
     later = max(0, min(sweep.budget.trials, len(table)) - len(queue))
     stdout.print(f"then up to {later} rows that the sampler picks; budget {sweep.budget.trials} trials")
+    if gone is not None:
+        print_pruned(gone, len(space.table))

@@ -1,7 +1,7 @@
 """The sweep while it runs: a live line on a terminal, one plain line a trial anywhere else."""
 
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +14,10 @@ from tuner.trial import Heartbeat
 
 if TYPE_CHECKING:
     from tuner.sweep import Progress
+
+
+NEAR: Final = 0.05
+"""How near to the best of all is told while the sweep runs: a share of the step time."""
 
 
 def duration(seconds: float) -> str:
@@ -36,6 +40,8 @@ def standing(progress: "Progress") -> str:
         )
     if progress.pruned:
         parts.append(f"{progress.pruned} ruled out by memory")
+    if progress.certainty is not None:
+        parts.append(f"{progress.certainty.within(NEAR):.0%} sure to be within {NEAR:.0%} of the best")
     left_s = (
         progress.used_s / progress.finished * (progress.budget - progress.finished)
         if progress.finished

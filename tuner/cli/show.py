@@ -6,21 +6,32 @@ from typing import Annotated
 import typer
 
 from tuner.cli.common import AsJson, ResultsFolder, print_json, results_folder, stderr, stdout
+from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
 from tuner.report import best, html_page, read_trials, summary, terminal_table, tie
+from tuner.space import enumerate_layouts
 
 
 def show(
     results: ResultsFolder,
+    pruned: Pruned = False,
     json: AsJson = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write one self-contained HTML page.")
     ] = None,
 ) -> None:
     """Print the trials of a sweep, running or finished: fastest first, then the failed ones."""
+    from tuner.search.audit import removed
+
     folder = results_folder(results)
     sweep, rows = folder.sweep(), read_trials(folder.path)
+    valid = (
+        enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted).table
+        if pruned
+        else None
+    )
+    gone = None if valid is None else removed(valid, sweep.workload, sweep.cluster, rows)
     if html is not None:
         page = html_page(rows, sweep.name, summary(rows, sweep.name, "", {}))
         try:
@@ -45,7 +56,10 @@ def show(
                     }
                     for row in rows
                 ],
+                **({} if gone is None else {"pruned": pruned_data(gone)}),
             }
         )
         return
     stdout.print(terminal_table(rows, sweep.name))
+    if gone is not None and valid is not None:
+        print_pruned(gone, len(valid))

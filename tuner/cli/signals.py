@@ -10,15 +10,15 @@ from tuner.cli.common import stderr
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
+def stop_on_signals(
+    told: str = "ending the running trial; everything measured is kept",
+) -> Iterator[threading.Event]:
     """Give an event that SIGINT and SIGTERM set; more of them change nothing, since ending a trial takes seconds."""
     stop = threading.Event()
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         if not stop.is_set():
-            stderr.print(
-                f"{signal.Signals(number).name}: ending the running trial; everything measured is kept"
-            )
+            stderr.print(f"{signal.Signals(number).name}: {told}")
         stop.set()
 
     previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -14,7 +14,7 @@ from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, NothingFeasibleError
 from tuner.export import Format
-from tuner.files import write_text
+from tuner.files import write_json, write_text
 from tuner.report import TrialRow, best, figures, summary, terminal_table
 from tuner.results import SweepFolder
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from launchers.base import Launcher
+    from tuner.calibration import Calibration
     from tuner.layout import Layout
     from tuner.report import TrialSource
+    from tuner.search.stopping import Certainty
     from tuner.sweep import Stop
     from tuner.sweep_file import Sweep
     from tuner.tracking import Status
@@ -41,9 +43,14 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the first trial's plan; start nothing.")
     ] = False,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Start every trial anew instead of forking it from a loaded process."),
+    ] = False,
 ) -> int:
     """Run the sweep, or go on with it: the same command resumes after any end."""
     from launchers.detect import check_machine
+    from launchers.preloaded import Preload
     from launchers.torchrun import TorchrunLauncher
     from tuner.sweep import trial_spec
 
@@ -51,15 +58,16 @@ def sweep(
     config = loaded.sweep
     prepared = prepare(loaded, sweep_file)
     table, queue = prepared.table, prepared.queue
-    folder, launcher = SweepFolder(results / config.name), TorchrunLauncher()
+    folder = SweepFolder(results / config.name)
     # Also refuses what this launcher cannot run, before anything is written.
-    first = launcher.plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0))
+    first = TorchrunLauncher().plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0))
     if dry_run:
         stdout.print(first.shell_command(), markup=False, soft_wrap=True)
         return 0
     check_machine(config.cluster)
     folder.claim(config)
-    with folder.lock():
+    with folder.lock(), Preload(folder.path) as preload:
+        launcher = TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start)
         return _run(config, table, queue, folder, launcher, sweep_file)
 
 
@@ -78,19 +86,33 @@ def _run(
     end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
     tracker = Tracker.open(folder.path, config.tracking.uri, config.experiment, config.name, {})
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
-    loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer)
+    calibration = _calibration(config, folder)
+    loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer, calibration)
     stderr.print(
-        f"{config.name}: {len(table):,} layouts to choose from, {len(loop.rows)} trials done, results in {folder.path}",
+        f"{config.name}: {len(table):,} layouts to choose from, {len(loop.rows)} trials done, results in {folder.path}"
+        + (
+            f", step times predicted from the calibration of {calibration.measured_at}" if calibration else ""
+        ),
         markup=False,
     )
     with stop_on_signals() as stop, observer:
         reason = loop.run(stop)
     rows = loop.rows
-    text = summary(rows, config.name, _sentence(reason), _next_commands(folder, sweep_file))
+    ended = _sentence(reason, loop.progress().certainty, config.budget.confidence)
+    text = summary(rows, config.name, ended, _next_commands(folder, sweep_file))
     write_text(folder.path / "summary.md", text)
     tracker.finish(text, _STATUS.get(reason.name, "FINISHED"))
-    _print_end(config, rows, folder, reason, sweep_file)
+    _print_end(config, rows, folder, ended, sweep_file)
     return _exit_code(reason, rows, folder)
+
+
+def _calibration(config: "Sweep", folder: SweepFolder) -> "Calibration | None":
+    """This machine's as it was when the sweep began: a later one would rank its trials by another measure."""
+    from launchers.calibrate import load_calibration
+
+    if not folder.trial(0).spec.exists() and (found := load_calibration(config.cluster)) is not None:
+        write_json(folder.calibration, found)
+    return folder.read_calibration()
 
 
 def _exit_code(reason: "Stop", rows: list[TrialRow], folder: SweepFolder) -> int:
@@ -111,11 +133,12 @@ def _exit_code(reason: "Stop", rows: list[TrialRow], folder: SweepFolder) -> int
     return 0
 
 
-def _sentence(reason: "Stop") -> str:
+def _sentence(reason: "Stop", certainty: "Certainty | None", confidence: float) -> str:
     from tuner.sweep import Stop
 
     finished = reason not in (Stop.INTERRUPTED, Stop.BREAKER)
-    return f"{'Finished' if finished else 'Stopped early'}: {reason.value}."
+    ended = f"{'Finished' if finished else 'Stopped early'}: {reason.value}."
+    return ended if certainty is None else f"{ended} {certainty.sentence(confidence)}"
 
 
 def _next_commands(folder: SweepFolder, sweep_file: Path) -> dict[str, str]:
@@ -127,14 +150,14 @@ def _next_commands(folder: SweepFolder, sweep_file: Path) -> dict[str, str]:
         "The override, ready to paste": f"megatune export {path} --format bridge-cli",
         "Every trial": f"megatune show {path}",
         "Compare the trials in MLflow": f"megatune ui {path}",
-        "Go on with more trials (raise budget.trials first)": again,
+        "Go on with more trials (raise budget.trials, or lower budget.min_gain, first)": again,
     }
 
 
 def _print_end(
-    config: "Sweep", rows: list[TrialRow], folder: SweepFolder, reason: "Stop", sweep_file: Path
+    config: "Sweep", rows: list[TrialRow], folder: SweepFolder, ended: str, sweep_file: Path
 ) -> None:
-    stdout.print(terminal_table(rows, f"{config.name}: {_sentence(reason)}"))
+    stdout.print(terminal_table(rows, f"{config.name}: {ended}"))
     facts = figures(rows)
     if facts is not None:
         stdout.print(f"\n[bold]Best layout[/] (trial {facts.trial})", soft_wrap=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tuner.parameters import attention, expert
 from tuner.predict import Implementation
+from tuner.predict.routing import Load, load_of_busiest
 from tuner.rules.base import Bools, Columns
 from tuner.workload import Model, Precision, Workload
 
@@ -54,14 +55,15 @@ class Layers:
     """The layers of a workload under many layouts: sizes of a rank's share, as arrays of one value a layout."""
 
     def __init__(
-        self, columns: Columns, workload: Workload, implementation: Implementation, imbalance: float
+        self, columns: Columns, workload: Workload, implementation: Implementation, imbalance: float | None
     ) -> None:
         self.model: Model = workload.model
         self.columns = columns
         self.fused = implementation == "transformer_engine"
-        self.imbalance = imbalance
         tp, cp, ep = (columns[knob].astype(np.float64) for knob in ("tp", "cp", "ep"))
         self.tp, self.cp, self.ep = tp, cp, ep
+        expected = load_of_busiest(columns, workload)
+        self.load = expected if imbalance is None else Load(*(np.full_like(tp, imbalance),) * 2)
         self.etp = columns["etp"].astype(np.float64)
         self.sp: Bools = columns.on("sp") & (columns["tp"] > 1)
         self.seq = workload.seq_length
@@ -74,6 +76,8 @@ class Layers:
         self.full_hidden = self.tokens * self.model.hidden_size
         self.state = self.hidden * self.size
         """Bytes of a hidden state: a layer's input, a checkpoint, a gradient between stages."""
+        rms = workload.model.normalization == "RMSNorm"
+        self._keeps_norm_input = self.fused or self.size == 4 or not rms
 
     def _recomputed(self, module: str) -> Bools:
         """Where selective recompute names `module`; Megatron's default is core_attn."""
@@ -91,12 +95,26 @@ class Layers:
         return kept, gone
 
     def _norm(self, elements: Floats, feeds_linear: bool = True) -> Floats:
-        """What a norm keeps beyond its input: its output; Torch's RMSNorm also the input in fp32, normalised."""
+        """What a norm keeps beyond its input: its output; Torch's RMSNorm also the input in fp32, and normalised."""
         output = elements * (self.linear if feeds_linear else self.size)
         if self.fused or self.model.normalization == "LayerNorm":
             return output
-        upcast = 0.0 if self.size == 4 else 4.0
-        return output + elements * (self.size + upcast)
+        return output + elements * (4.0 if self.size == 4 else 8.0)
+
+    def _norm_backward(self, held: Floats) -> Floats:
+        """Backward of the norm in front, beyond all that the part `held`: by then only the norm's input is left of it.
+
+        Torch's RMSNorm is made of products: five fp32 tensors of the gradient of its square root are alive at once.
+        """
+        if self.fused or self.model.normalization == "LayerNorm":
+            return np.zeros_like(held)
+        return (5 + 1) * 4.0 * self.hidden - held
+
+    def _norm_input(self) -> Floats:
+        """The hidden state that a layer's norm keeps as it came; Torch's RMSNorm keeps an fp32 copy instead."""
+        if self._keeps_norm_input:
+            return self.state
+        return np.where(self._recomputed("layernorm"), self.state, 0)
 
     def attention(self) -> Part:
         """The input, its norm, and attention up to the residual sum."""
@@ -104,15 +122,17 @@ class Layers:
             return self._latent_attention()
         model, share = self.model, self.tokens / self.tp
         query = share * model.num_attention_heads * model.kv_channels
-        group = share * model.num_query_groups * model.kv_channels
+        # With more ranks than groups each rank has one, and gathers the projection to find it.
+        group = self.tokens * np.maximum(model.num_query_groups / self.tp, 1) * model.kv_channels
         rotated, core_kept, extra = self._grouped_inputs(query, group)
         core = share * model.num_attention_heads * 4 + self._mask()
         norm = self._norm(self.hidden)
         kept, dropped = self._split(
             [("core_attn", core), ("layernorm" if not self.fused else "", norm)],
-            self.state + (rotated + core_kept + query) * self.size + extra,
+            self._norm_input() + (rotated + core_kept + query) * self.size + extra,
         )
         gradients = (2 * query + 2 * group) * self.size + self._fp32_query(query)
+        gradients = np.maximum(gradients, self._norm_backward(kept + dropped))
         return Part(
             kept=kept,
             dropped=dropped,
@@ -124,22 +144,29 @@ class Layers:
         """Elements of rotated query and key; of values and what keeps them alive; bytes of tables and inner norms."""
         model = self.model
         rotary = model.position_embedding_type == "rope"
-        mixed = query + 2 * group
+        whole = self.tp > model.num_query_groups
+        mixed = query * np.where(whole, self.tp, 1) + 2 * group * np.where(whole, model.num_query_groups, 1)
         normed = model.qk_layernorm
         if self.fused:
             # The fused kernels keep query, key and value alone; an inner norm keeps its input, the mixed projection.
             return query + group, group + (mixed + query if normed else 0), np.zeros_like(query)
-        tables = 4.0 * self.seq / self.cp * model.kv_channels * self.size if rotary else np.zeros_like(query)
-        inner = np.zeros_like(query)
+        tables = self._rotary_factors(model.kv_channels) if rotary else np.zeros_like(query)
+        copied = rotary or normed
+        # An inner norm keeps its input, a copy of the query's part; Torch's RMSNorm another one in fp32 instead.
+        inner, holds = np.zeros_like(query), normed and self._keeps_norm_input
         if normed:
-            copies = query * self.size + (0 if rotary else group * self.size)
+            copies = (query + (0 if rotary else group)) * self.size if holds else 0
             inner = copies + (self._norm(query + group, False) - (query + group) * self.size)
         # Recomputed attention gathers again: it keeps what comes in.
         gathered = (self.cp > 1) & ~self._recomputed("core_attn")
         # The values are a view of the mixed projection; gathered over cp they are their own, as the keys are.
-        keys = np.where(gathered, 2 * group * self.cp, group if rotary or normed else 0)
-        values = np.where(gathered & ~np.bool_(normed), 0, mixed)
-        return query + keys, values, tables + inner
+        keys = np.where(gathered, 2 * group * self.cp, group if copied else 0)
+        values = np.where(gathered & np.bool_(copied and not holds), 0, mixed)
+        return (query if copied else 0) + keys, values, tables + inner
+
+    def _rotary_factors(self, width: int) -> Floats:
+        """Sines and cosines of a rank's positions, which plain Torch makes for the query and again for the key."""
+        return 4.0 * self.seq / self.cp * width * self.size
 
     def _mask(self) -> Floats:
         """Torch keeps an explicit mask of a layer, [tokens of a rank, tokens], where causal alone does not say it."""
@@ -176,15 +203,19 @@ class Layers:
         query_rank, latent = tokens * (model.q_lora_rank or 0), tokens * model.kv_lora_rank
         down = query_rank + latent + tokens * model.qk_pos_emb_head_dim
         inner_norms = query_rank + latent if model.qk_layernorm else np.zeros_like(latent)
-        up = self._norm(inner_norms) + (2 * query + value) * self.size
-        scores = self._scores(share * heads)
+        up, core, again = self._latent_core(query, value, share * heads)
         kept, dropped = self._split(
-            [("layernorm", self._norm(self.hidden)), ("mla_up_proj", up), ("core_attn", scores)],
-            self.state + (down + value) * self.size,
+            [
+                ("layernorm", self._norm(self.hidden)),
+                ("mla_up_proj", self._norm(inner_norms) + up),
+                ("core_attn", core),
+            ],
+            self._norm_input() + (down + value) * self.size,
         )
         gradients = (2 * query + 2 * value) * self.size + self._fp32_query(query)
-        if not self.fused:  # the gradient of the probabilities, and of the scores, before query's and key's
-            gradients = np.maximum(gradients, 2 * share * heads * self.seq * self.size)
+        if not self.fused:  # the gradient of the probabilities, of the scores, and of the values
+            gradients = np.maximum(gradients, 4.0 * (2 * share * heads * self.seq + value * self.cp)) + again
+        gradients = np.maximum(gradients, self._norm_backward(kept + dropped))
         return Part(
             kept=kept,
             dropped=dropped,
@@ -192,11 +223,19 @@ class Layers:
             backward=self.state + np.maximum(gradients, self._weight_gradient(value)),
         )
 
-    def _scores(self, rows: Floats) -> Floats:
-        """Fused: a row's log-sum. Torch has no fused kernel for values narrower than keys: it keeps the scores."""
+    def _latent_core(self, query: Floats, value: Floats, rows: Floats) -> tuple[Floats, Floats, Floats]:
+        """Bytes that attention keeps of what the up-projections made, and of its own; and that come back beside it.
+
+        Torch has no fused kernel for values narrower than keys. Its plain one works in fp32 and keeps the scaled
+        query, the scaled and gathered keys, the gathered values and the probabilities.
+        """
+        made = (2 * query + value) * self.size
         if self.fused:
-            return rows * 4
-        return rows * self.seq * self.size + self._mask()
+            return made, rows * 4, np.zeros_like(query)
+        alone = np.where((self.cp == 1) & np.bool_(self.size == 4), value * 4, 0)  # the values as they came
+        up = np.where(self._recomputed("core_attn"), made, alone)
+        core = 4.0 * (query + (query + value) * self.cp + rows * self.seq) - alone
+        return up, core, np.where(self._recomputed("mla_up_proj"), made - up, 0)
 
     def dense_mlp(self) -> Part:
         """The sum behind attention, its norm, and the dense MLP."""
@@ -206,17 +245,14 @@ class Layers:
         norm = self._norm(self.hidden)
         # Transformer Engine's MLP has the norm inside; Torch's stands before it.
         parts = [("mlp", inner + norm)] if self.fused else [("mlp", inner), ("layernorm", norm)]
-        kept, dropped = self._split(parts, self.state)
+        kept, dropped = self._split(parts, self._norm_input())
         # Sequence parallelism gathers the incoming gradient before the row-parallel projection's products.
         gathered = np.where(self.sp, self.full_hidden * self.size, 0)
-        return Part(
-            kept=kept,
-            dropped=dropped,
-            forward=np.zeros_like(kept),
-            backward=self.state
-            + np.where(self._recomputed("mlp"), self.state, 0)
-            + np.maximum(backward, gathered + width * self.size),
+        backward = np.maximum(backward, gathered + width * self.size) + np.where(
+            self._recomputed("mlp"), self.state, 0
         )
+        backward = np.maximum(backward, self._norm_backward(kept + dropped))
+        return Part(kept=kept, dropped=dropped, forward=np.zeros_like(kept), backward=self.state + backward)
 
     def _mlp(self, width: Floats, matrix: Floats | float, weighted: bool = False) -> tuple[Floats, Floats]:
         """Bytes kept between the two projections, and of backward, for `width` elements a projection's output.
@@ -241,10 +277,13 @@ class Layers:
         model = self.model
         assert model.num_moe_experts and model.moe_ffn_hidden_size and model.moe_router_topk
         tokens = self.hidden / model.hidden_size
-        rows = tokens * model.moe_router_topk * self.imbalance
+        rows = tokens * model.moe_router_topk * self.load.kept
         dispatched = rows * self.etp * model.hidden_size
         width = rows * model.moe_ffn_hidden_size
-        inner, inner_backward = self._mlp(width, expert(model).sharded / self.etp / self._matrices(), True)
+        # Layers' loads add up in what they keep; passes go through one layer, the fullest at the worst.
+        worst = self.load.worst / self.load.kept
+        matrix = expert(model).sharded / self.etp / self._matrices()
+        inner, inner_backward = self._mlp(width, matrix, True)[0], self._mlp(width * worst, matrix, True)[1]
         shared, shared_backward = self._shared()
         local = model.num_moe_experts / self.ep
         activation = width * self.linear if self.fused else np.zeros_like(width)
@@ -253,15 +292,18 @@ class Layers:
         routed = dispatched * self.linear + inner - activation + router
         whole = self._recomputed("moe")
         kept, dropped = self._split(
-            [("layernorm", norm), ("moe_act", activation), ("shared_experts", shared)], self.state + routed
+            [("layernorm", norm), ("moe_act", activation), ("shared_experts", shared)],
+            self._norm_input() + routed,
         )
         everything = routed + activation + shared
         input_kept = np.where(self._recomputed("layernorm"), 0, norm)
-        kept = np.where(whole, self.state + input_kept, kept)
+        kept = np.where(whole, self._norm_input() + input_kept, kept)
         dropped = np.where(whole, everything + norm - input_kept, dropped)
-        forward = self._dispatch_forward(dispatched, local)
-        backward = np.maximum(2 * dispatched * self.size, dispatched * self.size + inner_backward)
+        arrived = dispatched * worst
+        forward = self._dispatch_forward(arrived, local)
+        backward = np.maximum(2 * arrived * self.size, arrived * self.size + inner_backward)
         backward = np.maximum(backward, shared_backward)
+        backward = np.maximum(backward, self._norm_backward(kept + dropped))
         again = np.where(whole, forward, 0)
         return Part(
             kept=kept, dropped=dropped, forward=forward, backward=self.state + np.maximum(backward, again)
@@ -285,24 +327,36 @@ class Layers:
         sorts, sends = (local > 1).astype(np.float64), (self.ep > 1).astype(np.float64)
         copies = 1 + 2 * sorts + sends * (2 - sorts)
         alltoall = copies * dispatched * self.size
-        # The all-gather dispatcher holds every token of the expert grid twice instead: gathered, and before its sum.
-        gathered = 2 * self.state * self.ep * self.etp + dispatched * self.size
+        # The all-gather dispatcher puts back every token of the expert grid instead, and sums them up in fp32.
+        everything = self.expert_grid()
+        copy = 4 / self.size if self.size < 4 else 0.0
+        in_fp32 = np.where(self.ep * self.etp > 1, copy * (everything + self.state), 0)
+        gathered = everything + np.maximum(dispatched * self.size, in_fp32)
         shared = self.state if self.model.moe_shared_expert_intermediate_size is not None else 0
-        by_gather = self.columns.among("moe_token_dispatcher_type", "allgather")
-        return np.where(by_gather, gathered, alltoall) + shared
+        return np.where(self._gathers_experts(), gathered, alltoall) + shared
+
+    def _gathers_experts(self) -> Bools:
+        return self.columns.among("moe_token_dispatcher_type", "allgather")
+
+    def expert_grid(self) -> Floats:
+        """Bytes of the hidden states of all tokens of an expert grid."""
+        return self.state * self.ep * self.etp
 
     def head(self, vocabulary: Floats) -> Head:
         """The loss of one micro-batch over `vocabulary` logits a rank and token, and multi-token prediction's."""
         logits = self.tokens * vocabulary
         losses = 1 + (self.model.mtp_num_layers or 0)
-        # Transformer Engine's loss turns bf16 logits into their gradient in place; Megatron's own works in fp32.
-        softmax = 0.0 if self.fused or self.size == 4 else 4.0
-        norm = self.state + self._norm(self.hidden, False)
-        kept = losses * (norm + logits * (self.size + softmax))
+        norm = self._norm(self.hidden, False) + (self.state if self._keeps_norm_input else 0)
         gradient = self.full_hidden * self.size + np.where(self.sp, self.state, 0)
+        # Transformer Engine's loss turns bf16 logits into their gradient in place; Megatron's own works in fp32, on a
+        # copy beside the bf16 logits and beside their gradient.
+        softmax, copy = (self.size, 0.0) if self.fused or self.size == 4 else (4.0, self.size)
         if not self.fused:
-            gradient = gradient + vocabulary * self.model.hidden_size * self.size
-        return Head(kept=kept, norm=norm, backward=gradient)
+            weight_gradient = vocabulary * self.model.hidden_size * self.size
+            projection = gradient + weight_gradient - logits * (softmax - self.size)
+            # The logits of multi-token prediction are still there beside the model's own.
+            gradient = np.maximum(projection, logits * copy * min(losses, 2))
+        return Head(kept=losses * (norm + logits * softmax), norm=norm, backward=gradient)
 
     def pipeline_tensors(
         self, row: NDArray[np.int64], behind: Bools, forwards_left: NDArray[np.int64]
@@ -324,11 +378,14 @@ class Layers:
         layer, loss = (np.where(vpp > 1, states, behind) for states in (layer, loss))
         return self.state[row] * layer, self.state[row] * loss
 
-    def optimizer_step(self, vocabulary: Floats) -> Floats:
-        """Torch's Adam makes a root and a denominator of the weight that it updates; fused Adam makes nothing."""
+    def optimizer_step(self, vocabulary: Floats, weights: Floats) -> Floats:
+        """Torch's Adam makes a root and a denominator of the weight that it updates; fused Adam makes nothing.
+
+        The largest is the embedding's, or of the `weights` that this rank updates what is in one piece.
+        """
         if self.fused:
-            return np.zeros_like(vocabulary)
-        return 2 * 4.0 * vocabulary * self.model.hidden_size
+            return np.zeros_like(weights)
+        return 2 * 4.0 * np.minimum(vocabulary * self.model.hidden_size, weights)
 
     def mtp_extra(self) -> Floats:
         """Kept by one multi-token-prediction layer around its layer.
@@ -337,7 +394,7 @@ class Layers:
         copy of the final norm's output (multi_token_prediction.py, _concat_embeddings and forward).
         """
         inner = self._norm(self.hidden, False) - self.hidden * self.size
-        return 4 * self.state + 2 * inner
+        return (4 if self._keeps_norm_input else 3) * self.state + 2 * inner
 
     def buffers(
         self, dense: Floats, moe: Floats, last: Bools, vocabulary: Floats, row: NDArray[np.int64]
@@ -347,10 +404,13 @@ class Layers:
         Transformer Engine keeps, for the gradient hooks, one empty gradient of every shape of weight that it
         fuses the accumulation of (module/base.py, get_dummy_wgrad), and workspaces for cuBLAS: one, and one for
         each of the four streams of a grouped product (cpp_extensions/gemm.py); Torch has its own. Sequence
-        parallelism gathers the input of the output layer into a buffer (tensor_parallel/layers.py).
+        parallelism gathers the input of the output layer into a buffer (tensor_parallel/layers.py), the same that the
+        all-gather dispatcher uses (moe/token_dispatcher.py).
         """
         gathers = self.sp[row] & (last if self.fused else np.ones_like(last))
         total = np.where(gathers, self.full_hidden[row] * self.size, 0)
+        gathers = (self._gathers_experts() & (self.ep * self.etp > 1))[row] & (moe > 0)
+        total = np.maximum(total, np.where(gathers, self.expert_grid()[row], 0))
         total += self._rotary_tables() * self.columns["vpp"][row]
         if not self.fused:
             return total

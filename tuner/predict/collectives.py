@@ -18,8 +18,8 @@ Floats: TypeAlias = NDArray[np.float64]
 
 NVLINK_EFFICIENCY: Final = 0.7
 """Share of NVLink's rate that a layer's messages reach; the largest get 0.75 to 0.8 on A100s (nccl-tests)."""
-FABRIC_EFFICIENCY: Final = 0.5
-"""The same of the network between, where jobs and rings share its links."""
+FABRIC_EFFICIENCY: Final = 0.8
+"""The same of the network between: the largest get 0.9 of InfiniBand, and jobs share its upper links."""
 MS_PER_US: Final = 1e-3
 MS_PER_BYTE_AT_GB_PER_S: Final = 1e-6
 
@@ -29,6 +29,8 @@ class Group:
     """The ranks of one communicator, one value a layout."""
 
     size: Ints
+    stride: Ints
+    """How far apart its neighbours are."""
     inner: Ints
     """Of them, those in one NVLink domain."""
 
@@ -41,31 +43,13 @@ class Group:
 def group(size: Ints, stride: Ints, cluster: Cluster) -> Group:
     """The group of `size` ranks, `stride` apart: Megatron numbers ranks tp first, then cp, ep, dp, and pp last."""
     inner = np.clip(np.minimum(cluster.nvlink_domain_gpus, cluster.world_size) // stride, 1, size)
-    return Group(size, inner)
-
-
-def _bus_gb_per_s(ranks: Group, cluster: Cluster) -> Floats:
-    """Each rank's rate in a ring: where it leaves the NVLink domain, its members there share all their NICs."""
-    nvlink = NVLINK_EFFICIENCY * cluster.nvlink_bandwidth_gb_per_s
-    fabric = FABRIC_EFFICIENCY * cluster.fabric_bandwidth_gb_per_s
-    return np.where(ranks.inner == ranks.size, nvlink, np.minimum(nvlink, ranks.inner * fabric))
-
-
-def _hops_ms(ranks: Group, cluster: Cluster) -> Floats:
-    """A ring in the NVLink domain, a tree between domains."""
-    hops_us = (ranks.inner - 1) * cluster.nvlink_latency_us + np.log2(ranks.outer) * cluster.fabric_latency_us
-    return hops_us * MS_PER_US
+    return Group(size, stride, inner)
 
 
 def gather_ms(whole_bytes: Floats, ranks: Group, cluster: Cluster) -> Floats:
     """An all-gather to, or a reduce-scatter from, `whole_bytes` on every rank."""
     moved = whole_bytes * (ranks.size - 1) / ranks.size
     return moved / _bus_gb_per_s(ranks, cluster) * MS_PER_BYTE_AT_GB_PER_S + _hops_ms(ranks, cluster)
-
-
-def reduce_ms(whole_bytes: Floats, ranks: Group, cluster: Cluster) -> Floats:
-    """An all-reduce of `whole_bytes`: a reduce-scatter and an all-gather."""
-    return 2 * gather_ms(whole_bytes, ranks, cluster)
 
 
 def exchange_ms(inside_bytes: Floats, across_bytes: Floats, ranks: Group, cluster: Cluster) -> Floats:
@@ -81,9 +65,23 @@ def exchange_ms(inside_bytes: Floats, across_bytes: Floats, ranks: Group, cluste
     return rate_ms + latency_us * MS_PER_US
 
 
-def send_ms(sent_bytes: Floats, crosses: NDArray[np.bool_], cluster: Cluster) -> Floats:
-    """One message to a neighbour, over the fabric where it `crosses` NVLink domains."""
+def send_ms(sent_bytes: Floats, ranks: Group, cluster: Cluster) -> Floats:
+    """A message of every rank to its neighbour, over the fabric where the group leaves its NVLink domain."""
+    crosses = ranks.outer > 1
     nvlink = NVLINK_EFFICIENCY * cluster.nvlink_bandwidth_gb_per_s
     rate = np.where(crosses, FABRIC_EFFICIENCY * cluster.fabric_bandwidth_gb_per_s, nvlink)
     latency_us = np.where(crosses, cluster.fabric_latency_us, cluster.nvlink_latency_us)
     return sent_bytes / rate * MS_PER_BYTE_AT_GB_PER_S + latency_us * MS_PER_US
+
+
+def _bus_gb_per_s(ranks: Group, cluster: Cluster) -> Floats:
+    """Each rank's rate in a ring: where it leaves the NVLink domain, its members there share all their NICs."""
+    nvlink = NVLINK_EFFICIENCY * cluster.nvlink_bandwidth_gb_per_s
+    fabric = FABRIC_EFFICIENCY * cluster.fabric_bandwidth_gb_per_s
+    return np.where(ranks.inner == ranks.size, nvlink, np.minimum(nvlink, ranks.inner * fabric))
+
+
+def _hops_ms(ranks: Group, cluster: Cluster) -> Floats:
+    """A ring in the NVLink domain, a tree between domains."""
+    hops_us = (ranks.inner - 1) * cluster.nvlink_latency_us + np.log2(ranks.outer) * cluster.fabric_latency_us
+    return hops_us * MS_PER_US

@@ -1,34 +1,24 @@
-"""How long the GPU works on one layer and one micro-batch, for many layouts at once. Milliseconds throughout.
-
-A matrix product costs its FLOPs at the rate that large products reach, and its bytes at the memory's: added,
-since a kernel's prologue and epilogue do not hide in its main loop, so that thin shapes are slow by themselves.
-"""
+"""How long the GPU works on one layer and one micro-batch, for many layouts at once. Milliseconds throughout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tuner.cluster import Cluster
-from tuner.errors import InputError
 from tuner.flops import core_attention_macs
 from tuner.predict import Implementation
-from tuner.predict.collectives import Floats, Group, exchange_ms, gather_ms, group, reduce_ms, send_ms
+from tuner.predict.collectives import FABRIC_EFFICIENCY, NVLINK_EFFICIENCY, Floats, Group, group
+from tuner.predict.rates import FLEX_EFFICIENCY, Rates
+from tuner.predict.routing import load_of_busiest
 from tuner.predict.stages import Kind
-from tuner.rules.base import Columns
-from tuner.workload import Precision, Workload
+from tuner.rules.base import Columns, Ints, Texts
+from tuner.workload import Workload
 
-GEMM_EFFICIENCY: Final = 0.75
-"""Share of the dense peak that a large matrix product reaches: cuBLAS on A100 to B200 gives 0.7 to 0.8."""
-ATTENTION_EFFICIENCY: Final = 0.5
-"""The same of fused attention: FlashAttention-2 gives 0.5 to 0.6 on A100, -3 up to 0.75 on H100."""
-MEMORY_EFFICIENCY: Final = 0.8
-"""Share of the memory's rate that element-wise kernels reach: copies give 0.8 to 0.9."""
-TILE_ROWS: Final = 128
-"""Rows of an output tile of cuBLAS: the last tile of each expert is half empty on average."""
-KERNEL_MS: Final = 3e-3
-"""Ramp and tail of one kernel, in which the GPU is not full."""
+ATTENTION_EFFICIENCY: Final = 2 / 3
+"""Fused attention's rate over that of large products: of the peak, FlashAttention-2 gives 0.5 to 0.6 on A100 and -3
+up to 0.75 on H100."""
 LAYER_KERNELS: Final = 25
 """Kernels of a dense layer's forward pass; a layer of experts has twice as many."""
 NORM_PASSES: Final = 4
@@ -37,10 +27,16 @@ RESIDUAL_PASSES: Final = 6
 """Those of its two bias-dropout-adds: state and residual in, sum out."""
 PERMUTE_PASSES: Final = 8
 """Those of a dispatched token: permute, sort by expert, and both back."""
+BIAS_PASSES: Final = (14, 18)
+"""Those of a dispatched token for the bias of its experts, forward and backward: multiply, add, concatenate, round."""
 SCORE_PASSES: Final = 5
 """Those of the score matrix in unfused attention: product, softmax, dropout, product; less what caches hold."""
+RING_KERNELS: Final = 8
+"""Kernels of one step of ring attention beside those that move its data."""
 LOSS_BYTES: Final[Mapping[Implementation, float]] = {"transformer_engine": 24.0, "torch": 60.0}
 """Bytes moved for one logit by the cross entropy, forward and backward: fused, and one operation at a time."""
+LOSS_REDUCTIONS: Final[Mapping[Implementation, int]] = {"transformer_engine": 1, "torch": 3}
+"""Collectives of the cross entropy over the parts of the vocabulary."""
 USERBUFFERS_HIDE: Final = 0.7
 """Share of a tensor-parallel collective that Transformer Engine's overlap hides beside its product."""
 BESIDE_PRODUCTS: Final = 0.5
@@ -48,11 +44,10 @@ BESIDE_PRODUCTS: Final = 0.5
 EXPERT_OVERLAP: Final = 0.8
 """Share of a layer's products beside which the tokens of another micro-batch can travel."""
 
-OPERAND_BYTES: Final[Mapping[Precision, float]] = {
-    **{"fp32": 4.0, "bf16": 2.0, "fp16": 2.0},
-    **{"fp8": 1.0, "mxfp8": 1.0, "nvfp4": 0.5},
-}
-"""Of one element that a matrix product reads."""
+RING_PASSES: Final = (5, 6)
+"""Reads and writes of the queries' width a step of ring attention adds, forward and backward: a step's output, in
+16 bits, to the sum, in 32; backward the queries' gradient to its sum, the keys' and values' too (Transformer
+Engine: context_parallel.py, AttnFuncWithCPAndKVP2P)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +68,11 @@ class Pass:
         """Every part of it, `factor` times."""
         return Pass(*(getattr(self, f.name) * factor for f in fields(self)))
 
+    def at(self, rows: NDArray[np.intp]) -> "Pass":
+        """Every part of it at some rows."""
+        parts = (getattr(self, f.name) for f in fields(self))
+        return Pass(*(part[rows] if isinstance(part, np.ndarray) else part for part in parts))
+
     @property
     def total(self) -> Floats | float:
         """All parts together."""
@@ -91,46 +91,73 @@ class Module:
         return Module(self.forward + other.forward, self.backward + other.backward)
 
 
+SHAPING: Final = (
+    *(
+        "tp",
+        "pp",
+        "cp",
+        "ep",
+        "etp",
+        "sp",
+        "micro_batch_size",
+        "tp_comm_overlap",
+        "moe_token_dispatcher_type",
+    ),
+    *("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm"),
+)
+"""The knobs that what a layer takes depends on."""
+
+
+def _distinct(c: Columns) -> tuple[Columns, NDArray[np.intp]]:
+    """The layouts that differ in these knobs, and which of them each row is: they are few, and a layer costs a lot."""
+    columns = {knob: c.column(knob) for knob in SHAPING}
+    codes = [np.asarray(v.codes if isinstance(v, Texts) else v, dtype=np.int64) for v in columns.values()]
+    key = np.ravel_multi_index(codes, [int(code.max()) + 1 for code in codes])
+    _, rows, kind_of = np.unique(key, return_index=True, return_inverse=True)
+    few = {
+        knob: Texts(column.codes[rows], column.categories) if isinstance(column, Texts) else column[rows]
+        for knob, column in columns.items()
+    }
+    return Columns(few), kind_of
+
+
 class Layers:
-    """The parts of a workload's model under every layout of some columns.
+    """The parts of a workload's model under every layout of some columns."""
 
-    Raises:
-        InputError: if the cluster states no peak for the workload's precision.
-    """
-
-    def __init__(
-        self, workload: Workload, cluster: Cluster, c: Columns, implementation: Implementation
-    ) -> None:
-        self._model, self._workload, self._cluster, self._c = workload.model, workload, cluster, c
+    def __init__(self, workload: Workload, rates: Rates, c: Columns, implementation: Implementation) -> None:
+        self._model, self._workload, self._rates = workload.model, workload, rates
+        self._layouts = c
+        c, self._kind_of = _distinct(c)
+        self._c = c
         self._implementation: Implementation = implementation
-        peak = cluster.gpu.peak_tflops.get(workload.precision)
-        if peak is None:
-            raise InputError(
-                f"cluster '{cluster.name}': key 'gpu.peak_tflops' states none for {workload.precision}; "
-                f"add it, or choose a precision of {', '.join(cluster.gpu.peak_tflops)}"
-            )
-        self._flops_per_ms = peak * 1e9
-        self.bytes_per_ms = MEMORY_EFFICIENCY * cluster.gpu.memory_bandwidth_gb_per_s * 1e6
-        self._operand_bytes = OPERAND_BYTES[workload.precision]
-        self.hidden_size = workload.model.hidden_size
-        self.state_bytes = 4.0 if workload.precision == "fp32" else 2.0
-        """Of one element of an activation."""
-        # Megatron adds up bf16 and fp8 gradients in fp32 (arguments.py, accumulate_allreduce_grads_in_fp32).
-        self.gradient_bytes = 2.0 if workload.precision == "fp16" else 4.0
+        self.state_bytes = rates.state_bytes
         self._tp, self._cp, self._ep, self._etp = (c[name] for name in ("tp", "cp", "ep", "etp"))
         self.tokens = c["micro_batch_size"] * workload.seq_length / self._cp
         """Tokens of a micro-batch on one context rank."""
         self._spread = np.where(c.on("sp"), self._tp, 1)
-        self._tp_group = group(self._tp, np.ones_like(self._tp), cluster)
+        self._tp_group = self._group(self._tp)
+        self._hides = float(rates.host_runs_ahead)
+        """1 where communication can run beside computation."""
+
+    def _group(self, size: Ints, stride: Ints | None = None) -> Group:
+        return group(size, np.ones_like(size) if stride is None else stride, self._rates.cluster)
 
     def modules(self, kind: Kind) -> dict[str, Module]:
         """One layer's modules, by the names that selective recompute gives them, and the rest of it."""
+        return {name: self._of_layouts(module) for name, module in self._modules(kind).items()}
+
+    def _of_layouts(self, module: Module) -> Module:
+        """What was found for distinct layouts, for every layout."""
+        return Module(module.forward.at(self._kind_of), module.backward.at(self._kind_of))
+
+    def _modules(self, kind: Kind) -> dict[str, Module]:
+        """The same of the distinct layouts."""
         hidden = self._model.hidden_size
         rows = self.tokens / self._spread * hidden
-        kernels = KERNEL_MS * LAYER_KERNELS * (2 if kind.moe else 1)
+        kernels = self._rates.kernel_ms * LAYER_KERNELS * (2 if kind.moe else 1)
         parts = {
-            "layernorm": self._elementwise(NORM_PASSES * rows),
-            "residual": self._elementwise(RESIDUAL_PASSES * rows, kernels),
+            "layernorm": self._elementwise(NORM_PASSES, rows),
+            "residual": self._elementwise(RESIDUAL_PASSES, rows, kernels),
             "core_attn": self._core_attention(kind),
         }
         if self._model.multi_latent_attention:
@@ -155,7 +182,7 @@ class Layers:
 
         Selected modules, or everything in `share` of the layers.
         """
-        c = self._c
+        c = self._layouts
         full = c.among("recompute_granularity", "full") * share
         selective = c.among("recompute_granularity", "selective")
         again = Pass()
@@ -174,55 +201,68 @@ class Layers:
     def head(self) -> Module:
         """The output layer and the cross entropy of one micro-batch."""
         width = self._model.padded_vocab_size(1) / self._tp
-        loss = self.tokens * width * LOSS_BYTES[self._implementation] / 2 / self.bytes_per_ms
+        loss_bytes = LOSS_BYTES[self._implementation] / 2
+        loss_ms = self._rates.moved_ms(self.tokens * width * loss_bytes, loss_bytes / self.state_bytes)
+        # Each rank has a part of the vocabulary: the largest logit, the right one and the sum of all are reduced.
+        reductions = LOSS_REDUCTIONS[self._implementation]
+        reduced_ms = reductions * self._rates.reduce_ms(self.tokens * 4.0, self._tp_group)
+        reduced_ms = np.where(self._tp > 1, reduced_ms, 0.0)
+        loss = Module(Pass(elementwise_ms=loss_ms, tp_ms=reduced_ms), Pass(elementwise_ms=loss_ms))
         product = self._gemm(self.tokens, width, self._model.hidden_size)
-        return product + Module(Pass(elementwise_ms=loss), Pass(elementwise_ms=loss))
+        return self._of_layouts(product + loss + self._column_parallel())
 
     def embedding(self) -> Module:
         """The look-up of one micro-batch: tokens in, state out, and gradients scattered back."""
-        return self._elementwise(RESIDUAL_PASSES * self.tokens * self._model.hidden_size)
+        looked_up = self._elementwise(RESIDUAL_PASSES, self.tokens * self._model.hidden_size)
+        whole_ms, half_ms = self._across_tp()
+        sp = self._c.on("sp")
+        forward, backward = np.where(sp, half_ms, whole_ms), np.where(sp, half_ms, 0.0)
+        return self._of_layouts(looked_up + Module(Pass(tp_ms=forward), Pass(tp_ms=backward)))
+
+    def _across_tp(self) -> tuple[Floats, Floats]:
+        """An all-reduce of a micro-batch's state, and what under SP is half of it; nothing on a lone rank."""
+        rates, ranks = self._rates, self._tp_group
+        whole = self.tokens * self._model.hidden_size * self.state_bytes
+        halves = rates.gather_ms(whole, ranks) + rates.gather_ms(whole, ranks, "reduce_scatter")
+        several = self._tp > 1
+        return np.where(several, rates.reduce_ms(whole, ranks), 0.0), np.where(several, halves / 2, 0.0)
+
+    def _column_parallel(self) -> Module:
+        """What a column-parallel product alone sends: backward a reduction, under SP the state, twice, as well."""
+        whole_ms, half_ms = self._across_tp()
+        sp = self._c.on("sp")
+        return Module(Pass(tp_ms=np.where(sp, half_ms, 0.0)), Pass(tp_ms=np.where(sp, 2 * half_ms, whole_ms)))
 
     # --- kinds of work
 
     def _gemm(
         self, rows: Floats, out: Floats | float, into: Floats | float, matrices: Floats | float = 1.0
     ) -> Module:
-        """rows x into @ into x out, over `matrices` weights that share the rows; backward does two such."""
-        padded = rows + np.where(np.asarray(matrices) > 1, matrices * (TILE_ROWS / 2), 0.0)
-        flops_ms = 2 * padded * out * into / (GEMM_EFFICIENCY * self._flops_per_ms)
-        weights = matrices * out * into
-        narrow = self._operand_bytes < self.state_bytes
-        # A narrow operand is first read wide, and written narrow twice: as it is and transposed.
-        cast = (self.state_bytes + 2 * self._operand_bytes) if narrow else 0.0
-        read, written = self._operand_bytes, self.state_bytes
-        forward = (read + cast) * rows * into + read * weights + written * rows * out
-        data_gradient = (read + cast) * rows * out + read * weights + written * rows * into
-        weight_gradient = read * rows * (into + out) + 2 * self.gradient_bytes * weights
-        backward = data_gradient + weight_gradient
-        return Module(
-            Pass(gemm_ms=flops_ms + forward / self.bytes_per_ms),
-            Pass(gemm_ms=2 * flops_ms + backward / self.bytes_per_ms),
-        )
+        """A product and the two of its backward pass, as `Rates.product_ms`."""
+        forward, backward = self._rates.product_ms(rows, out, into, matrices)
+        return Module(Pass(gemm_ms=forward), Pass(gemm_ms=backward))
 
-    def _elementwise(self, elements: Floats, fixed_ms: float = 0.0) -> Module:
-        """Elements read or written forward; backward moves as many again for the gradient, and the inputs."""
-        moved_ms = elements * self.state_bytes / self.bytes_per_ms
+    def _elementwise(self, passes: float, elements: Floats, fixed_ms: float = 0.0) -> Module:
+        """Elements read or written so often forward; backward as many again for the gradient, and the inputs."""
+        moved_ms = self._rates.moved_ms(passes * elements * self.state_bytes, passes / 2)
         return Module(
             Pass(elementwise_ms=moved_ms + fixed_ms), Pass(elementwise_ms=1.5 * moved_ms + 2 * fixed_ms)
         )
 
     def _between_tp(self, module: Module) -> Module:
         """A column-parallel and a row-parallel product: an all-reduce each way, or its halves under SP."""
-        whole = self.tokens * self._model.hidden_size * self.state_bytes
-        one_ms = np.where(self._tp > 1, reduce_ms(whole, self._tp_group, self._cluster), 0.0)
+        whole_ms, half_ms = self._across_tp()
+        one_ms = np.where(self._c.on("sp"), 2 * half_ms, whole_ms)
         overlap = self._c.on("tp_comm_overlap")
         forward = np.where(
             overlap, one_ms - np.minimum(USERBUFFERS_HIDE * one_ms, module.forward.gemm_ms), one_ms
         )
-        # Backward, the column-parallel half runs beside the weight gradients (tensor_parallel/layers.py).
-        plain = BESIDE_PRODUCTS * np.where(self._c.on("sp"), 0.5, 1.0)
-        besides = np.where(overlap, USERBUFFERS_HIDE, plain) * one_ms
-        backward = one_ms - np.minimum(besides, module.backward.gemm_ms / 2)
+        # Backward, the column-parallel half runs beside the weight gradients (tensor_parallel/layers.py); under SP
+        # its input is gathered again, beside the data gradient.
+        again = np.where(self._c.on("sp"), half_ms, 0.0)
+        plain = BESIDE_PRODUCTS * np.where(self._c.on("sp"), half_ms + again, one_ms)
+        besides = np.where(overlap, USERBUFFERS_HIDE * (one_ms + again), plain)
+        backward = one_ms + again - self._hides * np.minimum(besides, module.backward.gemm_ms / 2)
         return module + Module(Pass(tp_ms=forward), Pass(tp_ms=backward))
 
     # --- the modules of a layer
@@ -232,42 +272,58 @@ class Layers:
         heads = model.num_attention_heads / self._tp
         macs = core_attention_macs(model, seq_length, kind.sliding) * self.tokens / self._tp
         if self._implementation == "transformer_engine":
-            forward = 2 * macs / (ATTENTION_EFFICIENCY * self._flops_per_ms_of_attention)
+            forward = self._rates.attention_ms(2 * macs, ATTENTION_EFFICIENCY)
             backward = 2.5 * forward
         else:
             # The whole square, masked or not.
             square = 4 * core_attention_macs(model, seq_length, False) * self.tokens / self._tp
             scores = SCORE_PASSES * heads * self.tokens * seq_length * self.state_bytes
-            forward = square / (GEMM_EFFICIENCY * self._flops_per_ms) + scores / self.bytes_per_ms
+            forward = self._rates.attention_ms(square, 1.0) + self._rates.moved_ms(scores, SCORE_PASSES / 2)
             backward = 2 * forward
+        over_ranks = self._ring_ms if self._implementation == "transformer_engine" else self._gathered_ms
+        travel, back = over_ranks(forward, backward)
         return Module(
-            Pass(attention_ms=forward, cp_ms=self._ring_ms(forward, 1)),
-            Pass(attention_ms=backward, cp_ms=self._ring_ms(backward, 2)),
+            Pass(attention_ms=forward, cp_ms=np.where(self._cp > 1, travel, 0.0)),
+            Pass(attention_ms=backward, cp_ms=np.where(self._cp > 1, back, 0.0)),
         )
 
     @property
-    def _flops_per_ms_of_attention(self) -> float:
-        """Attention computes in 16 bits under the narrow formats."""
-        peaks = self._cluster.gpu.peak_tflops
-        return (
-            peaks.get("bf16", self._flops_per_ms / 1e9) * 1e9 if self.state_bytes == 2 else self._flops_per_ms
+    def _key_value_width(self) -> float:
+        """Of keys and values together."""
+        model = self._model
+        if not model.multi_latent_attention:
+            return 2 * model.num_query_groups * model.kv_channels
+        widths = (model.qk_head_dim, model.qk_pos_emb_head_dim, model.v_head_dim)
+        return model.num_attention_heads * sum(width or 0 for width in widths)
+
+    @property
+    def _query_width(self) -> int:
+        model = self._model
+        return model.num_attention_heads * (
+            (model.v_head_dim or 0) if model.multi_latent_attention else model.kv_channels
         )
 
-    def _ring_ms(self, beside_ms: Floats, trips: int) -> Floats:
-        """Keys and values around the context ranks (their gradients too, backward), beside the attention."""
-        model = self._model
-        if model.multi_latent_attention:
-            width = model.num_attention_heads * (
-                (model.qk_head_dim or 0) + (model.qk_pos_emb_head_dim or 0) + (model.v_head_dim or 0)
-            )
-        else:
-            width = 2 * model.num_query_groups * model.kv_channels
-        ring = group(self._cp, self._tp, self._cluster)
-        sent = trips * self.tokens * width / self._tp * self.state_bytes
-        steps = self._cp - 1
-        travel = steps * send_ms(sent, ring.outer > 1, self._cluster)
-        exposed: Floats = np.maximum(travel - beside_ms, 0.0) + trips * steps * KERNEL_MS
-        return exposed
+    def _ring_ms(self, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
+        """Keys and values around the context ranks, and backward their gradients, beside the attention."""
+        steps, rates = self._cp - 1, self._rates
+        sent = self.tokens * self._key_value_width / self._tp * self.state_bytes
+        passed = self.tokens * self._query_width / self._tp * self.state_bytes
+        ring = self._group(self._cp, self._tp)
+        exposed = []
+        for trips, beside, passes in ((1, forward, RING_PASSES[0]), (2, backward, RING_PASSES[1])):
+            travel = steps * rates.send_ms(trips * sent, ring)
+            summed = self._cp * (rates.moved_ms(passes * passed) + RING_KERNELS * rates.kernel_ms)
+            exposed.append(np.maximum(travel - beside * steps / self._cp, 0.0) + summed)
+        return exposed[0], exposed[1]
+
+    def _gathered_ms(self, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
+        """Keys and values gathered from the context ranks, one after the other, and their gradients scattered."""
+        whole = self.tokens * self._cp * self._key_value_width / 2 / self._tp * self.state_bytes
+        ranks = self._group(self._cp, self._tp)
+        return (
+            2 * self._rates.gather_ms(whole, ranks),
+            2 * self._rates.gather_ms(whole, ranks, "reduce_scatter"),
+        )
 
     def _latent_projections(self) -> dict[str, Module]:
         model = self._model
@@ -290,56 +346,93 @@ class Layers:
         return self._gemm(rows, inner, hidden, matrices) + self._gemm(rows, hidden, width, matrices)
 
     def _activation(self, rows: Floats, width: Floats | float) -> Module:
-        return self._elementwise((3 if self._model.gated_linear_unit else 2) * rows * width)
+        return self._elementwise(3 if self._model.gated_linear_unit else 2, rows * width)
 
     def _experts(self) -> dict[str, Module]:
         model = self._model
         width = (model.moe_ffn_hidden_size or 0) / self._etp
         tokens = self.tokens / self._spread
-        routed = tokens * (model.moe_router_topk or 0)
+        busiest = self._busiest()
+        routed = tokens * (model.moe_router_topk or 0) * busiest
         rows = routed * self._etp
         products = self._mlp_products(rows, width, (model.num_moe_experts or 0) / self._ep)
-        router = self._gemm(tokens, float(model.num_moe_experts or 0), model.hidden_size)
-        permute = self._elementwise(PERMUTE_PASSES * routed * model.hidden_size)
+        router = self._router(tokens)
+        permute = self._elementwise(PERMUTE_PASSES, routed * model.hidden_size)
         shared_width = model.moe_shared_expert_intermediate_size
         found = {"moe_act": self._activation(rows, width)}
+        if model.add_bias_linear:
+            products = products + self._weighed_bias(routed)
         beside: Floats | float = 0.0
         if shared_width:
             shared = self._between_tp(self._mlp(self.tokens, shared_width / self._tp))
             beside = np.where(self._c.on("moe_shared_expert_overlap"), shared.forward.gemm_ms, 0.0)
             found["shared_experts"] = shared
         across = self._c.on("overlap_moe_expert_parallel_comm")
-        travel = self._dispatch_ms(tokens)
+        travel = self._dispatch_ms(tokens * busiest)
         products = router + products + permute
 
-        def exposed(compute: Floats | float, hidden: Floats | float) -> Floats:
-            beside_ms = np.where(across, EXPERT_OVERLAP * compute, hidden)
-            return np.maximum(travel - beside_ms, 0.0)
+        def exposed(compute: Floats | float, hidden: Floats | float, notices: Floats) -> Floats:
+            beside_ms = self._hides * np.where(across, EXPERT_OVERLAP * compute, hidden)
+            return np.maximum(travel + notices - beside_ms, 0.0)
 
-        forward = exposed(products.forward.gemm_ms, beside)
-        backward = exposed(products.backward.gemm_ms, 2 * beside)
+        counts, weights = self._notices_ms()
+        forward = exposed(products.forward.gemm_ms, beside, counts + weights)
+        backward = exposed(products.backward.gemm_ms, 2 * beside, weights)
         found["moe"] = products + Module(Pass(ep_ms=forward), Pass(ep_ms=backward))
         return found
 
+    def _busiest(self) -> Floats:
+        """Tokens of the rank that a layer's others wait for, over the mean; on shared cores the others work on."""
+        load = load_of_busiest(self._c, self._workload)
+        layers = np.maximum(sum(self._model.moe_layer_pattern()) / self._c["pp"], 1)
+        one: Floats = np.minimum(1 + (load.kept - 1) * np.sqrt(layers), load.worst)
+        return one if self._rates.crowding == 1 else np.ones_like(one)
+
+    def _router(self, tokens: Floats) -> Module:
+        """Scores of every expert in fp32, in which the state is first written."""
+        flops = 2 * tokens * self._model.hidden_size * (self._model.num_moe_experts or 0)
+        once_ms, cast = self._rates.fp32_ms(flops), self._elementwise(3, tokens * self._model.hidden_size)
+        return cast + Module(Pass(gemm_ms=once_ms), Pass(gemm_ms=2 * once_ms))
+
+    def _weighed_bias(self, routed: Floats) -> Module:
+        """The bias behind the experts, times the tokens' weights and so in fp32 (experts.py, _apply_bias)."""
+        moved = routed * self._model.hidden_size * self.state_bytes
+        forward, backward = (self._rates.moved_ms(passes * moved) for passes in BIAS_PASSES)
+        return Module(Pass(elementwise_ms=forward), Pass(elementwise_ms=backward))
+
+    def _notices_ms(self) -> tuple[Floats, Floats]:
+        """What alltoall sends beside the tokens, next to nothing each: how many go where, and their weights."""
+        experts, nothing = self._group(self._ep, self._etp), np.zeros(self._ep.shape)
+        needed = (self._ep > 1) & self._c.among("moe_token_dispatcher_type", "alltoall")
+        counts = self._rates.gather_ms(nothing, self._group(self._ep * self._etp))
+        weights = self._rates.exchange_ms(nothing, nothing, experts)
+        return np.where(needed, counts, 0.0), np.where(needed, weights, 0.0)
+
     def _dispatch_ms(self, tokens: Floats) -> Floats:
         """Tokens to their experts and back, once."""
-        model, cluster, c = self._model, self._cluster, self._c
+        model, c, rates = self._model, self._c, self._rates
         topk, hidden_bytes = model.moe_router_topk or 0, model.hidden_size * self.state_bytes
-        experts = group(self._ep, self._etp, cluster)
-        both = group(self._ep * self._etp, np.ones_like(self._ep), cluster)
-        gathered = gather_ms(tokens * hidden_bytes * both.size, both, cluster)
-        tensor = group(self._etp, np.ones_like(self._etp), cluster)
-        spread = gather_ms(tokens * topk * hidden_bytes * self._etp, tensor, cluster)
-        exchanged = self._exchange_ms(tokens * hidden_bytes, experts, topk)
-        exchanged += np.where(self._etp > 1, spread, 0.0)
+        experts, both = self._group(self._ep, self._etp), self._group(self._ep * self._etp)
+        tensor = self._group(self._etp)
+
+        def both_ways(whole: Floats, ranks: Group) -> Floats:
+            return rates.gather_ms(whole, ranks) + rates.gather_ms(whole, ranks, "reduce_scatter")
+
+        gathered = both_ways(tokens * hidden_bytes * both.size, both)
+        spread = both_ways(tokens * topk * hidden_bytes * self._etp, tensor)
+        exchanged = 2 * self._exchange_ms(tokens * hidden_bytes, experts, topk)
+        exchanged = np.where(self._ep > 1, exchanged, 0.0) + np.where(self._etp > 1, spread, 0.0)
         once = np.where(c.among("moe_token_dispatcher_type", "allgather"), gathered, exchanged)
-        return np.where(both.size > 1, 2 * once, 0.0)
+        return np.where(both.size > 1, once, 0.0)
 
     def _exchange_ms(self, sent: Floats, experts: Group, topk: int) -> Floats:
-        """A copy for each expert; the flex dispatcher (DeepEP, HybridEP) sends one to each NVLink domain."""
-        inside = topk * (experts.inner - 1) / experts.size
-        across = topk * (experts.size - experts.inner) / experts.size
-        once = (experts.outer - 1) * (1 - (1 - 1 / experts.outer) ** topk)
+        """A copy for each expert; the flex dispatcher (DeepEP, HybridEP) sends one to each rank, of which those in
+        another NVLink domain share theirs on the way."""
         flex = self._c.among("moe_token_dispatcher_type", "flex")
-        inside = np.where(flex, topk * (experts.inner - 1) / experts.inner, inside)
-        return exchange_ms(sent * inside, sent * np.where(flex, once, across), experts, self._cluster)
+        ranks = (experts.size - 1) * (1 - (1 - 1 / experts.size) ** topk)
+        domains = (experts.outer - 1) * (1 - (1 - 1 / experts.outer) ** topk)
+        ranks = ranks * NVLINK_EFFICIENCY / FLEX_EFFICIENCY
+        domains = domains * FABRIC_EFFICIENCY / FLEX_EFFICIENCY
+        inside = np.where(flex, ranks, topk * (experts.inner - 1) / experts.size)
+        across = np.where(flex, domains, topk * (experts.size - experts.inner) / experts.size)
+        return self._rates.exchange_ms(sent * inside, sent * across, experts)

@@ -2,7 +2,7 @@
 
 The peak is what the allocator has handed out at the worst moment of the worst rank
 (`torch.cuda.max_memory_allocated`, or the CPU program's account of tensors). What the allocator keeps
-beyond it, CUDA's context and NCCL are not in it.
+beyond it, CUDA's context and NCCL are in tuner/predict/overhead.py.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import ndtr  # type: ignore[import-untyped]
 
 from tuner import parameters
 from tuner.cluster import Cluster
@@ -34,6 +33,8 @@ GIB = 1024**3
 ROWS_AT_ONCE = 50_000
 """Bounds the memory of a prediction, and keeps its arrays in the cache."""
 
+ADAM_BYTES: Mapping[bool, float] = {True: 8.0, False: 12.0}
+"""Bytes a weight of Adam's state, by whether the weights are fp32: two fp32 moments, and an fp32 weight where not."""
 QUANTISED_WEIGHT_BYTES: Mapping[Precision, float] = {
     **{"fp8": 2.0, "mxfp8": 2 * (1 + 1 / 32), "nvfp4": 2 * (0.5 + 1 / 16)},
 }
@@ -81,11 +82,12 @@ def peak_gib(
     workload: Workload,
     cluster: Cluster,
     implementation: Implementation = "transformer_engine",
-    imbalance: float = 1.0,
+    imbalance: float | None = None,
 ) -> Floats:
     """Return the peak of each row's worst rank in GiB, one value a row of a table of valid layouts.
 
-    `imbalance` is the load of the busiest rank's experts over the mean: 1 where routing is balanced.
+    `imbalance` is the load of the busiest rank's experts over the mean: 1 where routing is balanced; without it, what
+    is to be expected of the workload's router (tuner/predict/routing.py).
     """
     peaks = np.empty(len(table))
     for start in range(0, len(table), ROWS_AT_ONCE):
@@ -103,7 +105,7 @@ def breakdown(
     workload: Workload,
     cluster: Cluster,
     implementation: Implementation = "transformer_engine",
-    imbalance: float = 1.0,
+    imbalance: float | None = None,
 ) -> tuple[StageMemory, ...]:
     """Return what holds the peak of each pipeline stage of one layout; the largest total is its `peak_gib`."""
     columns = Columns.single(layout)
@@ -118,26 +120,12 @@ def breakdown(
     )
 
 
-def fit_probability(peak_gib: Floats, memory_gib: float, relative_error: float) -> Floats:
-    """Return P(true peak <= `memory_gib`), the truth spread normally around each prediction.
-
-    `relative_error` is the standard deviation of (measured - predicted) / predicted on finished trials.
-
-    Raises:
-        ValueError: if it is not above 0: no prediction is certain.
-    """
-    if relative_error <= 0:
-        raise ValueError(f"relative_error must be above 0, not {relative_error}")
-    probability: Floats = ndtr((memory_gib / peak_gib - 1) / relative_error)
-    return probability
-
-
 def _parts(
     columns: Columns,
     workload: Workload,
     cluster: Cluster,
     implementation: Implementation,
-    imbalance: float,
+    imbalance: float | None,
     every: bool,
 ) -> tuple[Stages, dict[str, Floats], NDArray[np.intp]]:
     """Return the stages, the bytes of every part of StageMemory, one value a stage, and the moment's index."""
@@ -150,7 +138,10 @@ def _parts(
     parts["buffers_gib"] = layers.buffers(
         held[:, DENSE], held[:, MOE], stages.last, vocabulary[stages.row], stages.row
     )
-    activations, moment = _activations(layers, stages, vocabulary, _mtp_layers(workload.model, stages))
+    updated = parts["optimizer_gib"] / ADAM_BYTES[workload.precision == "fp32"]
+    activations, moment = _activations(
+        layers, stages, vocabulary, _mtp_layers(workload.model, stages), updated
+    )
     parts |= activations
     building = parts.pop("building")
     builds = building > sum(parts[name] for name in PARTS)
@@ -179,13 +170,16 @@ def _state(
 ) -> dict[str, Floats]:
     """Bytes of weights, gradients and optimizer of each stage's rank.
 
-    Gradients are fp32. Adam holds two fp32 moments, and an fp32 weight where the model's is not; the distributed
-    optimizer splits them over the ranks with the same weights: dense over dp*cp, experts over edp. It also has
-    the weights in one buffer a chunk and kind, which is made while they are still outside: `building`
+    Gradients are fp32, or like the weights. Adam holds two fp32 moments, and an fp32 weight where the model's is
+    not; the distributed optimizer splits them over the ranks with the same weights: dense over dp*cp, experts over
+    edp. It also has the weights in one buffer a chunk and kind, which is made while they are still outside: `building`
     (distributed/param_and_grad_buffer.py).
     """
     dense, experts = _weights(c, workload.model, stages, held, vocabulary)
-    weight, adam = (4.0, 8.0) if workload.precision == "fp32" else (2.0, 12.0)
+    in_fp32 = workload.precision == "fp32"
+    weight, adam = (4.0 if in_fp32 else 2.0), ADAM_BYTES[in_fp32]
+    gradient = 4.0 if workload.grad_reduce_in_fp32 else weight
+    alone = weight if workload.fp8_param else 0.0
     quantised = QUANTISED_WEIGHT_BYTES.get(workload.precision, 0.0)
     linear = dense + experts - vocabulary * workload.model.hidden_size * (stages.first + stages.last * 1.0)
     world, distributed = cluster.world_size, c.on("use_distributed_optimizer")
@@ -194,12 +188,12 @@ def _state(
     dense_share = np.where(distributed, dense_ranks, 1)[stages.row]
     expert_share = np.where(distributed, np.maximum(expert_ranks, 1), 1)[stages.row]
     # With ep 1 the experts share the dense weights' buffer; else theirs comes later, as do their gradients.
-    apart = np.maximum(dense - experts * 4.0 / weight, experts)
+    apart = np.maximum(dense - experts * gradient / weight, experts)
     moved = np.where((c["ep"] > 1)[stages.row], apart, dense + experts) * weight / c["vpp"][stages.row]
     return {
-        "building": (dense + experts) * (weight + 4.0) + np.where(distributed[stages.row], moved, 0),
-        "parameters_gib": (dense + experts) * weight + np.maximum(linear, 0) * quantised,
-        "gradients_gib": (dense + experts) * 4.0,
+        "building": (dense + experts) * (weight + gradient) + np.where(distributed[stages.row], moved, 0),
+        "parameters_gib": (dense + experts) * weight + np.maximum(linear, 0) * (quantised - alone),
+        "gradients_gib": (dense + experts) * gradient,
         "optimizer_gib": adam * (dense / dense_share + experts / expert_share),
     }
 
@@ -240,9 +234,12 @@ def _weights(
 
 
 def _activations(
-    layers: Layers, stages: Stages, vocabulary: Floats, mtp: Floats
+    layers: Layers, stages: Stages, vocabulary: Floats, mtp: Floats, updated: Floats
 ) -> tuple[dict[str, Floats], NDArray[np.intp]]:
-    """Return the bytes kept at each stage's worst moment, by module, and the transient; and the moment's index."""
+    """Return the bytes kept at each stage's worst moment, by module, and the transient; and the moment's index.
+
+    `mtp` is the layers of multi-token prediction by kind, `updated` the weights that a rank's optimizer updates.
+    """
     row, last = stages.row, stages.last
     attention, dense = layers.attention(), layers.dense_mlp()
     experts = layers.experts_mlp() if layers.model.is_moe else dense
@@ -264,7 +261,7 @@ def _activations(
             _layer_transient(attention, dense, experts, stages, in_flight, sizes),
             np.where(last, head.backward[row], 0),
             np.where(stages.first, embedding + state, 0),
-            layers.optimizer_step(vocabulary)[row],
+            layers.optimizer_step(vocabulary[row], updated),
         ]
     )
     transients[0] += predicted

@@ -2,14 +2,16 @@
 
 A step is `num_microbatches` passes of the slowest pipeline rank, the bubble while the pipeline fills and drains,
 the messages between its ranks, what of the gradients' and parameters' collectives nothing hides, and the
-optimizer. Every constant has a meaning and one value for all models and clusters. Those of the host, of unfused
-attention and of the network's share were chosen, within what is plausible, to suit published step times as a whole
-(vTrain's on A100s; for HOST_EXPERTS Megatron Bridge's of mixtures); the others come from their sources.
+optimizer. CPU ranks that share cores lend theirs while they wait: of those the cores' work is what counts.
+Every constant has a meaning and one value for all models and clusters. The time of a launch and unfused attention's
+passes were chosen, within what is plausible, to suit published step times as a whole (vTrain's on A100s; for
+EXPERTS_LAUNCHES of Transformer Engine Megatron Bridge's of mixtures); the others were counted or have their source.
+A calibration of the machine takes the place of what the cluster states (rates.py).
 Sources: Narayanan et al., arXiv:2104.04473 (pipeline schedules); Korthikanti et al., arXiv:2205.05198
 (sequence parallelism, recompute); Rajbhandari et al., arXiv:1910.02054 (sharded optimizer).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
@@ -19,25 +21,40 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tuner.calibration import Calibration
 from tuner.cluster import Cluster
 from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size, num_microbatches
 from tuner.parameters import attention, dense_mlp, expert, norm, router, shared_experts
 from tuner.predict import Implementation
-from tuner.predict.collectives import Floats, Group, gather_ms, group, reduce_ms, send_ms
-from tuner.predict.layers import Layers, Module, Pass
+from tuner.predict.collectives import Floats, Group, group
+from tuner.predict.layers import RING_KERNELS, Layers, Module, Pass
+from tuner.predict.rates import MeasuredRates, Rates
 from tuner.predict.stages import Stages, stages
 from tuner.rules.base import Columns, Ints
 from tuner.rules.pipeline import stage_slots
 from tuner.workload import Model, Workload
 
-HOST_FORWARD_MS: Final = 0.9
-"""The host's work to launch a dense layer's forward pass in eager PyTorch: some 45 operations of 20 us."""
-HOST_BACKWARD_MS: Final = 1.3
-"""The same backward; autograd's engine calls less Python."""
-HOST_COLLECTIVE_MS: Final = 0.02
-"""To launch one collective: an operation like the others."""
-HOST_EXPERTS: Final = 3.0
-"""A layer of experts costs the host as much as this many dense ones: router, permutes, dispatch."""
+FORWARD_LAUNCHES: Final = 80
+"""Operations of a dense layer's forward pass that the host launches, or that make a view."""
+BACKWARD_LAUNCHES: Final = 115
+"""The same backward. Counted with a TorchDispatchMode over Megatron-Core's local layers: 195 in both, 108 of them
+launched."""
+EXPERTS_LAUNCHES: Final[Mapping[Implementation, tuple[float, float]]] = {
+    "transformer_engine": (3.0, 0.0),
+    "torch": (1.8, 0.18),
+}
+"""A layer of experts costs the host as much as so many dense ones, and so many more for each local expert: router,
+permutes, dispatch. Of Megatron's local layers counted, with its experts one after the other."""
+EXPERT_BIAS_LAUNCHES: Final = 0.06
+"""What a bias adds for each local expert: split, weighed and added one after the other (experts.py, _apply_bias)."""
+HEAD_LAUNCHES: Final = 0.9
+"""The same of embedding, output layer and loss."""
+CHUNK_LAUNCHES: Final = 0.25
+"""The same of one pass of the pipeline's schedule over a chunk of the model: data, messages, bookkeeping. Profiled on
+CPU: 0.5 ms beside a layer's 2.9, and the messages' launches."""
+TENSOR_LAUNCHES: Final = 40
+"""Operations of the optimizer for one tensor where nothing fuses them: torch's Adam on CPU, clipping and copies are
+20, and the Python around takes as long."""
 OPTIMIZER_BYTES: Final = 30
 """Moved for a parameter by Adam: read and write master, two moments (fp32), read gradient, write parameter."""
 CLEAR_PASSES: Final = 2
@@ -90,16 +107,20 @@ def step_time_ms(
     workload: Workload,
     cluster: Cluster,
     implementation: Implementation = "transformer_engine",
+    calibration: Calibration | None = None,
 ) -> NDArray[np.float64]:
     """The predicted step time in ms of every row of a table of layouts (columns as KNOBS).
+
+    With a calibration of the machine, what it measured replaces what the cluster states.
 
     Raises:
         InputError: if the cluster states no peak for the workload's precision.
     """
+    rates = _rates(workload, cluster, calibration)
     found = np.empty(len(table))
     for start in range(0, len(table), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        parts = _parts(Columns.of(table.iloc[rows]), workload, cluster, implementation)
+        parts = _parts(Columns.of(table.iloc[rows]), workload, rates, implementation)
         found[rows] = sum(parts[name] for name in PARTS)
     return found
 
@@ -109,10 +130,16 @@ def breakdown(
     workload: Workload,
     cluster: Cluster,
     implementation: Implementation = "transformer_engine",
+    calibration: Calibration | None = None,
 ) -> StepTime:
-    """Where the step of one layout goes; raises as `step_time_ms`."""
-    parts = _parts(Columns.single(layout), workload, cluster, implementation)
+    """Where the step of one layout goes; as `step_time_ms`, and raises the same."""
+    rates = _rates(workload, cluster, calibration)
+    parts = _parts(Columns.single(layout), workload, rates, implementation)
     return StepTime(**{name: float(np.ravel(value)[0]) for name, value in parts.items()})
+
+
+def _rates(workload: Workload, cluster: Cluster, calibration: Calibration | None) -> Rates:
+    return MeasuredRates(workload, cluster, calibration) if calibration else Rates(workload, cluster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,48 +160,81 @@ class _Work:
         return self.useful.total + self.recompute_ms + self.host_ms
 
 
-def _parts(
-    c: Columns, workload: Workload, cluster: Cluster, implementation: Implementation
-) -> dict[str, Floats]:
+def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Implementation) -> dict[str, Floats]:
     """Every part of the step, an array of as many values as there are rows."""
-    layers, split = Layers(workload, cluster, c, implementation), stages(workload, c)
-    works = _works(layers, split, c, workload)
-    dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
+    layers, split = Layers(workload, rates, c, implementation), stages(workload, c)
+    works = _works(layers, split, c, workload, rates, implementation)
+    dp = data_parallel_size(rates.cluster.world_size, c["tp"], c["pp"], c["cp"])
     count = num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp)
 
     stage_ms = _sum(work.on_stage * work.total_ms for work in works)
     slowest = np.argmax(stage_ms, axis=0)
-    held = [(_at(work.on_stage, slowest), work) for work in works]
+    slowest_ms = _at(stage_ms, slowest)
+    whole_ms = _sum(work.in_model * work.total_ms for work in works)
+    # While the pipeline fills and drains, a rank waits for one pass of all the others, a chunk at a time.
+    filled_ms = count * slowest_ms + np.maximum(whole_ms - slowest_ms, 0.0) / c["vpp"]
+    if rates.crowding > 1:
+        held = [(work.in_model / c["pp"], work) for work in works]
+        bubble_ms = _shared_bubble_ms(c, rates, count * whole_ms / c["pp"], slowest_ms, filled_ms)
+    else:
+        held = [(_at(work.on_stage, slowest), work) for work in works]
+        bubble_ms = filled_ms - count * slowest_ms
     parts = {
         part.name: count * _sum(number * getattr(work.useful, part.name) for number, work in held)
         for part in fields(Pass)
     }
     parts["host_ms"] = count * _sum(number * work.host_ms for number, work in held)
     parts["recompute_ms"] = count * _sum(number * work.recompute_ms for number, work in held)
-    slowest_ms = _at(stage_ms, slowest)
-    # While the pipeline fills and drains, a rank waits for one pass of all the others, a chunk at a time.
-    others_ms = _sum(work.in_model * work.total_ms for work in works) - slowest_ms
-    parts["bubble_ms"] = np.maximum(others_ms, 0.0) / c["vpp"]
-    parts["p2p_ms"] = _p2p_ms(c, layers, count, cluster)
-    parts |= _between_steps(c, workload, cluster, layers, split, slowest_ms)
+    parts |= {"bubble_ms": bubble_ms, "p2p_ms": _p2p_ms(c, workload, rates, count)}
+    parts |= _between_steps(c, workload, rates, split, slowest_ms)
     return {name: np.broadcast_to(parts[name], count.shape) for name in PARTS}
 
 
-def _works(layers: Layers, split: Stages, c: Columns, workload: Workload) -> list[_Work]:
+def _shared_bubble_ms(
+    c: Columns, rates: Rates, busy_ms: Floats, slowest_ms: Floats, filled_ms: Floats
+) -> Floats:
+    """The bubble of a pipeline whose ranks share cores; `busy_ms` is the mean of their work.
+
+    A rank that waits lends its core to the others, so that the cores' work is the mean of the ranks'. But cores
+    idle while the first stages alone have work and the last alone still have, and a chain of passes that wait for
+    each other goes no faster than a core each.
+    """
+    cores = rates.cluster.world_size / rates.crowding
+    of_stage = rates.cluster.world_size / c["pp"]
+    stages_short = np.ceil(cores / of_stage) - 1
+    idle = stages_short - of_stage * stages_short * (stages_short + 1) / 2 / cores
+    lost_ms = idle * slowest_ms / c["vpp"] / rates.crowding
+    waits: Floats = np.maximum(lost_ms, filled_ms / rates.crowding - busy_ms)
+    return waits
+
+
+def _works(
+    layers: Layers,
+    split: Stages,
+    c: Columns,
+    workload: Workload,
+    rates: Rates,
+    implementation: Implementation,
+) -> list[_Work]:
     """All that the ranks hold."""
     share = _recomputed_share(c, workload)
     works = [
-        _work(layers.head(), Pass(), 0.0, split.heads, split.heads.sum(axis=0), 1.0, c),
-        _work(layers.embedding(), Pass(), 0.0, split.embeddings, 1, 0.0, c),
+        _work(layers.head(), Pass(), 0.0, split.heads, split.heads.sum(axis=0), HEAD_LAUNCHES, c, rates),
+        _work(layers.embedding(), Pass(), 0.0, split.embeddings, 1, 0.0, c, rates),
     ]
+    schedule = CHUNK_LAUNCHES * c["pp"] * c["vpp"] / workload.model.num_layers
     for kind, on_stage in split.layers.items():
         modules = layers.modules(kind)
         whole = Module(Pass(), Pass())
         for module in modules.values():
             whole += module
         again, relaunched = layers.recomputed(kind, modules, share)
-        launches = HOST_EXPERTS if kind.moe else 1.0
-        works.append(_work(whole, again, relaunched, on_stage, split.totals[kind], launches, c))
+        launches = schedule + 1.0
+        if kind.moe:
+            of_layer, of_expert = EXPERTS_LAUNCHES[implementation]
+            of_expert += EXPERT_BIAS_LAUNCHES * workload.model.add_bias_linear
+            launches = schedule + of_layer + of_expert * (workload.model.num_moe_experts or 0) / c["ep"]
+        works.append(_work(whole, again, relaunched, on_stage, split.totals[kind], launches, c, rates))
     return works
 
 
@@ -184,23 +244,22 @@ def _work(
     relaunched: Floats | float,
     on_stage: Floats,
     in_model: Floats | int,
-    launches: float,
+    launches: Floats | float,
     c: Columns,
+    rates: Rates,
 ) -> _Work:
     """A module with what the host adds, to which it is `launches` dense layers, and `relaunched` in backward."""
-    # An all-reduce, or under sequence parallelism its two halves, for each half of a layer.
-    collectives = 2 * HOST_COLLECTIVE_MS * (c["tp"] > 1) * (1 + c.on("sp"))
-    forward_host = launches * (HOST_FORWARD_MS + collectives)
-    backward_host = launches * (HOST_BACKWARD_MS + collectives) + relaunched * forward_host
-    waits = _waits(forward_host, module.forward.total)
-    waits = waits + _waits(backward_host, module.backward.total + again.total)
-    return _Work(on_stage, in_model, module.forward + module.backward, again.total, waits)
-
-
-def _waits(host_ms: Floats, gpu_ms: Floats | float) -> Floats:
-    """What the host adds: it runs ahead of the GPU, so that the slower of the two counts."""
-    waits: Floats = np.maximum(host_ms - gpu_ms, 0.0)
-    return waits
+    # An all-reduce, or under sequence parallelism its two halves, for each half of a layer; a ring's steps.
+    collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + (c["cp"] > 1) * c["cp"] * RING_KERNELS
+    forward_host = rates.launch_ms * (launches * FORWARD_LAUNCHES + collectives)
+    backward_host = rates.launch_ms * (launches * BACKWARD_LAUNCHES + collectives) + relaunched * forward_host
+    backward_ms = module.backward.total + again.total
+    if rates.host_runs_ahead:
+        # The slower of the two counts.
+        forward_host = np.maximum(forward_host - module.forward.total, 0.0)
+        backward_host = np.maximum(backward_host - backward_ms, 0.0)
+    useful = module.forward + module.backward
+    return _Work(on_stage, in_model, useful, again.total, forward_host + backward_host)
 
 
 def _sum(terms: Iterable[Floats]) -> Floats:
@@ -221,50 +280,68 @@ def _recomputed_share(c: Columns, workload: Workload) -> Floats:
     return np.where(c.among("recompute_method", "block"), block, 1.0)
 
 
-def _p2p_ms(c: Columns, layers: Layers, count: Ints, cluster: Cluster) -> Floats:
+def _p2p_ms(c: Columns, workload: Workload, rates: Rates, count: Ints) -> Floats:
     """Activations and gradients between ranks: each micro-batch's where nothing overlaps, else the filling's."""
     pp, vpp = c["pp"], c["vpp"]
-    spread = np.where(c.on("sp"), c["tp"], 1)
-    sent = layers.tokens / spread * layers.state_bytes * layers.hidden_size
-    crosses = np.broadcast_to(cluster.world_size > cluster.nvlink_domain_gpus, pp.shape)
-    once = 2 * send_ms(sent, crosses, cluster)
-    exposed = np.where(c.on("overlap_p2p_comm"), 0, count * vpp)
+    spread = np.where(c.on("sp"), c["tp"], 1) * c["cp"]
+    tokens = c["micro_batch_size"] * workload.seq_length / spread
+    pipeline = group(pp, rates.cluster.world_size // pp, rates.cluster)
+    once = 2 * rates.send_ms(tokens * workload.model.hidden_size * rates.state_bytes, pipeline)
+    hidden = c.on("overlap_p2p_comm") & rates.host_runs_ahead
+    exposed = np.where(hidden, 0, count * vpp)
     return np.where(pp > 1, once * (exposed + pp - 1), 0.0)
 
 
 def _between_steps(
-    c: Columns, workload: Workload, cluster: Cluster, layers: Layers, split: Stages, pass_ms: Floats
+    c: Columns, workload: Workload, rates: Rates, split: Stages, pass_ms: Floats
 ) -> dict[str, Floats]:
     """Gradients, optimizer and parameters, of the rank that holds the most; `pass_ms` is its last micro-batch's."""
-    world = cluster.world_size
+    world = rates.cluster.world_size
     tp, pp, cp, ep, etp = (c[name] for name in ("tp", "pp", "cp", "ep", "etp"))
-    replicas = group(data_parallel_size(world, tp, pp, cp) * cp, tp, cluster)
-    expert_replicas = group(expert_data_parallel_size(world, pp, ep, etp), ep * etp, cluster)
+    replicas = group(data_parallel_size(world, tp, pp, cp) * cp, tp, rates.cluster)
+    expert_replicas = group(expert_data_parallel_size(world, pp, ep, etp), ep * etp, rates.cluster)
     dense, routed = _held_parameters(workload.model, split, c)
-    exposed = _exposed_ms(dense, replicas, pass_ms, layers, c, cluster)
-    exposed = exposed + _exposed_ms(routed, expert_replicas, pass_ms, layers, c, cluster)
+    exposed = _exposed_ms(dense, replicas, pass_ms, c, rates)
+    exposed = exposed + _exposed_ms(routed, expert_replicas, pass_ms, c, rates)
     sharded = c.on("use_distributed_optimizer")
-    updated = dense / np.where(sharded, replicas.size, 1) + routed / np.where(
-        sharded, expert_replicas.size, 1
-    )
-    cleared = CLEAR_PASSES * (dense + routed) * layers.gradient_bytes
-    return {"dp_ms": exposed, "optimizer_ms": (OPTIMIZER_BYTES * updated + cleared) / layers.bytes_per_ms}
+    dense_ranks, routed_ranks = (np.where(sharded, g.size, 1) for g in (replicas, expert_replicas))
+    updated = dense / dense_ranks + routed / routed_ranks
+    cleared = CLEAR_PASSES * (dense + routed) * rates.gradient_bytes
+    optimizer = rates.moved_ms(OPTIMIZER_BYTES * updated + cleared)
+    if not rates.host_runs_ahead:
+        tensors = _held_tensors(workload.model, split, c, dense_ranks, routed_ranks)
+        optimizer = optimizer + TENSOR_LAUNCHES * rates.launch_ms * tensors
+    return {"dp_ms": exposed, "optimizer_ms": optimizer}
 
 
-def _exposed_ms(
-    held: Floats, ranks: Group, pass_ms: Floats, layers: Layers, c: Columns, cluster: Cluster
-) -> Floats:
+def _exposed_ms(held: Floats, ranks: Group, pass_ms: Floats, c: Columns, rates: Rates) -> Floats:
     """What nothing hides of reducing the gradients of `held` parameters and, if sharded, gathering these."""
-    sharded = c.on("use_distributed_optimizer")
-    gradients = held * layers.gradient_bytes
-    scatter, whole = gather_ms(gradients, ranks, cluster), reduce_ms(gradients, ranks, cluster)
+    sharded, hides = c.on("use_distributed_optimizer"), rates.host_runs_ahead
+    gradients = held * rates.gradient_bytes
+    scatter, whole = rates.gather_ms(gradients, ranks, "reduce_scatter"), rates.reduce_ms(gradients, ranks)
     reduced = np.where(sharded, scatter, whole)
-    gathered = np.where(sharded, gather_ms(held * layers.state_bytes, ranks, cluster), 0.0)
-    covered = 1 - np.minimum(BUCKET_PARAMETERS / np.maximum(held, 1), 1.0)
+    gathered = np.where(sharded, rates.gather_ms(held * rates.parameter_bytes, ranks), 0.0)
+    covered = hides * (1 - np.minimum(BUCKET_PARAMETERS / np.maximum(held, 1), 1.0))
     beside = np.minimum(reduced * covered, BACKWARD_SHARE * pass_ms) * c.on("overlap_grad_reduce")
     before = np.minimum(gathered * covered, (1 - BACKWARD_SHARE) * pass_ms) * c.on("overlap_param_gather")
     exposed = reduced - beside + gathered - before
     return np.where((ranks.size > 1) & (held > 0), exposed, 0.0)
+
+
+def _held_tensors(
+    model: Model, split: Stages, c: Columns, dense_ranks: Floats, routed_ranks: Floats
+) -> Floats:
+    """Weights that the optimizer of the rank with the most has: of a layer, an embedding, a head, and the experts."""
+    dense = split.embeddings + 2 * split.heads
+    routed = np.zeros_like(dense)
+    for kind, count in split.layers.items():
+        around = 2 + (5 if model.multi_latent_attention else 2) + 2 * model.qk_layernorm
+        mlp = 1 + 2 * bool(model.moe_shared_expert_intermediate_size) if kind.moe else 2
+        dense = dense + count * (around + mlp)
+        if kind.moe:
+            routed = routed + count * 2 * (model.num_moe_experts or 0) / c["ep"]
+    tensors: Floats = dense.max(axis=0) / dense_ranks + routed.max(axis=0) / routed_ranks
+    return tensors
 
 
 def _held_parameters(model: Model, split: Stages, c: Columns) -> tuple[Floats, Floats]:

@@ -1,18 +1,19 @@
 """An Optuna sampler whose suggestions are rows of the table of valid layouts: never invalid, never twice."""
 
+import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner.layout import KNOBS, Layout, layout_from
-from tuner.search.ranking import Ranking, encode
+from tuner.search.stopping import Certainty
+from tuner.search.strategy import Mask, Observation, Strategy
 
 
 def find_row(table: pd.DataFrame, layout: Layout) -> int | None:
@@ -40,62 +41,10 @@ def distributions(table: pd.DataFrame, tried: Sequence[Layout] = ()) -> dict[str
     return found
 
 
-class Strategy(Protocol):
-    """Which row comes next."""
-
-    def choose(self, available: NDArray[np.bool_], number: int) -> int:
-        """The row of trial `number`, one of the non-empty mask `available`."""
-
-    def tell(self, row: int, measured_ms: float) -> None:
-        """Take in the measured step time of a row."""
-
-
-class RandomRows:
-    """Any untried row, all alike: what every other strategy must beat.
-
-    Each trial draws by its own number, so that a resumed sweep goes on as if never stopped: Optuna stores no
-    sampler's state.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def choose(self, available: NDArray[np.bool_], number: int) -> int:
-        """See Strategy."""
-        return int(np.random.default_rng((self._seed, number)).choice(np.flatnonzero(available)))
-
-    def tell(self, row: int, measured_ms: float) -> None:
-        """Nothing is learnt."""
-
-
-class PredictedRows:
-    """The best predicted row first, then the greatest expected improvement on what was measured.
-
-    Args:
-        table: The valid layouts, a row each, columns as KNOBS.
-        predicted_ms: The predicted step time of every row.
-        fits: The probability that every row fits the GPU's memory; None where all do.
-    """
-
-    def __init__(
-        self,
-        table: pd.DataFrame,
-        predicted_ms: NDArray[np.float64],
-        fits: NDArray[np.float64] | None = None,
-    ) -> None:
-        self._ranking = Ranking(encode(table), predicted_ms, fits)
-
-    def choose(self, available: NDArray[np.bool_], number: int) -> int:
-        """See Strategy."""
-        return self._ranking.choose(available)
-
-    def tell(self, row: int, measured_ms: float) -> None:
-        """See Strategy."""
-        self._ranking.tell(row, measured_ms)
-
-
 class TableSampler(BaseSampler):
-    """Suggests rows of a table as its strategy chooses them, each at most once.
+    """Suggests rows of a table as its strategy chooses them, each at most once; safe to share between threads.
+
+    A row is in flight from when it is chosen or taken until its trial is told.
 
     Args:
         table: The valid layouts, a row each, columns as KNOBS.
@@ -107,7 +56,9 @@ class TableSampler(BaseSampler):
         self._table = table
         self._strategy = strategy
         self.space = distributions(table, tried)
-        self._available: NDArray[np.bool_] = np.ones(len(table), dtype=bool)
+        self._available: Mask = np.ones(len(table), dtype=bool)
+        self._in_flight: dict[int, int] = {}
+        self._lock = threading.RLock()
 
     @property
     def remaining(self) -> int:
@@ -118,29 +69,48 @@ class TableSampler(BaseSampler):
         """Whether a row is neither tried nor pruned."""
         return bool(self._available[row])
 
-    def exclude(self, rows: NDArray[np.bool_]) -> int:
+    def promises(self, row: int) -> bool:
+        """Whether a row that someone proposes is worth a trial, beside what the strategy would choose."""
+        with self._lock:
+            return self.is_available(row) and self._strategy.promises(row, self._available)
+
+    def certainty(self) -> Certainty | None:
+        """How near the best measured row is to the best of all; None where nothing is modelled or measured."""
+        with self._lock:
+            return self._strategy.certainty(self._available)
+
+    def exclude(self, rows: Mask) -> int:
         """Never suggest the rows of this mask; returns how many of them were still available."""
-        newly = int((self._available & rows).sum())
-        self._available &= ~rows
-        return newly
+        with self._lock:
+            newly = int((self._available & rows).sum())
+            self._available &= ~rows
+            return newly
 
-    def exclude_row(self, row: int) -> None:
-        """Never suggest this row (again)."""
-        self._available[row] = False
-
-    def tell(self, row: int, measured_ms: float) -> None:
-        """Take in the measured step time of a row."""
-        self._strategy.tell(row, measured_ms)
+    def take(self, row: int, number: int) -> None:
+        """Trial `number` measures this row."""
+        with self._lock:
+            self._available[row] = False
+            self._in_flight[number] = row
 
     def choose(self, number: int) -> int:
-        """The row of trial `number`.
+        """The row of trial `number`, from now on in flight.
 
         Raises:
             ValueError: if no row is left.
         """
-        if not self.remaining:
-            raise ValueError("every row is tried or pruned")
-        return self._strategy.choose(self._available, number)
+        with self._lock:
+            if not self.remaining:
+                raise ValueError("every row is tried or pruned")
+            row = self._strategy.choose(self._available, number, tuple(self._in_flight.values()))
+            self.take(row, number)
+            return row
+
+    def tell(self, number: int, observation: Observation) -> None:
+        """Take in how trial `number` ended, unless that is known, or its layout lies outside the table."""
+        with self._lock:
+            row = self._in_flight.pop(number, None)
+            if row is not None:
+                self._strategy.tell(row, observation)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All knobs that vary: a row is chosen whole."""
@@ -157,6 +127,12 @@ class TableSampler(BaseSampler):
     ) -> Any:
         """Refused: one knob alone says nothing about validity."""
         raise ValueError(f"'{param_name}' is no knob of the table; a row is sampled whole")
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """What Optuna itself knows of a trial's end: enough where nobody tells more."""
+        self.tell(trial.number, Observation(state=state, step_time_ms=values[0] if values else None))
 
     def params(self, layout: Layout) -> dict[str, Any]:
         """A layout as Optuna's parameters: the knobs that vary."""

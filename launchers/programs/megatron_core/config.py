@@ -1,7 +1,7 @@
 """From workload and layout to Megatron-Core's configuration: a straight mapping, since the names are its own.
 
 What is fixed here and not searched is what Megatron Bridge's pre-training recipes fix as well: no dropout, an
-fp32 router, gradients reduced in fp32, sent pipeline outputs freed, and every fusion that is installed.
+fp32 router, sent pipeline outputs freed, and every fusion that is installed.
 """
 
 from collections.abc import Callable, Mapping
@@ -96,6 +96,8 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
     """
     if device == "cpu":
         _refuse_on_cpu(workload, layout)
+    if workload.fp8_param:
+        raise ValueError("fp8_param: this program keeps weights in 16 bits; leave it out of the workload")
     if workload.model.is_moe and layout.ep == 1 and layout.etp != layout.tp:
         # Megatron knows experts by ep alone (layers.py, extensions/transformer_engine.py: `expert_parallel`).
         raise ValueError(
@@ -127,10 +129,10 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
     )
 
 
-def ddp_config(layout: Layout) -> DistributedDataParallelConfig:
-    """Return the configuration of Megatron's DistributedDataParallel, with fp32 gradients."""
+def ddp_config(workload: Workload, layout: Layout) -> DistributedDataParallelConfig:
+    """Return the configuration of Megatron's DistributedDataParallel."""
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=workload.grad_reduce_in_fp32,
         use_distributed_optimizer=layout.use_distributed_optimizer,
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,

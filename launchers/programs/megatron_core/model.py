@@ -60,7 +60,7 @@ def _build_chunk(
 
 
 def wrap_for_training(
-    chunks: list[GPTModel], layout: Layout, device: torch.device
+    chunks: list[GPTModel], workload: Workload, layout: Layout, device: torch.device
 ) -> list[DistributedDataParallel]:
     """Bring the chunks to device and precision, and wrap them in Megatron's DistributedDataParallel."""
     wrapped = []
@@ -72,9 +72,8 @@ def wrap_for_training(
             module = Float16Module(config, module)
             _keep_expert_bias_in_fp32(module)
         # Only the first chunk's gradients are worth sending in pieces (Megatron-LM: training.py, get_model).
-        wrapped.append(
-            DistributedDataParallel(config, ddp_config(layout), module, disable_bucketing=number > 0)
-        )
+        ddp = ddp_config(workload, layout)
+        wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
     return wrapped
 
 

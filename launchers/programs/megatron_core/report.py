@@ -139,15 +139,9 @@ def write_failed(
     monitor: Monitor, error: BaseException, peak: tuple[float | None, float | None] = (None, None)
 ) -> None:
     """Write this rank's record of its failure, and the trial's result if no other rank has."""
-    failure = Failure(
-        kind=_qualified_name(type(error)),
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-        time_s=time.time(),
-    )
     path = monitor.folder.rank_record(monitor.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, rank_record(monitor, peak, failure))
+    write_json(path, rank_record(monitor, peak, failure_of(error)))
     if monitor.folder.result.exists():
         return
     records = _written_records(monitor.folder)
@@ -167,6 +161,16 @@ def write_failed(
         finished_at=_now(),
     )
     write_json(monitor.folder.result, result)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Return what a rank says of the error that ended it."""
+    return Failure(
+        kind=_qualified_name(type(error)),
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+        time_s=time.time(),
+    )
 
 
 def metrics_of(spec: TrialSpec, steps: Steps, records: Sequence[RankRecord]) -> Metrics:

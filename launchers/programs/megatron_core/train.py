@@ -46,7 +46,7 @@ class Job:
             _initialize_user_buffers(workload, layout)
         chunks = build_model(workload, layout, self.config)
         initialize_weights(chunks, seed)
-        self.chunks = wrap_for_training(chunks, layout, device)
+        self.chunks = wrap_for_training(chunks, workload, layout, device)
         self.optimizer = get_megatron_optimizer(
             optimizer_config(workload, layout), self.chunks, use_gloo_process_groups=False
         )

@@ -1,0 +1,215 @@
+"""One rank of a job without the others: `python -m launchers.programs.megatron_core.probe SPEC.json RANK RECORD.json`.
+
+The real program, two steps of the trial's own job, under a process group that only says it is there. Without CUDA the
+floating-point tensors are fake (they have a shape and a size, and no memory), and each is accounted: any rank of any
+world in seconds, to the byte what the rank of a Gloo job accounts. With CUDA the tensors and the allocator are real.
+"""
+
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from launchers.programs.megatron_core import train
+from launchers.programs.megatron_core.cpu import enable_cpu
+from launchers.programs.megatron_core.memory import TensorAccount, peak_gib
+from launchers.programs.megatron_core.report import failure_of
+from tuner.cluster import Cluster
+from tuner.files import read_json, write_json
+from tuner.layout import Layout, data_parallel_size
+from tuner.trial import Phase, RankRecord, TrialSpec
+from tuner.workload import Workload
+
+STEPS = 2
+"""Adam's state comes with the first step, so the second holds the peak."""
+ROUNDS = 3
+"""How often the pipeline, or its largest group of micro-batches, is filled: at no stage is the last forward pass then in
+flight at its first backward pass."""
+SEED = 1234
+
+_aten = torch.ops.aten
+
+
+class FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, floating-point tensors and all that follows from them are fake; integers and masks are real.
+
+    The real ones are small, and hold the values that shapes depend on: tokens, and which expert takes which token.
+    A fake has no value: where a number is asked for, it is 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation on fakes, for real, or, of a collective, on nothing."""
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        fakes = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if tensors and not fakes:
+            return func(*args, **kwargs)
+        if func is _aten._local_scalar_dense.default and args[0].is_floating_point():
+            return 1.0
+        if func is _aten.masked_select.default and not isinstance(args[1], FakeTensor):
+            return args[0].new_empty(int(args[1].sum()))
+        if func.namespace == "c10d":
+            return func(*_emptied(args), **kwargs)
+        with self._fake:
+            result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if fakes or any(tensor.is_floating_point() for tensor in made):
+            return result
+        return func(*args, **kwargs)
+
+
+def _emptied(args: Any) -> list[Any]:
+    """A collective's arguments with nothing in the place of fakes, and no split sizes."""
+    empty = tree_map_only(FakeTensor, lambda tensor: torch.empty(0), args)
+    return [[] if isinstance(a, (list, tuple)) and all(type(i) is int for i in a) else a for a in empty]
+
+
+class _TensorsOfFakes(TorchFunctionMode):
+    """Lets torch.tensor read fakes as numbers, as it reads real tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`."""
+        if func is torch.tensor:
+            args = tree_map_only(FakeTensor, lambda tensor: 1.0, args)
+        return func(*args, **(kwargs or {}))
+
+
+def probe(
+    workload: Workload,
+    layout: Layout,
+    world_size: int,
+    rank: int,
+    device: torch.device | None = None,
+    enter: Callable[[Phase], None] = lambda phase: None,
+) -> tuple[float, float | None]:
+    """Return the peak of allocated, and of reserved memory (None without CUDA), of one rank in GiB.
+
+    `prepare` comes first, and says which `device`. Routing is balanced: an expert takes as many tokens of a
+    micro-batch as any other, give or take one. `enter` hears of each part of a step that begins.
+
+    Raises:
+        ValueError, AssertionError, RuntimeError: where Megatron refuses the layout.
+        torch.OutOfMemoryError: on a GPU.
+    """
+    account = TensorAccount(float("inf")) if device is None else None
+    with ExitStack() as stack:
+        stack.enter_context(_alone(rank, world_size))
+        stack.enter_context(_replaced(TopKRouter, "forward", _balanced(TopKRouter.forward)))
+        if account is not None:
+            # Values do not matter, and their hashes would be computed for real.
+            stack.enter_context(_replaced(train, "initialize_weights", lambda chunks, seed: None))
+            stack.enter_context(_replaced(torch.utils, "swap_tensors", _convert))
+            for mode in (_TensorsOfFakes(), FakeFloats(), account):
+                stack.enter_context(mode)
+        short = _filling(workload, layout, world_size)
+        job = train.Job(short, layout, SEED, device or torch.device("cpu"), enter)
+        for _ in range(STEPS):
+            job.step()
+        return peak_gib(account)
+
+
+def _filling(workload: Workload, layout: Layout, world_size: int) -> Workload:
+    """The workload with no more micro-batches than fill the pipeline: the others only repeat the steady state."""
+    dp = data_parallel_size(world_size, layout.tp, layout.pp, layout.cp)
+    each = layout.micro_batch_size * dp
+    most = ROUNDS * max(layout.pp, layout.microbatch_group_size_per_vp_stage)
+    return replace(workload, global_batch_size=min(workload.global_batch_size, most * each))
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def _alone(rank: int, world_size: int) -> Iterator[None]:
+    """A process group of `world_size` ranks of which only this one is there: its collectives return at once."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # a refusal may have come halfway through setting the groups up
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _balanced(route: Any) -> Any:
+    """The router, but tokens go to the experts in turn."""
+
+    def routed(router: TopKRouter, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        probabilities, chosen = route(router, *args, **kwargs)
+        tokens, experts = chosen.shape
+        turns = torch.arange(tokens * router.topk, device=chosen.device).view(tokens, router.topk) % experts
+        balanced = torch.zeros(tokens, experts, dtype=torch.bool, device=chosen.device)
+        return probabilities, balanced.scatter_(1, turns, True)
+
+    return routed
+
+
+def _convert(weight: Tensor, converted: Tensor) -> None:
+    """`Module.to` swaps fake weights, which Torch refuses while it refers to them itself; real ones it sets."""
+    weight.data = converted.data
+
+
+def main(arguments: list[str]) -> int:
+    """Probe and write the record; returns 1 if the rank failed."""
+    spec, rank = read_json(TrialSpec, Path(arguments[0])), int(arguments[1])
+    phases: list[Phase] = ["build"]
+    peak: tuple[float | None, float | None] = (None, None)
+    failure = None
+    try:
+        device = prepare(spec.cluster)
+        peak = probe(spec.workload, spec.layout, spec.cluster.world_size, rank, device, phases.append)
+    except Exception as error:
+        failure = failure_of(error)
+    record = RankRecord(
+        rank=rank,
+        host=socket.gethostname(),
+        phase=phases[-1],
+        step=phases.count("optimizer"),
+        peak_allocated_gib=peak[0],
+        peak_reserved_gib=peak[1],
+        failure=failure,
+    )
+    write_json(Path(arguments[2]), record)
+    return int(failure is not None)
+
+
+def prepare(cluster: Cluster) -> torch.device | None:
+    """Make this process ready to probe, for good; return the GPU, or None where tensors will be fake."""
+    warnings.filterwarnings("ignore")
+    enable_cpu()
+    torch.set_num_threads(1)
+    if cluster.device == "cpu" or not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

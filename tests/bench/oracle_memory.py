@@ -1,0 +1,275 @@
+"""The memory predictor against the oracle: `python -m tests.bench.oracle_memory [N] [first seed]`.
+
+Random valid layouts of mid-size dense, mixture and latent-attention models, each on one rank of 8 to 64: the real
+program under fake tensors (launchers/programs/megatron_core/probe.py) says what the rank allocates.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tuner.cluster import Cluster, Gpu
+from tuner.layout import Layout, data_parallel_size, layout_from, num_microbatches
+from tuner.predict.memory import StageMemory, breakdown
+from tuner.space import Domain, enumerate_layouts
+from tuner.workload import Model, Workload
+
+PROCESSES = 2
+MOST_MICROBATCHES = 8
+"""Keeps a probe to seconds; as many are in flight on 8 stages at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """One rank of one layout."""
+
+    family: str
+    workload: Workload
+    cluster: Cluster
+    layout: Layout
+    stage: StageMemory
+    """What is predicted for its pipeline stage."""
+
+
+class Probed(NamedTuple):
+    """A draw and what the oracle said."""
+
+    draw: Draw
+    measured_gib: float
+
+    @property
+    def error(self) -> float:
+        """Relative; negative where less was predicted than is allocated."""
+        return self.draw.stage.total_gib / self.measured_gib - 1
+
+
+def _model(name: str, **fields: Any) -> Model:
+    defaults: dict[str, Any] = {
+        "num_layers": 8,
+        "hidden_size": 1024,
+        "ffn_hidden_size": 2816,
+        "num_attention_heads": 16,
+        "num_query_groups": 4,
+        "kv_channels": 64,
+        "vocab_size": 32000,
+    }
+    return Model(name=name, **{**defaults, **fields})
+
+
+_MOE: dict[str, Any] = {"num_moe_experts": 16, "moe_ffn_hidden_size": 704, "moe_router_topk": 4}
+_MLA: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "num_query_groups": 16,
+    "q_lora_rank": 384,
+    "kv_lora_rank": 256,
+    "qk_head_dim": 64,
+    "qk_pos_emb_head_dim": 32,
+    "v_head_dim": 64,
+    "qk_layernorm": True,
+}
+
+FAMILIES: dict[str, tuple[Model, ...]] = {
+    "dense": (
+        _model("llama"),
+        _model("large-vocabulary", num_layers=6, vocab_size=151936, qk_layernorm=True),
+        _model(
+            "gpt",
+            ffn_hidden_size=4096,
+            num_query_groups=16,
+            gated_linear_unit=False,
+            activation_func="gelu",
+            normalization="LayerNorm",
+            position_embedding_type="learned_absolute",
+            max_position_embeddings=4096,
+            add_bias_linear=True,
+            share_embeddings_and_output_weights=True,
+        ),
+        _model(
+            "wide",
+            num_layers=12,
+            hidden_size=2048,
+            ffn_hidden_size=8192,
+            num_query_groups=8,
+            window_size=(511, 0),
+        ),
+    ),
+    "moe": (
+        _model("mixture", **_MOE),
+        _model(
+            "shared",
+            **{**_MOE, "num_moe_experts": 16, "moe_router_topk": 2},
+            moe_shared_expert_intermediate_size=1408,
+            moe_layer_freq=2,
+            qk_layernorm=True,
+        ),
+        _model(
+            "few-large", **{**_MOE, "num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 2816}
+        ),
+    ),
+    "mla": (
+        _model(
+            "latent",
+            **_MLA,
+            **_MOE,
+            moe_shared_expert_intermediate_size=704,
+            moe_layer_freq=(0, *(1,) * 7),
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+        ),
+        _model(
+            "latent-mtp",
+            **{**_MLA, "q_lora_rank": None},
+            **_MOE,
+            moe_shared_expert_intermediate_size=1408,
+            mtp_num_layers=1,
+        ),
+        _model("latent-dense", **_MLA, num_layers=12),
+    ),
+}
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 1, 2, 4, 8),
+    "pp": (1, 2, 2, 4, 8),
+    "vpp": (1, 1, 2, 3),
+    "cp": (1, 1, 1, 2, 4),
+    "ep": (1, 2, 4, 8),
+    "etp": (1, 1, 2, 4),
+    "micro_batch_size": (1, 1, 2, 4),
+    "account_for_embedding_in_pipeline_split": (False, False, False, True),
+    "account_for_loss_in_pipeline_split": (False, False, False, True),
+    "moe_token_dispatcher_type": ("alltoall", "alltoall", "allgather"),
+    "use_distributed_optimizer": (True, True, False),
+    "overlap_grad_reduce": (False, True),
+    "overlap_param_gather": (False, False, True),
+}
+_SELECTIVE = (
+    "none",
+    "layernorm",
+    "mlp",
+    "moe",
+    "mla_up_proj",
+    "shared_experts",
+    "core_attn+moe",
+    "layernorm+mlp",
+)
+_RECOMPUTE: tuple[dict[str, Any], ...] = (
+    *({},) * 3,
+    *(
+        {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+        for method, layers in (("uniform", 1), ("uniform", 2), ("block", 1))
+    ),
+    *({"recompute_granularity": "selective", "recompute_modules": modules} for modules in _SELECTIVE),
+)
+
+
+def draws(seed: int) -> Iterator[Draw]:
+    """Endless draws, the families in turn."""
+    random = Random(seed)
+    while True:
+        for family, models in FAMILIES.items():
+            draw = None
+            while draw is None:
+                draw = _draw(family, random.choice(models), random)
+            yield draw
+
+
+def _draw(family: str, model: Model, random: Random) -> Draw | None:
+    """A random valid layout of a model and one of its ranks: the one predicted worst, or any; None if luck was out."""
+    cluster = cpu_cluster(random.choice((8, 16, 32, 64)))
+    workload = Workload(
+        model=model,
+        seq_length=random.choice((1024, 2048, 4096)),
+        global_batch_size=cluster.world_size * random.choice((1, 2, 4)),
+        precision=random.choice(("fp32", "bf16")),
+        moe_router_force_load_balancing=model.is_moe,
+    )
+    domain: Domain = {
+        **{knob: tuple(dict.fromkeys(random.sample(values, 2))) for knob, values in _CHOICES.items()},
+        **{knob: (value,) for knob, value in random.choice(_RECOMPUTE).items()},
+        "sp": (False, True),
+    }
+    table = enumerate_layouts(workload, cluster, domain).table
+    if table.empty:
+        return None
+    row = table.iloc[random.randrange(len(table))]
+    layout = layout_from({str(knob): value for knob, value in row.items()})
+    dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
+    if num_microbatches(workload.global_batch_size, layout.micro_batch_size, dp) > MOST_MICROBATCHES:
+        return None
+    stages = breakdown(layout, workload, cluster, "torch")
+    worst = max(stages, key=lambda stage: stage.total_gib)
+    stage = random.choice((worst, random.choice(stages)))
+    return Draw(family=family, workload=workload, cluster=cluster, layout=layout, stage=stage)
+
+
+def cpu_cluster(world_size: int) -> Cluster:
+    """So many CPU ranks, in one NVLink domain."""
+    return Cluster(
+        name=f"cpu-{world_size}",
+        device="cpu",
+        gpu=Gpu(name="cpu", memory_gib=64, peak_tflops={"fp32": 0.05}, memory_bandwidth_gb_per_s=10),
+        gpus_per_node=world_size,
+        nvlink_domain_gpus=world_size,
+        nvlink_bandwidth_gb_per_s=1,
+        nvlink_latency_us=10,
+        fabric_bandwidth_gb_per_s=1,
+        fabric_latency_us=10,
+    )
+
+
+def ask(draw: Draw) -> Probed:
+    """Ask the oracle."""
+    from launchers.programs.megatron_core.probe import probe
+
+    world_size = draw.cluster.world_size
+    rank = draw.stage.rank * (world_size // draw.layout.pp)
+    return Probed(draw, probe(draw.workload, draw.layout, world_size, rank)[0])
+
+
+def asked(of: Sequence[Draw]) -> Iterator[Probed]:
+    """Ask about each draw; in forks, since Megatron's hooks keep a model's objects alive for good."""
+    from launchers.programs.megatron_core.probe import prepare
+
+    with get_context("fork").Pool(PROCESSES, prepare, (cpu_cluster(1),), maxtasksperchild=10) as pool:
+        yield from pool.imap(ask, of)
+
+
+def line(probed: Probed) -> str:
+    """One draw in a line."""
+    draw, stage = probed.draw, probed.draw.stage
+    return (
+        f"{probed.error:+7.2%} {probed.measured_gib:8.3f} GiB {stage.moment:9} {draw.workload.model.name:16} "
+        f"{draw.workload.precision} seq {draw.workload.seq_length} gbs {draw.workload.global_batch_size} "
+        f"world {draw.cluster.world_size} stage {stage.rank}: {draw.layout.label()}"
+    )
+
+
+def main(count: int, seed: int) -> None:
+    """Print the errors of each family, and the worst draws; the target is 2% on average."""
+    started = time.perf_counter()
+    found = list(asked(list(islice(draws(seed), count))))
+    wall_s = time.perf_counter() - started
+    for family in FAMILIES:
+        errors = np.abs([probed.error for probed in found if probed.draw.family == family])
+        over = (errors > 0.05).sum()
+        print(
+            f"{family:6} {len(errors):4} layouts: mean error {errors.mean():.2%}, "
+            f"worst {errors.max():.2%}, {over} above 5%"
+        )
+    errors = np.abs([probed.error for probed in found])
+    print(
+        f"all    {len(errors):4} layouts: mean error {errors.mean():.2%}, worst {errors.max():.2%}; {wall_s:.0f} s"
+    )
+    for probed in sorted(found, key=lambda probed: -abs(probed.error))[:25]:
+        print(line(probed))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200, int(sys.argv[2]) if len(sys.argv) > 2 else 0)

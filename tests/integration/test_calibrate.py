@@ -1,0 +1,115 @@
+"""Real calibrations of this machine, short ones, under torchrun."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launchers import calibrate
+from launchers.base import marked_processes
+from launchers.programs.calibration import CALLS, group_sizes, groups_of
+from search_spaces.loader import load_cluster
+from tuner.calibration import Calibration, CalibrationPlan
+from tuner.cli.app import run
+from tuner.cluster import Cluster
+from tuner.errors import MegatuneError
+from tuner.files import read_json
+
+PAIR = replace(load_cluster("cpu-4"), name="pair", gpus_per_node=2, nvlink_domain_gpus=2)
+full_plan = calibrate.plan_for
+
+
+def short_plan(cluster: Cluster) -> CalibrationPlan:
+    return replace(
+        full_plan(cluster),
+        gemm_sizes=(16, 256),
+        copy_bytes=(1024, 4 << 20),
+        message_bytes=(1024, 32 << 20),
+        passes=1,
+        batch_s=0.005,
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own; after it, no process of a calibration may live."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "plan_for", short_plan)
+    yield tmp_path / "megatune" / "calibrations"
+    assert marked_processes(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_groups_of_every_size_hold_every_rank_once(strided: bool) -> None:
+    assert group_sizes(1) == ()
+    assert group_sizes(6) == (2, 3, 6)
+    for ranks in group_sizes(12):
+        groups = groups_of(12, ranks, strided)
+        assert {len(members) for members in groups} == {ranks}
+        assert sorted(rank for members in groups for rank in members) == list(range(12))
+    assert groups_of(4, 2, strided) == ([[0, 2], [1, 3]] if strided else [[0, 1], [2, 3]])
+
+
+def test_a_torn_calibration_is_measured_again_and_the_new_one_is_kept(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = calibrate.cache_path(short_plan(PAIR).machine)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        "name: night\n"
+        "workload: {model: tiny-gpt, seq_length: 128, global_batch_size: 8, precision: fp32}\n"
+        "cluster: {name: cpu-4, gpus_per_node: 2}\n"
+    )
+    assert run(["calibrate", str(sweep)]) == 0
+    said = capsys.readouterr()
+    assert "measuring again" in said.err and f"{path}: is not JSON" in said.err
+    assert "all_reduce" in said.out and "0.05" in said.out
+    assert list(cache.iterdir()) == [path]
+    first = read_json(Calibration, path)
+    _check(first)
+
+    assert run(["calibrate", str(sweep), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cached"] and told["path"] == str(path)
+    assert told["calibration"]["host_us"] == first.host_us
+    assert calibrate.load_calibration(PAIR) == first
+
+
+def _check(calibration: Calibration) -> None:
+    """Everything is there, and more work takes longer than none."""
+    assert calibration.machine == short_plan(PAIR).machine
+    assert calibration.gemm.keys() == {"fp32"}
+    for times in (calibration.copy, *calibration.gemm.values(), *calibration.collectives.values()):
+        assert times.ms[-1] > 3 * times.ms[0]
+    for tables in (calibration.collectives, calibration.strided_collectives):
+        assert tables.keys() == CALLS.keys()
+        assert all(times.sizes == ((2,), (1024, 32 << 20)) for times in tables.values())
+    assert 1 < calibration.host_us < 10_000
+
+
+def test_a_failing_calibration_says_why_and_keeps_its_output(cache: Path) -> None:
+    plan = replace(short_plan(PAIR), precisions=("mxfp8",))
+    with pytest.raises(MegatuneError, match=r"failed: rank \d: KeyError: 'mxfp8'") as failed:
+        calibrate.calibrate(plan, threading.Event())
+    (folder,) = cache.iterdir()
+    assert str(folder) in str(failed.value)
+    assert list((folder / "log").rglob("stderr.log"))
+
+
+def test_a_calibration_that_takes_too_long_is_ended(cache: Path) -> None:
+    with pytest.raises(MegatuneError, match=r"did not end within 2 s"):
+        calibrate.calibrate(short_plan(PAIR), threading.Event(), limit_s=2)
+    assert not calibrate.cache_path(short_plan(PAIR).machine).exists()
+
+
+def test_a_calibration_ends_on_request_and_keeps_nothing(cache: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.calibrate(short_plan(PAIR), stop)
+    assert list(cache.iterdir()) == []

@@ -1,0 +1,110 @@
+"""The oracle of peak memory: one rank under fake tensors against real ranks, the predictor against it, and the command."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launchers.probe import probe
+from tests.bench.oracle_memory import Draw, Probed, asked, cpu_cluster, draws, line
+from tests.integration.test_predict_memory_trials import case
+from tuner.cli.app import run
+from tuner.layout import Layout
+from tuner.predict.memory import breakdown
+from tuner.trial import TrialSpec
+
+SWEEP = """
+name: probed
+workload: {model: tiny-gpt, seq_length: 128, global_batch_size: 16, precision: fp32}
+cluster: cpu-4
+"""
+TWELVE, SEED = 12, 3
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP)
+    return path
+
+
+@pytest.fixture(scope="module")
+def probed() -> list[Probed]:
+    return list(asked(list(islice(draws(SEED), TWELVE))))
+
+
+def test_peaks_of_random_layouts_are_predicted_within_two_percent_on_average(probed: list[Probed]) -> None:
+    errors = np.abs([one.error for one in probed])
+    table = "\n".join(map(line, probed))
+    assert {one.draw.family for one in probed} == {"dense", "moe", "mla"}
+    assert {one.draw.workload.precision for one in probed} == {"fp32", "bf16"}
+    assert errors.mean() <= 0.02, table
+    assert errors.max() <= 0.08, table
+
+
+def draw_of(spec: TrialSpec, stage: int, **fields: int) -> Draw:
+    workload = replace(spec.workload, **fields)
+    predicted = breakdown(spec.layout, workload, spec.cluster, "torch")[stage]
+    return Draw(family="", workload=workload, cluster=spec.cluster, layout=spec.layout, stage=predicted)
+
+
+def peaks(of: list[Draw]) -> Iterator[float]:
+    return (one.measured_gib for one in asked(of))
+
+
+def test_micro_batches_beyond_a_filled_pipeline_change_nothing_but_time() -> None:
+    few, many = (
+        draw_of(case("tiny-gpt", pp=2, vpp=2, overlap_p2p_comm=True), stage=0, global_batch_size=size)
+        for size in (12, 24)
+    )
+    assert len(set(peaks([few, many]))) == 1
+
+
+def test_a_rank_of_a_world_that_no_machine_has_is_probed() -> None:
+    spec = case("tiny-moe", ranks=512, tp=2, sp=True, pp=4, ep=8)
+    big = replace(spec, workload=replace(spec.workload, global_batch_size=512), cluster=cpu_cluster(512))
+    record = probe(big, 511)
+    stage = breakdown(big.layout, big.workload, big.cluster, "torch")[3]
+    assert record.failure is None
+    assert record.rank == 511
+    assert record.step == 2
+    assert record.peak_allocated_gib == pytest.approx(stage.total_gib, rel=0.03)
+
+
+def test_what_megatron_refuses_is_in_the_record() -> None:
+    spec = case("tiny-gpt", pp=2)
+    record = probe(replace(spec, layout=Layout(pp=3)), 0)
+    assert record.failure is not None
+    assert record.peak_allocated_gib is None
+    assert record.phase == "build"
+
+
+def test_the_command_prints_measured_beside_predicted(
+    sweep_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["probe", str(sweep_file), "pp=2", "--rank", "stages", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 2]
+    for rank in found["ranks"]:
+        parts = [value for name, value in rank["predicted"].items() if name.endswith("_gib")]
+        assert sum(parts) == pytest.approx(rank["predicted_peak_gib"])
+        assert abs(rank["difference"]) < 0.02
+
+
+def test_the_rank_predicted_to_need_most_is_probed_unless_one_is_named(
+    sweep_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["probe", str(sweep_file), "pp=4", "use_distributed_optimizer=false"]) == 0
+    captured = capfd.readouterr()
+    assert "probing rank 0 of 4" in captured.err
+    assert "measured peak" in captured.out
+    assert "predicted peak" in captured.out
+
+
+def test_a_rank_outside_the_world_is_refused(sweep_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["probe", str(sweep_file), "pp=2", "--rank", "4"]) == 2
+    assert "--rank 4: there are ranks 0 to 3, or 'stages'" in capfd.readouterr().err

@@ -1,0 +1,152 @@
+"""megatune calibrate: what this machine does, measured."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from search_spaces.loader import load_cluster
+from tuner.calibration import Calibration, Collective, Times
+from tuner.cli.common import AsJson, detect, print_json, stderr, stdout
+from tuner.cli.signals import stop_on_signals
+from tuner.cluster import Cluster
+from tuner.errors import InputError
+from tuner.files import read_yaml_data, to_data
+from tuner.sweep_file import load_sweep
+from tuner.workload import Precision
+
+
+def calibrate(
+    cluster_or_sweep: Annotated[
+        str,
+        typer.Argument(
+            metavar="[CLUSTER|SWEEP.yaml]",
+            help="Whose ranks to measure with: a cluster's name or file, or a sweep file; it must be this machine.",
+        ),
+    ] = "detect",
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is cached.")] = False,
+    json: AsJson = False,
+) -> int:
+    """Measure products, memory and collectives on this machine, once: the predictions then use them."""
+    from launchers.calibrate import cache_path, load_calibration, plan_for
+    from launchers.calibrate import calibrate as measure
+    from launchers.detect import check_machine
+
+    cluster = _cluster(cluster_or_sweep)
+    plan = plan_for(cluster)
+    check_machine(cluster)
+    path = cache_path(plan.machine)
+    try:
+        found = None if force else load_calibration(cluster)
+    except InputError as error:
+        stderr.print(f"measuring again: {error}", markup=False)
+        found = None
+    if found is None:
+        stderr.print(
+            f"measuring {plan.machine.world_size} ranks at once on {plan.machine.name}: "
+            "a minute or two, in which nothing else should run here",
+            markup=False,
+        )
+        with stop_on_signals("ending the calibration; nothing is kept") as stop:
+            calibration = measure(plan, stop)
+    else:
+        calibration = found
+    if json:
+        told = {"path": str(path), "cached": found is not None, "calibration": to_data(calibration)}
+        print_json(told)
+        return 0
+    for table in _tables(calibration, cluster):
+        stdout.print(table)
+    origin = f"measured {calibration.measured_at}" + (", not again" if found else "")
+    stdout.print(f"{origin}; kept in {path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _cluster(name: str) -> Cluster:
+    """The cluster that a user means by its name or file, or by the sweep on it."""
+    if name == "detect":
+        return detect()
+    if Path(name).suffix in {".yaml", ".yml"}:
+        data = read_yaml_data(Path(name))
+        if isinstance(data, dict) and "workload" in data:
+            return load_sweep(Path(name), detect).cluster
+    return load_cluster(name)
+
+
+def _tables(calibration: Calibration, cluster: Cluster) -> list[Table]:
+    tables = [_products(calibration, cluster), _operations(calibration, cluster)]
+    return [*tables, _collectives(calibration, cluster)] if calibration.collectives else tables
+
+
+def _products(calibration: Calibration, cluster: Cluster) -> Table:
+    """Rates of the measured products with three equal sizes, and the cluster's peaks."""
+    table = Table("TFLOP/s of n x n x n", *calibration.gemm, box=None)
+    times = next(iter(calibration.gemm.values()))
+    for size in times.sizes[0]:
+        rates = (_tflops(calibration, size, precision) for precision in calibration.gemm)
+        table.add_row(f"n = {size}", *(f"{rate:.3g}" for rate in rates))
+    stated = (cluster.gpu.peak_tflops[precision] for precision in calibration.gemm)
+    table.add_row(f"[dim]peak that {cluster.name} states", *(f"[dim]{peak:g}" for peak in stated))
+    return table
+
+
+def _tflops(calibration: Calibration, size: int, precision: Precision) -> float:
+    return 2 * size**3 / float(calibration.gemm_ms(size, size, size, precision)) * 1e-9
+
+
+def _operations(calibration: Calibration, cluster: Cluster) -> Table:
+    table = Table("elementwise, read and written", "us", "GB/s", box=None)
+    for size in calibration.copy.sizes[0]:
+        time_ms = float(calibration.copy_ms(size))
+        table.add_row(_size(size), _us(time_ms), f"{size / time_ms * 1e-6:.3g}")
+    table.add_row("one operation launched by the host", _us(calibration.host_us / 1000), "")
+    table.add_row(
+        f"[dim]bandwidth that {cluster.name} states", "", f"[dim]{cluster.gpu.memory_bandwidth_gb_per_s:g}"
+    )
+    return table
+
+
+def _collectives(calibration: Calibration, cluster: Cluster) -> Table:
+    """Latency and bus bandwidth of each kind and group size, of neighbours and of ranks far apart."""
+    smallest, largest = (next(iter(calibration.collectives.values())).sizes[1][end] for end in (0, -1))
+    table = Table("collective", "ranks", box=None)
+    for place in ("neighbours", "far apart"):
+        table.add_column(f"{place}: {_size(smallest)} us", justify="right")
+        table.add_column(f"{_size(largest)} bus GB/s", justify="right")
+    for kind, times in calibration.collectives.items():
+        for ranks in times.sizes[0]:
+            both = (times, calibration.strided_collectives[kind])
+            cells = [cell for each in both for cell in _cells(each, kind, ranks)]
+            table.add_row(kind, str(ranks), *cells)
+    latency, bandwidth = f"{cluster.nvlink_latency_us:g}", f"{cluster.nvlink_bandwidth_gb_per_s:g}"
+    stated = (f"[dim]{latency}", f"[dim]{bandwidth}") * 2
+    table.add_row(f"[dim]a hop and a link, as {cluster.name} states", "", *stated)
+    return table
+
+
+def _cells(times: Times, kind: Collective, ranks: int) -> tuple[str, str]:
+    """The time of the smallest message in us, and the bus bandwidth of the largest in GB/s."""
+    smallest, largest = times.sizes[1][0], times.sizes[1][-1]
+    moved = largest * _bus_share(kind, ranks)
+    return _us(float(times.at(ranks, smallest))), f"{moved / float(times.at(ranks, largest)) * 1e-6:.3g}"
+
+
+def _bus_share(kind: Collective, ranks: int) -> float:
+    """The share of a buffer that crosses a rank's link. Source: NVIDIA nccl-tests, doc/PERFORMANCE.md."""
+    if kind == "send":
+        return 1.0
+    return (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks
+
+
+def _us(time_ms: float) -> str:
+    """A time in us with three digits or more."""
+    time_us = time_ms * 1000
+    return f"{time_us:,.0f}" if time_us >= 100 else f"{time_us:.3g}"
+
+
+def _size(size_bytes: int) -> str:
+    for factor, unit in ((1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB")):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:g} {unit}"
+    return f"{size_bytes} B"

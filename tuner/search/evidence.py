@@ -1,0 +1,87 @@
+"""What the predictions and the trials of a sweep together say of every row of its table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tuner.calibration import Calibration
+from tuner.layout import Layout
+from tuner.predict import implementation_of
+from tuner.predict.memory import peak_gib
+from tuner.predict.time import step_time_ms
+from tuner.report import TrialRow
+from tuner.search.feasibility import Feasibility
+from tuner.search.ranking import Ranking, encode
+from tuner.search.sampler import find_row
+from tuner.space import enumerate_layouts
+from tuner.sweep import with_row
+from tuner.sweep_file import Sweep
+from tuner.trial import Outcome
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Evidence:
+    """A sweep, its trials, and what is known of every row of its table; arrays of one value a row."""
+
+    sweep: Sweep
+    calibration: Calibration | None
+    """What the predicted step times rest on."""
+    trials: tuple[TrialRow, ...]
+    """The finished ones."""
+    table: pd.DataFrame
+    """The valid layouts, those of the trials among them."""
+    rows: NDArray[np.intp]
+    """The row of each trial."""
+    predicted_ms: Floats
+    """Before any trial; likewise the next two."""
+    predicted_gib: Floats
+    predicted_fit: Floats
+    """P(peak <= the GPU's memory)."""
+    expected_ms: Floats
+    """What the trials make of `predicted_ms`."""
+    fit: Floats
+    """What they make of `predicted_fit`."""
+
+
+def gather(
+    sweep: Sweep,
+    trials: Sequence[TrialRow],
+    layouts: Sequence[Layout] = (),
+    calibration: Calibration | None = None,
+) -> Evidence:
+    """Gather the evidence of a sweep's finished trials; `layouts` are further rows to judge."""
+    workload, cluster = sweep.workload, sweep.cluster
+    table = enumerate_layouts(workload, cluster, sweep.domain, lifted=sweep.lifted).table
+    for layout in (*(trial.layout for trial in trials), *layouts):
+        table = with_row(table, layout)
+    rows = np.array([find_row(table, trial.layout) for trial in trials], dtype=np.intp)
+    implementation = implementation_of(cluster)
+    predicted_ms = step_time_ms(table, workload, cluster, implementation, calibration)
+    feasibility, ranking = Feasibility(table, workload, cluster), Ranking(encode(table), predicted_ms)
+    predicted_fit = feasibility.probabilities()
+    for row, trial in zip(rows.tolist(), trials, strict=True):
+        metrics, bound_ms = trial.result.metrics, trial.result.slower_than_ms
+        if metrics is not None:
+            ranking.tell(row, metrics.step_time_ms)
+            feasibility.tell(row, metrics.peak_allocated_gib)
+        elif trial.result.outcome is Outcome.OOM:
+            feasibility.tell(row, None)
+        if bound_ms is not None:
+            ranking.tell_slower(row, bound_ms)
+    return Evidence(
+        sweep=sweep,
+        calibration=calibration,
+        trials=tuple(trials),
+        table=table,
+        rows=rows,
+        predicted_ms=predicted_ms,
+        predicted_gib=peak_gib(table, workload, cluster, implementation),
+        predicted_fit=predicted_fit,
+        expected_ms=ranking.expected_ms(np.arange(len(table))),
+        fit=feasibility.probabilities(),
+    )

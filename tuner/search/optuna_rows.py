@@ -1,0 +1,91 @@
+"""Optuna's own samplers over the rows of the table: a suggestion falls to the nearest row that is left."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import optuna
+import pandas as pd
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tuner.layout import KNOBS
+from tuner.search.ranking import doublings
+from tuner.search.strategy import Mask, Observation, Strategy
+
+STARTUP_TRIALS: Final = 5
+"""Random trials before the Gaussian process: Optuna's ten are half of many a space."""
+
+
+def tpe(seed: int) -> BaseSampler:
+    """Optuna's tree-structured Parzen estimator, as it comes."""
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def gaussian_process(seed: int) -> BaseSampler:
+    """Optuna's Gaussian process."""
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+
+
+class OptunaRows(Strategy):
+    """An Optuna sampler over the knobs that vary: sizes in doublings, switches and texts as categories.
+
+    It is told of the rows that were measured, not of the points it asked for. Its study is made anew for each
+    trial from what was told, its seed from the trial's number: nothing is lost where a sweep is resumed.
+
+    Args:
+        table: The valid layouts, a row each, columns as KNOBS.
+        sampler: Makes the sampler from a seed.
+        seed: The sweep's.
+    """
+
+    def __init__(self, table: pd.DataFrame, sampler: Callable[[int], BaseSampler], seed: int) -> None:
+        self._sampler, self._seed = sampler, seed
+        self._space: dict[str, BaseDistribution] = {}
+        self._columns: dict[str, NDArray[Any]] = {}
+        for knob in KNOBS:
+            column = table[knob]
+            if column.nunique() < 2:
+                continue
+            if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+                sizes = doublings(column)
+                self._columns[knob] = sizes
+                self._space[knob] = IntDistribution(round(sizes.min()), round(sizes.max()))
+            else:
+                self._columns[knob] = column.to_numpy(dtype=object)
+                self._space[knob] = CategoricalDistribution(sorted(column.unique().tolist()))
+        self._told: list[FrozenTrial] = []
+
+    def choose(self, available: Mask, number: int, in_flight: Sequence[int] = ()) -> int:
+        """See Strategy."""
+        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+        study = optuna.create_study(sampler=self._sampler(seed))
+        study.add_trials([*self._told, *(self._trial(row, TrialState.RUNNING) for row in in_flight)])
+        wanted = study.ask(self._space).params
+        rows = np.flatnonzero(available)
+        return int(rows[self._distance(rows, wanted).argmin()])
+
+    def tell(self, row: int, observation: Observation) -> None:
+        """See Strategy."""
+        # The logarithm: a row at twice the time is no worse a teacher than one at four times.
+        value = None if observation.step_time_ms is None else float(np.log(observation.step_time_ms))
+        self._told.append(self._trial(row, observation.state, value))
+
+    def _trial(self, row: int, state: TrialState, value: float | None = None) -> FrozenTrial:
+        params = {
+            knob: round(column[row]) if isinstance(self._space[knob], IntDistribution) else column[row]
+            for knob, column in self._columns.items()
+        }
+        return create_trial(state=state, value=value, params=params, distributions=self._space)
+
+    def _distance(self, rows: NDArray[np.intp], wanted: dict[str, Any]) -> NDArray[np.float64]:
+        """Doublings apart, and one for each switch or text that differs."""
+        distance = np.zeros(len(rows))
+        for knob, column in self._columns.items():
+            if isinstance(self._space[knob], IntDistribution):
+                distance += np.abs(column[rows] - wanted[knob])
+            else:
+                distance += column[rows] != wanted[knob]
+        return distance
