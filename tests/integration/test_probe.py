@@ -1,4 +1,4 @@
-"""The oracle of peak memory: one rank under fake tensors against real ranks, the predictor against it, and the command."""
+"""The oracle of peak memory: the predictor against it, ranks of large worlds, and the command."""
 
 import json
 from collections.abc import Iterator
@@ -46,8 +46,8 @@ def test_peaks_of_random_layouts_are_predicted_within_two_percent_on_average(pro
     assert errors.max() <= 0.08, table
 
 
-def draw_of(spec: TrialSpec, stage: int, **fields: int) -> Draw:
-    workload = replace(spec.workload, **fields)
+def draw_of(spec: TrialSpec, stage: int, global_batch_size: int) -> Draw:
+    workload = replace(spec.workload, global_batch_size=global_batch_size)
     predicted = breakdown(spec.layout, workload, spec.cluster, "torch")[stage]
     return Draw(family="", workload=workload, cluster=spec.cluster, layout=spec.layout, stage=predicted)
 
