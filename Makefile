@@ -31,7 +31,10 @@ bench: $(READY)
 	$(VENV)/bin/python -m tests.bench.space
 	$(VENV)/bin/python -m tests.bench.ask
 	$(VENV)/bin/python -m tests.bench.memory
+	$(VENV)/bin/python -m tests.bench.oracle_memory
 	$(VENV)/bin/python -m tests.bench.published
+	$(VENV)/bin/python -m tests.bench.audit
+	$(VENV)/bin/python -m tests.bench.stopping
 	$(VENV)/bin/python -m tests.bench.replay
 
 format: $(READY)

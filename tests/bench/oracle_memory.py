@@ -169,18 +169,18 @@ _RECOMPUTE: tuple[dict[str, Any], ...] = (
 )
 
 
-def draws(seed: int) -> Iterator[Draw]:
+def draws(seed: int, most_microbatches: int = MOST_MICROBATCHES) -> Iterator[Draw]:
     """Endless draws, the families in turn."""
     random = Random(seed)
     while True:
         for family, models in FAMILIES.items():
             draw = None
             while draw is None:
-                draw = _draw(family, random.choice(models), random)
+                draw = _draw(family, random.choice(models), random, most_microbatches)
             yield draw
 
 
-def _draw(family: str, model: Model, random: Random) -> Draw | None:
+def _draw(family: str, model: Model, random: Random, most_microbatches: int) -> Draw | None:
     """A random valid layout of a model and one of its ranks: the one predicted worst, or any; None if luck was out."""
     cluster = cpu_cluster(random.choice((8, 16, 32, 64)))
     workload = Workload(
@@ -201,7 +201,7 @@ def _draw(family: str, model: Model, random: Random) -> Draw | None:
     row = table.iloc[random.randrange(len(table))]
     layout = layout_from({str(knob): value for knob, value in row.items()})
     dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
-    if num_microbatches(workload.global_batch_size, layout.micro_batch_size, dp) > MOST_MICROBATCHES:
+    if num_microbatches(workload.global_batch_size, layout.micro_batch_size, dp) > most_microbatches:
         return None
     stages = breakdown(layout, workload, cluster, "torch")
     worst = max(stages, key=lambda stage: stage.total_gib)

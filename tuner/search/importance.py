@@ -19,9 +19,9 @@ FEWEST_TRIALS: Final = 8
 def importances(layouts: Sequence[Layout], step_time_ms: Sequence[float]) -> dict[str, float]:
     """The share of each choice that varied, the largest first; they sum to 1.
 
-    Empty below FEWEST_TRIALS, or where nothing varied. Functional ANOVA on log(step time) of the completed trials (Hutter, Hoos and Leyton-Brown 2014, "An efficient
-    approach for assessing hyperparameter importance"), by Optuna. It describes the layouts that were tried, which no
-    sampler draws evenly: not the space.
+    Empty below FEWEST_TRIALS, or where nothing varied. Functional ANOVA on log(step time) of the completed trials
+    (Hutter, Hoos and Leyton-Brown 2014, "An efficient approach for assessing hyperparameter importance"), by Optuna. It
+    describes the layouts that were tried, which no sampler draws evenly: not the space.
     """
     values = [{choice: value_of(choice, layout) for choice in CHOICES} for layout in layouts]
     space: dict[str, BaseDistribution] = {

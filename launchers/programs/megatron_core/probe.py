@@ -38,8 +38,8 @@ from tuner.workload import Workload
 STEPS = 2
 """Adam's state comes with the first step, so the second holds the peak."""
 ROUNDS = 3
-"""How often the pipeline, or its largest group of micro-batches, is filled: at no stage is the last forward pass then in
-flight at its first backward pass."""
+"""How often the pipeline, or its largest group of micro-batches, is filled: at no stage is the last forward pass
+then in flight at its first backward pass."""
 SEED = 1234
 
 _aten = torch.ops.aten
