@@ -139,9 +139,8 @@ def _parts(
         held[:, DENSE], held[:, MOE], stages.last, vocabulary[stages.row], stages.row
     )
     updated = parts["optimizer_gib"] / ADAM_BYTES[workload.precision == "fp32"]
-    activations, moment = _activations(
-        layers, stages, vocabulary, _mtp_layers(workload.model, stages), updated
-    )
+    step = np.maximum(layers.optimizer_step(vocabulary[stages.row], updated), parts.pop("reducing"))
+    activations, moment = _activations(layers, stages, vocabulary, _mtp_layers(workload.model, stages), step)
     parts |= activations
     building = parts.pop("building")
     builds = building > sum(parts[name] for name in PARTS)
@@ -173,7 +172,7 @@ def _state(
     Gradients are fp32, or like the weights. Adam holds two fp32 moments, and an fp32 weight where the model's is
     not; the distributed optimizer splits them over the ranks with the same weights: dense over dp*cp, experts over
     edp. It also has the weights in one buffer a chunk and kind, which is made while they are still outside: `building`
-    (distributed/param_and_grad_buffer.py).
+    (distributed/param_and_grad_buffer.py). Gloo reduces a copy of a buffer of gradients: `reducing`.
     """
     dense, experts = _weights(c, workload.model, stages, held, vocabulary)
     in_fp32 = workload.precision == "fp32"
@@ -190,7 +189,10 @@ def _state(
     # With ep 1 the experts share the dense weights' buffer; else theirs comes later, as do their gradients.
     apart = np.maximum(dense - experts * gradient / weight, experts)
     moved = np.where((c["ep"] > 1)[stages.row], apart, dense + experts) * weight / c["vpp"][stages.row]
+    reduced = np.where((c["ep"] > 1)[stages.row], np.maximum(dense, experts), dense + experts)
+    by_gloo = distributed[stages.row] & np.bool_(cluster.device == "cpu")
     return {
+        "reducing": np.where(by_gloo, reduced * gradient / c["vpp"][stages.row], 0),
         "building": (dense + experts) * (weight + gradient) + np.where(distributed[stages.row], moved, 0),
         "parameters_gib": (dense + experts) * weight + np.maximum(linear, 0) * (quantised - alone),
         "gradients_gib": (dense + experts) * gradient,
@@ -234,11 +236,12 @@ def _weights(
 
 
 def _activations(
-    layers: Layers, stages: Stages, vocabulary: Floats, mtp: Floats, updated: Floats
+    layers: Layers, stages: Stages, vocabulary: Floats, mtp: Floats, step: Floats
 ) -> tuple[dict[str, Floats], NDArray[np.intp]]:
     """Return the bytes kept at each stage's worst moment, by module, and the transient; and the moment's index.
 
-    `mtp` is the layers of multi-token prediction by kind, `updated` the weights that a rank's optimizer updates.
+    `mtp` is the layers of multi-token prediction by kind, `step` the bytes that the optimizer's step
+    needs for a moment.
     """
     row, last = stages.row, stages.last
     attention, dense = layers.attention(), layers.dense_mlp()
@@ -261,7 +264,7 @@ def _activations(
             _layer_transient(attention, dense, experts, stages, in_flight, sizes),
             np.where(last, head.backward[row], 0),
             np.where(stages.first, embedding + state, 0),
-            layers.optimizer_step(vocabulary[row], updated),
+            step,
         ]
     )
     transients[0] += predicted

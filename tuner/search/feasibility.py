@@ -73,7 +73,8 @@ class Feasibility:
             return
         ratio = np.log(measured_gib / self._predicted_gib[row])
         of_ratio = -0.5 * ((ratio - self._bias) / self._error) ** 2 - np.log(self._error)
-        self._log_weight = self._log_weight + of_ratio + log_ndtr((room - ratio - self._beyond) / self._own)
+        fits = log_ndtr((room - ratio - self._beyond) / self._own) if self._beyond.size > 1 else 0.0
+        self._log_weight = self._log_weight + of_ratio + fits
 
     def probabilities(self) -> Floats:
         """Return P(fits) of every row."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -99,12 +100,14 @@ def probe(
     world_size: int,
     rank: int,
     device: torch.device | None = None,
+    as_gloo: bool = True,
     enter: Callable[[Phase], None] = lambda phase: None,
 ) -> tuple[float, float | None]:
     """Return the peak of allocated, and of reserved memory (None without CUDA), of one rank in GiB.
 
     `prepare` comes first, and says which `device`. Routing is balanced: an expert takes as many tokens of a
-    micro-batch as any other, give or take one. `enter` hears of each part of a step that begins.
+    micro-batch as any other, give or take one. `as_gloo` counts what Gloo copies, where tensors are fake. `enter`
+    hears of each part of a step that begins.
 
     Raises:
         ValueError, AssertionError, RuntimeError: where Megatron refuses the layout.
@@ -118,6 +121,10 @@ def probe(
             # Values do not matter, and their hashes would be computed for real.
             stack.enter_context(_replaced(train, "initialize_weights", lambda chunks, seed: None))
             stack.enter_context(_replaced(torch.utils, "swap_tensors", _convert))
+            if as_gloo:
+                reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func
+                copying = _on_a_copy(reduce_scatter)
+                stack.enter_context(_replaced(param_and_grad_buffer, "dist_reduce_scatter_func", copying))
             for mode in (_TensorsOfFakes(), FakeFloats(), account):
                 stack.enter_context(mode)
         short = _filling(workload, layout, world_size)
@@ -170,6 +177,16 @@ def _balanced(route: Any) -> Any:
     return routed
 
 
+def _on_a_copy(reduce_scatter: Any) -> Any:
+    """A reduce-scatter that flattens its input into a copy first, as Gloo's does."""
+
+    def reduced(output: Tensor, whole: Tensor, **options: Any) -> Any:
+        whole.clone()
+        return reduce_scatter(output, whole, **options)
+
+    return reduced
+
+
 def _convert(weight: Tensor, converted: Tensor) -> None:
     """`Module.to` swaps fake weights, which Torch refuses while it refers to them itself; real ones it sets."""
     weight.data = converted.data
@@ -183,7 +200,8 @@ def main(arguments: list[str]) -> int:
     failure = None
     try:
         device = prepare(spec.cluster)
-        peak = probe(spec.workload, spec.layout, spec.cluster.world_size, rank, device, phases.append)
+        on_cpu = spec.cluster.device == "cpu"
+        peak = probe(spec.workload, spec.layout, spec.cluster.world_size, rank, device, on_cpu, phases.append)
     except Exception as error:
         failure = failure_of(error)
     record = RankRecord(
