@@ -1,4 +1,4 @@
-"""The memory predictor against the oracle: `python -m tests.bench.oracle_memory [N] [first seed]`.
+"""The memory predictor against the oracle: `python -m tests.bench.oracle_memory [N] [seed]`.
 
 Random valid layouts of mid-size dense, mixture and latent-attention models, each on one rank of 8 to 64: the real
 program under fake tensors (launchers/programs/megatron_core/probe.py) says what the rank allocates.
@@ -7,17 +7,19 @@ program under fake tensors (launchers/programs/megatron_core/probe.py) says what
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
 from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from tuner.cluster import Cluster, Gpu
 from tuner.layout import Layout, data_parallel_size, layout_from, num_microbatches
-from tuner.predict.memory import StageMemory, breakdown
+from tuner.predict.memory import StageMemory, breakdown, peak_gib
+from tuner.search.feasibility import fit_probabilities
 from tuner.space import Domain, enumerate_layouts
 from tuner.workload import Model, Workload
 
@@ -251,6 +253,27 @@ def line(probed: Probed) -> str:
     )
 
 
+def calibration(found: Sequence[Probed]) -> str:
+    """How many of the rows given a probability to fit did, in memories drawn around the predicted peak."""
+    random, stated, fits = np.random.default_rng(0), [], []
+    for probed in found:
+        draw = probed.draw
+        table = pd.DataFrame([asdict(draw.layout)])
+        peak_gib_of_worst = float(peak_gib(table, draw.workload, draw.cluster, "torch")[0])
+        if draw.stage.total_gib < peak_gib_of_worst:
+            continue  # another stage decides whether the layout fits
+        for memory_gib in peak_gib_of_worst * np.exp(0.05 * random.normal(size=20)):
+            gpu = replace(draw.cluster.gpu, memory_gib=float(memory_gib))
+            stated.append(fit_probabilities(table, draw.workload, replace(draw.cluster, gpu=gpu))[0])
+            fits.append(probed.measured_gib <= memory_gib)
+    table = pd.DataFrame({"stated": stated, "fit": fits})
+    bins = pd.cut(table["stated"], [0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1])
+    lines = table.groupby(bins, observed=True).agg(
+        rows=("fit", "size"), stated=("stated", "mean"), fit=("fit", "mean")
+    )
+    return f"P(fits) before any trial, and the share that fit:\n{lines.round(3)}"
+
+
 def main(count: int, seed: int) -> None:
     """Print the errors of each family, and the worst draws; the target is 2% on average."""
     started = time.perf_counter()
@@ -269,6 +292,7 @@ def main(count: int, seed: int) -> None:
     )
     for probed in sorted(found, key=lambda probed: -abs(probed.error))[:25]:
         print(line(probed))
+    print(calibration(found))
 
 
 if __name__ == "__main__":

@@ -190,9 +190,11 @@ def _state(
     apart = np.maximum(dense - experts * gradient / weight, experts)
     moved = np.where((c["ep"] > 1)[stages.row], apart, dense + experts) * weight / c["vpp"][stages.row]
     reduced = np.where((c["ep"] > 1)[stages.row], np.maximum(dense, experts), dense + experts)
+    # Overlapped, it goes in pieces (distributed/distributed_data_parallel.py: bucket_size).
+    piece = np.where(c.on("overlap_grad_reduce"), np.maximum(40e6, 1e6 * dense_ranks), np.inf)[stages.row]
     by_gloo = distributed[stages.row] & np.bool_(cluster.device == "cpu")
     return {
-        "reducing": np.where(by_gloo, reduced * gradient / c["vpp"][stages.row], 0),
+        "reducing": np.where(by_gloo, np.minimum(reduced / c["vpp"][stages.row], piece) * gradient, 0),
         "building": (dense + experts) * (weight + gradient) + np.where(distributed[stages.row], moved, 0),
         "parameters_gib": (dense + experts) * weight + np.maximum(linear, 0) * (quantised - alone),
         "gradients_gib": (dense + experts) * gradient,
