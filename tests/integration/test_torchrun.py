@@ -37,7 +37,8 @@ class Programs(dict[str, str]):
         return ENDINGS
 
 
-LAUNCHER = TorchrunLauncher(programs=Programs(), grace_s=1.0)
+# On a busy machine torchrun needs seconds to end the other ranks; killed, they would seem to have died of that.
+LAUNCHER = TorchrunLauncher(programs=Programs(), grace_s=5.0)
 
 
 @pytest.fixture(scope="module")

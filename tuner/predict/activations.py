@@ -283,7 +283,10 @@ class Layers:
         # Layers' loads add up in what they keep; passes go through one layer, the fullest at the worst.
         worst = self.load.worst / self.load.kept
         matrix = expert(model).sharded / self.etp / self._matrices()
-        inner, inner_backward = self._mlp(width, matrix, True)[0], self._mlp(width * worst, matrix, True)[1]
+        inner = self._mlp(width, matrix, True)[0]
+        # Transformer Engine takes a rank's experts at once, plain Torch one after the other.
+        at_once = 1 if self.fused else model.num_moe_experts / self.ep
+        inner_backward = self._mlp(width * worst / at_once, matrix, True)[1]
         shared, shared_backward = self._shared()
         local = model.num_moe_experts / self.ep
         activation = width * self.linear if self.fused else np.zeros_like(width)

@@ -139,8 +139,20 @@ def _parts(
         held[:, DENSE], held[:, MOE], stages.last, vocabulary[stages.row], stages.row
     )
     updated = parts["optimizer_gib"] / ADAM_BYTES[workload.precision == "fp32"]
-    step = np.maximum(layers.optimizer_step(vocabulary[stages.row], updated), parts.pop("reducing"))
-    activations, moment = _activations(layers, stages, vocabulary, _mtp_layers(workload.model, stages), step)
+    adam, reducing = layers.optimizer_step(vocabulary[stages.row], updated), parts.pop("reducing")
+    output = np.where(stages.last, vocabulary[stages.row] * workload.model.hidden_size, 0) * (
+        4.0 if workload.grad_reduce_in_fp32 else layers.size
+    )
+    behind = np.maximum(reducing - output, 0) / np.maximum(parts["gradients_gib"] - output, 1)
+    activations, moment = _activations(
+        layers,
+        stages,
+        vocabulary,
+        _mtp_layers(workload.model, stages),
+        adam,
+        reducing,
+        1 - np.minimum(behind, 1),
+    )
     parts |= activations
     building = parts.pop("building")
     builds = building > sum(parts[name] for name in PARTS)
@@ -190,8 +202,10 @@ def _state(
     apart = np.maximum(dense - experts * gradient / weight, experts)
     moved = np.where((c["ep"] > 1)[stages.row], apart, dense + experts) * weight / c["vpp"][stages.row]
     reduced = np.where((c["ep"] > 1)[stages.row], np.maximum(dense, experts), dense + experts)
-    # Overlapped, it goes in pieces (distributed/distributed_data_parallel.py: bucket_size).
+    # Overlapped, it goes in pieces of whole weights, on the first stage (distributed_data_parallel.py: bucket_size).
     piece = np.where(c.on("overlap_grad_reduce"), np.maximum(40e6, 1e6 * dense_ranks), np.inf)[stages.row]
+    piece = np.where(stages.first, piece, np.inf)
+    piece = np.maximum(piece, np.where(stages.last, vocabulary * workload.model.hidden_size, 0))
     by_gloo = distributed[stages.row] & np.bool_(cluster.device == "cpu")
     return {
         "reducing": np.where(by_gloo, np.minimum(reduced / c["vpp"][stages.row], piece) * gradient, 0),
@@ -238,12 +252,19 @@ def _weights(
 
 
 def _activations(
-    layers: Layers, stages: Stages, vocabulary: Floats, mtp: Floats, step: Floats
+    layers: Layers,
+    stages: Stages,
+    vocabulary: Floats,
+    mtp: Floats,
+    adam: Floats,
+    reducing: Floats,
+    left: Floats,
 ) -> tuple[dict[str, Floats], NDArray[np.intp]]:
     """Return the bytes kept at each stage's worst moment, by module, and the transient; and the moment's index.
 
-    `mtp` is the layers of multi-token prediction by kind, `step` the bytes that the optimizer's step
-    needs for a moment.
+    `mtp` is the layers of multi-token prediction by kind; `adam` and `reducing` are the bytes that the optimizer's step
+    and the reduction of the gradients need for a moment; `left` is the share of a micro-batch's activations that is
+    still kept when the first piece of the gradients is reduced.
     """
     row, last = stages.row, stages.last
     attention, dense = layers.attention(), layers.dense_mlp()
@@ -266,12 +287,19 @@ def _activations(
             _layer_transient(attention, dense, experts, stages, in_flight, sizes),
             np.where(last, head.backward[row], 0),
             np.where(stages.first, embedding + state, 0),
-            step,
+            np.maximum(adam, reducing),
         ]
     )
     transients[0] += predicted
     transients[:2] += layers.pipeline_tensors(row, stages.rank > 0, stages.forwards_left)
-    early = full - (stages.first_chunk * sizes).sum(axis=1)
+    first_chunk = (stages.first_chunk * sizes).sum(axis=1)
+    # Overlapped, a piece is reduced while the last micro-batch goes backward: the others are done, and its layers.
+    one = np.minimum(first_chunk * layers.columns["vpp"][row], full)
+    overlapped = np.where(
+        layers.columns.on("overlap_grad_reduce")[row], reducing + state - full + one * left, 0
+    )
+    transients[0] = np.maximum(transients[0], overlapped)
+    early = full - first_chunk
     kept = np.stack([full, full + loss, early, np.zeros_like(full)])
     moment = np.argmax(kept + transients, axis=0)
     counts = in_flight - np.where(moment == 2, 1, 0)[:, None] * stages.first_chunk
