@@ -31,7 +31,7 @@ class TrialSource:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     source: str
-    """`baseline`, `seed` or `sampler`."""
+    """`baseline`, `seed` or `sampler`; `repeat` of a suspect trial, `canary` for the machine's drift, `final`."""
     note: str = ""
     """Which table a seed comes from, and how it was moved."""
 

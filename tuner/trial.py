@@ -49,7 +49,8 @@ class Measurement:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     warmup_steps: int = 3
-    """Untimed optimizer steps; at least 3, since the second holds the peak (Adam's state comes with the first)."""
+    """Optimizer steps that never count; at least 3, since the second holds the peak (Adam's state comes with the
+    first). Where the times still fall after them, more steps are found to be warm-up."""
     min_steps: int = 5
     max_steps: int = 20
     target_relative_interval: float = 0.02
@@ -107,6 +108,8 @@ class TrialSpec:
     limits: Limits = field(default_factory=Limits)
     seed: int = 1234
     """Of the weights, the mock tokens and the dropout."""
+    give_up_above_ms: float | None = None
+    """The trial may end as too slow once the lower end of its interval is above this; None runs it to its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +184,10 @@ class Metrics:
     step_time_low_ms: float
     """Lower end of the bootstrap 95% interval of the median."""
     step_time_high_ms: float
+    warmup_times_ms: tuple[float, ...] = ()
+    """The steps before the timed ones, those that were found to be warm-up included."""
+    outliers: tuple[int, ...] = ()
+    """Places in `step_times_ms` of steps far from the median; they stay in it."""
     losses: tuple[float, ...]
     """One an optimizer step, warm-up included."""
     grad_norms: tuple[float, ...]
@@ -192,6 +199,29 @@ class Metrics:
     """The worst rank's."""
     peak_reserved_gib: float | None
     """The worst rank's; None on CPU, where nothing is reserved."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Telemetry:
+    """What the machine did while the steps were timed; None where it does not tell."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    samples: int
+    power_w: float | None = None
+    """Mean, of all the trial's GPUs together."""
+    energy_j_per_token: float | None = None
+    clock_mhz: float | None = None
+    """Mean, of the GPUs' SM clocks, or of the CPU's cores."""
+    lowest_clock_mhz: float | None = None
+    temperature_c: float | None = None
+    """The hottest GPU's, at its hottest."""
+    throttle_reasons: tuple[str, ...] = ()
+    """NVML's names, without those that are no trouble (idle, an application's own clocks)."""
+    foreign_memory_gib: float | None = None
+    """The most that processes other than the trial's held on one of its GPUs."""
+    foreign_load: float | None = None
+    """Cores that processes other than the trial's kept busy, on average."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +241,9 @@ class TrialResult:
     """Present exactly if the outcome is completed."""
     slower_than_ms: float | None = None
     """A lower bound of the step time, where the trial ended before it measured one."""
+    telemetry: Telemetry | None = None
+    suspicions: tuple[str, ...] = ()
+    """Why the measurement is not to be trusted, a line each: the machine was throttled or shared."""
     ranks: tuple[RankRecord, ...] = ()
     durations: Durations = field(default_factory=Durations)
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -268,7 +268,8 @@ class Layers:
         kept = width * (gated + steps) * self.size
         weight_gradient = matrix * self.size
         second = width * self.size + weight_gradient
-        activation = width * gated * self.size
+        # Probabilities are fp32, and so are the products with them and their gradients.
+        activation = width * (14.0 if weighted and self.size < 4 else gated * self.size)
         first = (gated * weight_gradient) - width * steps * self.size + self.full_hidden * self.size
         return kept, np.maximum(np.maximum(second, activation), first)
 
@@ -305,6 +306,11 @@ class Layers:
         arrived = dispatched * worst
         forward = self._dispatch_forward(arrived, local)
         backward = np.maximum(2 * arrived * self.size, arrived * self.size + inner_backward)
+        # The gradient of all tokens, which came in fp32, and then that of a rank's own.
+        grid = self.expert_grid()
+        gathered = grid + np.maximum(grid * (4 / self.size if self.size < 4 else 0), arrived * self.size)
+        gathers = self._gathers_experts() & (self.ep * self.etp > 1)
+        backward = np.maximum(backward, np.where(gathers, gathered, 0))
         backward = np.maximum(backward, shared_backward)
         backward = np.maximum(backward, self._norm_backward(kept + dropped))
         again = np.where(whole, forward, 0)

@@ -293,10 +293,13 @@ def _activations(
     transients[0] += predicted
     transients[:2] += layers.pipeline_tensors(row, stages.rank > 0, stages.forwards_left)
     first_chunk = (stages.first_chunk * sizes).sum(axis=1)
-    # Overlapped, a piece is reduced while the last micro-batch goes backward: the others are done, and its layers.
+    # Overlapped, a piece is reduced while the last micro-batch goes backward: the others are done, and its layers,
+    # but for one of those that are recomputed together.
     one = np.minimum(first_chunk * layers.columns["vpp"][row], full)
+    working = stages.working.sum(axis=1)
+    again = (stages.working * sizes[:, :2]).sum(axis=1) / np.maximum(working, 1)
     overlapped = np.where(
-        layers.columns.on("overlap_grad_reduce")[row], reducing + state - full + one * left, 0
+        layers.columns.on("overlap_grad_reduce")[row], reducing + state + again - full + one * left, 0
     )
     transients[0] = np.maximum(transients[0], overlapped)
     early = full - first_chunk
