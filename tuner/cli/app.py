@@ -8,7 +8,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tuner.cli import calibrate, doctor, explain, export, init, plan, probe, show, sweep, trial, ui
+from tuner.cli import (
+    calibrate,
+    doctor,
+    explain,
+    export,
+    init,
+    lint,
+    plan,
+    probe,
+    show,
+    sweep,
+    sync,
+    trial,
+    ui,
+)
 from tuner.errors import MegatuneError
 
 DESCRIPTION = """Find the fastest way to lay a Megatron training job over a cluster, by running it.
@@ -23,7 +37,7 @@ _CommandLineError: Any = typer.BadParameter.__mro__[2]
 app = typer.Typer(
     help=DESCRIPTION, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for command in (init, plan, explain, sweep, trial, show, export, ui, doctor, calibrate, probe):
+for command in (init, lint, plan, explain, sweep, trial, show, export, ui, sync, doctor, calibrate, probe):
     name = command.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(command, name))
 

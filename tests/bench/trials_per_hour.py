@@ -1,0 +1,116 @@
+"""Trials an hour, forked against cold, and the tuner's own time: `python -m tests.bench.trials_per_hour [TRIALS]`.
+
+The sweep of a tiny GPT on 4 CPU ranks runs three times, for so many trials each, with the same seed: its trials forked
+from a loaded process, then each a torchrun of its own, then forked again, which shows how noisy the machine is. Between
+two trials the tuner learns, chooses, writes and logs; that is its own time.
+"""
+
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+
+from launchers.base import Launcher, LaunchPlan
+from launchers.preloaded import Preload
+from launchers.torchrun import TorchrunLauncher
+from tuner.cli.common import load, prepare, stderr
+from tuner.cli.progress import PlainProgress
+from tuner.results import SweepFolder
+from tuner.sweep import SweepLoop
+from tuner.tracking import Tracker
+from tuner.trial import Heartbeat, TrialFolder, TrialResult, TrialSpec
+
+SWEEP: Final = Path(__file__).parents[2] / "search_spaces" / "sweeps" / "tiny-gpt.yaml"
+TRIALS: Final = 12
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """A launcher that notes when each trial began and ended, in monotonic seconds."""
+
+    launcher: Launcher
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    results: list[TrialResult] = field(default_factory=list)
+
+    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
+        """See Launcher."""
+        return self.launcher.plan(spec, folder)
+
+    def run(
+        self,
+        plan: LaunchPlan,
+        stop: threading.Event,
+        on_heartbeat: Callable[[Heartbeat], None] | None = None,
+    ) -> TrialResult:
+        """See Launcher."""
+        began = time.monotonic()
+        result = self.launcher.run(plan, stop, on_heartbeat)
+        self.spans.append((began, time.monotonic()))
+        self.results.append(result)
+        return result
+
+
+def measured(trials: int, results: Path, cold: bool) -> dict[str, float | str]:
+    """Run the sweep in `results`; returns a line of the table."""
+    loaded = load(SWEEP)
+    budget = replace(loaded.sweep.budget, trials=trials, min_gain=None)
+    loaded = replace(loaded, sweep=replace(loaded.sweep, budget=budget))
+    sweep, prepared = loaded.sweep, prepare(loaded, SWEEP)
+    folder = SweepFolder(results)
+    folder.claim(sweep)
+    tracker = Tracker.open(folder.path, sweep.tracking.uri, sweep.experiment, sweep.name, {})
+    began = time.monotonic()
+    with folder.lock(), Preload(folder.path) as preload:
+        stopwatch = Stopwatch(TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start))
+        loop = SweepLoop(
+            sweep, prepared.table, prepared.queue, folder, stopwatch, tracker, PlainProgress(stderr)
+        )
+        loop.run(threading.Event())
+    tracker.finish("", "FINISHED")
+    return _line("cold" if cold else "forked", stopwatch, time.monotonic() - began)
+
+
+def _line(name: str, stopwatch: Stopwatch, wall_s: float) -> dict[str, float | str]:
+    spans, durations = stopwatch.spans, [result.durations for result in stopwatch.results]
+    night_s = spans[-1][1] - spans[0][0]
+    between_s = sum(after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False))
+    parts = {
+        part: sum(getattr(spent, f"{part}_s") for spent in durations)
+        for part in ("startup", "build", "warmup", "measure")
+    }
+    rest_s = sum(spent.total_s for spent in durations) - sum(parts.values())
+    return {
+        "trials": name,
+        "n": len(spans),
+        "wall_s": wall_s,
+        "trials_per_hour": len(spans) * 3600 / wall_s,
+        **{f"{part}_share": seconds / wall_s for part, seconds in parts.items()},
+        "end_share": rest_s / wall_s,
+        "between_trials_share": between_s / night_s,
+    }
+
+
+def main(trials: int) -> None:
+    """Print the table and the ratio."""
+    with tempfile.TemporaryDirectory() as name:
+        lines = [
+            measured(trials, Path(name) / f"{place}", cold) for place, cold in enumerate((False, True, False))
+        ]
+    table = pd.DataFrame(lines)
+    print(table.round(3).to_string(index=False))
+    forked, cold = (table[table["trials"] == kind]["trials_per_hour"].mean() for kind in ("forked", "cold"))
+    print(f"trials an hour, forked over cold: {forked / cold:.1f}; the target is 3")
+    print(
+        f"the tuner's own time between forked trials: {table['between_trials_share'].iloc[[0, 2]].mean():.1%} of the "
+        "wall clock; the target is 2%"
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else TRIALS)
