@@ -17,6 +17,7 @@ from tuner.cli import (
     lint,
     plan,
     probe,
+    replay,
     show,
     sweep,
     sync,
@@ -37,7 +38,22 @@ _CommandLineError: Any = typer.BadParameter.__mro__[2]
 app = typer.Typer(
     help=DESCRIPTION, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for command in (init, lint, plan, explain, sweep, trial, show, export, ui, sync, doctor, calibrate, probe):
+for command in (
+    init,
+    lint,
+    plan,
+    explain,
+    sweep,
+    trial,
+    replay,
+    show,
+    export,
+    ui,
+    sync,
+    doctor,
+    calibrate,
+    probe,
+):
     name = command.__name__.rsplit(".", 1)[-1]
     app.command(name)(getattr(command, name))
 

@@ -1,0 +1,47 @@
+"""A trial that is run again from its record alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.trials import CLUSTER, MODEL, failed_row, metrics_of, spec_of
+from tuner.cli.app import run
+from tuner.files import read_json, write_json
+from tuner.layout import Layout
+from tuner.trial import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.workload import Workload
+
+
+def test_a_trial_is_run_again_from_its_folder_and_what_differs_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
+    spec = TrialSpec(
+        sweep="night",
+        number=7,
+        workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
+        cluster=replace(CLUSTER, device="cpu", gpu=gpu, gpus_per_node=2, nvlink_domain_gpus=2),
+        layout=Layout(pp=2),
+        measurement=Measurement(min_steps=2, max_steps=2),
+        give_up_above_ms=1e-6,  # the sweep's bound, and not the rerun's
+    )
+    recorded, rerun = TrialFolder(tmp_path / "t0007"), TrialFolder(tmp_path / "again")
+    recorded.path.mkdir()
+    write_json(recorded.spec, spec)
+    before = TrialResult(outcome=Outcome.COMPLETED, reason="measured", metrics=metrics_of(0.001, 0.0001))
+    write_json(recorded.result, before)
+    assert run(["replay", str(recorded.path), "--folder", str(rerun.path)]) == 3
+    assert read_json(TrialResult, rerun.result).outcome is Outcome.COMPLETED
+    assert read_json(TrialResult, recorded.result) == before
+    told = capsys.readouterr().out
+    assert "trial t0007 of night: tp1 pp2 mbs1" in told
+    assert "outcome: completed, now completed" in told
+    assert "the 95% intervals of the step time are apart" in told
+
+
+def test_a_trial_is_not_run_over_itself(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path)
+    write_json(folder.spec, spec_of(0, Layout()))
+    write_json(folder.result, failed_row(0, Outcome.OOM).result)
+    assert run(["replay", str(tmp_path), "--folder", str(tmp_path)]) == 2

@@ -1,0 +1,109 @@
+"""megatune replay: run a trial again, from its folder or its MLflow run alone, and compare."""
+
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli.common import AsJson, print_json, stderr, stdout
+from tuner.cli.progress import LiveProgress, PlainProgress
+from tuner.cli.signals import stop_on_signals
+from tuner.errors import InputError
+from tuner.files import read_json
+from tuner.replay import Comparison, compare
+from tuner.trial import Outcome, TrialFolder, TrialResult, TrialSpec
+
+NOT_REPRODUCED = 3
+"""The exit code where the trial ended otherwise, or at another speed."""
+
+
+def replay(
+    trial: Annotated[
+        str, typer.Argument(metavar="TRIAL", help="A trial's folder, or the id of its MLflow run.")
+    ],
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where the rerun's files go; nowhere if not given.")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option("--uri", help="Where the MLflow run is; default MLFLOW_TRACKING_URI.")
+    ] = None,
+    json: AsJson = False,
+) -> int:
+    """Run a trial again as its own spec says, and compare. Exit code 0 if it ended alike and as fast, 3 if not."""
+    from launchers.detect import check_machine
+    from launchers.torchrun import TorchrunLauncher
+
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatune-")))
+        recorded = TrialFolder(
+            Path(trial) if Path(trial).is_dir() else _fetch(trial, uri, scratch / "recorded")
+        )
+        spec, before = read_json(TrialSpec, recorded.spec), read_json(TrialResult, recorded.result)
+        target = TrialFolder(folder or scratch / "rerun")
+        if target.path.absolute() == recorded.path.absolute():
+            raise InputError(f"{target.path}: holds the trial itself; name another folder for its rerun")
+        # A bound was the sweep's, at that moment of it.
+        whole = replace(spec, attempt=1, give_up_above_ms=None)
+        check_machine(spec.cluster)
+        launcher = TorchrunLauncher()
+        plan = launcher.plan(whole, target)
+        target.path.mkdir(parents=True, exist_ok=True)
+        observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
+        stop = stack.enter_context(stop_on_signals())
+        with observer:
+            observer.waiting_for(spec.layout)
+            after = launcher.run(plan, stop, lambda beat: observer.heartbeat(spec.number, beat))
+    if after.outcome is Outcome.INTERRUPTED:
+        return 130
+    comparison = compare(before, after)
+    if json:
+        print_json(
+            {**asdict(comparison), "reproduced": comparison.reproduced, "outcome": after.outcome.value}
+        )
+    else:
+        _print(spec, before, after, comparison)
+    return 0 if comparison.reproduced else NOT_REPRODUCED
+
+
+def _fetch(run_id: str, uri: str | None, into: Path) -> Path:
+    """Download a trial's records from its MLflow run."""
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if chosen is None:
+        raise InputError(
+            f"{run_id}: there is no such folder; to take it as the id of an MLflow run, say where with --uri"
+        )
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(tracking_uri=chosen)
+        into.mkdir()
+        for name in ("spec.json", "result.json"):
+            client.download_artifacts(run_id, name, str(into))
+    except (MlflowException, OSError) as error:
+        raise InputError(
+            f"{run_id}: neither a folder nor a trial's run that MLflow can give: {str(error).splitlines()[0]}"
+        ) from None
+    return into
+
+
+def _print(spec: TrialSpec, before: TrialResult, after: TrialResult, comparison: Comparison) -> None:
+    stdout.print(f"trial t{spec.number:04d} of {spec.sweep}: {spec.layout.label()}", markup=False)
+    stdout.print(f"  outcome: {before.outcome}, now {after.outcome}", markup=False)
+    if after.outcome is not Outcome.COMPLETED:
+        stdout.print(f"  now: {after.reason}", markup=False, soft_wrap=True)
+    for figure in comparison.figures:
+        stdout.print(f"  {figure.name}: {figure.before:,.4g}, now {figure.after:,.4g} ({figure.change:+.1%})")
+    if comparison.same_speed is not None:
+        stdout.print(
+            f"  the 95% intervals of the step time {'overlap' if comparison.same_speed else 'are apart'}"
+        )
+    if comparison.loss_difference is not None:
+        stdout.print(f"  the losses differ by at most {comparison.loss_difference:.2g} of themselves")
+    for name, (old, new) in comparison.versions.items():
+        stdout.print(f"  {name}: {old}, now {new}", markup=False)
