@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 
 import psutil
 
-from tuner.trial import Heartbeat, Limits, TrialFolder, TrialResult, TrialSpec
+import launchers
+from tuner.trial import Heartbeat, Limits, Phase, TrialFolder, TrialResult, TrialSpec
 
 MARKER = "MEGATUNE_TRIAL"
 """The environment variable by which a trial's processes are known wherever they moved: its folder."""
@@ -24,6 +25,16 @@ STARTED_AT = "MEGATUNE_STARTED_AT"
 
 Ending = Literal["stop", "startup", "step", "trial"]
 """Why a launcher ended a job itself: it was told to, or the limit of that name was passed."""
+
+_FOREIGN_VARIABLES = ("TORCHELASTIC_", "PET_")
+"""Prefixes of what another torchrun around us would pass to ours."""
+
+SILENT_STEPS = 20
+"""How many times its slowest step so far a job may be silent."""
+LEAST_SILENCE_S = 30.0
+"""What a job may always be silent, however quick its steps: a checkpoint, a collection, a late compilation."""
+_STEPS_TO_JUDGE = 3
+"""How many steps after the first must be seen before their times say how long silence may last."""
 
 _KILL_S = 10.0
 """How long the kernel gets to take away a killed process; one that stays longer hangs in a driver."""
@@ -42,6 +53,8 @@ class LaunchPlan:
     files: Mapping[str, str]
     """What is written before the start: path within the folder to content."""
     limits: Limits
+    gpus: int = 0
+    """GPUs of this machine that the job uses, the first it sees; 0 on CPU."""
 
     def shell_command(self) -> str:
         """One line for a POSIX shell that runs the trial again, without the tuner."""
@@ -97,6 +110,10 @@ class Clock:
     _beat_s: float = field(default=0.0, init=False)
     _warm: tuple[int, float] | None = field(default=None, init=False)
     """The first step that was seen finished, and when."""
+    _stepped_s: float = field(default=0.0, init=False)
+    """When a step was last seen finished."""
+    _slowest_s: float = field(default=0.0, init=False)
+    """The longest time between two such moments: no step after the first took longer."""
 
     def beat(self, heartbeat: Heartbeat, now_s: float) -> bool:
         """Take a heartbeat in; return whether it is a new one.
@@ -105,10 +122,29 @@ class Clock:
         """
         if heartbeat == self.heartbeat:
             return False
+        step = self.heartbeat.step if self.heartbeat else 0
         self.heartbeat, self._beat_s = heartbeat, now_s
-        if self._warm is None and heartbeat.step >= 1:
-            self._warm = heartbeat.step, now_s
+        if heartbeat.step > step:
+            if self._warm is None:
+                self._warm = heartbeat.step, now_s
+            else:
+                self._slowest_s = max(self._slowest_s, now_s - self._stepped_s)
+            self._stepped_s = now_s
         return True
+
+    @property
+    def phase(self) -> Phase:
+        """Where the trial was last seen."""
+        return self.heartbeat.phase if self.heartbeat else "startup"
+
+    @property
+    def silence_s(self) -> float:
+        """How long the job may be silent after its first step: less than the limit once its steps are known."""
+        if self._warm is None or self.heartbeat is None:
+            return self.limits.step_s
+        if self.heartbeat.step - self._warm[0] < _STEPS_TO_JUDGE:
+            return self.limits.step_s
+        return min(self.limits.step_s, max(LEAST_SILENCE_S, SILENT_STEPS * self._slowest_s))
 
     def slower_than_ms(self, now_s: float) -> float | None:
         """A lower bound of the mean step time: the steps since the first, and the one under way, took no less."""
@@ -123,7 +159,21 @@ class Clock:
             return "trial"
         if self.heartbeat is None or self.heartbeat.step < 1:
             return "startup" if now_s - self.started_s > self.limits.startup_s else None
-        return "step" if now_s - self._beat_s > self.limits.step_s else None
+        return "step" if now_s - self._beat_s > self.silence_s else None
+
+
+def python_path() -> list[str]:
+    """Where the children find our packages when they run from a checkout; the user's own entries stay."""
+    root = Path(launchers.__file__).parents[1]
+    # An installed package is found without help, and site-packages in front would hide the standard library.
+    ours = [] if root.name in {"site-packages", "dist-packages"} else [str(root)]
+    theirs = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return [*ours, *(str(Path(entry).absolute()) for entry in theirs)]
+
+
+def inherited_environment() -> dict[str, str]:
+    """Our own environment as a job inherits it, without what belongs to another torchrun."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_VARIABLES)}
 
 
 def _processes(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:

@@ -16,9 +16,8 @@ from pathlib import Path
 import pynvml
 
 from launchers import logs
-from launchers.base import MARKER, Job
+from launchers.base import MARKER, Job, inherited_environment, python_path
 from launchers.classify import failed_ranks
-from launchers.torchrun import _inherited, _python_path
 from tuner.calibration import Calibration, CalibrationPlan, Machine, plan_calibration
 from tuner.cluster import Cluster
 from tuner.errors import InputError, MegatuneError
@@ -143,7 +142,7 @@ def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: fl
     argv += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=calibration"]
     argv += ["--local-addr=127.0.0.1", f"--log-dir={log}", "--redirects=3"]
     argv += ["-m", PROGRAM, str(folder / "plan.json"), str(folder / "calibration.json")]
-    environment = {**_inherited(), **_environment(plan.machine, folder)}
+    environment = {**inherited_environment(), **_environment(plan.machine, folder)}
     deadline_s = time.monotonic() + limit_s
     job = Job(tuple(argv), environment, folder, log / "torchrun.log")
     try:
@@ -163,7 +162,7 @@ def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
     on_cpu = machine.device == "cpu"
     env = {
         MARKER: str(folder),
-        "PYTHONPATH": os.pathsep.join(_python_path()),
+        "PYTHONPATH": os.pathsep.join(python_path()),
         "OMP_NUM_THREADS": str(max(1, machine.count // machine.world_size) if on_cpu else 1),
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(_GRACE_S)),

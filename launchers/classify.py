@@ -1,16 +1,18 @@
 """How a trial ended, decided from its evidence; pure.
 
-torchrun ends with 1 whatever happened, so its exit code says little. What the ranks recorded comes
-first, then signals, then the text of the logs. One failing rank makes its peers fail too: their communication
-errors are consequences.
+torchrun ends with 1 whatever happened, so its exit code says little. What the program and its ranks recorded comes
+first, then the signal that the first failing rank died of, then the text of the logs; the kernel's counters tell
+whether a kill was for memory. One failing rank makes its peers fail too: their communication errors are consequences,
+and so are the signals that torchrun ends them with.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from signal import SIGABRT, SIGKILL, SIGTERM, Signals
+from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
 
-from launchers.base import Ending
+from launchers.base import LEAST_SILENCE_S, SILENT_STEPS, Ending
 from tuner.outcomes import cause_of, outcome_of_failure
 from tuner.trial import Heartbeat, Limits, Outcome, Phase, RankRecord, TrialResult
 
@@ -24,10 +26,19 @@ _COMMUNICATION = re.compile(
     r"|Rendezvous\w*Error|EADDRINUSE|[Aa]ddress already in use|gloo/transport"
     r"|[Cc]onnection (closed by peer|refused|reset by peer)"
 )
-_DISK = re.compile(r"No space left on device|Disk quota exceeded")
+_DISK = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
+_FULL_BYTES = 64 << 10
+_LAST_WORDS = (
+    (_OUT_OF_MEMORY, Outcome.OOM),
+    (_WATCHDOG, Outcome.HANG),
+    (_COMMUNICATION, Outcome.COMMUNICATION),
+)
+"""What a crashing rank may say before its signal, and what that means."""
 _EXCEPTION = re.compile(
     r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt))(?:: (.*))?$", re.M
 )
+_TORCHRUNS_OWN = "ChildFailedError"
+"""With which a torchrun that a command started tells of its ranks."""
 _REPORT = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) ")
 
 
@@ -36,16 +47,26 @@ class Evidence:
     """What is left of a job after its last process is gone."""
 
     limits: Limits
+    folder: Path = Path()
+    """The trial's."""
     exit_code: int | None
     """The launcher process's, negative for a signal; None if it could not be reaped."""
     ending: Ending | None = None
     """Why we ended the job; None if it ended by itself."""
     ended_at_s: float = float("inf")
     """When we did, in seconds since the epoch: what failed later failed because of it."""
+    silence_s: float = float("inf")
+    """How long the job might be silent when we did; limits.step_s, or less where its steps were known."""
     survivors: tuple[int, ...] = ()
     """Process ids that even SIGKILL did not end."""
+    free_bytes: float = float("inf")
+    """Of the folder's disk, at the end."""
+    held_gpus: tuple[str, ...] = ()
+    """What is not given back of each GPU that is fuller than before the job."""
     result: TrialResult | None = None
     """What the program left."""
+    result_at_s: float = 0.0
+    """When it was written, in seconds since the epoch."""
     result_error: str = ""
     """Why the program's result cannot be read; empty if it can or there is none."""
     records: tuple[RankRecord, ...] = ()
@@ -110,6 +131,13 @@ def _survivors(evidence: Evidence) -> Verdict | None:
     return Verdict(Outcome.INFRASTRUCTURE, reason, evidence.phase)
 
 
+def _held_gpus(evidence: Evidence) -> Verdict | None:
+    if not evidence.held_gpus:
+        return None
+    reason = f"the GPUs are not as free as before the trial: {'; '.join(evidence.held_gpus)}"
+    return Verdict(Outcome.INFRASTRUCTURE, reason, evidence.phase)
+
+
 def _clean_end(evidence: Evidence) -> Verdict | None:
     if evidence.exit_code != 0 or evidence.result is None:
         return None
@@ -118,12 +146,12 @@ def _clean_end(evidence: Evidence) -> Verdict | None:
 
 
 def _recorded_failure(evidence: Evidence) -> Verdict | None:
-    verdict = _record(evidence)
-    return None if verdict and verdict.outcome is Outcome.COMMUNICATION else verdict
+    """What the program said of itself; a lost connection may well be another rank's failure."""
+    verdicts = (_record(evidence), _program_result(evidence))
+    return next((each for each in verdicts if each and each.outcome is not Outcome.COMMUNICATION), None)
 
 
 def _record(evidence: Evidence) -> Verdict | None:
-    """The failure that a rank recorded as its own; a lost connection may well be another rank's."""
     in_time = [
         record
         for record in evidence.records
@@ -133,6 +161,8 @@ def _record(evidence: Evidence) -> Verdict | None:
     if record is None or record.failure is None:
         return None
     failure = record.failure
+    if _DISK.search(failure.message):
+        return _full_disk(evidence, failure.message, record.rank)
     outcome, reason = outcome_of_failure(failure.kind, failure.message, record.phase, record.step)
     return Verdict(outcome, reason, record.phase, record.rank)
 
@@ -148,25 +178,22 @@ def _out_of_memory_text(evidence: Evidence) -> Verdict | None:
 
 
 def _signal(evidence: Evidence) -> Verdict | None:
-    """A rank, or the launcher itself, died of a signal that nobody here sent."""
-    codes: list[tuple[int | None, int]] = [
-        (rank, code) for rank, code in evidence.exit_codes.items() if code < 0 and -code != SIGTERM
-    ]
-    if not codes and evidence.ending is None and (evidence.exit_code or 0) < 0:
-        codes = [(None, evidence.exit_code or 0)]
-    if not codes:
+    """The first rank to fail, or the launcher itself, died of a signal that nobody here sent."""
+    codes: list[tuple[int | None, int]] = [*evidence.exit_codes.items()]
+    if evidence.ending is None:
+        codes.append((None, evidence.exit_code or 0))
+    rank, code = codes[0] if codes else (None, 0)
+    if code >= 0 or -code == SIGTERM or (evidence.ending is not None and -code == SIGKILL):
         return None
-    rank, code = codes[0]
     who = "the launcher" if rank is None else f"rank {rank}"
     phase = evidence.phase
     if -code == SIGKILL and evidence.host_oom_kills:
         reason = f"{who} was killed in {phase} by the kernel: the host's memory, or the cgroup's, was full"
         return Verdict(Outcome.OOM, reason, phase, rank)
-    if -code == SIGABRT and rank is not None:
-        tail = evidence.tails.get(rank, "")
-        for pattern, outcome in ((_WATCHDOG, Outcome.HANG), (_COMMUNICATION, Outcome.COMMUNICATION)):
-            if line := _line(tail, pattern):
-                return Verdict(outcome, f"aborted in {phase}: {line}", phase, rank)
+    if -code != SIGKILL and rank is not None:
+        for pattern, outcome in _LAST_WORDS:
+            if line := _line(evidence.tails.get(rank, ""), pattern):
+                return Verdict(outcome, f"died in {phase}: {line}", phase, rank)
     name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
     return Verdict(
         Outcome.INFRASTRUCTURE, f"{who} died in {phase} of {name}, which nobody here sent", phase, rank
@@ -175,7 +202,7 @@ def _signal(evidence: Evidence) -> Verdict | None:
 
 def _program_result(evidence: Evidence) -> Verdict | None:
     result = evidence.result
-    if result is None or result.outcome is Outcome.COMPLETED:
+    if result is None or result.outcome is Outcome.COMPLETED or evidence.result_at_s >= evidence.ended_at_s:
         return None
     return Verdict(result.outcome, result.reason, result.phase, result.rank)
 
@@ -185,8 +212,14 @@ def _limit(evidence: Evidence) -> Verdict | None:
     if evidence.ending == "startup":
         reason = f"no optimizer step within {limits.startup_s:g} s (limits.startup_s); last seen in {phase}"
     elif evidence.ending == "step":
-        silence = f"no heartbeat for {limits.step_s:g} s (limits.step_s) after step {evidence.step}"
-        reason = f"{silence}; last seen in {phase}"
+        if evidence.silence_s < limits.step_s:
+            why = f"{SILENT_STEPS} times the slowest step so far, at least {LEAST_SILENCE_S:g} s"
+        else:
+            why = "limits.step_s"
+        silence_s = min(evidence.silence_s, limits.step_s)
+        reason = (
+            f"no heartbeat for {silence_s:.3g} s ({why}) after step {evidence.step}; last seen in {phase}"
+        )
     elif evidence.ending == "trial":
         reason = f"not finished within {limits.trial_s:g} s (limits.trial_s); last seen in {phase}"
         return Verdict(Outcome.TIMEOUT, reason, phase)
@@ -195,14 +228,27 @@ def _limit(evidence: Evidence) -> Verdict | None:
     return Verdict(Outcome.HANG, reason, phase)
 
 
-def _disk_text(evidence: Evidence) -> Verdict | None:
-    return _text(evidence, _DISK, Outcome.INFRASTRUCTURE)
+def _disk(evidence: Evidence) -> Verdict | None:
+    verdict = _text(evidence, _DISK, Outcome.INFRASTRUCTURE)
+    if verdict:
+        return _full_disk(evidence, verdict.reason, verdict.rank)
+    if evidence.free_bytes < _FULL_BYTES:  # where nothing could be written, nothing says so
+        return _full_disk(evidence, f"{evidence.free_bytes / 1024:.0f} KiB are free", None)
+    return None
+
+
+def _full_disk(evidence: Evidence, said: str, rank: int | None) -> Verdict:
+    reason = f"no space left in {evidence.phase} on the disk of {evidence.folder}, or another: {said}"
+    return Verdict(Outcome.INFRASTRUCTURE, reason, evidence.phase, rank)
 
 
 def _traceback(evidence: Evidence) -> Verdict | None:
     """The last exception that a rank printed without living to record it, an import error for one."""
     for rank in evidence.ranks_by_failure():
-        if found := list(_EXCEPTION.finditer(evidence.tails[rank])):
+        found = [
+            match for match in _EXCEPTION.finditer(evidence.tails[rank]) if _TORCHRUNS_OWN not in match[1]
+        ]
+        if found:
             kind, message = found[-1].group(1), found[-1].group(2) or ""
             outcome, reason = outcome_of_failure(kind, message, evidence.phase, evidence.step)
             return Verdict(outcome, reason, evidence.phase, rank)
@@ -245,15 +291,16 @@ def _unexplained(evidence: Evidence) -> Verdict:
 
 _RULES: tuple[Callable[[Evidence], Verdict | None], ...] = (
     _survivors,
+    _held_gpus,
     _clean_end,
     _recorded_failure,
     _stopped,
-    _out_of_memory_text,
     _signal,
-    _program_result,
+    _out_of_memory_text,
     _record,
+    _program_result,
     _limit,
-    _disk_text,
+    _disk,
     _traceback,
     _communication_text,
 )

@@ -4,12 +4,15 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from launchers.calibrate import this_machine
 from search_spaces.loader import cluster_names, load_cluster
+from tuner.calibration import Machine
 from tuner.cluster import Cluster
 from tuner.errors import InputError, did_you_mean
 
@@ -194,3 +197,15 @@ def check_machine(cluster: Cluster) -> None:
             f"key 'cluster': {cluster.name} is {wanted} CPU ranks, but this machine's cores carry {most} "
             f"({MAX_RANKS_PER_CORE} a core): lower cluster.gpus_per_node"
         )
+
+
+def measuring_machine(cluster: Cluster) -> Machine | None:
+    """This machine with the versions that a trial's measurements depend on; None if it is not the cluster's."""
+    machine = this_machine(cluster)
+    if machine is None:
+        return None
+    found = {}
+    for package in ("megatron-core", "transformer-engine", "megatune"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return replace(machine, versions={**machine.versions, **found})

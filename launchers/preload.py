@@ -5,7 +5,8 @@ each the torchrun command of a job; answers go as lines to what was the standard
 is torchrun's own agent, run with the same arguments in a fork, and its ranks are forks of that: they have their own
 processes, process group, device context and output, as cold ones have. Importing initialises no CUDA, so a fork may.
 
-When the input ends, so does everything: whoever asked for the jobs is gone.
+When the input ends, so does everything: whoever asked for the jobs is gone. While it imports, which takes many
+seconds on a busy machine, it cannot look at its input, and dies with the thread that started it.
 """
 
 import ctypes
@@ -17,15 +18,15 @@ import runpy
 import select
 import signal
 import sys
+import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypedDict
 
 import psutil
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_MS = 500
 
@@ -58,8 +59,13 @@ def main(module: str) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     # What outlives its parent in a job stays below this process, where it is found and ended.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _has_ended(requests.fileno()):  # before it could be noticed
+        return 0
+    importlib.import_module("torch.distributed.run")
     importlib.import_module(module)
+    _prctl(_PR_SET_PDEATHSIG, 0)  # from here on its jobs must be ended with it
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page it touches
     _answer(answers, {"event": "ready", "value": os.getpid()})
@@ -77,6 +83,16 @@ def main(module: str) -> int:
         _answer(answers, {"event": "ended", "value": code})
     _end_descendants()
     return 0
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _has_ended(requests: int) -> bool:
+    poll = select.poll()
+    poll.register(requests, 0)  # a hang-up is told unasked
+    return bool(poll.poll(0))
 
 
 def _answer(answers: int, answer: Answer) -> None:
@@ -110,8 +126,19 @@ def _reap() -> None:
 
 
 def _end_descendants() -> None:
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
+    # Again and again: a process may be forked while the others are ended.
+    while alive := [process for process in psutil.Process().children(recursive=True) if _is_running(process)]:
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.01)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _become_job(request: Request) -> NoReturn:
@@ -136,6 +163,11 @@ def _become_job(request: Request) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
+    # Imported long ago, but not when this file was.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     arguments: Any = torchrun.parse_args(argv)  # type: ignore[no-untyped-call]
     config, _, _ = torchrun.config_from_args(arguments)
     launch = elastic_launch(replace(config, start_method="fork"), _be_rank)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launchers.base import MARKER, STARTED_AT, end_processes
+from launchers.base import MARKER, STARTED_AT, Job, RunningJob, end_processes
 
 if TYPE_CHECKING:  # importing it would import torch into the tuner
     from launchers.preload import Answer, Request
@@ -23,6 +23,9 @@ IMPORTED: Mapping[str, str] = {
     "launchers.programs.megatron_core": "launchers.programs.megatron_core.__main__",
 }
 """What is imported ahead for a program's module; for any other torch alone, since its import may be its run."""
+
+_TORCH = "torch._dynamo"
+"""All of torch: where a rank fails, its logging would import this, which takes seconds each time."""
 
 _TORCHRUN = ("-m", "torch.distributed.run")
 _READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "NVTE_")
@@ -58,18 +61,20 @@ class Preload:
         """The living processes of the job that was started last."""
         return [] if self._server is None else self._server.jobs()
 
-    def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> "ForkedJob":
-        """Start a torchrun command as a fork; its arguments are those of `launchers.base.Job`.
+    def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> RunningJob:
+        """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.base.Job`.
 
         Raises:
             OSError: if nothing can be started.
         """
+        if argv[1 : 1 + len(_TORCHRUN)] != _TORCHRUN:
+            return Job(argv, env, folder, output)
         module = argv[argv.index("-m", 1 + len(_TORCHRUN)) + 1]
         early = {name: value for name, value in env.items() if not name.startswith(_READ_LATE)}
         if self._server is None or not self._server.alive() or self._key != (module, early):
             if self._server is not None:
                 self._server.close()
-            self._server = _Server(IMPORTED.get(module, "torch"), early | {MARKER: self._marker}, output)
+            self._server = _Server(IMPORTED.get(module, _TORCH), early | {MARKER: self._marker}, output)
             self._key = (module, early)
         arguments = argv[1 + len(_TORCHRUN) :]
         return ForkedJob(

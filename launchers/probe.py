@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launchers.torchrun import _inherited, _python_path
+from launchers.base import inherited_environment, python_path
 from tuner.errors import MegatuneError
 from tuner.files import read_json, write_json
 from tuner.trial import RankRecord, TrialSpec
@@ -49,4 +49,8 @@ def probe(spec: TrialSpec, rank: int) -> RankRecord:
 def _environment(spec: TrialSpec) -> dict[str, str]:
     # Fake tensors take little memory and one core; a CPU cluster's layout is probed as its ranks would run it.
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.cluster.device == "cpu" else {}
-    return _inherited() | hidden | {"PYTHONPATH": os.pathsep.join(_python_path()), "OMP_NUM_THREADS": "1"}
+    return (
+        inherited_environment()
+        | hidden
+        | {"PYTHONPATH": os.pathsep.join(python_path()), "OMP_NUM_THREADS": "1"}
+    )

@@ -3,34 +3,53 @@
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import launchers
-from launchers import logs
-from launchers.base import MARKER, STARTED_AT, Clock, Ending, Job, LaunchPlan, RunningJob, end_marked
+from launchers import gpus, logs
+from launchers.base import (
+    MARKER,
+    STARTED_AT,
+    Clock,
+    Ending,
+    Job,
+    LaunchPlan,
+    RunningJob,
+    end_marked,
+    inherited_environment,
+    python_path,
+)
 from launchers.classify import Evidence, Verdict, classify, failed_ranks
-from tuner.environment import cuda_environment
+from launchers.telemetry import Sample, Sampler, summarise, suspicions
+from tuner.environment import cuda_environment, recorded_environment
 from tuner.errors import InputError, did_you_mean
+from tuner.export import bridge_words, megatron_lm_arguments
 from tuner.files import read_json, to_data, write_json, write_text
+from tuner.layout import KNOBS, data_parallel_size, num_microbatches
+from tuner.program import Command, fill
 from tuner.trial import Heartbeat, Outcome, RankRecord, TrialFolder, TrialResult, TrialSpec
 
 PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}
 """The module of each program that a spec may name."""
+
+COMMAND = "launchers.programs.command"
+"""The module that runs any other program."""
 
 Start = Callable[[tuple[str, ...], Mapping[str, str], Path, Path], RunningJob]
 """Starts a command with an environment in a folder, its output appended to a file; raises OSError."""
 
 _POLL_S = 0.1
 _LOG_LIMIT_BYTES = 64 << 20
-_FOREIGN_VARIABLES = ("TORCHELASTIC_", "PET_")
-"""Prefixes of what another torchrun around us would pass to ours."""
+_RESERVE = ".reserve"
+"""A file that stands in the folder while the job runs: removing it makes room for the result on a full disk."""
+_RESERVE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,25 +72,33 @@ class TorchrunLauncher:
                 f"cluster '{cluster.name}': nodes = {cluster.nodes}, but the torchrun launcher starts jobs "
                 "on this machine only: set cluster.nodes to 1; `megatune plan` and `explain` work for any cluster"
             )
+        folder = TrialFolder(folder.path.absolute())
+        return LaunchPlan(
+            folder=folder.path,
+            world_size=cluster.world_size,
+            argv=self._argv(spec, folder),
+            env=self._environment(spec, folder),
+            files={folder.spec.name: json.dumps(to_data(spec), indent=2) + "\n"},
+            limits=spec.limits,
+            gpus=cluster.world_size if cluster.device == "cuda" else 0,
+        )
+
+    def _argv(self, spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
+        """The program's ranks under torchrun; a command by itself, since what it starts is its own affair."""
+        files = (str(folder.spec), str(folder.path))
+        if isinstance(spec.program, Command):
+            return (sys.executable, "-m", COMMAND, *files, *filled_command(spec, folder))
         if spec.program not in self.programs:
             known = ", ".join(sorted(self.programs))
             raise InputError(
                 f"key 'program': unknown program '{spec.program}'{did_you_mean(spec.program, self.programs)}"
                 f"; known: {known}"
             )
-        folder = TrialFolder(folder.path.absolute())
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1"]
-        torchrun += [f"--nproc-per-node={cluster.world_size}", "--max-restarts=0"]
+        torchrun += [f"--nproc-per-node={spec.cluster.world_size}", "--max-restarts=0"]
         torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=trial"]
         torchrun += ["--local-addr=127.0.0.1", f"--log-dir={folder.log}", "--redirects=3"]
-        return LaunchPlan(
-            folder=folder.path,
-            world_size=cluster.world_size,
-            argv=(*torchrun, "-m", self.programs[spec.program], str(folder.spec), str(folder.path)),
-            env=self._environment(spec, folder),
-            files={folder.spec.name: json.dumps(to_data(spec), indent=2) + "\n"},
-            limits=spec.limits,
-        )
+        return (*torchrun, "-m", self.programs[spec.program], *files)
 
     def run(
         self,
@@ -82,8 +109,9 @@ class TorchrunLauncher:
         """See Launcher."""
         folder, started_s = TrialFolder(plan.folder), time.monotonic()
         try:
-            evidence = self._run(plan, folder, stop, on_heartbeat)
+            evidence, samples = self._run(plan, folder, stop, on_heartbeat)
             result = _result(evidence, classify(evidence), folder)
+            result = _with_telemetry(result, samples, plan.world_size, self.cores)
         except OSError as error:
             # The disk is full, the folder gone, or no process can be started: the machine's fault.
             reason = f"the trial cannot be run in {folder.path}: {error}"
@@ -93,8 +121,17 @@ class TorchrunLauncher:
             durations=replace(result.durations, total_s=time.monotonic() - started_s),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        with suppress(OSError):
+        try:
             write_json(folder.result, result)
+        except OSError as error:
+            if result.outcome is not Outcome.COMPLETED:  # of a completed trial the program's own file stands
+                reason = f"the result cannot be written in {folder.path}: {error}"
+                result = TrialResult(
+                    outcome=Outcome.INFRASTRUCTURE,
+                    reason=reason,
+                    durations=result.durations,
+                    finished_at=result.finished_at,
+                )
         return result
 
     def _environment(self, spec: TrialSpec, folder: TrialFolder) -> dict[str, str]:
@@ -102,14 +139,14 @@ class TorchrunLauncher:
         on_cpu = cluster.device == "cpu"
         env = {
             MARKER: str(folder.path),
-            "PYTHONPATH": os.pathsep.join(_python_path()),
+            "PYTHONPATH": os.pathsep.join(python_path()),
             "PYTHONFAULTHANDLER": "1",
             "OMP_NUM_THREADS": str(max(1, self.cores // cluster.world_size) if on_cpu else 1),
             "GLOO_SOCKET_IFNAME": "lo",
-            # How long torchrun waits for the other ranks once one has failed.
+            # How long torchrun waits for its ranks when it is told to end; once one failed, it is 30 s whatever is set.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(self.grace_s)),
         }
-        return env if on_cpu else env | cuda_environment(spec.layout, cluster.gpu.name)
+        return env if on_cpu else env | cuda_environment(spec.layout, cluster)
 
     def _run(
         self,
@@ -117,36 +154,49 @@ class TorchrunLauncher:
         folder: TrialFolder,
         stop: threading.Event,
         on_heartbeat: Callable[[Heartbeat], None] | None,
-    ) -> Evidence:
+    ) -> tuple[Evidence, tuple[Sample, ...]]:
         if left := end_marked(plan.env[MARKER], self.grace_s):
-            return Evidence(limits=plan.limits, exit_code=None, survivors=left)
+            return Evidence(limits=plan.limits, folder=folder.path, exit_code=None, survivors=left), ()
         _set_aside(folder)
         folder.log.mkdir(parents=True)
         for name, text in plan.files.items():
             write_text(folder.path / name, text)
-        write_json(folder.plan, plan.to_data())
-        kills_before = _host_oom_kills()
+        inherited = recorded_environment(inherited_environment())
+        write_json(folder.plan, {**plan.to_data(), "inherited": inherited})
+        kills_before, gpus_before = _host_oom_kills(), gpus.gpus_in_use(plan.gpus)
         watch = _Watch(folder, Clock(plan.limits, time.monotonic()), on_heartbeat)
-        environment = {**_inherited(), **plan.env, STARTED_AT: repr(time.time())}
+        environment = {**inherited_environment(), **plan.env, STARTED_AT: repr(time.time())}
+        (folder.path / _RESERVE).write_bytes(os.urandom(_RESERVE_BYTES))
         job = self.start(plan.argv, environment, folder.path, _output(folder))
+        sampler = Sampler(folder, plan.gpus, plan.limits.trial_s, lambda: watch.clock.phase)
         try:
+            sampler.start()
             ending = watch.until_end(job, stop)
             ended_at_s = time.time() if ending else math.inf
+            silence_s = watch.clock.silence_s
             slower_than_ms = watch.clock.slower_than_ms(time.monotonic())
         finally:
+            samples = sampler.end()
             survivors = job.end(self.grace_s)
+            free_bytes = shutil.disk_usage(folder.path).free
+            (folder.path / _RESERVE).unlink(missing_ok=True)
             watch.close_gaps()
         evidence = Evidence(
             limits=plan.limits,
+            folder=folder.path,
             exit_code=job.exit_code,
             ending=ending,
             ended_at_s=ended_at_s,
+            silence_s=silence_s,
+            free_bytes=free_bytes,
             survivors=survivors,
+            held_gpus=gpus.wait_for_release(gpus_before),
             heartbeat=watch.clock.heartbeat,
             slower_than_ms=slower_than_ms,
             host_oom_kills=_host_oom_kills() - kills_before,
         )
-        return _with_files(evidence, folder, plan.world_size)
+        evidence = _with_files(evidence, folder, plan.world_size)
+        return (_of_one_rank(evidence) if COMMAND in plan.argv else evidence), samples
 
 
 @dataclass(slots=True)
@@ -178,22 +228,38 @@ class _Watch:
                 self.on_heartbeat(beat)
 
     def close_gaps(self) -> None:
-        """Make the cut files plain again, now that nobody writes them."""
+        """Make the cut files plain again, now that nobody writes them; what was written last may be too much."""
+        self.cut.update(logs.bound(self.folder.log, _LOG_LIMIT_BYTES))
         for path, earlier in self.cut.items():
             logs.close_gap(path, earlier)
 
 
-def _python_path() -> list[str]:
-    """Where the children find our packages when they run from a checkout; the user's own entries stay."""
-    root = Path(launchers.__file__).parents[1]
-    # An installed package is found without help, and site-packages in front would hide the standard library.
-    ours = [] if root.name in {"site-packages", "dist-packages"} else [str(root)]
-    theirs = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    return [*ours, *(str(Path(entry).absolute()) for entry in theirs)]
+def filled_command(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
+    """The words of a spec's command, its placeholders filled in.
 
-
-def _inherited() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_VARIABLES)}
+    Raises:
+        TypeError: if the spec's program is no command.
+    """
+    if not isinstance(spec.program, Command):
+        raise TypeError(f"program '{spec.program}' is no command")
+    workload, cluster, layout = spec.workload, spec.cluster, spec.layout
+    dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
+    values = {
+        **{knob: str(getattr(layout, knob)) for knob in KNOBS},
+        "spec": str(folder.spec),
+        "folder": str(folder.path),
+        "seed": str(spec.seed),
+        "steps": str(spec.measurement.warmup_steps + spec.measurement.max_steps),
+        "nodes": str(cluster.nodes),
+        "gpus_per_node": str(cluster.gpus_per_node),
+        "world_size": str(cluster.world_size),
+        "dp": str(dp),
+        "num_microbatches": str(num_microbatches(workload.global_batch_size, layout.micro_batch_size, dp)),
+        "seq_length": str(workload.seq_length),
+        "global_batch_size": str(workload.global_batch_size),
+    }
+    arguments = [word for flag, words in megatron_lm_arguments(layout).items() for word in (flag, *words)]
+    return fill(spec.program.command, values, {"megatron_lm": arguments, "bridge": bridge_words(spec)})
 
 
 def _output(folder: TrialFolder) -> Path:
@@ -210,7 +276,7 @@ def _rank_logs(folder: TrialFolder) -> dict[int, list[Path]]:
 
 def _set_aside(folder: TrialFolder) -> None:
     """Move what an earlier attempt left out of the way; the result first: it says that the trial is done."""
-    left = (folder.result, folder.heartbeat, folder.ranks, folder.log, folder.plan)
+    left = (folder.result, folder.heartbeat, folder.ranks, folder.log, folder.plan, folder.telemetry)
     stale = [path for path in left if path.exists()]
     if not stale:
         return
@@ -238,15 +304,17 @@ def _with_files(evidence: Evidence, folder: TrialFolder, world_size: int) -> Evi
     for rank in range(world_size):
         with suppress(InputError):
             records.append(read_json(RankRecord, folder.rank_record(rank)))
-    result, result_error = None, ""
+    result, result_at_s, result_error = None, 0.0, ""
     try:
         result = read_json(TrialResult, folder.result)
+        result_at_s = folder.result.stat().st_mtime
     except InputError as error:
         result_error = str(error) if folder.result.exists() else ""
     report = logs.tail(_output(folder))
     return replace(
         evidence,
         result=result,
+        result_at_s=result_at_s,
         result_error=result_error,
         records=tuple(records),
         exit_codes=failed_ranks(report),
@@ -255,10 +323,28 @@ def _with_files(evidence: Evidence, folder: TrialFolder, world_size: int) -> Evi
     )
 
 
+def _of_one_rank(evidence: Evidence) -> Evidence:
+    """A command's evidence: no torchrun of ours stands over it, and what it printed is what a rank would have."""
+    codes = {0: evidence.exit_code} if evidence.exit_code else {}
+    return replace(evidence, exit_codes=codes, tails={0: evidence.launcher_tail}, launcher_tail="")
+
+
+def _with_telemetry(
+    result: TrialResult, samples: Sequence[Sample], world_size: int, cores: int
+) -> TrialResult:
+    """Add what the machine did meanwhile, and whether that disturbed it."""
+    metrics = result.metrics
+    telemetry = summarise(samples, metrics.tokens_per_s_per_gpu * world_size if metrics else None)
+    if telemetry is None:
+        return result
+    return replace(result, telemetry=telemetry, suspicions=suspicions(telemetry, cores))
+
+
 def _result(evidence: Evidence, verdict: Verdict, folder: TrialFolder) -> TrialResult:
     """What the program measured, under our verdict on it."""
-    if verdict.outcome is Outcome.COMPLETED and evidence.result is not None:
-        return evidence.result
+    told = evidence.result
+    if told and told.outcome is verdict.outcome and verdict.outcome in {Outcome.COMPLETED, Outcome.TOO_SLOW}:
+        return told
     reason = verdict.reason
     if evidence.exit_code != 0:
         rank_logs = _rank_logs(folder).get(-1 if verdict.rank is None else verdict.rank, [])

@@ -17,12 +17,12 @@ from tuner.cluster import Cluster
 from tuner.files import parse, to_data, write_json, write_text
 from tuner.heuristics import seeds
 from tuner.layout import Layout
-from tuner.report import TrialRow, TrialSource
 from tuner.results import SweepFolder
+from tuner.rows import TrialRow, TrialSource
 from tuner.space import enumerate_layouts
 from tuner.sweep import Progress, SweepLoop, queue_of, with_row
 from tuner.sweep_file import Sweep, SweepFile, resolve
-from tuner.tracking import Tracker
+from tuner.tracking import Status, Tracker
 from tuner.trial import Durations, Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
 
 SEARCHED: Mapping[str, Any] = {
@@ -89,6 +89,8 @@ class ReplayLauncher:
     """How the launches of a trial's number end, in order; the formulas end those after them."""
     stop_at: int | None = None
     """The trial during which the user asks to stop."""
+    change: Callable[[TrialSpec, TrialResult], TrialResult] | None = None
+    """What becomes of the formulas' result: noise, drift, a disturbed machine."""
     launched: list[TrialSpec] = field(default_factory=list)
 
     def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
@@ -122,6 +124,7 @@ class ReplayLauncher:
         if KilledError in scripted:
             raise KilledError
         result = replayed(spec, self.limit_gib)
+        result = self.change(spec, result) if self.change else result
         if stop.is_set():
             scripted = [Outcome.INTERRUPTED]
         for outcome in scripted:
@@ -150,9 +153,14 @@ class NoTracker(Tracker):
     def sync(self, rows: Any) -> None:
         self.logged += [row.number for row in rows]
 
-    def log_trial(self, row: TrialRow, folder: TrialFolder) -> bool:
+    def log_trial(self, row: TrialRow, folder: TrialFolder) -> None:
         self.logged.append(row.number)
-        return True
+
+    def finish(self, summary: str, status: Status) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass
@@ -188,7 +196,13 @@ def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
         "cluster": to_data(cluster),
         "knobs": dict(SEARCHED),
         **keys,
-        "budget": {"trials": TRIALS, "min_gain": None, **keys.get("budget", {})},
+        "budget": {
+            "trials": TRIALS,
+            "min_gain": None,
+            "finalists": 0,
+            "canary_every": None,
+            **keys.get("budget", {}),
+        },
     }
     return resolve(parse(SweepFile, data, "night.yaml"), "night.yaml", Path(), lambda: cluster)
 
@@ -199,19 +213,42 @@ def table_of(sweep: Sweep) -> pd.DataFrame:
     return table if sweep.baseline is None else with_row(table, sweep.baseline)
 
 
+def slowed(result: TrialResult, factor: float, suspicions: tuple[str, ...] = ()) -> TrialResult:
+    """A result with every step longer by a factor; unchanged where nothing was measured."""
+    if result.metrics is None:
+        return result
+    metrics = result.metrics
+    times = {
+        name: getattr(metrics, name) * factor
+        for name in ("step_time_ms", "step_time_low_ms", "step_time_high_ms")
+    }
+    steps = tuple(ms * factor for ms in metrics.step_times_ms)
+    return replace(result, metrics=replace(metrics, **times, step_times_ms=steps), suspicions=suspicions)
+
+
 def loop_of(
     results: Path,
     launcher: ReplayLauncher,
     sweep: Sweep | None = None,
     tracker: Tracker | None = None,
     observer: Watching | None = None,
+    deadline_s: float | None = None,
 ) -> SweepLoop:
     """The loop of a sweep as the command line makes it, around a replay."""
     sweep = sweep or sweep_of()
     table, folder = table_of(sweep), SweepFolder(results)
     folder.claim(sweep)
     queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
-    return SweepLoop(sweep, table, queue, folder, launcher, tracker or NoTracker(), observer or Watching())
+    return SweepLoop(
+        sweep,
+        table,
+        queue,
+        folder,
+        launcher,
+        tracker or NoTracker(),
+        observer or Watching(),
+        deadline_s=deadline_s,
+    )
 
 
 def run_to_end(

@@ -5,7 +5,7 @@ from pathlib import Path
 from tuner.cluster import Cluster, Gpu
 from tuner.files import write_json
 from tuner.layout import Layout
-from tuner.report import TrialRow, TrialSource, trial_folder
+from tuner.rows import TrialRow, TrialSource, trial_folder
 from tuner.trial import Durations, Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
 from tuner.workload import Model, Workload
 
@@ -85,6 +85,7 @@ def completed_row(
         source=source,
         note=note,
         layout=layout or Layout(micro_batch_size=number + 1),
+        precision=WORKLOAD.precision,
         result=result,
     )
 
@@ -106,7 +107,12 @@ def failed_row(
         finished_at=f"2026-03-01T02:{number:02d}:00+00:00",
     )
     return TrialRow(
-        number=number, source=source, note="", layout=Layout(tp=2, micro_batch_size=number + 1), result=result
+        number=number,
+        source=source,
+        note="",
+        layout=Layout(tp=2, micro_batch_size=number + 1),
+        precision=WORKLOAD.precision,
+        result=result,
     )
 
 

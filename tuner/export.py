@@ -20,8 +20,8 @@ class Format(StrEnum):
 
     BRIDGE_CLI = "bridge-cli"
     BRIDGE_PYTHON = "bridge-python"
+    BRIDGE_YAML = "bridge-yaml"
     MEGATRON_LM = "megatron-lm"
-    YAML = "yaml"
     JSON = "json"
 
 
@@ -33,12 +33,12 @@ class Comparison:
     label: str
     ratio: float
     ratio_low: float
-    """From the near ends of both 95% intervals, so wider than a 95% interval of the ratio."""
+    """Lower end of its 95% interval; without finals from the near ends of both step times' intervals, so wider."""
     ratio_high: float
 
     @property
     def is_tie(self) -> bool:
-        """Whether the two 95% intervals overlap."""
+        """Whether noise cannot tell the two apart."""
         return self.ratio_low <= 1 <= self.ratio_high
 
 
@@ -54,6 +54,8 @@ class Figures:
     """None where no baseline completed."""
     versions: Mapping[str, str]
     device_name: str
+    final_runs: int = 0
+    """Runs in the finals that the metrics hold together; 0 where they are one measurement of the search."""
 
     def gain_sentence(self) -> str:
         """The gain over the baseline, with its noise."""
@@ -63,23 +65,28 @@ class Figures:
         if start.trial == self.trial:
             return "This is the baseline itself."
         noise = "; within noise" if start.is_tie else ""
+        between = f"{start.ratio_low:.3f}x to {start.ratio_high:.3f}x"
+        interval = (
+            f"95% interval {between}" if self.final_runs else f"{between} by the ends of both 95% intervals"
+        )
         return (
             f"{start.ratio:.3f}x the throughput of the baseline, t{start.trial:04d} {start.label} "
-            f"({start.ratio_low:.3f}x to {start.ratio_high:.3f}x by the ends of both 95% intervals{noise})."
+            f"({interval}{noise})."
         )
 
     def certainty_sentence(self) -> str:
         """How sure the ranking is."""
         steps = f"{len(self.metrics.step_times_ms)} timed steps"
+        if self.final_runs:
+            steps += f" in {self.final_runs} interleaved runs"
         if self.rival is None:
             return f"{steps}; no other layout completed, so there is nothing to compare with."
         rival = self.rival
         other = f"the fastest other layout, t{rival.trial:04d} {rival.label}"
-        verdict = (
-            "tie within noise, the 95% intervals overlap"
-            if rival.is_tie
-            else "clear, the 95% intervals are apart"
-        )
+        if rival.is_tie:
+            verdict = f"tie within {max(rival.ratio_high - 1, 1 - rival.ratio_low):.1%}"
+        else:
+            verdict = f"clear, by {rival.ratio_low - 1:.1%} at least"
         return f"{steps}; {other}, differs by {rival.ratio - 1:+.1%} in step time: {verdict}."
 
 
@@ -90,7 +97,9 @@ _NONE_AT_ZERO = {
     "recompute_num_layers",
 }
 
+_PLACEMENT = "model.pipeline_model_parallel_layout"
 _COMM_OVERLAP = "comm_overlap"
+_DATA_OVERLAPS = ("ddp.overlap_grad_reduce", "ddp.overlap_param_gather", "optimizer.overlap_param_gather")
 _COMM_OVERLAP_CLASS = "megatron.bridge.training.comm_overlap.CommOverlapConfig"
 
 
@@ -121,7 +130,7 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
     overlaps = {path: value for path, value in settings.items() if path.startswith(f"{_COMM_OVERLAP}.")}
     settings = {path: value for path, value in settings.items() if path not in overlaps}
     # A recipe's own placement of layers would win over the sizes that were measured.
-    settings["model.pipeline_model_parallel_layout"] = None
+    settings[_PLACEMENT] = None
     # Bridge shards the optimizer if either of the two asks for it; its own recipes set the gather in both.
     settings["optimizer.use_distributed_optimizer"] = layout.use_distributed_optimizer
     settings["optimizer.overlap_param_gather"] = layout.overlap_param_gather
@@ -144,17 +153,18 @@ def bridge_changes(layout: Layout, base: Layout | None) -> dict[str, Any]:
     wanted = bridge_settings(layout)
     if base is None:
         return wanted
+    if layout == base:
+        return {}
     present = bridge_settings(base)
     changed = {path for path, value in wanted.items() if path not in present or present[path] != value}
-    if _differ(layout, base, _STAGES):
-        changed.add("model.pipeline_model_parallel_layout")
-    # Bridge chooses overlaps by these sizes wherever the recipe leaves them open, so then all are stated.
+    if layout.pp > 1 or base.pp > 1:
+        # A recipe may place its layers by a table, which no layout states and which the measured one did not have.
+        changed.add(_PLACEMENT)
+    # Bridge chooses overlaps by these sizes wherever the recipe leaves them open, so then all are stated; with them
+    # those of `ddp`, which a recipe may set to what Bridge's choice has replaced until now.
     if any(_is_overlap(path) for path in changed) or _differ(layout, base, ("tp", "pp", "vpp", "cp")):
         changed |= {path for path in wanted if _is_overlap(path)}
     return {path: value for path, value in wanted.items() if path in changed}
-
-
-_STAGES = ("pp", "vpp", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 
 
 def _differ(layout: Layout, base: Layout, knobs: tuple[str, ...]) -> bool:
@@ -192,14 +202,8 @@ def export(
         rerun_command: the shell command that runs the trial again.
         recipe_layout: the layout that the recipe has now: only what differs is written; None writes all.
     """
-    environment = (
-        cuda_environment(spec.layout, spec.cluster.gpu.name) if spec.cluster.device == "cuda" else {}
-    )
-    changes = bridge_changes(spec.layout, recipe_layout)
-    if recipe_layout is None and not spec.workload.model.is_moe:
-        changes = {path: value for path, value in changes.items() if path not in _expert_metadata("megatron")}
-    # Always pinned: Bridge's benchmark recipes rescale it with dp, which would change the training.
-    changes["train.global_batch_size"] = spec.workload.global_batch_size
+    environment = cuda_environment(spec.layout, spec.cluster) if spec.cluster.device == "cuda" else {}
+    changes = _overrides(spec, recipe_layout)
     if format is Format.JSON:
         return _json(spec, figures, rerun_command, changes, environment)
     header = _evidence(spec, figures, rerun_command)
@@ -208,20 +212,30 @@ def export(
         return _comments(lines) + _megatron_lm(spec, recipe_layout)
     if format is Format.BRIDGE_PYTHON:
         return _comments(header) + _bridge_python(changes, environment)
-    lines = [
-        *header,
-        *(f"set in the job's environment: export {name}={value}" for name, value in environment.items()),
-    ]
-    if format is Format.YAML:
+    lines = [*header, *_environment_block(environment)]
+    if format is Format.BRIDGE_YAML:
         lines.append("for process_config_with_overrides(config, config_filepath=<this file>)")
         return _comments(lines) + yaml.safe_dump(_nested(_with_class(changes)), sort_keys=False)
     lines += [
         "append to the command line of run_recipe.py",
         "++ and not the plain form: it also works where the recipe's model config is nested or lacks the key",
     ]
-    return _comments(lines) + _continued(
-        [f"++{path}={_hydra(value)}" for path, value in _with_class(changes).items()]
-    )
+    return _comments(lines) + _continued(bridge_words(spec, recipe_layout))
+
+
+def bridge_words(spec: TrialSpec, recipe_layout: Layout | None = None) -> list[str]:
+    """The override as words of run_recipe.py's command line, `++KEY=VALUE`; see `export`."""
+    changes = _with_class(_overrides(spec, recipe_layout))
+    return [f"++{path}={_hydra(value)}" for path, value in changes.items()]
+
+
+def _overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str, Any]:
+    changes = bridge_changes(spec.layout, recipe_layout)
+    if recipe_layout is None and not spec.workload.model.is_moe:
+        changes = {path: value for path, value in changes.items() if path not in _expert_metadata("megatron")}
+    # Always pinned: Bridge's benchmark recipes rescale it with dp, which would change the training.
+    changes["train.global_batch_size"] = spec.workload.global_batch_size
+    return changes
 
 
 def _expert_metadata(key: str) -> set[str]:
@@ -251,6 +265,12 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
     ]
 
 
+def _environment_block(environment: Mapping[str, str]) -> list[str]:
+    """Bridge and Megatron-LM take variables from the shell, where they win over those of a recipe."""
+    lines = [f"    export {name}={value}" for name, value in environment.items()]
+    return ["the job's environment, which wins over a recipe's env_vars:", *lines] if lines else []
+
+
 def _comments(lines: list[str]) -> str:
     # A line break of any kind in a name must not turn the rest of it into code.
     clean = ("".join(letter if letter.isprintable() else " " for letter in line) for line in lines)
@@ -265,7 +285,7 @@ def _with_class(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_overlap(path: str) -> bool:
-    return path.split(".")[0] == _COMM_OVERLAP
+    return path.split(".")[0] == _COMM_OVERLAP or path in _DATA_OVERLAPS
 
 
 def _hydra(value: Any) -> str:
@@ -295,11 +315,13 @@ def _bridge_python(changes: Mapping[str, Any], environment: Mapping[str, str]) -
     overlap = any(path.startswith(f"{_COMM_OVERLAP}.") for path in changes)
     module, _, name = _COMM_OVERLAP_CLASS.rpartition(".")
     lines = ["import os", ""] if environment else []
+    variables = [f"    {name!r}: {value!r}," for name, value in environment.items()]
     lines += [f"from {module} import {name}"] if overlap else []
-    lines += ["from megatron.bridge.training.config import ConfigContainer", "", ""]
+    lines += ["from megatron.bridge.training.config import ConfigContainer", ""]
+    lines += ["ENVIRONMENT = {", *variables, "}", "", ""] if environment else [""]
     lines += ["def apply(cfg: ConfigContainer) -> ConfigContainer:", '    """Select the measured layout."""']
-    # Read when CUDA starts, which is after the recipe is built.
-    lines += [f"    os.environ[{name!r}] = {value!r}" for name, value in environment.items()]
+    # Read when CUDA starts, which is after the recipe is built; a recipe's own env_vars do not replace them.
+    lines += ["    os.environ.update(ENVIRONMENT)"] if environment else []
     if overlap:
         lines += [
             "    if cfg.comm_overlap is None:",
@@ -310,7 +332,7 @@ def _bridge_python(changes: Mapping[str, Any], environment: Mapping[str, str]) -
 
 
 def _megatron_lm_usage(layout: Layout, base: Layout | None, environment: Mapping[str, str]) -> list[str]:
-    lines = [f"set in the job's environment: export {name}={value}" for name, value in environment.items()]
+    lines = _environment_block(environment)
     lines.append("append to the arguments of pretrain_gpt.py")
     gone = {} if base is None else megatron_lm_arguments(base).keys() - megatron_lm_arguments(layout).keys()
     return lines + [f"and remove: {flag}" for flag in sorted(gone)]

@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -50,32 +51,48 @@ def read_yaml_data(path: Path) -> object:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        _check_node(yaml.compose(text, Loader=yaml.SafeLoader), {})
         return yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not a text file in UTF-8") from None
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply, or contains itself") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise InputError(f"{path}: is not YAML{where}: {getattr(error, 'problem', error)}") from None
 
 
-def _refuse_repeated_keys(node: yaml.Node | None) -> None:
-    """YAML forbids a key to stand twice in one mapping; PyYAML keeps the last and says nothing."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item)
-    elif isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if isinstance(key.value, str) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key '{key.value}' is there twice", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
-            _refuse_repeated_keys(value)
+_MOST_VALUES = 1_000_000
+"""In one YAML file, anchors written out: ten lines of them can stand for more than any memory holds."""
+
+
+def _check_node(node: yaml.Node | None, counted: dict[int, int]) -> int:
+    """Count the values of a node, anchors written out; refuse too many of them, and a key that is there twice.
+
+    YAML forbids a key to stand twice in one mapping; PyYAML keeps the last and says nothing.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counted:
+        items = node.value
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"key '{key.value}' is there twice", problem_mark=key.start_mark
+                    )
+                seen.add(str(key.value))
+            items = [value for _, value in node.value]
+        counted[id(node)] = 1 + sum(_check_node(item, counted) for item in items)
+        if counted[id(node)] > _MOST_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"stands for more than {_MOST_VALUES:,} values", problem_mark=node.start_mark
+            )
+    return counted[id(node)]
 
 
 def read_yaml(cls: type[T], path: Path) -> T:
@@ -84,14 +101,39 @@ def read_yaml(cls: type[T], path: Path) -> T:
 
 
 def read_json(cls: type[T], path: Path) -> T:
-    """Read `cls` from a JSON file; raises InputError where the file is missing, torn or of another shape."""
+    """Read `cls` from a JSON file, its texts fit to be shown.
+
+    Raises:
+        InputError: where the file is missing, torn or of another shape.
+    """
+    return parse(cls, printable(read_json_data(path)), str(path))
+
+
+def read_json_data(path: Path) -> Any:
+    """Read a JSON file; raises InputError where it is missing or torn."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(f"{path}: is not JSON: {error}") from None
-    return parse(cls, data, str(path))
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deeply") from None
+
+
+_UNPRINTABLE = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)])
+del _UNPRINTABLE[ord("\n")], _UNPRINTABLE[ord("\t")]
+
+
+def printable(data: Any) -> Any:
+    """JSON data without control characters in its texts: a file from someone else must not steer the terminal."""
+    if isinstance(data, str):
+        return data.translate(_UNPRINTABLE)
+    if isinstance(data, list):
+        return [printable(item) for item in data]
+    if isinstance(data, dict):
+        return {printable(key): printable(value) for key, value in data.items()}
+    return data
 
 
 def to_data(value: object) -> Any:
@@ -113,7 +155,79 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def refuse_links_out(root: Path) -> None:
+    """Refuse a folder that holds a link which leads out of it: what is read or written below it must lie there.
+
+    Raises:
+        InputError: naming the link, and where it leads.
+    """
+    inside = root.resolve()
+    for folder, folders, files in os.walk(root):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise InputError(
+                    f"{path}: is a link that leads out of the results, to {path.resolve()}; remove it, or put what it "
+                    "leads to in its place"
+                )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, so that its name survives a power loss."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def append_json_line(path: Path, value: object) -> None:
+    """Append a dataclass (or plain data) as one line of JSON, synced; for one writer at a time.
+
+    What an earlier writer left of a torn line is cut off first. Raises OSError where the line cannot be written whole;
+    what was written of it is then no line to `read_json_lines`.
+    """
+    data = to_data(value) if is_dataclass(value) else value
+    line = json.dumps(data, allow_nan=False).encode() + b"\n"
+    is_new = not path.exists()
+    with path.open("ab+") as file:
+        _cut_torn_line(file)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        _sync_folder(path.parent)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The data of each line of a file that `append_json_line` wrote; empty where there is no such file.
+
+    A last line without its end is left out: its writer was killed, or lost its power. So is any other line that is no
+    JSON: after a power loss a file system may give zeros back.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    whole = []
+    for line in lines[:-1]:
+        with suppress(ValueError):
+            whole.append(json.loads(line))
+    return whole
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    if not file.tell():
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A name in a folder survives a power loss once the folder itself is synced."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

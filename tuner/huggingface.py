@@ -1,11 +1,13 @@
 """Reads the architecture out of a Hugging Face `config.json`: one short mapping a family, by its model class.
 
-What the file leaves to the model's code (norms of queries and keys, biases, the router's score) is that of
-the class in `transformers`. Left out is what `Model` does not hold, since it changes neither size nor speed:
-scaling of the rotary positions, epsilons, initialisation, quantisation.
+What the file leaves to the model's code (norms of queries and keys, biases, the router's score, defaults) is
+that of the class in `transformers`. Of a model of images and text it is the text model. Left out is what `Model`
+does not hold, since it changes neither size nor, to speak of, speed: how much of a head is rotated and with how
+many bases, scaling of positions, embeddings and scores, epsilons, initialisation, quantisation; and OLMoE's norms
+of queries and keys, over all heads at once, count as Megatron's, over each.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +33,11 @@ def model_from_config(data: object, source: str) -> Model:
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: is no Hugging Face config.json: holds no mapping")
     family = str(next(iter(data.get("architectures") or ()), ""))
+    if family in REFUSED:
+        raise InputError(
+            f"{source}: key 'architectures': cannot read {family}: {REFUSED[family]}, which tuner.workload.Model "
+            f"cannot state; known are {', '.join(sorted(FAMILIES))}"
+        )
     if family not in FAMILIES:
         raise InputError(
             f"{source}: key 'architectures': cannot read {family or 'a file without it'}; known are "
@@ -52,10 +59,12 @@ def _name(path: Path) -> str:
     return (path.absolute().parent.name if path.stem == "config" else path.stem).lower()
 
 
-def _decoder(config: Config) -> Fields:
-    """What every family states in the same keys."""
-    if config.get("hidden_act") != "silu":
-        raise _Unsupported(f"key 'hidden_act': {config.get('hidden_act')!r}, where only 'silu' can be read")
+def _decoder(config: Config, activation_key: str = "hidden_act", activation: str = "silu") -> Fields:
+    """What every family states in the same keys; with the one activation that its class is trained with."""
+    if config.get(activation_key) != activation:
+        raise _Unsupported(
+            f"key '{activation_key}': {config.get(activation_key)!r}, where only '{activation}' can be read"
+        )
     heads = config["num_attention_heads"]
     return {
         "num_layers": config["num_hidden_layers"],
@@ -72,8 +81,9 @@ def _decoder(config: Config) -> Fields:
 
 def _rotary_base(config: Config) -> int:
     # transformers 5 moved the base into `rope_parameters`; some files write a whole number as a float.
-    base = (config.get("rope_parameters") or config).get("rope_theta", 10000)
-    return int(base)
+    parameters = config.get("rope_parameters") or config
+    # By kind of layer, the base of those with full attention: the others' table is as large.
+    return int(parameters.get("full_attention", parameters).get("rope_theta", 10000))
 
 
 def _refuse_sliding(config: Config) -> None:
@@ -81,6 +91,24 @@ def _refuse_sliding(config: Config) -> None:
         raise _Unsupported(
             f"key 'sliding_window': {config['sliding_window']}, which cannot be read for this family"
         )
+
+
+def _alternating_window(config: Config, kinds: Sequence[str]) -> Fields:
+    """The window of the layers whose kind is "sliding_attention"; `kinds` names one a layer."""
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    every = sliding.index(False) + 1 if False in sliding else None
+    if sliding != [every is None or n % every != 0 for n in range(1, len(sliding) + 1)]:
+        raise _Unsupported("key 'layer_types': full attention does not come every so many layers")
+    return {
+        "window_size": [config["sliding_window"] - 1, 0] if any(sliding) else None,
+        "window_attn_skip_freq": every,
+    }
+
+
+def _kinds(config: Config, every: int) -> Sequence[str]:
+    """The kinds of the layers; where the file names none, each `every`th has full attention."""
+    layers = range(1, config["num_hidden_layers"] + 1)
+    return config.get("layer_types") or ["full" if n % every == 0 else "sliding_attention" for n in layers]
 
 
 def _llama(config: Config) -> Fields:
@@ -115,11 +143,97 @@ def _glm(config: Config) -> Fields:
     return {**_decoder(config), "add_qkv_bias": config.get("attention_bias", False)}
 
 
+def _glm4(config: Config) -> Fields:
+    return {**_glm(config), "sandwich_layernorm": True}
+
+
+def _nemotron(config: Config) -> Fields:
+    if config.get("attention_bias", False) or config.get("mlp_bias", False):
+        raise _Unsupported("keys 'attention_bias' and 'mlp_bias', which Nemotron's models leave false")
+    return {
+        **_decoder(config, activation="relu2"),
+        "activation_func": "squared_relu",
+        "gated_linear_unit": False,
+        "normalization": "LayerNorm",
+    }
+
+
+def _gemma(config: Config) -> Fields:
+    if config.get("attention_bias", False):
+        raise _Unsupported("key 'attention_bias': true, which also biases the output projection")
+    # Early files name the exact gelu in `hidden_act`, which the class has never used.
+    complete = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, **config}
+    if complete["hidden_activation"] is None:
+        complete["hidden_activation"] = "gelu_pytorch_tanh"
+    return {**_decoder(complete, "hidden_activation", "gelu_pytorch_tanh"), "activation_func": "gelu"}
+
+
+def _gemma2(config: Config) -> Fields:
+    return {
+        **_gemma(config),
+        **_alternating_window(config, _kinds(config, 2)),
+        "sandwich_layernorm": True,
+        "attn_logit_softcapping": config.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": config.get("final_logit_softcapping", 30.0),
+    }
+
+
+_GEMMA_3_DEFAULTS: Config = MappingProxyType(
+    {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "rope_theta": 1000000,
+        "sliding_window": 4096,
+    }
+)
+"""What Google's files leave to the class (transformers: Gemma3TextConfig)."""
+
+
+def _gemma3(config: Config) -> Fields:
+    complete = {**_GEMMA_3_DEFAULTS, **config}
+    if complete.get("use_bidirectional_attention", False):
+        raise _Unsupported("key 'use_bidirectional_attention': true, where Megatron's decoder is causal")
+    every = complete.get("sliding_window_pattern") or complete.get("_sliding_window_pattern") or 6
+    return {
+        **_gemma(complete),
+        **_alternating_window(complete, _kinds(complete, every)),
+        "sandwich_layernorm": True,
+        "qk_layernorm": True,
+        "attn_logit_softcapping": complete.get("attn_logit_softcapping"),
+        "final_logit_softcapping": complete.get("final_logit_softcapping"),
+    }
+
+
+def _text_model(read: Callable[[Config], Fields]) -> Callable[[Config], Fields]:
+    """Read the text model of a file that states one of images beside it, as `read` does."""
+
+    def read_text(config: Config) -> Fields:
+        tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+        return read({**tied, **config["text_config"]})
+
+    return read_text
+
+
 def _qwen3_moe(config: Config) -> Fields:
+    return {**_qwen3(config), **_qwen_experts(config)}
+
+
+def _qwen2_moe(config: Config) -> Fields:
+    return {
+        **_qwen2(config),
+        **_qwen_experts(config),
+        "add_qkv_bias": config.get("qkv_bias", True),
+        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"],
+        "moe_shared_expert_gate": True,
+    }
+
+
+def _qwen_experts(config: Config) -> Fields:
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
     pattern = [n not in dense and (n + 1) % step == 0 for n in range(config["num_hidden_layers"])]
     return {
-        **_qwen3(config),
         **_experts(config, "num_experts", config["moe_intermediate_size"], pattern),
         "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
     }
@@ -141,19 +255,14 @@ def _mixtral(config: Config) -> Fields:
 
 
 def _gpt_oss(config: Config) -> Fields:
-    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
-    every = sliding.index(False) + 1 if False in sliding else None
-    if sliding != [every is None or n % every != 0 for n in range(1, len(sliding) + 1)]:
-        raise _Unsupported("key 'layer_types': full attention does not come every so many layers")
     return {
         **_decoder(config),
         **_experts(config, "num_local_experts", config["intermediate_size"]),
         "activation_func": "quick_gelu",
         "add_bias_linear": config["attention_bias"],
         "add_qkv_bias": config["attention_bias"],
+        **_alternating_window(config, config["layer_types"]),
         "softmax_type": "learnable",
-        "window_size": [config["sliding_window"] - 1, 0] if any(sliding) else None,
-        "window_attn_skip_freq": every,
         "moe_router_load_balancing_type": "none",
     }
 
@@ -247,15 +356,46 @@ FAMILIES: Mapping[str, Callable[[Config], Fields]] = MappingProxyType(
         "LlamaForCausalLM": _llama,
         "MistralForCausalLM": _mistral,
         "MixtralForCausalLM": _mixtral,
+        "GemmaForCausalLM": _gemma,
+        "Gemma2ForCausalLM": _gemma2,
+        "Gemma3ForCausalLM": _gemma3,
+        "Gemma3ForConditionalGeneration": _text_model(_gemma3),
+        "NemotronForCausalLM": _nemotron,
         "Qwen2ForCausalLM": _qwen2,
+        "Qwen2MoeForCausalLM": _qwen2_moe,
         "Qwen3ForCausalLM": _qwen3,
         "Qwen3MoeForCausalLM": _qwen3_moe,
+        "Qwen3VLForConditionalGeneration": _text_model(_qwen3),
+        "Qwen3VLMoeForConditionalGeneration": _text_model(_qwen3_moe),
         "OlmoeForCausalLM": _olmoe,
         "GptOssForCausalLM": _gpt_oss,
         "GlmForCausalLM": _glm,
+        "Glm4ForCausalLM": _glm4,
         "Glm4MoeForCausalLM": _glm4_moe,
         "DeepseekV2ForCausalLM": _deepseek_v2,
         "DeepseekV3ForCausalLM": _deepseek_v3,
+        "KimiK25ForConditionalGeneration": _text_model(_deepseek_v3),
     }
 )
 """The known model classes, and how each one's file is read."""
+
+_LINEAR = "most layers have linear attention (a gated delta rule)"
+_SPARSE = "attention looks up its keys by an index of its own"
+
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "NemotronHForCausalLM": "its layers are of Mamba, attention or an MLP by turns",
+        "DeciLMForCausalLM": "its layers differ in width, and some have no attention",
+        "Qwen3NextForCausalLM": _LINEAR,
+        "Qwen3_5ForConditionalGeneration": _LINEAR,
+        "Qwen3_5MoeForConditionalGeneration": _LINEAR,
+        "DeepseekV32ForCausalLM": _SPARSE,
+        "DeepseekV4ForCausalLM": _SPARSE,
+        "GlmMoeDsaForCausalLM": _SPARSE,
+        "Gemma4ForConditionalGeneration": "its layers with full attention have wider heads, and fewer of them",
+        "Llama4ForConditionalGeneration": "most layers attend within chunks, and the others have no positions",
+        "Olmo2ForCausalLM": "it has norms behind attention and MLP alone",
+        "Olmo3ForCausalLM": "it has norms behind attention and MLP alone",
+    }
+)
+"""Model classes that no field of `Model` makes out of a decoder, each with the reason."""

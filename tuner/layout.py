@@ -16,6 +16,9 @@ TokenDispatcher = Literal["allgather", "alltoall", "flex"]
 
 Size = TypeVar("Size", int, NDArray[np.int64])
 
+MOST = 32767
+"""Of any size: a table's columns hold 16 bits, and no job comes near."""
+
 
 def _knob(default: object, megatron: str, flag: str, label: str = "") -> Any:
     return field(default=default, metadata={"megatron": megatron, "flag": flag, "label": label})
@@ -114,6 +117,10 @@ class Layout:
                 raise ValueError(
                     f"{name} must be at least 0 (0 leaves it to Megatron), not {getattr(self, name)}"
                 )
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            if isinstance(value, int) and value > MOST:
+                raise ValueError(f"{knob.name} must be at most {MOST}, not {value}")
 
     def label(self) -> str:
         """A short name: the knobs that differ from their default, `tp2 pp4 mbs2 sp rc=full`; tp, pp and mbs always."""

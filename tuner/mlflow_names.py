@@ -9,10 +9,12 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
+from typing import Any
 
 from tuner.files import to_data
 from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size, num_microbatches
-from tuner.report import TrialRow
+from tuner.program import program_name
+from tuner.rows import TrialRow
 from tuner.trial import TrialFolder, TrialResult, TrialSpec
 
 MAX_TEXT = 5000
@@ -36,6 +38,12 @@ class Measure:
     meaning: str
     path: str
     """Where in the TrialResult; a tuple there is a series, its place the step."""
+    is_count: bool = False
+    """The tuple's length instead."""
+
+
+def _give_up(spec: TrialSpec) -> object:
+    return "none" if spec.give_up_above_ms is None else spec.give_up_above_ms
 
 
 def _dp(spec: TrialSpec) -> int:
@@ -81,7 +89,8 @@ PARAMETERS: tuple[Fact, ...] = (
     Fact("nodes", "machines", attrgetter("cluster.nodes")),
     Fact("gpus_per_node", "GPUs a machine", attrgetter("cluster.gpus_per_node")),
     Fact("world_size", "GPUs in all", attrgetter("cluster.world_size")),
-    Fact("program", "what ran in the trial", attrgetter("program")),
+    Fact("give_up_above_ms", "bound above which the trial could end early, in ms, or `none`", _give_up),
+    Fact("program", "what ran in the trial", lambda spec: program_name(spec.program)),
     Fact("seed", "of weights, tokens and dropout", attrgetter("seed")),
 )
 
@@ -90,6 +99,19 @@ METRICS: tuple[Measure, ...] = (
     Measure("step/time_median_ms", "median step time, in ms: what is minimised", "metrics.step_time_ms"),
     Measure("step/time_low_ms", "lower end of the median's 95% interval, in ms", "metrics.step_time_low_ms"),
     Measure("step/time_high_ms", "upper end of it, in ms", "metrics.step_time_high_ms"),
+    Measure(
+        "step/warmup_time_ms",
+        "every step before the timed ones, in ms; a series",
+        "metrics.warmup_times_ms",
+    ),
+    Measure(
+        "step/outliers", "timed steps far from the median; they stay in it", "metrics.outliers", is_count=True
+    ),
+    Measure(
+        "step/slower_than_ms",
+        "lower bound of the step time, in ms, where the trial ended before it measured one",
+        "slower_than_ms",
+    ),
     Measure("throughput/tokens_per_s_per_gpu", "tokens a second and GPU", "metrics.tokens_per_s_per_gpu"),
     Measure(
         "throughput/model_tflops_per_s_per_gpu",
@@ -105,6 +127,17 @@ METRICS: tuple[Measure, ...] = (
     ),
     Measure("train/loss", "loss of every optimizer step, warm-up included; a series", "metrics.losses"),
     Measure("train/grad_norm", "gradient norm of every optimizer step; a series", "metrics.grad_norms"),
+    Measure("energy/joules_per_token", "energy of the GPUs a token, in J", "telemetry.energy_j_per_token"),
+    Measure("machine/power_w", "mean power of all GPUs together, in W", "telemetry.power_w"),
+    Measure("machine/clock_mhz", "mean clock of GPUs (or of the CPU), in MHz", "telemetry.clock_mhz"),
+    Measure("machine/lowest_clock_mhz", "the lowest clock seen, in MHz", "telemetry.lowest_clock_mhz"),
+    Measure("machine/temperature_c", "the hottest GPU at its hottest, in °C", "telemetry.temperature_c"),
+    Measure(
+        "machine/foreign_memory_gib",
+        "the most that other processes held on one GPU, in GiB",
+        "telemetry.foreign_memory_gib",
+    ),
+    Measure("machine/foreign_load", "cores that other processes kept busy", "telemetry.foreign_load"),
     Measure("duration/startup_s", "launch to the process group, in s", "durations.startup_s"),
     Measure("duration/build_s", "building the model, in s", "durations.build_s"),
     Measure("duration/warmup_s", "untimed steps, in s", "durations.warmup_s"),
@@ -150,21 +183,23 @@ TRIAL_TAGS: Mapping[str, str] = {
     "megatune.reason": "why, in one line",
     "megatune.phase": "where a failed trial was",
     "megatune.rank": "the first failing rank",
-    "megatune.source": "`baseline`, `seed` or `sampler`",
+    "megatune.source": "`baseline`, `seed`, `sampler`, `repeat` (of a suspect trial), `canary` or `final`",
     "megatune.source_note": "which table a seed comes from, how it was moved",
+    "megatune.suspicions": "why the measurement is not to be trusted",
+    "megatune.throttle_reasons": "why the GPUs were slowed down, in NVML's names",
     "megatune.config_hash": "of workload, cluster, layout and program: equal wherever the same was run",
     "megatune.program": "what ran in the trial",
     "megatune.device": "the GPU that was found",
     "megatune.folder": "the trial's folder on the controller",
     "megatune.versions.*": "versions of torch, megatron-core, CUDA, NCCL, driver, ...",
-    RECORD: "hash of the logged result; set last, so a run without it is incomplete",
+    RECORD: "hash of the logged record; set last, so a run without it is incomplete",
 }
 
 
 def config_hash(spec: TrialSpec) -> str:
     """A short hash of what was run: workload, cluster, layout and program, not the sweep or the trial."""
     parts = {name: to_data(getattr(spec, name)) for name in ("workload", "cluster", "layout")}
-    return digest({**parts, "program": spec.program})
+    return digest({**parts, "program": to_data(spec)["program"]})
 
 
 def trial_parameters(spec: TrialSpec) -> dict[str, str]:
@@ -177,16 +212,18 @@ def trial_metrics(result: TrialResult, measures: Iterable[Measure] = METRICS) ->
     return [
         (measure.name, float(value), step)
         for measure in measures
-        for step, value in enumerate(_values(result, measure.path))
+        for step, value in enumerate(_values(result, measure))
     ]
 
 
-def _values(result: TrialResult, path: str) -> tuple[float, ...]:
-    if result.metrics is None and path.startswith("metrics."):
-        return ()
-    value = attrgetter(path)(result)
+def _values(result: TrialResult, measure: Measure) -> tuple[float, ...]:
+    value: Any = result
+    for name in measure.path.split("."):
+        value = None if value is None else getattr(value, name)
     if value is None:
         return ()
+    if measure.is_count:
+        return (len(value),)
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -204,8 +241,10 @@ def trial_tags(spec: TrialSpec, row: TrialRow, folder: TrialFolder) -> dict[str,
         "megatune.rank": "" if result.rank is None else str(result.rank),
         "megatune.source": row.source,
         "megatune.source_note": row.note,
+        "megatune.suspicions": "; ".join(result.suspicions),
+        "megatune.throttle_reasons": " ".join(result.telemetry.throttle_reasons if result.telemetry else ()),
         "megatune.config_hash": config_hash(spec),
-        "megatune.program": spec.program,
+        "megatune.program": program_name(spec.program),
         "megatune.device": result.device_name,
         "megatune.folder": str(folder.path.absolute()),
         "mlflow.note.content": f"**{result.outcome.value}** {result.reason}",

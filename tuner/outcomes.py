@@ -17,6 +17,7 @@ _COMMUNICATION_TEXTS = (
     "connection closed by peer",
     "connection reset by peer",
     "connection refused",
+    "address already in use",  # a port of the rendezvous that was lost to another process
     "broken pipe",
     "socket timeout",
     "third_party/gloo",

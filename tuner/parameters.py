@@ -33,6 +33,11 @@ def norm(model: Model, width: int | None = None) -> int:
     return (2 if model.normalization == "LayerNorm" else 1) * (width or model.hidden_size)
 
 
+def layer_norms(model: Model) -> int:
+    """Parameters of one layer's norms around attention and MLP, whole on each rank."""
+    return (4 if model.sandwich_layernorm else 2) * norm(model)
+
+
 def attention(model: Model) -> Parameters:
     """One layer's attention; latent down-projections, inner norms and output bias are whole on each rank."""
     return _latent_attention(model) if model.multi_latent_attention else _grouped_attention(model)
@@ -89,9 +94,13 @@ def expert(model: Model) -> Parameters:
 
 
 def shared_experts(model: Model) -> Parameters:
-    """The shared experts of one layer together; nothing without them."""
+    """The shared experts of one layer together and their gate; nothing without them."""
     width = model.moe_shared_expert_intermediate_size
-    return _mlp(model, width) if width else _NONE
+    if not width:
+        return _NONE
+    experts = _mlp(model, width)
+    gate = model.hidden_size if model.moe_shared_expert_gate else 0
+    return Parameters(sharded=experts.sharded, replicated=experts.replicated + gate)
 
 
 def router(model: Model) -> int:
@@ -111,8 +120,8 @@ def output(model: Model) -> int:
 
 
 def layer(model: Model, moe: bool, experts: int | None = None) -> int:
-    """One whole layer with its two norms; `moe` with `experts` of its routed experts, all by default."""
-    around = attention(model).total + 2 * norm(model)
+    """One whole layer with its norms; `moe` with `experts` of its routed experts, all by default."""
+    around = attention(model).total + layer_norms(model)
     if not moe:
         return around + dense_mlp(model).total
     count = model.num_moe_experts if experts is None else experts

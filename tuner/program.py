@@ -84,11 +84,18 @@ class Command:
                 _check_pattern(name, pattern)
             if not any(name.startswith("step_time") for name in self.log):
                 raise ValueError("log finds no step time: give step_time_ms or step_time_s")
+            if not any(name.startswith("peak_allocated") for name in self.log):
+                raise ValueError("log finds no peak memory: give peak_allocated_gib, _gb or _mib")
 
     @property
     def patterns(self) -> Mapping[str, str]:
         """The expressions by figure; empty where the program writes its own result."""
         return MEGATRON_LM if self.log == "megatron-lm" else self.log or {}
+
+
+def program_name(program: str | Command) -> str:
+    """What to call a program: a command by its first word."""
+    return program if isinstance(program, str) else program.command[0]
 
 
 def _check_placeholder(name: str, word: str) -> None:

@@ -3,137 +3,168 @@
 import html
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from pydantic import ConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tuner.errors import InputError
+from tuner.answer import Answer, Standing, answer, ruled_out
 from tuner.export import Comparison, Figures, megatron_fields
-from tuner.files import STRICT, read_json
 from tuner.layout import KNOBS, Layout
-from tuner.trial import Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.rows import TrialRow, completed
+from tuner.search.drift import drift
+from tuner.trial import Metrics, Outcome
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialSource:
-    """Why the sweep ran a trial; `source.json` in its folder."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    source: str
-    """`baseline`, `seed` or `sampler`; `repeat` of a suspect trial, `canary` for the machine's drift, `final`."""
-    note: str = ""
-    """Which table a seed comes from, and how it was moved."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialRow:
-    """One finished trial of a sweep."""
-
-    number: int
-    source: str
-    note: str
-    layout: Layout
-    result: TrialResult
-
-
-def trial_folder(results: Path, number: int) -> TrialFolder:
-    """The folder of a trial in a sweep's results: `trials/t0000`."""
-    return TrialFolder(results / "trials" / f"t{number:04d}")
-
-
-def read_trials(results: Path) -> list[TrialRow]:
-    """Read the finished trials of a sweep, by number; a folder without `result.json` is left out.
-
-    Raises:
-        InputError: naming the file that is missing beside a result, torn, or of another trial.
-    """
-    rows = []
-    for path in sorted(results.glob("trials/t*")):
-        folder = TrialFolder(path)
-        if not folder.result.exists():
-            continue
-        spec = read_json(TrialSpec, folder.spec)
-        if trial_folder(results, spec.number).path.name != path.name:
-            raise InputError(
-                f"{folder.spec}: key 'number' is {spec.number}, but the folder is {path.name}; was it copied?"
-            )
-        chosen = read_json(TrialSource, folder.source)
-        result = read_json(TrialResult, folder.result)
-        rows.append(
-            TrialRow(
-                number=spec.number, source=chosen.source, note=chosen.note, layout=spec.layout, result=result
-            )
-        )
-    return sorted(rows, key=lambda row: row.number)
-
-
-def completed(rows: Iterable[TrialRow]) -> list[tuple[TrialRow, Metrics]]:
-    """The completed trials with what they measured, fastest first; the earlier one where two are equal."""
-    measured = [(row, row.result.metrics) for row in rows if row.result.metrics is not None]
-    return sorted(measured, key=lambda pair: (pair[1].step_time_ms, pair[0].number))
-
-
 def best(rows: Iterable[TrialRow]) -> TrialRow | None:
-    """The completed trial with the smallest median step time; None where none completed."""
-    ranked = completed(rows)
-    return ranked[0][0] if ranked else None
+    """The trial that stands for the fastest layout: its final in the middle, before finals its one measurement."""
+    found = answer(tuple(rows))
+    return found.best.row if found else None
 
 
-def tie(rows: Iterable[TrialRow]) -> list[TrialRow]:
-    """The trials that noise cannot tell from the best, itself included, fastest first.
-
-    Two trials tie where their 95% intervals of the median step time overlap.
-    """
-    ranked = completed(rows)
-    return [row for row, metrics in ranked if metrics.step_time_low_ms <= ranked[0][1].step_time_high_ms]
-
-
-def baseline(rows: Iterable[TrialRow]) -> TrialRow | None:
-    """The fastest completed run of the baseline layout: the one that flatters the gain least."""
-    return best(row for row in rows if row.source == "baseline")
+def tie(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """The trials of the layouts that noise cannot tell from the best, itself included, fastest first."""
+    found = answer(rows)
+    return [standing.row for standing in found.tied] if found else []
 
 
 def figures(rows: Sequence[TrialRow], number: int | None = None) -> Figures | None:
-    """The measured facts of a trial (the best one by default) beside its rival and the baseline.
+    """The measured facts of the best layout, or of one trial alone, beside its rival and the baseline.
 
-    Returns None where the trial did not complete. The rival is the fastest completed trial of another layout.
+    Returns None where nothing completed, or that trial did not. The rival is the fastest other layout.
     """
-    ranked = completed(rows)
-    chosen = [pair for pair in ranked if number is None or pair[0].number == number]
-    if not chosen:
+    found = answer(rows)
+    if number is not None:
+        row = next((row for row in rows if row.number == number), None)
+        return _figures_of_trial(row, found) if row else None
+    if found is None:
         return None
-    row, metrics = chosen[0]
-    rival = next((pair for pair in ranked if pair[0].layout != row.layout), None)
-    start = baseline(rows)
+    rival = found.ranking[1] if len(found.ranking) > 1 else None
+    return Figures(
+        trial=found.best.row.number,
+        metrics=found.best.metrics,
+        rival=_compared(rival) if rival else None,
+        baseline=_compared(found.baseline) if found.baseline else None,
+        versions=found.best.row.result.versions,
+        device_name=found.best.row.result.device_name,
+        final_runs=len(found.best.runs) if found.is_final else 0,
+    )
+
+
+def _compared(other: Standing) -> Comparison:
+    return Comparison(
+        trial=other.row.number,
+        label=other.layout.label(),
+        ratio=other.over_best.value,
+        ratio_low=other.over_best.low,
+        ratio_high=other.over_best.high,
+    )
+
+
+def _figures_of_trial(row: TrialRow, found: Answer | None) -> Figures | None:
+    """One trial as it measured, beside the answer's standings by the ends of their intervals."""
+    metrics = row.result.metrics
+    if metrics is None:
+        return None
+    others = [one for one in found.ranking if one.layout != row.layout] if found else []
+    start = found.baseline if found else None
     return Figures(
         trial=row.number,
         metrics=metrics,
-        rival=_compare(*rival, metrics) if rival else None,
-        baseline=_compare(start, start.result.metrics, metrics) if start and start.result.metrics else None,
+        rival=_beside(others[0], metrics) if others else None,
+        baseline=_beside(start, metrics) if start else None,
         versions=row.result.versions,
         device_name=row.result.device_name,
     )
 
 
-def _compare(other: TrialRow, theirs: Metrics, ours: Metrics) -> Comparison:
+def _beside(other: Standing, ours: Metrics) -> Comparison:
+    theirs = other.metrics
     return Comparison(
-        trial=other.number,
+        trial=other.row.number,
         label=other.layout.label(),
         ratio=theirs.step_time_ms / ours.step_time_ms,
         ratio_low=theirs.step_time_low_ms / ours.step_time_high_ms,
         ratio_high=theirs.step_time_high_ms / ours.step_time_low_ms,
     )
+
+
+def verdict(rows: Sequence[TrialRow]) -> list[str]:
+    """What to believe of the answer, a sentence each: ties, who is out, the machine's drift, what was disturbed."""
+    found = answer(rows)
+    told = []
+    if found is None:
+        known = drift(sorted(rows, key=lambda row: row.number))
+        return [
+            *_outs(ruled_out(sorted(rows, key=lambda row: row.number))),
+            *([known.sentence()] if known else []),
+        ]
+    if not found.is_final:
+        told.append("By single measurements of the search: no finals ran.")
+    if len(found.tied) > 1:
+        told.append(_tie_sentence(found))
+    told += _outs(found.out)
+    if found.drift is not None:
+        told.append(found.drift.sentence())
+    again = sum(row.source == "repeat" for row in rows)
+    if again:
+        told.append(f"{again} trials that the machine had disturbed were measured again.")
+    if found.doubts:
+        more = f" ({len(found.doubts)} such lines)" if len(found.doubts) > 1 else ""
+        told.append(f"Measured on a disturbed machine, so less sure: {found.doubts[0]}{more}.")
+    return told
+
+
+def _tie_sentence(found: Answer) -> str:
+    tied = found.tied
+    apart = max(max(one.over_best.high - 1, 1 - one.over_best.low) for one in tied[1:])
+    names = ", ".join(
+        f"{one.layout.label()} ({one.over_best.value - 1:+.1%}, {one.metrics.peak_allocated_gib:.3g} GiB)"
+        for one in tied[1:]
+    )
+    least = min(tied, key=lambda one: one.metrics.peak_allocated_gib)
+    memory = "it" if least is tied[0] else least.layout.label()
+    return (
+        f"Tie within {apart:.1%}: noise cannot tell the best, {tied[0].layout.label()}, from {names}; "
+        f"of these {memory} takes the least memory."
+    )
+
+
+def _outs(out: Mapping[Layout, str]) -> list[str]:
+    return [f"Out: {layout.label()} {why}." for layout, why in out.items()]
+
+
+def time_shares(rows: Sequence[TrialRow], own_s: float = 0.0, run_s: float = 0.0) -> str:
+    """Where the trials' time went, as one sentence.
+
+    Args:
+        rows: the finished trials.
+        own_s: what the tuner took between the trials of one run.
+        run_s: that run's wall clock.
+    """
+    durations = [row.result.durations for row in rows]
+    total_s = sum(one.total_s for one in durations)
+    if not total_s:
+        return "No trial took any time."
+    parts = {
+        name: sum(getattr(one, f"{key}_s") for one in durations)
+        for name, key in (("start-up", "startup"), ("build", "build"), ("warm-up", "warmup"))
+    }
+    parts["timed steps"] = sum(one.measure_s for one in durations)
+    parts["the rest"] = max(0.0, total_s - sum(parts.values()))
+    told = ", ".join(f"{seconds / total_s:.0%} {name}" for name, seconds in parts.items())
+    own = (
+        f" The tuner's own time between this run's trials: {own_s:.1f} s, {own_s / run_s:.1%}."
+        if run_s
+        else ""
+    )
+    return f"Of {total_s / 3600:.2f} h of trials: {told}.{own}"
 
 
 def trial_table(rows: Sequence[TrialRow]) -> pd.DataFrame:
@@ -183,36 +214,79 @@ _MEASURED = (
 
 
 def terminal_table(rows: Sequence[TrialRow], title: str = "") -> Group:
-    """The trials for a terminal of 80 columns and more: the completed ones, then the failed ones and why.
+    """The trials for a terminal of 80 columns and more: finals, search, the failed ones and why.
 
-    Completed trials stand fastest first, the best one highlighted; the step time's interval is given as the
-    larger of its two arms, in percent.
+    Fastest first, the best layout highlighted; the step time's interval is given as the larger of its two arms, in
+    percent.
     """
+    found = answer(rows)
+    finals = found.ranking if found and found.is_final else ()
     tables = [
-        _completed_table(completed(rows)),
+        _finals_table(finals),
+        _completed_table(completed(row for row in rows if row.source != "final"), found),
         _failed_table([row for row in rows if not row.result.metrics]),
     ]
+    if finals:
+        tables[0].title, tables[1].title = "Finals", "Search"
     return Group(*([Text(title, style="bold")] if title else []), *(table for table in tables if table.rows))
 
 
-def _completed_table(ranked: Sequence[tuple[TrialRow, Metrics]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("trial", no_wrap=True)
+def _measured_table(first: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    table.add_column(first, no_wrap=True)
     table.add_column("layout", min_width=26)
     for heading in ("step\nms", "95%\ninterval", "tokens/s\n/GPU", "peak\nGiB", "vs\nbest"):
         table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _measured_cells(metrics: Metrics) -> tuple[str, str, str, str]:
+    step_ms = metrics.step_time_ms
+    arm_ms = max(metrics.step_time_high_ms - step_ms, step_ms - metrics.step_time_low_ms)
+    return (
+        f"{step_ms:,.1f}",
+        f"±{arm_ms / step_ms:.1%}",
+        f"{metrics.tokens_per_s_per_gpu:,.0f}",
+        f"{metrics.peak_allocated_gib:.3g}",
+    )
+
+
+def _finals_table(finals: Sequence[Standing]) -> Table:
+    table = _measured_table("runs")
+    for standing in finals:
+        ratio = standing.over_best
+        is_best = standing is finals[0]
+        told = f"{ratio.low - 1:+.1%} to {ratio.high - 1:+.1%}"
+        numbers = sorted(row.number for row in standing.runs)
+        cells = (
+            f"{len(numbers)}",
+            f"{standing.layout.label()}\n{', '.join(f't{number:04d}' for number in numbers)}",
+            *_measured_cells(standing.metrics),
+            "best" if is_best else f"{ratio.value - 1:+.1%}\n{'tie' if ratio.is_tie else told}",
+        )
+        _add(table, cells, style="bold green" if is_best else "")
+    return table
+
+
+def _completed_table(ranked: Sequence[tuple[TrialRow, Metrics]], found: Answer | None) -> Table:
+    table = _measured_table("trial")
+    best_row = found.best.row if found else None
+    layout = found.best.layout if found else None
+    fastest = next((metrics for row, metrics in ranked if row.layout == layout), None)
     for row, metrics in ranked:
-        step_ms, fastest_ms = metrics.step_time_ms, ranked[0][1].step_time_ms
-        arm_ms = max(metrics.step_time_high_ms - step_ms, step_ms - metrics.step_time_low_ms)
-        is_best = row is ranked[0][0]
+        is_best = row is best_row or (found is not None and found.is_final and row.layout == layout)
+        doubt = " (disturbed)" if row.result.suspicions else ""
+        out = " (out)" if found and row.layout in found.out else ""
+        outliers = f", {len(metrics.outliers)} outliers" if metrics.outliers else ""
         cells = (
             f"t{row.number:04d}\n{row.source}",
-            f"{row.layout.label()}\n{row.result.outcome.value}",
-            f"{step_ms:,.1f}",
-            f"±{arm_ms / step_ms:.1%}",
-            f"{metrics.tokens_per_s_per_gpu:,.0f}",
-            f"{metrics.peak_allocated_gib:.3g}",
-            "best" if is_best else f"{step_ms / fastest_ms - 1:+.1%}",
+            f"{row.layout.label()}\n{row.result.outcome.value}{outliers}{doubt}{out}",
+            *_measured_cells(metrics),
+            "best"
+            if is_best
+            else f"{metrics.step_time_ms / fastest.step_time_ms - 1:+.1%}"
+            if fastest
+            else "",
         )
         _add(table, cells, style="bold green" if is_best else "")
     return table
@@ -240,7 +314,9 @@ def _add(table: Table, cells: Iterable[str], style: str) -> None:
     table.add_row(*(Text(cell) for cell in cells), style=style)
 
 
-def summary(rows: Sequence[TrialRow], sweep: str, stopped: str, commands: Mapping[str, str]) -> str:
+def summary(
+    rows: Sequence[TrialRow], sweep: str, stopped: str, commands: Mapping[str, str], shares: str = ""
+) -> str:
     """The morning's summary in Markdown.
 
     Args:
@@ -248,10 +324,16 @@ def summary(rows: Sequence[TrialRow], sweep: str, stopped: str, commands: Mappin
         sweep: the sweep's name.
         stopped: a sentence: whether the sweep finished, and why it stopped.
         commands: what to do next: a short purpose to the command that does it.
+        shares: a sentence: where the time went; that of the trials alone if not given.
     """
-    lines = [f"# {sweep}", "", stopped, "", _counts(rows), ""]
-    facts = figures(rows)
-    lines += ["## Best layout", "", *_best_section(rows, facts)] if facts else ["## No layout completed", ""]
+    lines = [f"# {sweep}", "", stopped, "", _counts(rows), "", shares or time_shares(rows), ""]
+    facts, found = figures(rows), answer(rows)
+    lines += (
+        ["## Best layout", "", *_best_section(found, facts)]
+        if facts and found
+        else ["## No layout completed", ""]
+    )
+    lines += [*(f"- {sentence}" for sentence in verdict(rows)), ""]
     lines += _failures(rows)
     if commands:
         lines += ["## Next", ""]
@@ -267,28 +349,28 @@ def _counts(rows: Sequence[TrialRow]) -> str:
     return f"{len(rows)} trials in {hours:.2f} h of running: {', '.join(parts) or 'none finished'}."
 
 
-def _best_section(rows: Sequence[TrialRow], facts: Figures) -> list[str]:
-    by_number = {row.number: row for row in rows}
-    columns = [("best", by_number[facts.trial])]
-    if facts.baseline and facts.baseline.trial != facts.trial:
-        columns.append(("baseline", by_number[facts.baseline.trial]))
-    measured = [row.result.metrics for _, row in columns]
+def _best_section(found: Answer, facts: Figures) -> list[str]:
+    columns = [("best", found.best)]
+    if found.baseline and found.baseline is not found.best:
+        columns.append(("baseline", found.baseline))
+    measured = [standing.metrics for _, standing in columns]
     cells = {
-        "layout": [row.layout.label() for _, row in columns],
-        "trial": [f"t{row.number:04d}" for _, row in columns],
-        "step time, ms": [f"{m.step_time_ms:,.1f}" for m in measured if m],
-        "95% interval, ms": [
-            f"{m.step_time_low_ms:,.1f} to {m.step_time_high_ms:,.1f}" for m in measured if m
+        "layout": [standing.layout.label() for _, standing in columns],
+        "trial": [
+            ", ".join(f"t{row.number:04d}" for row in sorted(standing.runs, key=lambda row: row.number))
+            for _, standing in columns
         ],
-        "timed steps": [f"{len(m.step_times_ms)}" for m in measured if m],
-        "tokens/s/GPU": [f"{m.tokens_per_s_per_gpu:,.1f}" for m in measured if m],
-        "model TFLOP/s/GPU": [f"{m.model_tflops_per_s_per_gpu:.4g}" for m in measured if m],
-        "MFU": ["" if m.mfu is None else f"{m.mfu:.1%}" for m in measured if m],
-        "peak allocated, GiB": [f"{m.peak_allocated_gib:.4g}" for m in measured if m],
+        "step time, ms": [f"{m.step_time_ms:,.1f}" for m in measured],
+        "95% interval, ms": [f"{m.step_time_low_ms:,.1f} to {m.step_time_high_ms:,.1f}" for m in measured],
+        "timed steps": [f"{len(m.step_times_ms)}" for m in measured],
+        "tokens/s/GPU": [f"{m.tokens_per_s_per_gpu:,.1f}" for m in measured],
+        "model TFLOP/s/GPU": [f"{m.model_tflops_per_s_per_gpu:.4g}" for m in measured],
+        "MFU": ["" if m.mfu is None else f"{m.mfu:.1%}" for m in measured],
+        "peak allocated, GiB": [f"{m.peak_allocated_gib:.4g}" for m in measured],
     }
     lines = [_markdown_row(["", *(name for name, _ in columns)]), _markdown_row(["---"] * (1 + len(columns)))]
     lines += [_markdown_row([name, *values]) for name, values in cells.items()]
-    settings = megatron_fields(by_number[facts.trial].layout, Layout())
+    settings = megatron_fields(found.best.layout, Layout())
     lines += ["", facts.gain_sentence(), "", facts.certainty_sentence(), ""]
     lines += ["What differs from Megatron's plain defaults:", "", "```"]
     lines += [f"{name} = {value}" for name, value in settings.items()] or ["nothing"]

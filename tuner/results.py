@@ -1,8 +1,5 @@
 """The results folder of a sweep: its paths, and whose it is."""
 
-import errno
-import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.calibration import Calibration
+from tuner.calibration import Calibration, Machine
 from tuner.errors import InputError
-from tuner.files import read_json, to_data, write_json
-from tuner.report import trial_folder
+from tuner.files import read_json, read_json_data, refuse_links_out, to_data, write_json
+from tuner.lock import hold
+from tuner.rows import trial_folder
 from tuner.sweep_file import Sweep
 from tuner.trial import TrialFolder
 
@@ -41,6 +39,11 @@ class SweepFolder:
         return self.path / "study.db"
 
     @property
+    def machine(self) -> Path:
+        """The Machine that its trials run on, with the versions they depend on."""
+        return self.path / "machine.json"
+
+    @property
     def calibration(self) -> Path:
         """The Calibration that its predictions rest on, as it was at the sweep's start; absent without one."""
         return self.path / "calibration.json"
@@ -58,11 +61,16 @@ class SweepFolder:
         """The folder of one trial."""
         return trial_folder(self.path, number)
 
-    def claim(self, sweep: Sweep) -> None:
+    def claim(self, sweep: Sweep, machine: Machine | None = None) -> None:
         """Make the folder this sweep's, or find that it already is.
 
+        Args:
+            sweep: Whose it shall be.
+            machine: What its trials run on; None where that is not known, and not compared.
+
         Raises:
-            InputError: if it cannot be written, or holds the results of a sweep of something else.
+            InputError: if it cannot be written, holds the results of a sweep of something else, or trials that ran on
+                other hardware or software.
         """
         if unfit := sorted(_UNFIT & set(str(self.path.absolute()))):
             raise InputError(
@@ -73,18 +81,16 @@ class SweepFolder:
             self.trials.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(None, "no permission to write")
-            recorded = (
-                json.loads(self.identity.read_text(encoding="utf-8")) if self.identity.exists() else None
-            )
         except OSError as error:
             raise InputError(
                 f"{self.path}: the results folder cannot be written: {error.strerror or error}; "
                 "name another with --results"
             ) from None
-        except ValueError:
-            raise InputError(
-                f"{self.identity}: is not JSON; move the folder away, or name another with --results"
-            ) from None
+        refuse_links_out(self.path)
+        try:
+            recorded = read_json_data(self.identity) if self.identity.exists() else None
+        except InputError as error:
+            raise InputError(f"{error}; move the folder away, or name another with --results") from None
         wanted = to_data(sweep)
         if recorded is not None and not isinstance(recorded, dict):
             recorded = {}
@@ -94,26 +100,32 @@ class SweepFolder:
                 f"{self.path}: holds the results of another sweep; different: {'; '.join(differences[:5])}. "
                 "Give this sweep another name, or another folder with --results"
             )
+        if machine is not None:
+            self._claim_machine(machine)
         if recorded != wanted:
             write_json(self.identity, wanted)
+
+    def _claim_machine(self, machine: Machine) -> None:
+        recorded = read_json(Machine, self.machine) if self.machine.exists() else None
+        if recorded == machine:
+            return
+        if recorded is not None and any(self.trials.glob("t*/result.json")):
+            differences = _differences(to_data(recorded), to_data(machine), "machine")
+            raise InputError(
+                f"{self.path}: its trials ran on other hardware or software, and what is measured now could not be "
+                f"compared with them; different: {'; '.join(differences[:5])}. Go back to those, or give this sweep "
+                "another name, or another folder with --results"
+            )
+        write_json(self.machine, machine)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one tuner; the kernel lets go of it however the process ends.
 
         Raises:
-            InputError: if another tuner holds it.
+            InputError: if another tuner holds it, naming it.
         """
-        with (self.path / "lock").open("w", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in {errno.EAGAIN, errno.EACCES}:
-                    raise
-                raise InputError(
-                    f"{self.path}: another megatune is running this sweep; `megatune show {self.path}` tells how "
-                    "far it is"
-                ) from None
+        with hold(self.path / "lock"):
             yield
 
     def sweep(self) -> Sweep:

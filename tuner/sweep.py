@@ -1,26 +1,31 @@
 """The loop: choose a layout, have it run, learn from how it ended; and nothing else."""
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 import optuna
 import pandas as pd
 
+from tuner.answer import candidates, counting, ruled_out
+from tuner.budget import FAILURES_TO_STOP, Clock, Ledger, Stop, shrunk
 from tuner.calibration import Calibration
 from tuner.errors import InputError
-from tuner.files import read_json, write_json
+from tuner.files import make_folder, read_json, write_json
 from tuner.heuristics import Seed
 from tuner.layout import Layout
 from tuner.predict import implementation_of
 from tuner.predict.time import step_time_ms
-from tuner.report import TrialRow, TrialSource, best, read_trials
+from tuner.report import best
 from tuner.results import SweepFolder
+from tuner.rows import SEARCHED, TrialRow, TrialSource, read_trials
 from tuner.search import optuna_rows
 from tuner.search.dominance import needs_at_least_as_much_memory
+from tuner.search.drift import canary_due, drift
 from tuner.search.feasibility import Feasibility
+from tuner.search.finals import expected_s, next_final, standing_for_finals
 from tuner.search.optuna_rows import OptunaRows
 from tuner.search.predicted_rows import PredictedRows
 from tuner.search.sampler import TableSampler, find_row, layout_at
@@ -36,21 +41,6 @@ if TYPE_CHECKING:
 
 RETRIED = frozenset({Outcome.HANG, Outcome.COMMUNICATION, Outcome.INFRASTRUCTURE})
 """Outcomes that a second attempt may change: the machine's fault, not the layout's."""
-
-FAILURES_TO_STOP = 3
-"""Infrastructure failures in a row that stop the sweep."""
-
-
-class Stop(Enum):
-    """Why a sweep ended."""
-
-    EXHAUSTED = "every layout is measured or ruled out"
-    CONVERGED = "no layout left is likely to be worth more (budget.min_gain)"
-    TRIALS = "the budget of trials is used"
-    HOURS = "the budget of hours is used"
-    GPU_HOURS = "the budget of GPU-hours is used"
-    INTERRUPTED = "interrupted"
-    BREAKER = f"{FAILURES_TO_STOP} infrastructure failures in a row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +60,10 @@ class Progress:
     """Rows ruled out without a run, by memory dominance."""
     certainty: Certainty | None
     """How near the best is to the best of all; None where nothing is modelled, measured or left."""
+    own_s: float = 0.0
+    """What the tuner took between the trials of this run: to choose, to learn, to write."""
+    run_s: float = 0.0
+    """Wall clock of this run, from its first trial's begin to its last one's end."""
 
 
 class Observer(Protocol):
@@ -87,6 +81,15 @@ class Observer(Protocol):
         """A trial ended; `pruned` rows were ruled out by it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What runs next."""
+
+    origin: TrialSource
+    layout: Layout | None = None
+    """None leaves it to the sampler."""
+
+
 class SweepLoop:
     """One controller asks and tells; the trial folders are the truth.
 
@@ -95,6 +98,7 @@ class SweepLoop:
         table: The valid layouts, the baseline's row included.
         queue: Layouts to try first, in order: the baseline, then the seeds.
         calibration: What the machine measured, for the predicted step times.
+        deadline_s: When the last trial should have ended, in seconds since the epoch.
     """
 
     def __init__(
@@ -107,45 +111,43 @@ class SweepLoop:
         tracker: "Tracker",
         observer: Observer,
         calibration: Calibration | None = None,
+        deadline_s: float | None = None,
     ) -> None:
-        self._sweep, self._table, self._folder = sweep, table, folder
+        self._sweep, self._table, self._folder, self._calibration = sweep, table, folder, calibration
         self._launcher, self._tracker, self._observer = launcher, tracker, observer
+        self._deadline_s, self._began_s = deadline_s, time.time()
+        self._out_of_time = False
+        self._own_s = self._first_s = self._last_s = 0.0
+        self._running = 0
+        self._queue = list(queue)
         self.rows = read_trials(folder.path)
         begun = self._begun()
         self._lost_s = sum(lost_s(folder.trial(number)) for number in range(len(begun)))
-        strategy = strategy_of(sweep, table, calibration)
-        self._sampler = TableSampler(table, strategy, [layout for layout, _, _ in begun])
-        self._waiting: dict[int, tuple[Layout, TrialSource]] = {}
-        self._pruned = self._running = 0
-        trials = []
-        self._certainty: Certainty | None = None
-        for number, (layout, origin, result) in enumerate(begun):
-            self._take(layout, number)
-            trials.append(
-                StudyTrial(
-                    params=self._sampler.params(layout),
-                    result=result,
-                    source=origin.source,
-                    label=layout.label(),
-                )
-            )
-            if result is None or STATES[result.outcome] is optuna.trial.TrialState.WAITING:
-                self._waiting[number] = (layout, origin)
+        self._waiting: dict[int, tuple[Layout, TrialSource, int]] = {}
+        for number, (layout, origin, result, spent) in enumerate(begun):
+            if spent is not None:
+                self._waiting[number] = (layout, origin, spent)
                 self._lost_s += result.durations.total_s if result else 0.0
-            else:
-                self._learn(number, layout, result)
         self.rows = [row for row in self.rows if row.number not in self._waiting]
+        self._tried = [layout for layout, _, _, _ in begun]
+        self._relearn()
+        trials = [
+            StudyTrial(
+                params=self._sampler.params(layout),
+                result=result if spent is None else None,
+                source=origin.source,
+                label=layout.label(),
+            )
+            for layout, origin, result, spent in begun
+        ]
         self._study = open_study(folder.study, sweep.name, self._sampler, self._sampler.space, trials)
-        self._queue = list(queue)
-        self._certainty = self._sampler.certainty() if self._sampler.remaining else None
 
     def run(self, stop: threading.Event) -> Stop:
         """Run trials until the budget is used, nothing is left, `stop` is set, or the machine keeps failing."""
         self._tracker.sync(self.rows)
         failures = 0
-        while (reason := self._reason_to_end(stop)) is None:
-            number, layout, origin, trial = self._ask()
-            attempt = 0
+        while not isinstance(step := self._next(stop), Stop):
+            number, layout, origin, trial, attempt = self._ask(step)
             while True:
                 attempt += 1
                 result = self._attempt(number, attempt, layout, origin, stop)
@@ -160,46 +162,73 @@ class SweepLoop:
                     break
                 self._lost_s += result.durations.total_s
             self._tell(number, trial, layout, origin, result)
-        return reason
+        return step
 
     def progress(self) -> Progress:
         """Where the sweep stands now."""
-        used_s = self._lost_s + sum(row.result.durations.total_s for row in self.rows)
-        limits = [value for value in self._time_limits_s() if value is not None]
-        possible = len(self.rows) + self._running + len(self._waiting) + self._sampler.remaining
+        ledger = self._ledger()
+        finals = max(0, ledger.searched.reserve() - len(ledger.finals))
+        possible = len(self.rows) + self._running + len(self._waiting) + self._sampler.remaining + finals
         return Progress(
             finished=len(self.rows),
             budget=min(self._sweep.budget.trials, possible),
-            used_s=used_s,
-            left_s=max(0.0, min(limits) - used_s) if limits else None,
+            used_s=ledger.used_s,
+            left_s=ledger.left_s(),
             best=best(self.rows),
             pruned=self._pruned,
             certainty=self._certainty,
+            own_s=self._own_s,
+            run_s=self._last_s - self._first_s,
         )
 
-    def _time_limits_s(self) -> tuple[float | None, float | None]:
-        budget = self._sweep.budget
-        hours = None if budget.hours is None else budget.hours * 3600
-        gpu_hours = (
-            None if budget.gpu_hours is None else budget.gpu_hours * 3600 / self._sweep.cluster.world_size
-        )
-        return hours, gpu_hours
+    def finals_note(self) -> str | None:
+        """What to say of finals that are smaller than the sweep asks for, or not through."""
+        ledger = self._ledger()
+        plan = ledger.plan()
+        if ledger.finals and next_final(self.rows, plan) is not None:
+            return f"The finals are not through: {len(ledger.finals)} of {plan.trials} trials ran."
+        return shrunk(ledger.wanted, plan, len(standing_for_finals(self.rows)))
 
-    def _reason_to_end(self, stop: threading.Event) -> Stop | None:
-        progress, (hours_s, gpu_hours_s) = self.progress(), self._time_limits_s()
+    def _ledger(self) -> Ledger:
+        clock = None
+        if self._deadline_s is not None:
+            clock = Clock(began_s=self._began_s, now_s=time.time(), deadline_s=self._deadline_s)
+        return Ledger(
+            budget=self._sweep.budget,
+            world_size=self._sweep.cluster.world_size,
+            rows=tuple(self.rows),
+            lost_s=self._lost_s,
+            clock=clock,
+        )
+
+    def _next(self, stop: threading.Event) -> Step | Stop:
+        """What runs next: what waits to be run again, else the search, else what is disturbed, else the finals."""
         if stop.is_set():
             return Stop.INTERRUPTED
-        if not self._waiting and not self._sampler.remaining:
+        ledger, over, step = self._ledger(), None, None
+        if self._waiting:
+            layout, origin, _ = self._waiting[min(self._waiting)]
+            step = Step(origin, layout)
+        elif (over := self._search_is_over(ledger)) is None:
+            step = self._next_of_search()
+        else:
+            step = self._next_after_search(ledger)
+        if step is None:
+            assert over is not None, "a search that goes on has a next row"
+            return over
+        known = [step.layout] if step.layout is not None else []
+        used_up = ledger.used_up(expected_s(self.rows, known))
+        return step if used_up is None else over or used_up
+
+    def _search_is_over(self, ledger: Ledger) -> Stop | None:
+        if not self._sampler.remaining:
             return Stop.EXHAUSTED
-        if progress.finished >= self._sweep.budget.trials:
-            return Stop.TRIALS
-        if not self._waiting and self._has_converged():
+        reason = ledger.search_is_over()
+        # Within one run time only passes: finals that go faster than expected do not bring the search back.
+        self._out_of_time |= reason is Stop.DEADLINE
+        if reason is not Stop.TRIALS and self._has_converged():
             return Stop.CONVERGED
-        if hours_s is not None and progress.used_s >= hours_s:
-            return Stop.HOURS
-        if gpu_hours_s is not None and progress.used_s >= gpu_hours_s:
-            return Stop.GPU_HOURS
-        return None
+        return Stop.DEADLINE if reason is None and self._out_of_time else reason
 
     def _has_converged(self) -> bool:
         budget = self._sweep.budget
@@ -209,22 +238,40 @@ class SweepLoop:
             and self._certainty.suffices(budget.min_gain, budget.confidence)
         )
 
-    def _ask(self) -> tuple[int, Layout, TrialSource, optuna.Trial]:
-        """The next layout: one that waits to be run again, else the queue's head, else the sampler's row."""
-        origin = TrialSource(source="sampler")
-        if not self._waiting and (queued := self._queued()) is not None:
-            layout, origin = queued
-            self._study.enqueue_trial(self._sampler.params(layout))
+    def _next_of_search(self) -> Step:
+        """A canary where one is due, else the queue's next, else the sampler's row."""
+        if (layout := canary_due(self.rows, self._sweep.budget.canary_every)) is not None:
+            return Step(TrialSource(source="canary"), layout)
+        if (queued := self._queued()) is not None:
+            return Step(queued[1], queued[0])
+        return Step(TrialSource(source="sampler"))
+
+    def _next_after_search(self, ledger: Ledger) -> Step | None:
+        """What was disturbed is measured again, then come the finals."""
+        if (row := ledger.next_repeat()) is not None:
+            return Step(TrialSource(source="repeat", note=f"of t{row.number:04d}"), row.layout)
+        layout = next_final(self.rows, ledger.plan())
+        return None if layout is None else Step(TrialSource(source="final"), layout)
+
+    def _ask(self, step: Step) -> tuple[int, Layout, TrialSource, optuna.Trial, int]:
+        """Have Optuna number a step, and its sampler choose where the step leaves it to that.
+
+        Also gives how many attempts at the trial are spent.
+        """
+        if step.layout is not None and not self._waiting:
+            self._study.enqueue_trial(self._sampler.params(step.layout))
         trial = self._study.ask(dict(self._sampler.space))
+        layout = step.layout or replace(layout_at(self._table, 0), **trial.params)
+        spent = 0
         if trial.number in self._waiting:
-            layout, origin = self._waiting.pop(trial.number)
-        elif origin.source == "sampler":
-            layout = replace(layout_at(self._table, 0), **trial.params)
-        trial.set_user_attr("source", origin.source)
+            *_, spent = self._waiting.pop(trial.number)
+        else:
+            self._tried.append(layout)
+        trial.set_user_attr("source", step.origin.source)
         trial.set_user_attr("layout", layout.label())
-        self._take(layout, trial.number)
+        self._take(layout, trial.number, step.origin)
         self._running = 1
-        return trial.number, layout, origin, trial
+        return trial.number, layout, step.origin, trial, spent
 
     def _queued(self) -> tuple[Layout, TrialSource] | None:
         """Take the queue's next: the baseline whatever is predicted, a seed while it promises something."""
@@ -240,47 +287,102 @@ class SweepLoop:
         self, number: int, attempt: int, layout: Layout, origin: TrialSource, stop: threading.Event
     ) -> TrialResult:
         folder = self._folder.trial(number)
-        spec = trial_spec(self._sweep, number, attempt, layout)
-        folder.path.mkdir(parents=True, exist_ok=True)
+        spec = trial_spec(self._sweep, number, attempt, layout, self._give_up_above_ms(origin))
+        make_folder(folder.path)
         write_json(folder.source, origin)
         self._observer.started(number, attempt, layout, origin, self.progress())
         plan = self._launcher.plan(spec, folder)
-        return self._launcher.run(plan, stop, lambda beat: self._observer.heartbeat(number, beat))
+        begun_s = time.monotonic()
+        self._own_s += begun_s - self._last_s if self._last_s else 0.0
+        self._first_s = self._first_s or begun_s
+        try:
+            return self._launcher.run(plan, stop, lambda beat: self._observer.heartbeat(number, beat))
+        finally:
+            self._last_s = time.monotonic()
+
+    def _give_up_above_ms(self, origin: TrialSource) -> float | None:
+        """The upper end of the best layout's interval, at the machine's present speed; None to measure to the end.
+
+        Only trials that look for a faster layout give up: of the others the measurement itself is wanted.
+        """
+        known = drift(self.rows)
+        found = candidates(self.rows, known, ruled_out(self.rows))
+        if origin.source not in ("seed", "sampler") or not found:
+            return None
+        present = known.factor(max(self.rows, key=lambda row: row.number)) if known else 1.0
+        return found[0].metrics.step_time_high_ms * present / found[0].factor
 
     def _tell(
         self, number: int, trial: optuna.Trial, layout: Layout, origin: TrialSource, result: TrialResult
     ) -> None:
         before, self._running = self._pruned, 0
-        self._learn(number, layout, result)
-        self._certainty = self._sampler.certainty() if self._sampler.remaining else None
+        row = TrialRow(
+            number=number,
+            source=origin.source,
+            note=origin.note,
+            layout=layout,
+            precision=self._sweep.workload.precision,
+            result=result,
+        )
+        known = drift(self.rows)
+        self.rows.append(row)
+        if origin.source == "repeat" or drift(self.rows) != known:
+            self._relearn()
+        elif origin.source in SEARCHED:
+            self._learn(row, row)
+            self._certainty = self._sampler.certainty() if self._sampler.remaining else None
         trial.set_user_attr("outcome", str(result.outcome))
         trial.set_user_attr("reason", result.reason)
         metrics = result.metrics
         self._study.tell(trial, metrics.step_time_ms if metrics else None, STATES[result.outcome])
-        row = TrialRow(number=number, source=origin.source, note=origin.note, layout=layout, result=result)
-        self.rows.append(row)
         self._tracker.log_trial(row, self._folder.trial(number))
         self._observer.finished(row, self._pruned - before, self.progress())
 
-    def _learn(self, number: int, layout: Layout, result: TrialResult) -> None:
-        if result.outcome is Outcome.OOM:
-            workload, cluster = self._sweep.workload, self._sweep.cluster
-            dominated = needs_at_least_as_much_memory(self._table, layout, workload, cluster)
-            self._pruned += self._sampler.exclude(dominated)
-        self._sampler.tell(number, Observation.of(result))
+    def _relearn(self) -> None:
+        """Learn from all trials anew: what counts as measured has changed."""
+        strategy = strategy_of(self._sweep, self._table, self._calibration)
+        self._sampler = TableSampler(self._table, strategy, self._tried)
+        self._pruned = 0
+        by_number = {row.number: row for row in sorted(self.rows, key=lambda row: row.number)}
+        for number, row in counting(self.rows).items():
+            self._take(row.layout, number, TrialSource(source=by_number[number].source))
+            self._learn(by_number[number], row)
+        for number, (layout, origin, _) in self._waiting.items():
+            self._take(layout, number, origin)
+        if hasattr(self, "_study"):
+            self._study.sampler = self._sampler
+        self._certainty = self._sampler.certainty() if self._sampler.remaining else None
 
-    def _take(self, layout: Layout, number: int) -> None:
+    def _learn(self, first: TrialRow, row: TrialRow) -> None:
+        """Learn of a trial of the search what `row` measured: itself, or its repeat; the machine's drift taken out."""
+        if row.result.outcome is Outcome.OOM:
+            workload, cluster = self._sweep.workload, self._sweep.cluster
+            dominated = needs_at_least_as_much_memory(self._table, row.layout, workload, cluster)
+            self._pruned += self._sampler.exclude(dominated)
+        known = drift(self.rows)
+        factor, told = known.factor(row) if known else 1.0, Observation.of(row.result)
+        if factor != 1.0:
+            told = replace(
+                told,
+                step_time_ms=None if told.step_time_ms is None else told.step_time_ms / factor,
+                slower_than_ms=None if told.slower_than_ms is None else told.slower_than_ms / factor,
+            )
+        self._sampler.tell(first.number, told)
+
+    def _take(self, layout: Layout, number: int, origin: TrialSource) -> None:
+        """Have the sampler know that a trial of the search measures this layout; other trials teach it nothing."""
         row = find_row(self._table, layout)
-        if row is not None:
+        if row is not None and origin.source in SEARCHED:
             self._sampler.take(row, number)
 
-    def _begun(self) -> list[tuple[Layout, TrialSource, TrialResult | None]]:
-        """Every trial folder, in order; numbers without a gap, as Optuna counts its trials."""
-        begun: list[tuple[Layout, TrialSource, TrialResult | None]] = []
+    def _begun(self) -> list[tuple[Layout, TrialSource, TrialResult | None, int | None]]:
+        """Every trial folder, with its `attempts_spent`; numbers without a gap, as Optuna counts its trials."""
+        begun: list[tuple[Layout, TrialSource, TrialResult | None, int | None]] = []
         while (folder := self._folder.trial(len(begun))).spec.exists():
             spec = read_json(TrialSpec, folder.spec)
             result = read_json(TrialResult, folder.result) if folder.result.exists() else None
-            begun.append((spec.layout, read_json(TrialSource, folder.source), result))
+            spent = attempts_spent(spec.attempt, result)
+            begun.append((spec.layout, read_json(TrialSource, folder.source), result, spent))
         later = [row.number for row in self.rows if row.number >= len(begun)]
         if later:
             raise InputError(
@@ -288,6 +390,20 @@ class SweepLoop:
                 "it back; to have one trial measured again, remove only its result.json"
             )
         return begun
+
+
+def attempts_spent(attempt: int, result: TrialResult | None) -> int | None:
+    """How many attempts of a begun trial count where it has to run again; None where it is over.
+
+    Args:
+        attempt: The last one begun, from 1.
+        result: How that ended; None where the tuner was killed before it did.
+    """
+    if result is None or result.outcome is Outcome.INTERRUPTED:
+        return attempt - 1
+    if result.outcome is Outcome.INFRASTRUCTURE:
+        return 0
+    return attempt if result.outcome in RETRIED and attempt == 1 else None
 
 
 def lost_s(folder: TrialFolder) -> float:
@@ -300,7 +416,9 @@ def lost_s(folder: TrialFolder) -> float:
     return total_s
 
 
-def trial_spec(sweep: Sweep, number: int, attempt: int, layout: Layout) -> TrialSpec:
+def trial_spec(
+    sweep: Sweep, number: int, attempt: int, layout: Layout, give_up_above_ms: float | None = None
+) -> TrialSpec:
     """The spec of one trial of a sweep."""
     return TrialSpec(
         sweep=sweep.name,
@@ -313,6 +431,7 @@ def trial_spec(sweep: Sweep, number: int, attempt: int, layout: Layout) -> Trial
         measurement=sweep.measurement,
         limits=sweep.limits,
         seed=sweep.seed,
+        give_up_above_ms=give_up_above_ms,
     )
 
 

@@ -14,7 +14,9 @@ from tuner.cluster import Cluster
 from tuner.errors import InputError, did_you_mean
 from tuner.files import STRICT, parse, read_yaml
 from tuner.layout import DEFAULTS, KNOBS, Layout
+from tuner.program import Command
 from tuner.rules import active_rules
+from tuner.search.finals import FEWEST_RUNS
 from tuner.space import Domain, default_domain, search_domain
 from tuner.trial import Limits, Measurement
 from tuner.workload import Model, Precision, Workload
@@ -57,7 +59,8 @@ class Budget:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    trials: int = 20
+    trials: int = 40
+    """Every trial counts: those of the search, canaries, repeats and finals."""
     hours: float | None = None
     """Wall clock of all trials."""
     gpu_hours: float | None = None
@@ -65,9 +68,23 @@ class Budget:
     """Stop when what is left is unlikely to be worth more than this share of the best's step time; None is never."""
     confidence: float = 0.95
     """How unlikely: the probability that nothing left is worth more."""
+    finalists: int = 3
+    """The fastest layouts that run again beside the baseline, interleaved; 0 is no finals, and nothing disturbed is
+    measured again. At most half of any budget is kept for them."""
+    final_runs: int = 3
+    """How often each of them runs."""
+    canary_every: int | None = 10
+    """Trials of the search after which the baseline runs again, to tell the machine's drift; None is never."""
 
     def __post_init__(self) -> None:
-        for name in ("trials", "hours", "gpu_hours"):
+        if self.finalists < 0:
+            raise ValueError(f"finalists must be at least 0, not {self.finalists}")
+        if self.final_runs < FEWEST_RUNS:
+            raise ValueError(
+                f"final_runs must be at least {FEWEST_RUNS}, not {self.final_runs}: one run says nothing of how runs "
+                "differ; finalists: 0 leaves the finals out"
+            )
+        for name in ("trials", "hours", "gpu_hours", "canary_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
@@ -112,7 +129,8 @@ class SweepFile:
     budget: Budget = field(default_factory=Budget)
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)
-    program: Literal["megatron_core"] = "megatron_core"
+    program: Literal["megatron_core"] | Command = "megatron_core"
+    """What a trial runs: Megatron-Core's own GPT, or any command (`command:` and `log:`)."""
     sampler: SamplerName = "predicted"
     """Who chooses behind the seeds: `predicted` ranks by predicted step time and learns from every trial. To compare
     with, all among the valid rows: `random`, Optuna's `tpe` and `gp`, and `grid`, the table's own order."""
@@ -150,7 +168,7 @@ class Sweep:
     budget: Budget
     measurement: Measurement
     limits: Limits
-    program: str
+    program: str | Command
     sampler: SamplerName = "predicted"
     seed: int
     tracking: Tracking

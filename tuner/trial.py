@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 from tuner.cluster import Cluster
 from tuner.files import STRICT
 from tuner.layout import Layout
+from tuner.program import Command
 from tuner.workload import Workload
 
 SCHEMA_VERSION = 1
@@ -52,7 +53,9 @@ class Measurement:
     """Optimizer steps that never count; at least 3, since the second holds the peak (Adam's state comes with the
     first). Where the times still fall after them, more steps are found to be warm-up."""
     min_steps: int = 5
+    """Steps that are timed at least, behind all warm-up."""
     max_steps: int = 20
+    """Steps behind the least warm-up at most, or twice `min_steps` where more warm-up is found."""
     target_relative_interval: float = 0.02
     """Stop once the 95% interval of the median step is within plus or minus this share of it."""
 
@@ -103,7 +106,8 @@ class TrialSpec:
     workload: Workload
     cluster: Cluster
     layout: Layout
-    program: str = "megatron_core"
+    program: str | Command = "megatron_core"
+    """A program of megatune by name, or any other."""
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)
     seed: int = 1234
@@ -200,6 +204,11 @@ class Metrics:
     peak_reserved_gib: float | None
     """The worst rank's; None on CPU, where nothing is reserved."""
 
+    def __post_init__(self) -> None:
+        for name in ("step_time_ms", "step_time_low_ms", "step_time_high_ms", "peak_allocated_gib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry:
@@ -289,6 +298,11 @@ class TrialFolder:
     def plan(self) -> Path:
         """The launcher's plan, with the command that reruns the trial."""
         return self.path / "plan.json"
+
+    @property
+    def telemetry(self) -> Path:
+        """What the launcher saw of the machine, a sample a line."""
+        return self.path / "telemetry.jsonl"
 
     @property
     def log(self) -> Path:

@@ -49,12 +49,20 @@ class Model:
     """Every how many layers attention is full; None slides in every layer."""
     softmax_type: Literal["vanilla", "learnable"] = "vanilla"
     """`learnable` gives each head an attention sink, which rules out some attention kernels."""
+    sandwich_layernorm: bool = False
+    """A second norm behind attention and behind the MLP, before each sum: Gemma 2 and 3, GLM-4 (not Megatron's)."""
+    attn_logit_softcapping: float | None = None
+    """Bounds attention's scores by a tanh, which rules out its fused kernels: Gemma 2 (Megatron Bridge's field)."""
+    final_logit_softcapping: float | None = None
+    """Bounds the output layer's logits likewise (Megatron Bridge's field)."""
 
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_router_topk: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
     """Summed width of all shared experts; None without."""
+    moe_shared_expert_gate: bool = False
+    """Weighs the shared experts' output by a learned gate of the token: Qwen 2."""
     moe_layer_freq: int | tuple[int, ...] = 1
     """N: every Nth layer has experts, the first included; a tuple of 0 (dense) and 1 (experts), one a layer."""
     moe_router_load_balancing_type: Literal[
@@ -98,6 +106,13 @@ class Model:
             raise ValueError(
                 f"moe_layer_freq lists {len(self.moe_layer_freq)} layers, but num_layers is {self.num_layers}"
             )
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size")
+        for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if (bound := getattr(self, field)) is not None and bound <= 0:
+                raise ValueError(f"{field} must be above 0, not {bound}: leave it out for none")
+        if self.attn_logit_softcapping is not None and self.softmax_type != "vanilla":
+            raise ValueError(f"attn_logit_softcapping needs softmax_type vanilla, not {self.softmax_type}")
         latent = (self.kv_lora_rank, self.qk_head_dim, self.qk_pos_emb_head_dim, self.v_head_dim)
         if self.multi_latent_attention and any(value is None for value in latent):
             raise ValueError(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -64,7 +65,7 @@ def measured(trials: int, results: Path, cold: bool) -> dict[str, float | str]:
     sweep, prepared = loaded.sweep, prepare(loaded, SWEEP)
     folder = SweepFolder(results)
     folder.claim(sweep)
-    tracker = Tracker.open(folder.path, sweep.tracking.uri, sweep.experiment, sweep.name, {})
+    tracker = Tracker.open(folder.path, sweep.tracking.uri)
     began = time.monotonic()
     with folder.lock(), Preload(folder.path) as preload:
         stopwatch = Stopwatch(TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start))
@@ -79,7 +80,7 @@ def measured(trials: int, results: Path, cold: bool) -> dict[str, float | str]:
 def _line(name: str, stopwatch: Stopwatch, wall_s: float) -> dict[str, float | str]:
     spans, durations = stopwatch.spans, [result.durations for result in stopwatch.results]
     night_s = spans[-1][1] - spans[0][0]
-    between_s = sum(after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False))
+    between_s = sum(after[0] - before[1] for before, after in pairwise(spans))
     parts = {
         part: sum(getattr(spent, f"{part}_s") for spent in durations)
         for part in ("startup", "build", "warmup", "measure")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from mlflow import MlflowClient
 
 from launchers.base import marked_processes
 from tuner.files import read_json
-from tuner.report import read_trials
 from tuner.results import SweepFolder
+from tuner.rows import read_trials
 from tuner.trial import Outcome, TrialResult
 
 SWEEP = """
@@ -22,7 +23,7 @@ name: {name}
 workload: {{model: tiny-gpt, seq_length: 64, global_batch_size: 4, precision: fp32}}
 cluster: {{name: cpu-4, gpus_per_node: 2{memory}}}
 knobs: {{tp: [1, 2], pp: [1, 2], micro_batch_size: [1, 2]}}
-budget: {{trials: {trials}, min_gain: null}}
+budget: {{trials: {trials}, min_gain: null{budget}}}
 measurement: {{min_steps: 20, max_steps: 20}}
 """
 
@@ -47,8 +48,9 @@ def _run(folder: Path, *arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def _write(folder: Path, name: str, trials: int, memory: str = "") -> str:
-    (folder / "sweep.yaml").write_text(SWEEP.format(name=name, trials=trials, memory=memory))
+def _write(folder: Path, name: str, trials: int, memory: str = "", budget: str = "") -> str:
+    text = SWEEP.format(name=name, trials=trials, memory=memory, budget=budget)
+    (folder / "sweep.yaml").write_text(text)
     return "sweep.yaml"
 
 
@@ -74,6 +76,7 @@ def test_a_sweep_is_interrupted_goes_on_and_ends_with_an_override(tmp_path: Path
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "everything measured is kept" in err
+    assert "go on with:\n    megatune sweep sweep.yaml\n" in out
     assert "Traceback" not in err
     assert marked_processes(str(tmp_path)) == []
     assert read_json(TrialResult, folder.trial(1).result).outcome is Outcome.INTERRUPTED
@@ -88,7 +91,9 @@ def test_a_sweep_is_interrupted_goes_on_and_ends_with_an_override(tmp_path: Path
 
 def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
     rows = read_trials(folder.path)
-    assert [(row.number, row.result.outcome) for row in rows] == [(n, Outcome.COMPLETED) for n in range(3)]
+    assert [row.number for row in rows] == [0, 1, 2]
+    assert {row.result.outcome for row in rows} <= {Outcome.COMPLETED, Outcome.TOO_SLOW}
+    measured = [row for row in rows if row.result.metrics]
     assert len({row.layout for row in rows}) == 3
     for row in rows:
         trial = folder.trial(row.number)
@@ -98,11 +103,11 @@ def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
 
     code, shown, _ = _run(cwd, "show", "night", "--json")
     told = json.loads(shown)
-    fastest = min(rows, key=lambda row: row.result.metrics.step_time_ms if row.result.metrics else 0)
+    fastest = min(measured, key=lambda row: row.result.metrics.step_time_ms if row.result.metrics else 0)
     assert (code, told["best"], len(told["trials"])) == (0, fastest.number, 3)
     code, explained, _ = _run(cwd, "explain", "night", "--json")
     told = json.loads(explained)
-    assert (code, told["best"], told["peak_memory"]["trials"]) == (0, fastest.number, 3)
+    assert (code, told["best"], told["peak_memory"]["trials"]) == (0, fastest.number, len(measured))
     assert told["peak_memory"]["factor"] == pytest.approx(1, rel=0.1)
     for form in ("bridge-cli", "megatron-lm"):
         code, override, _ = _run(cwd, "export", "night", "--format", form)
@@ -112,7 +117,39 @@ def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
     (experiment,) = client.search_experiments(filter_string="name LIKE 'megatune/%'")
     runs = client.search_runs([experiment.experiment_id])
     statuses = sorted((run.data.tags["megatune.kind"], run.info.status) for run in runs)
-    assert statuses == [("sweep", "FINISHED"), *[("trial", "FINISHED")] * 3]
+    slower = [("trial", "FAILED")] * (3 - len(measured))
+    assert statuses == [("sweep", "FINISHED"), *slower, *[("trial", "FINISHED")] * len(measured)]
+
+
+def test_finals_answer_and_limits_of_the_command_line_hold(tmp_path: Path) -> None:
+    budget = ", finalists: 1, final_runs: 2, canary_every: 2"
+    sweep_file = _write(tmp_path, "finals", trials=40, budget=budget)
+    path = tmp_path / sweep_file
+    text = path.read_text().replace("{min_steps: 20, max_steps: 20}", "{min_steps: 5, max_steps: 5}")
+    # Slow on CPU, so that something is left to come into the finals.
+    path.write_text(f"{text}baseline: {{tp: 2}}\n")
+    code, out, err = _run(tmp_path, "sweep", sweep_file, "--max-trials", "8", "--deadline", "2100-01-01")
+    assert code == 0, err
+    assert "to end by 2100-01-01 00:00" in err
+    rows = read_trials(tmp_path / "results" / "finals")
+    sources = [row.source for row in rows]
+    assert sources[0] == "baseline"
+    assert sources[3:] == ["canary", *["final"] * 4]
+    layouts = [row.layout for row in rows[4:]]
+    assert layouts == layouts[::-1]
+    assert layouts[1] == rows[0].layout
+    told = " ".join(out.split())
+    assert "Finished: the budget of trials is used." in told
+    assert re.search(
+        r"Of \d\.\d\d h of trials: \d+% start-up, .* The tuner's own time between this run's", told
+    )
+    code, shown, _ = _run(tmp_path, "show", "finals", "--json")
+    answer = json.loads(shown)
+    assert sorted(len(one["trials"]) for one in answer["finals"]) == [2, 2]
+    assert answer["best"] in answer["finals"][0]["trials"]
+    code, override, _ = _run(tmp_path, "export", "finals")
+    assert (code, "in 2 interleaved runs" in override) == (0, True)
+    assert "own time" in (tmp_path / "results" / "finals" / "summary.md").read_text()
 
 
 def test_where_every_layout_runs_out_of_memory_nothing_is_feasible(tmp_path: Path) -> None:
@@ -136,7 +173,9 @@ def test_where_every_layout_runs_out_of_memory_nothing_is_feasible(tmp_path: Pat
 def test_a_machine_too_small_is_refused_before_anything_is_written(
     tmp_path: Path, arguments: list[str]
 ) -> None:
-    text = SWEEP.format(name="big", trials=1, memory="").replace("gpus_per_node: 2", "gpus_per_node: 4096")
+    text = SWEEP.format(name="big", trials=1, memory="", budget="").replace(
+        "gpus_per_node: 2", "gpus_per_node: 4096"
+    )
     (tmp_path / "sweep.yaml").write_text(text.replace("global_batch_size: 4", "global_batch_size: 8192"))
     more = ["tp=1"] if arguments == ["trial"] else []
     code, _, err = _run(tmp_path, *arguments, "sweep.yaml", *more)

@@ -52,6 +52,26 @@ BIASED_EXPERTS = Model(
     moe_router_topk=2,
 )
 
+GEMMA = replace(
+    load_model("tiny-gpt"),
+    name="gemma-like",
+    activation_func="gelu",
+    window_size=(7, 0),
+    window_attn_skip_freq=2,
+    share_embeddings_and_output_weights=True,
+    sandwich_layernorm=True,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
+
+NEMOTRON = replace(
+    load_model("tiny-gpt"),
+    name="nemotron-like",
+    activation_func="squared_relu",
+    gated_linear_unit=False,
+    normalization="LayerNorm",
+)
+
 MODELS = [
     load_model("tiny-gpt"),
     load_model("tiny-moe"),
@@ -59,8 +79,16 @@ MODELS = [
     replace(load_model("tiny-mla"), name="direct-query", q_lora_rank=None, mtp_num_layers=2),
     replace(load_model("tiny-gpt"), name="qwen-like", add_qkv_bias=True, qk_layernorm=True),
     replace(load_model("tiny-moe"), name="every-other-layer", moe_layer_freq=2),
+    replace(
+        load_model("tiny-moe"),
+        name="qwen2-moe-like",
+        moe_shared_expert_intermediate_size=64,
+        moe_shared_expert_gate=True,
+    ),
     GPT2,
     BIASED_EXPERTS,
+    GEMMA,
+    NEMOTRON,
 ]
 
 
@@ -140,7 +168,7 @@ def share_of_a_rank(model: Model, layout: Layout) -> int:
         return module.sharded // ranks + module.replicated
 
     def layer(moe: bool) -> int:
-        around = held(parameters.attention(model), layout.tp) + 2 * parameters.norm(model)
+        around = held(parameters.attention(model), layout.tp) + parameters.layer_norms(model)
         if not moe:
             return around + held(parameters.dense_mlp(model), layout.tp)
         experts = (model.num_moe_experts or 0) // layout.ep * held(parameters.expert(model), layout.etp)

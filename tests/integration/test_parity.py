@@ -50,6 +50,18 @@ TIED = replace(
 )
 WINDOW = replace(DENSE, name="window", num_query_groups=1, window_size=(8, 0), window_attn_skip_freq=2)
 SINKS = replace(WINDOW, name="sinks", softmax_type="learnable", num_query_groups=2)
+GEMMA = replace(
+    WINDOW,
+    name="gemma",
+    num_query_groups=2,
+    activation_func="gelu",
+    share_embeddings_and_output_weights=True,
+    sandwich_layernorm=True,
+    # As small as the scores and logits of untrained weights, so that they bend.
+    attn_logit_softcapping=0.01,
+    final_logit_softcapping=0.1,
+)
+UNCAPPED = replace(GEMMA, name="uncapped", final_logit_softcapping=None)
 MOE = replace(
     DENSE,
     name="moe",
@@ -58,6 +70,7 @@ MOE = replace(
     moe_ffn_hidden_size=32,
     moe_router_topk=2,
     moe_shared_expert_intermediate_size=32,
+    moe_shared_expert_gate=True,
     moe_layer_freq=(0, 1, 1, 1),
 )
 LATENT = replace(
@@ -75,7 +88,8 @@ LATENT = replace(
 PREDICTING = replace(LATENT, name="predicting", mtp_num_layers=1)
 BF16 = replace(MOE, name="moe-bf16")
 """The same in bf16, as the overlap of expert communication demands."""
-MODELS = {model.name: model for model in (DENSE, TIED, WINDOW, SINKS, MOE, LATENT, PREDICTING, BF16)}
+ALL = (DENSE, TIED, WINDOW, SINKS, GEMMA, UNCAPPED, MOE, LATENT, PREDICTING, BF16)
+MODELS = {model.name: model for model in ALL}
 
 FULL_UNIFORM = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
 FULL_BLOCK = Layout(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
@@ -92,6 +106,7 @@ SINGLE: list[tuple[Model, Layout]] = [(model, PLAIN) for model in MODELS.values(
     (MOE, Layout(recompute_granularity="selective", recompute_modules="moe+core_attn+layernorm")),
     (MOE, Layout(recompute_granularity="selective", recompute_modules="mlp+shared_experts")),
     (LATENT, Layout(recompute_granularity="selective", recompute_modules="mla_up_proj")),
+    (GEMMA, Layout(recompute_granularity="selective", recompute_modules="core_attn+layernorm+mlp")),
 ]
 
 PARALLEL: list[tuple[Model, Layout]] = [
@@ -118,6 +133,8 @@ PARALLEL: list[tuple[Model, Layout]] = [
     (TIED, Layout(pp=2, vpp=2, cp=2, overlap_p2p_comm=True, micro_batch_size=2)),
     (WINDOW, Layout(tp=2, cp=2, sp=True, micro_batch_size=4)),
     (SINKS, Layout(tp=2, cp=2, sp=True, micro_batch_size=4)),
+    (GEMMA, Layout(tp=2, cp=2, sp=True, micro_batch_size=4)),
+    (GEMMA, Layout(tp=2, pp=2, micro_batch_size=4)),
     (MOE, Layout(ep=4)),
     (MOE, Layout(ep=2, etp=2)),
     (MOE, Layout(ep=2, etp=2, moe_token_dispatcher_type="allgather")),
@@ -197,6 +214,11 @@ def test_training_moves_the_weights(alone: Runs) -> None:
     for model in MODELS.values():
         norms = alone[case_id((model, PLAIN))]["grad_norms"]
         assert max(norms) > min(norms) * (1 + 10 * TOLERANCE)
+
+
+def test_bent_logits_send_back_smaller_gradients(alone: Runs) -> None:
+    capped, uncapped = (alone[case_id((model, PLAIN))]["grad_norms"] for model in (GEMMA, UNCAPPED))
+    assert all(bent < 0.9 * straight for bent, straight in zip(capped, uncapped, strict=True))
 
 
 @pytest.mark.parametrize("model", [DENSE, MOE, LATENT], ids=lambda model: model.name)

@@ -20,7 +20,7 @@ from tuner.files import to_data, write_json
 from tuner.layout import Layout
 from tuner.predict.memory import StageMemory, breakdown
 from tuner.trial import Measurement, Outcome, TrialFolder, TrialSpec
-from tuner.workload import Workload
+from tuner.workload import Model, Workload
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4
@@ -38,8 +38,22 @@ BLOCK: dict[str, Any] = {
 }
 
 
-def case(model: str, ranks: int = RANKS, **knobs: Any) -> TrialSpec:
-    architecture = load_model(model)
+GEMMA = replace(
+    load_model("tiny-gpt"),
+    name="tiny-gemma",
+    activation_func="gelu",
+    share_embeddings_and_output_weights=True,
+    window_size=(31, 0),
+    window_attn_skip_freq=2,
+    sandwich_layernorm=True,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
+"""A window in every other layer, four norms a layer, bounded scores and logits."""
+
+
+def case(model: str | Model, ranks: int = RANKS, **knobs: Any) -> TrialSpec:
+    architecture = load_model(model) if isinstance(model, str) else model
     workload = Workload(model=architecture, seq_length=128, global_batch_size=16, precision="fp32")
     # Random routing is even enough to predict; that of an untrained router is not.
     workload = replace(workload, moe_router_force_load_balancing=architecture.is_moe)
@@ -69,6 +83,7 @@ CASES = (
     case("tiny-mla", ep=2, micro_batch_size=2, **FULL),
     case("tiny-mla", ep=2, micro_batch_size=2, **BLOCK),
     case("tiny-mla", ep=2, pp=2, micro_batch_size=2),
+    case(GEMMA, tp=2, pp=2, sp=True, micro_batch_size=4),
 )
 
 

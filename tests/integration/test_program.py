@@ -6,6 +6,7 @@ Run as a script (by torchrun), this file is the same program with weights that a
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from launchers.programs.megatron_core.measure import median_interval
+from launchers.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, MODEL
 from tuner.files import read_json, write_json
 from tuner.flops import model_flops_per_token
@@ -73,7 +75,9 @@ def test_a_trial_that_runs_to_its_end_reports_what_it_measured(tmp_path: Path) -
     metrics = result.metrics
     assert metrics is not None
     assert 2 <= len(metrics.step_times_ms) <= 4
-    assert len(metrics.losses) == len(metrics.grad_norms) == 3 + len(metrics.step_times_ms)
+    steps = len(metrics.warmup_times_ms) + len(metrics.step_times_ms)
+    assert len(metrics.losses) == len(metrics.grad_norms) == steps
+    assert 3 <= len(metrics.warmup_times_ms) <= 5
     interval = (metrics.step_time_ms, metrics.step_time_low_ms, metrics.step_time_high_ms)
     assert interval == median_interval(metrics.step_times_ms)
     tokens = 8 * 64 / (metrics.step_time_ms / 1000) / 2
@@ -92,6 +96,30 @@ def test_a_trial_that_runs_to_its_end_reports_what_it_measured(tmp_path: Path) -
     assert {"torch", "megatron-core", "python"} <= result.versions.keys()
     heartbeat = read_json(Heartbeat, TrialFolder(tmp_path).heartbeat)
     assert (heartbeat.phase, heartbeat.step) == ("teardown", len(metrics.losses))
+
+
+def test_a_trial_that_is_slower_than_asked_for_ends_early_and_tells_a_bound(tmp_path: Path) -> None:
+    measurement = Measurement(warmup_steps=3, min_steps=30, max_steps=30)
+    spec = replace(
+        spec_of(Layout(pp=2, micro_batch_size=2), ranks=2), measurement=measurement, give_up_above_ms=0.5
+    )
+    launcher = TorchrunLauncher()
+    result = launcher.run(launcher.plan(spec, TrialFolder(tmp_path)), threading.Event())
+    assert (result.outcome, result.phase, result.metrics) == (Outcome.TOO_SLOW, "measure", None), (
+        result.reason
+    )
+    assert [record.failure for record in result.ranks] == [None, None]
+    steps = {record.step for record in result.ranks}
+    assert len(steps) == 1, "every rank ends after the same step"
+    timed = steps.pop() - 3
+    assert 3 <= timed < 30
+    assert all(record.peak_allocated_gib for record in result.ranks)
+    bound_ms = result.slower_than_ms
+    assert bound_ms is not None
+    assert 0.5 < bound_ms < 1000 * result.durations.measure_s / timed
+    assert f"slower than {bound_ms:.1f} ms" in result.reason
+    assert "given up above 0.5 ms" in result.reason
+    assert result.durations.warmup_s > 0
 
 
 def test_a_rank_that_does_not_fit_makes_the_trial_out_of_memory(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,28 +18,32 @@ import pytest
 from launchers.base import marked_processes
 from launchers.preloaded import Preload
 from launchers.torchrun import TorchrunLauncher
-from tests.trials import CLUSTER, spec_of
+from tests.faults import FAULTS, LIMITS, Fault, Programs, lost, small_disk, spec_for, wrong
 from tuner.files import read_json
-from tuner.layout import Layout
 from tuner.trial import Heartbeat, Limits, Outcome, TrialFolder, TrialResult, TrialSpec
 
-ENDINGS = "tests.integration.programs.endings"
-LIMITS = Limits(startup_s=50.0, step_s=50.0, trial_s=60.0)
-CPU = replace(CLUSTER, device="cpu", gpus_per_node=2, nvlink_domain_gpus=2)
-
-
-class Programs(dict[str, str]):
-    """Every program is the one that ends as its name says."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __missing__(self, name: str) -> str:
-        return ENDINGS
-
-
-# On a busy machine torchrun needs seconds to end the other ranks; killed, they would seem to have died of that.
-LAUNCHER = TorchrunLauncher(programs=Programs(), grace_s=5.0)
+LAUNCHER = TorchrunLauncher(programs=Programs(), grace_s=1.0)
+FORKED = {
+    "exits_3",
+    "exits_0",
+    "is_refused",
+    "runs_out_of_memory_in_backward",
+    "runs_out_of_host_memory",
+    "is_killed",
+    "crashes",
+    "kills_its_launcher",
+    "turns_nan",
+    "hangs_in_a_collective",
+    "never_starts",
+    "beats_forever",
+    "leaves_grandchildren",
+    "truncates_its_result",
+    "corrupts_its_result",
+    "fills_the_disk",
+    "loses_its_rendezvous_port",
+}
+"""Those that a few seconds are enough for; tests/bench/faults.py tries them all, in both ways of starting."""
+COLD = {"is_killed", "hangs_in_a_collective", "leaves_grandchildren"}
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +71,19 @@ def folder(tmp_path: Path) -> Iterator[TrialFolder]:
     assert marked_processes(str(path)) == []
 
 
-def spec_for(program: str, limits: Limits = LIMITS) -> TrialSpec:
-    return replace(spec_of(0, Layout(), cluster=CPU), program=program, limits=limits)
-
-
 def run(
-    program: str, folder: TrialFolder, limits: Limits = LIMITS, launcher: TorchrunLauncher = LAUNCHER
+    program: str,
+    folder: TrialFolder,
+    limits: Limits = LIMITS,
+    launcher: TorchrunLauncher = LAUNCHER,
+    on_heartbeat: Callable[[Heartbeat], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> TrialResult:
-    result = launcher.run(launcher.plan(spec_for(program, limits), folder), threading.Event())
+    plan = launcher.plan(spec_for(program, limits), folder)
+    with pytest.MonkeyPatch.context() as environment:
+        # It differs from test to test, and a job with another environment is not forked from the same process.
+        environment.delenv("PYTEST_CURRENT_TEST")
+        result = launcher.run(plan, stop or threading.Event(), on_heartbeat)
     assert read_json(TrialResult, folder.result) == result
     assert "\n" not in result.reason
     return result
@@ -84,7 +94,7 @@ def test_a_completed_trial_keeps_its_measurement_and_gains_its_duration(
 ) -> None:
     beats: list[Heartbeat] = []
     started_s = time.monotonic()
-    result = launcher.run(launcher.plan(spec_for("completes"), folder), threading.Event(), beats.append)
+    result = run("completes", folder, launcher=launcher, on_heartbeat=beats.append)
     assert (result.outcome, result.reason) == (Outcome.COMPLETED, "measured")
     assert result.metrics is not None
     assert 0 < result.durations.total_s <= time.monotonic() - started_s
@@ -101,34 +111,28 @@ def test_the_planned_command_runs_the_trial_again_without_the_tuner(folder: Tria
 
 
 @pytest.mark.parametrize(
-    ("program", "outcome", "phase", "rank", "reason"),
-    [
-        ("runs_out_of_memory", Outcome.OOM, "warmup", 1, "Tried to allocate 2.00 GiB"),
-        ("is_refused", Outcome.INVALID, "build", 1, "hidden_size must be a multiple of tp"),
-        ("turns_nan", Outcome.NAN, "warmup", 0, "loss is nan at step 2"),
-        ("exits_3", Outcome.INFRASTRUCTURE, "startup", 1, "rank 1 ended with exit code 3"),
-        ("completes_and_exits_3", Outcome.INFRASTRUCTURE, "measure", 1, "rank 1 ended with exit code 3"),
-        ("is_killed", Outcome.INFRASTRUCTURE, "startup", 1, "rank 1 died in startup of SIGKILL"),
-        ("crashes", Outcome.INFRASTRUCTURE, "startup", 1, "rank 1 died in startup of SIGSEGV"),
-        ("writes_garbage", Outcome.INFRASTRUCTURE, "startup", None, "result.json: is not JSON"),
-    ],
+    ("launcher", "fault"),
+    [("forked", fault) for fault in FAULTS if fault.program in FORKED]
+    + [("cold", fault) for fault in FAULTS if fault.program in COLD],
+    indirect=["launcher"],
+    ids=lambda value: value.program if isinstance(value, Fault) else value,
 )
-def test_a_failed_trial_is_told_by_its_cause(
-    program: str,
-    outcome: Outcome,
-    phase: str,
-    rank: int | None,
-    reason: str,
-    folder: TrialFolder,
-    launcher: TorchrunLauncher,
+def test_a_fault_is_told_by_its_cause_and_leaves_its_evidence_and_no_process(
+    launcher: TorchrunLauncher, fault: Fault, folder: TrialFolder
 ) -> None:
-    result = run(program, folder, launcher=launcher)
-    assert (result.outcome, result.phase, result.rank) == (outcome, phase, rank)
-    assert reason in result.reason
-    assert result.metrics is None
-    _, named, log = result.reason.rpartition(" (log: ")
-    assert named == (" (log: " if program != "writes_garbage" else "")
-    assert not named or (folder.path / log.rstrip(")")).is_file()
+    with ExitStack() as stack:
+        if fault.needs_small_disk:
+            try:
+                stack.enter_context(small_disk(folder.path))
+            except PermissionError as error:
+                pytest.skip(str(error))
+        result = run(fault.program, folder, fault.limits, launcher)
+        assert wrong(fault, result) == ""
+        assert lost(folder, result) == []
+        assert (result.metrics is None) == (result.outcome is not Outcome.COMPLETED)
+        # A timeout bounds the step time; a hang says nothing of it.
+        assert (result.slower_than_ms is not None) == (result.outcome is Outcome.TIMEOUT)
+        assert sum(path.stat().st_size for path in folder.log.rglob("*.log")) < 64 << 20
 
 
 def test_a_program_that_cannot_be_imported_is_told_in_its_own_words(folder: TrialFolder) -> None:
@@ -138,39 +142,9 @@ def test_a_program_that_cannot_be_imported_is_told_in_its_own_words(folder: Tria
     assert "No module named 'no_such_package'" in result.reason
 
 
-@pytest.mark.parametrize(
-    ("program", "limits", "outcome", "limit"),
-    [
-        ("hangs", replace(LIMITS, step_s=1.0), Outcome.HANG, "limits.step_s"),
-        ("never_starts", replace(LIMITS, startup_s=5.0), Outcome.HANG, "limits.startup_s"),
-        ("beats_forever", replace(LIMITS, trial_s=6.0), Outcome.TIMEOUT, "limits.trial_s"),
-    ],
-)
-def test_a_trial_over_its_limit_is_ended(
-    program: str,
-    limits: Limits,
-    outcome: Outcome,
-    limit: str,
-    folder: TrialFolder,
-    launcher: TorchrunLauncher,
-) -> None:
-    result = run(program, folder, limits, launcher)
-    assert result.outcome is outcome
-    assert limit in result.reason
-    assert result.durations.total_s < 45
-    # A timeout bounds the step time; a hang says nothing of it.
-    assert (result.slower_than_ms is not None) == (outcome is Outcome.TIMEOUT)
-
-
-def test_a_grandchild_that_left_the_session_and_ignores_sigterm_is_ended(
-    folder: TrialFolder, launcher: TorchrunLauncher
-) -> None:
-    assert run("leaves_a_grandchild", folder, launcher=launcher).outcome is Outcome.COMPLETED
-
-
 def test_stop_ends_the_trial_as_interrupted(folder: TrialFolder, launcher: TorchrunLauncher) -> None:
     stop = threading.Event()
-    result = launcher.run(launcher.plan(spec_for("hangs"), folder), stop, lambda _: stop.set())
+    result = run("hangs", folder, launcher=launcher, on_heartbeat=lambda _: stop.set(), stop=stop)
     assert result.outcome is Outcome.INTERRUPTED
     assert result.durations.total_s < 45
 
@@ -182,7 +156,7 @@ def test_an_exception_in_the_tuner_still_ends_the_processes(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launcher.run(launcher.plan(spec_for("hangs"), folder), threading.Event(), fail)
+        run("hangs", folder, launcher=launcher, on_heartbeat=fail)
     assert marked_processes(str(folder.path)) == []
 
 
@@ -210,29 +184,40 @@ def test_what_a_killed_tuner_left_running_is_ended_by_the_next_attempt(folder: T
     assert not any(orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE for orphan in orphans)
 
 
-def test_an_earlier_attempt_is_set_aside_and_does_not_speak_for_the_next(folder: TrialFolder) -> None:
-    run("runs_out_of_memory", folder)
-    assert run("exits_3", folder).outcome is Outcome.INFRASTRUCTURE
+@pytest.mark.parametrize("launcher", ["forked"], indirect=True)
+def test_an_earlier_attempt_is_set_aside_and_does_not_speak_for_the_next(
+    launcher: TorchrunLauncher, folder: TrialFolder
+) -> None:
+    run("turns_nan", folder, launcher=launcher)
+    assert run("exits_3", folder, launcher=launcher).outcome is Outcome.INFRASTRUCTURE
     earlier = TrialFolder(folder.set_aside(1))
-    assert read_json(TrialResult, earlier.result).outcome is Outcome.OOM
-    assert earlier.rank_record(1).exists() and earlier.log.is_dir()
+    assert read_json(TrialResult, earlier.result).outcome is Outcome.NAN
+    assert earlier.rank_record(0).exists() and earlier.log.is_dir()
 
 
+@pytest.mark.parametrize("launcher", ["forked"], indirect=True)
 def test_a_flood_of_output_is_cut_to_its_head_and_tail(
-    folder: TrialFolder, launcher: TorchrunLauncher
+    launcher: TorchrunLauncher, folder: TrialFolder
 ) -> None:
     assert run("floods", folder, launcher=launcher).outcome is Outcome.COMPLETED
-    size = sum(path.stat().st_size for path in folder.log.rglob("*.log"))
-    assert size < 100 << 20
     log = next(folder.log.glob("*/attempt_0/0/stdout.log")).read_text()
     assert log.startswith("the first line") and log.endswith("the last line\n")
     assert "output cut here" in log
 
 
-def test_processes_of_another_trial_are_left_alone(folder: TrialFolder) -> None:
+@pytest.mark.parametrize("launcher", ["forked"], indirect=True)
+def test_nothing_hidden_is_left_in_the_folder_of_a_trial(
+    launcher: TorchrunLauncher, folder: TrialFolder
+) -> None:
+    run("completes", folder, launcher=launcher)
+    assert {path.name for path in folder.path.iterdir() if path.name.startswith(".")} == set()
+
+
+@pytest.mark.parametrize("launcher", ["forked"], indirect=True)
+def test_processes_of_another_trial_are_left_alone(launcher: TorchrunLauncher, folder: TrialFolder) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     try:
-        run("hangs", folder, replace(LIMITS, step_s=1.0))
+        run("hangs", folder, replace(LIMITS, step_s=1.0), launcher)
         assert other.poll() is None
     finally:
         os.killpg(other.pid, signal.SIGKILL)

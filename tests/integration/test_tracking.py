@@ -1,39 +1,45 @@
-"""MLflow is a faithful view of the trial folders: written once, healed after failures, never in the way."""
+"""MLflow is a faithful view of the trial folders: every trial once, healed after failures, never in the way."""
 
-import logging
+import multiprocessing
 import os
-import re
+import resource
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import fields, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from tests.replay import sweep_of
 from tests.trials import completed_row, failed_row, spec_of, write_trial
+from tuner import tracking
+from tuner.cli.app import run as megatune
 from tuner.errors import InputError
 from tuner.layout import Layout
 from tuner.mlflow_names import (
     BEST_METRICS,
-    METRICS,
     PARAMETERS,
     RECORD,
     RUN_TAGS,
     SWEEP_TAGS,
     TRIAL_TAGS,
     config_hash,
+    trial_metrics,
 )
-from tuner.report import TrialRow
-from tuner.tracking import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, Tracker, default_uri, log_tails
+from tuner.mlflow_runs import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, MlflowRuns, log_tails
+from tuner.results import SweepFolder
+from tuner.rows import TrialRow
+from tuner.spool import Entry, Spool, SweepEnd, begin, end
+from tuner.tracking import Tracker, default_uri
 from tuner.trial import Outcome
 
 NIGHT = [
@@ -41,14 +47,13 @@ NIGHT = [
     failed_row(1, source="seed"),
     completed_row(2, 80.0, layout=Layout(tp=2), source="seed", note="guide says tp=4: moved"),
     failed_row(3, Outcome.INTERRUPTED, "stopped by the user"),
-    completed_row(4, 90.0, layout=Layout(tp=4)),
+    completed_row(4, 90.0, layout=Layout(tp=4), source="final"),
 ]
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One SQLite store for most tests: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+NUMBERS = [row.number for row in NIGHT]
+ENDED = SweepEnd(status="FINISHED", ended_ms=1_772_330_000_000, summary="# night\n" + "a finding\n" * 1000)
+ROOT = Path(__file__).parents[2]
+AT_ONCE_S = 2.0
+"""It takes microseconds; a machine with a hundred other jobs may take longer, one request to MLflow up to 10 s."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,38 +62,128 @@ def _no_ambient_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
-    for row in NIGHT:
-        write_trial(tmp_path / "night", row)
-    return tmp_path / "night"
+def folder(in_memory: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=in_memory))
 
 
-def _open(results: Path, uri: str | None) -> Tracker:
-    return Tracker.open(results, uri, "megatune/test-gpt/test-cluster", "night", {"team": "a"})
+@dataclass(frozen=True)
+class _First:
+    """What `megatune sync` left where there was no MLflow at all."""
+
+    results: Path
+    written_elsewhere: list[Path]
+    out: str
+    err: str
+
+    @property
+    def store(self) -> Path:
+        return self.results / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def first(in_memory: Path) -> _First:
+    """Its store is copied by the others: making the tables takes seconds."""
+    results, elsewhere = in_memory / "first", in_memory / "elsewhere"
+    elsewhere.mkdir()
+    _night(results, NIGHT[:1], experiment="first")
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from tuner.cli import main; main()", "sync", str(results)],
+        cwd=elsewhere,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return _First(results, list(elsewhere.iterdir()), done.stdout, done.stderr)
+
+
+@pytest.fixture
+def database(first: _First, folder: Path) -> str:
+    """A store of its own."""
+    return f"sqlite:///{shutil.copy(first.store, folder / 'store.db')}"
+
+
+@pytest.fixture(scope="module")
+def shared(first: _First, in_memory: Path) -> str:
+    """One store for those who do not mind others in it."""
+    return f"sqlite:///{shutil.copy(first.store, in_memory / 'shared.db')}"
+
+
+def _night(path: Path, rows: list[TrialRow] = NIGHT, experiment: str = "night shift") -> Path:
+    """A sweep's folder with these trials in it."""
+    SweepFolder(path).claim(sweep_of(tracking={"experiment": experiment}))
+    for row in rows:
+        write_trial(path, row)
+    return path
+
+
+@pytest.fixture
+def results(folder: Path) -> Path:
+    return _night(folder / "night")
+
+
+def _open(results: Path, uri: str) -> MlflowRuns:
+    return MlflowRuns.open(SweepFolder(results), uri)
+
+
+def _log(results: Path, uri: str) -> MlflowRuns:
+    """Log what is missing, as the tuner and `megatune sync` do."""
+    runs = _open(results, uri)
+    runs.catch_up(Spool(results), lambda entry: None)
+    return runs
 
 
 def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def _trials(tracker: Tracker, uri: str) -> dict[int, Run]:
-    runs = _client(uri).search_runs(
-        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'", max_results=1000
-    )
-    numbers = [int(run.data.tags["megatune.trial"]) for run in runs]
+def _trials(results: Path, uri: str) -> dict[int, Run]:
+    """The trials' runs; no trial may have two."""
+    client = _client(uri)
+    identity = (results / "sweep_id").read_text().strip()
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"tags.`megatune.sweep_id` = '{identity}'"
+    runs = client.search_runs(ids, query, max_results=1000)
+    trials = [run for run in runs if run.data.tags["megatune.kind"] == "trial"]
+    numbers = [int(run.data.tags["megatune.trial"]) for run in trials]
     assert len(numbers) == len(set(numbers)), "a trial has two runs"
-    return dict(zip(numbers, runs, strict=True))
+    assert len(runs) - len(trials) <= 1, "the sweep has two runs"
+    return dict(zip(numbers, trials, strict=True))
 
 
-def test_a_sweep_is_one_run_with_one_nested_run_a_trial(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    parent = _client(database).get_run(tracker.run_id)
+def _assert_every_trial_is_there_once(results: Path, uri: str, rows: list[TrialRow] = NIGHT) -> None:
+    runs, client = _trials(results, uri), _client(uri)
+    assert sorted(runs) == [row.number for row in rows]
+    for row in rows:
+        run = runs[row.number]
+        assert RECORD in run.data.tags
+        assert run.info.status != "RUNNING"
+        wanted = trial_metrics(row.result)
+        for name in {name for name, _, _ in wanted}:
+            points = [(p.value, p.step) for p in client.get_metric_history(run.info.run_id, name)]
+            assert points == [(value, step) for other, value, step in wanted if other == name]
+        paths = {item.path for item in client.list_artifacts(run.info.run_id)}
+        assert paths == {"spec.json", "source.json", "plan.json", "result.json", "log"}
+        parent = run.data.tags["mlflow.parentRunId"]
+    steps = [p.step for p in client.get_metric_history(parent, "best/step_time_ms")]
+    assert steps == [row.number for row in rows if row.result.metrics]
+
+
+@pytest.fixture(scope="module")
+def logged(in_memory: Path, shared: str) -> Path:
+    """A night that is in MLflow, to look at."""
+    path = _night(in_memory / "logged")
+    _log(path, shared)
+    return path
+
+
+def test_a_sweep_is_one_run_with_one_nested_run_a_trial(logged: Path, shared: str) -> None:
+    parent = _client(shared).get_run(_open(logged, shared).run_id)
     assert parent.info.run_name == "night"
     assert parent.info.status == "RUNNING"
-    assert parent.data.tags["team"] == "a"
-    runs = _trials(tracker, database)
-    assert sorted(runs) == [0, 1, 2, 3, 4]
+    _assert_every_trial_is_there_once(logged, shared)
+    runs = _trials(logged, shared)
     assert [runs[number].info.status for number in range(5)] == [
         "FINISHED",
         "FAILED",
@@ -100,14 +195,13 @@ def test_a_sweep_is_one_run_with_one_nested_run_a_trial(results: Path, database:
     assert runs[2].info.end_time - runs[2].info.start_time == 15_000
 
 
-def test_every_trial_has_every_parameter_under_megatrons_name(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
+def test_every_trial_has_every_parameter_under_megatrons_name(logged: Path, shared: str) -> None:
     names = {fact.name for fact in PARAMETERS}
     assert len(names) == len(PARAMETERS) > len(fields(Layout))
-    for run in _trials(tracker, database).values():
+    runs = _trials(logged, shared)
+    for run in runs.values():
         assert set(run.data.params) == names
-    params = _trials(tracker, database)[2].data.params
+    params = runs[2].data.params
     assert params["tensor_model_parallel_size"] == "2"
     assert params["data_parallel_size"] == "4"
     assert params["num_microbatches"] == "4"
@@ -115,71 +209,63 @@ def test_every_trial_has_every_parameter_under_megatrons_name(results: Path, dat
     assert (params["model"], params["world_size"], params["global_batch_size"]) == ("test-gpt", "8", "16")
 
 
-def test_a_completed_trial_has_every_metric_and_its_steps_as_a_series(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    run = _trials(tracker, database)[2]
-    assert set(run.data.metrics) == {measure.name for measure in METRICS}
+def test_a_completed_trial_has_every_metric_and_its_steps_as_a_series(logged: Path, shared: str) -> None:
+    run = _trials(logged, shared)[2]
+    assert set(run.data.metrics) == {name for name, _, _ in trial_metrics(NIGHT[2].result)}
     assert run.data.metrics["step/time_median_ms"] == 80.0
     assert run.data.metrics["throughput/tokens_per_s_per_gpu"] == 3200.0
     assert run.data.metrics["throughput/mfu"] == 0.5
     assert run.data.metrics["memory/peak_reserved_gib"] == 11.5
     assert run.data.metrics["duration/total_s"] == 15.0
-    series = _client(database).get_metric_history(run.info.run_id, "step/time_ms")
+    series = _client(shared).get_metric_history(run.info.run_id, "step/time_ms")
     assert [(point.step, point.value) for point in series] == [(0, 78.0), (1, 80.0), (2, 82.0)]
 
 
-def test_a_failed_trial_has_its_cause_as_tags_and_no_made_up_metric(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    run = _trials(tracker, database)[1]
+def test_a_failed_trial_has_its_cause_as_tags_and_no_made_up_metric(logged: Path, shared: str) -> None:
+    run = _trials(logged, shared)[1]
     assert {name.split("/")[0] for name in run.data.metrics} == {"duration"}
     tags = run.data.tags
     assert tags["megatune.outcome"] == "oom"
     assert tags["megatune.reason"] == "rank 3 ran out of memory"
     assert (tags["megatune.phase"], tags["megatune.rank"], tags["megatune.source"]) == ("warmup", "3", "seed")
-    found = _client(database).search_runs([tracker.experiment_id], "tags.`megatune.outcome` = 'oom'")
-    assert run.info.run_id in {other.info.run_id for other in found}
 
 
-def test_the_searches_of_the_document_find_what_they_say(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    document = (Path(__file__).parents[2] / "docs" / "mlflow.md").read_text(encoding="utf-8")
+def test_the_searches_of_the_document_find_what_they_say(logged: Path, shared: str) -> None:
+    document = (ROOT / "docs" / "mlflow.md").read_text(encoding="utf-8")
     searches = document.split("```sql\n")[1].split("```")[0].splitlines()
+    runs = _open(logged, shared)
     found = [
         sorted(
             run.data.tags.get("megatune.trial", "sweep")
-            for run in _client(database).search_runs([tracker.experiment_id], search, max_results=1000)
-            if tracker.run_id in (run.info.run_id, run.data.tags.get("mlflow.parentRunId"))
+            for run in _client(shared).search_runs([runs.experiment_id], search, max_results=1000)
+            if runs.run_id in (run.info.run_id, run.data.tags.get("mlflow.parentRunId"))
         )
         for search in searches
     ]
-    assert found == [["0", "1", "2", "3", "4"], ["1"], ["2"], ["2"], ["sweep"]]
+    assert found == [["0", "1", "2", "3", "4"], ["1"], ["2"], ["4"], ["2"], ["sweep"]]
 
 
-def test_every_tag_is_a_documented_one(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    tracker.finish("done", "FINISHED")
+def test_every_tag_is_a_documented_one(results: Path, shared: str) -> None:
+    end(results, ENDED)
+    runs = _log(results, shared)
 
     def unknown(run: Run, known: set[str]) -> set[str]:
         # MLflow's own are its own, but for those that we set.
         tags = {name for name in run.data.tags if name not in known and not name.startswith("mlflow.")}
         return {name for name in tags if not name.startswith("megatune.versions.")}
 
-    for run in _trials(tracker, database).values():
+    trials = _trials(results, shared)
+    for run in trials.values():
         assert unknown(run, {*RUN_TAGS, *TRIAL_TAGS}) == set()
-        assert run.data.tags["megatune.kind"] == "trial"
-    tags = _trials(tracker, database)[2].data.tags
+    tags = trials[2].data.tags
     assert tags["megatune.versions.torch"] == "2.13.0"
     assert tags["megatune.source_note"] == "guide says tp=4: moved"
     assert tags["megatune.config_hash"] == config_hash(spec_of(2, Layout(tp=2)))
-    assert unknown(_client(database).get_run(tracker.run_id), {*RUN_TAGS, *SWEEP_TAGS, "team"}) == set()
+    assert unknown(_client(shared).get_run(runs.run_id), {*RUN_TAGS, *SWEEP_TAGS}) == set()
 
 
 def test_the_commit_of_the_working_directory_is_on_every_run(
-    results: Path, database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    results: Path, shared: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -190,90 +276,93 @@ def test_the_commit_of_the_working_directory_is_on_every_run(
         ["git", "rev-parse", "HEAD"], cwd=work, check=True, capture_output=True, text=True
     ).stdout
     monkeypatch.chdir(work)
-    tracker = _open(results, database)
-    tracker.sync(NIGHT[:1])
-    runs = [_client(database).get_run(tracker.run_id), _trials(tracker, database)[0]]
+    logged = _log(results, shared)
+    runs = [_client(shared).get_run(logged.run_id), _trials(results, shared)[0]]
     assert [run.data.tags["mlflow.source.git.commit"] for run in runs] == [head.strip()] * 2
 
 
 def test_the_sweeps_run_holds_the_best_so_far_by_trial(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    tracker.sync(NIGHT)
-    client = _client(database)
+    _log(results, database)
+    runs, client = _log(results, database), _client(database)
     for measure in BEST_METRICS:
-        assert [p.step for p in client.get_metric_history(tracker.run_id, measure.name)] == [0, 2, 4]
-    history = client.get_metric_history(tracker.run_id, "best/step_time_ms")
+        assert [p.step for p in client.get_metric_history(runs.run_id, measure.name)] == [0, 2, 4]
+    history = client.get_metric_history(runs.run_id, "best/step_time_ms")
     assert [point.value for point in history] == [100.0, 80.0, 80.0]
-    assert client.get_run(tracker.run_id).data.tags["megatune.best_trial"] == "2"
+    assert client.get_run(runs.run_id).data.tags["megatune.best_trial"] == "2"
 
 
 def test_logging_twice_changes_nothing(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    before = {number: run.to_dictionary() for number, run in _trials(tracker, database).items()}
-    tracker.sync(NIGHT)
-    again = _open(results, database)
-    again.sync(NIGHT)
-    assert again.run_id == tracker.run_id
-    assert {number: run.to_dictionary() for number, run in _trials(again, database).items()} == before
+    end(results, ENDED)
+    first = _log(results, database)
+    before = {number: run.to_dictionary() for number, run in _trials(results, database).items()}
+    parent = _client(database).get_run(first.run_id).to_dictionary()
+    first.catch_up(Spool(results), lambda entry: None)
+    assert _log(results, database).run_id == first.run_id
+    assert {number: run.to_dictionary() for number, run in _trials(results, database).items()} == before
+    assert _client(database).get_run(first.run_id).to_dictionary() == parent
 
 
-def test_a_resumed_sweep_reopens_its_run_and_logs_what_is_missing(results: Path, database: str) -> None:
-    first = _open(results, database)
-    first.sync(NIGHT[:2])
-    first.finish("stopped", "KILLED")
-    resumed = _open(results, database)
-    assert resumed.run_id == first.run_id
-    assert _client(database).get_run(resumed.run_id).info.status == "RUNNING"
-    resumed.sync(NIGHT)
-    assert sorted(_trials(resumed, database)) == [0, 1, 2, 3, 4]
+def test_the_end_of_a_sweep_is_on_its_run_until_it_goes_on(
+    results: Path, shared: str, tmp_path: Path
+) -> None:
+    end(results, ENDED)
+    client, run_id = _client(shared), _log(results, shared).run_id
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", ENDED.ended_ms)
+    note = run.data.tags["mlflow.note.content"]
+    assert len(note) < len(ENDED.summary)
+    assert ENDED.summary.startswith(note.removesuffix(" ..."))
+    path = Path(client.download_artifacts(run_id, "summary.md", str(tmp_path)))
+    assert path.read_text() == ENDED.summary
+    begin(results)
+    assert _log(results, shared).run_id == run_id
+    assert client.get_run(run_id).info.status == "RUNNING"
 
 
-def test_two_sweeps_of_one_name_stay_apart(results: Path, database: str, tmp_path: Path) -> None:
-    first = _open(results, database)
-    first.sync(NIGHT)
-    for row in NIGHT[:1]:
-        write_trial(tmp_path / "other", row)
-    second = _open(tmp_path / "other", database)
-    second.sync(NIGHT[:1])
-    assert second.run_id != first.run_id
-    assert sorted(_trials(first, database)) == [0, 1, 2, 3, 4]
-    assert sorted(_trials(second, database)) == [0]
+def test_two_sweeps_of_one_name_stay_apart(results: Path, shared: str, folder: Path) -> None:
+    first = _log(results, shared)
+    other = _night(folder / "other", NIGHT[:1])
+    second = _log(other, shared)
+    assert (second.run_id != first.run_id, second.experiment_id) == (True, first.experiment_id)
+    assert sorted(_trials(results, shared)) == NUMBERS
+    assert sorted(_trials(other, shared)) == [0]
 
 
-def test_a_trial_that_was_run_again_replaces_its_run(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    again = replace(completed_row(3, 70.0), layout=NIGHT[3].layout)
-    assert tracker.log_trial(again, write_trial(results, again))
-    runs = _trials(tracker, database)
-    assert sorted(runs) == [0, 1, 2, 3, 4]
-    assert runs[3].info.status == "FINISHED"
-    assert runs[3].data.metrics["step/time_median_ms"] == 70.0
-    assert "megatune.phase" not in runs[3].data.tags
-    assert _client(database).get_run(tracker.run_id).data.tags["megatune.best_trial"] == "3"
+def test_a_trial_that_was_run_again_replaces_its_run(results: Path, shared: str) -> None:
+    runs, spool = _open(results, shared), Spool(results)
+    runs.catch_up(spool, lambda entry: None)
+    write_trial(results, replace(completed_row(3, 70.0), layout=NIGHT[3].layout))
+    runs.catch_up(spool, lambda entry: None)
+    trials = _trials(results, shared)
+    assert sorted(trials) == NUMBERS
+    assert trials[3].info.status == "FINISHED"
+    assert trials[3].data.metrics["step/time_median_ms"] == 70.0
+    assert "megatune.phase" not in trials[3].data.tags
+    assert _client(shared).get_run(runs.run_id).data.tags["megatune.best_trial"] == "3"
 
 
-def test_a_run_that_a_kill_left_half_written_is_replaced(results: Path, database: str) -> None:
-    tracker = _open(results, database)
-    tracker.sync(NIGHT)
-    client, half = _client(database), _trials(tracker, database)[2]
+def test_a_run_that_a_kill_left_half_written_is_replaced_and_a_double_goes(
+    results: Path, database: str
+) -> None:
+    _log(results, database)
+    client, trials = _client(database), _trials(results, database)
+    half, whole = trials[2], trials[4]
     client.delete_tag(half.info.run_id, RECORD)
     client.update_run(half.info.run_id, status="RUNNING")
-    tracker.sync(NIGHT)
-    whole = _trials(tracker, database)[2]
-    assert whole.info.run_id != half.info.run_id
-    assert whole.info.status == "FINISHED"
+    # A server that created it, and whose answer never came.
+    tags = {name: text for name, text in whole.data.tags.items() if name != RECORD}
+    client.create_run(whole.info.experiment_id, tags=tags)
+    _log(results, database)
+    _assert_every_trial_is_there_once(results, database)
+    assert _trials(results, database)[2].info.run_id != half.info.run_id
 
 
-def test_the_evidence_lies_beside_the_run(results: Path, database: str, tmp_path: Path) -> None:
-    tracker = _open(results, database)
+def test_the_evidence_lies_beside_the_run(results: Path, shared: str, tmp_path: Path) -> None:
     (results / "trials/t0002/log/0").mkdir()
     (results / "trials/t0002/log/0/stdout.log").write_bytes(b"start" + b"x" * LOG_TAIL_BYTES + b"end")
-    tracker.sync(NIGHT)
-    run_id = _trials(tracker, database)[2].info.run_id
-    got = Path(_client(database).download_artifacts(run_id, "", str(tmp_path)))
+    _log(results, shared)
+    run_id = _trials(results, shared)[2].info.run_id
+    got = Path(_client(shared).download_artifacts(run_id, "", str(tmp_path)))
     for name in ("spec.json", "source.json", "plan.json", "result.json", "log/stderr.log"):
         assert (got / name).read_bytes() == (results / "trials/t0002" / name).read_bytes()
     tail = (got / "log/0/stdout.log").read_bytes()
@@ -293,56 +382,72 @@ def test_logs_are_bounded_and_the_failing_rank_comes_first(results: Path) -> Non
     assert len(tails) < 30
 
 
-def test_the_end_of_a_sweep_is_on_its_run(results: Path, database: str, tmp_path: Path) -> None:
-    tracker = _open(results, database)
-    summary = "# night\n" + "a long line of findings\n" * 1000
-    tracker.finish(summary, "FINISHED")
-    run = _client(database).get_run(tracker.run_id)
-    assert run.info.status == "FINISHED"
-    assert summary.startswith(run.data.tags["mlflow.note.content"].removesuffix(" ..."))
-    path = Path(_client(database).download_artifacts(tracker.run_id, "summary.md", str(tmp_path)))
-    assert path.read_text() == summary
+def test_a_password_stays_out_of_what_others_may_read(
+    folder: Path, shared: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = f"postgresql://me:secret@127.0.0.1:{_free_port()}/x"
+    results = folder / "night"
+    SweepFolder(results).claim(sweep_of(tracking={"uri": secret}))
+    runs = _log(results, shared)
+    path = _client(shared).download_artifacts(runs.run_id, "sweep.json", str(folder))
+    assert "secret" not in Path(path).read_text()
+    assert "me:***@127.0.0.1" in Path(path).read_text()
+    assert megatune(["sync", str(results)]) == 2
+    told = capfd.readouterr().err
+    assert "secret" not in told
+    assert secret.replace("secret", "***") in told
 
 
-LOG_A_NIGHT = """
-import sys
-from pathlib import Path
-from tuner.report import read_trials
-from tuner.tracking import Tracker
-
-results = Path(sys.argv[1])
-tracker = Tracker.open(results, None, "megatune/test-gpt/test-cluster", "night", {})
-tracker.sync(read_trials(results))
-"""
+def test_without_a_uri_the_view_lies_in_the_results(first: _First) -> None:
+    uri = f"sqlite:///{first.store}"
+    # MLflow's default would be files in the working directory, and its migrations a hundred lines.
+    assert (first.out, first.written_elsewhere) == ("", [])
+    assert first.err == f"all 1 trials of {first.results} are in MLflow at {uri}\n"
+    trials = _trials(first.results, uri)
+    assert sorted(trials) == [0]
+    assert trials[0].info.artifact_uri.startswith(f"file://{first.results}/mlartifacts/")
 
 
-def test_without_a_uri_the_view_lies_in_the_results_and_can_be_rebuilt(results: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", LOG_A_NIGHT, str(results)]
-    for _ in range(2):
-        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-        # MLflow's default would be files in the working directory, and its migrations a hundred lines.
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        assert list(elsewhere.iterdir()) == []
-        (results / "mlflow.db").replace(tmp_path / "taken_away.db")
-    client = _client(f"sqlite:///{tmp_path}/taken_away.db")
-    experiment = client.get_experiment_by_name("megatune/test-gpt/test-cluster")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], "tags.`megatune.kind` = 'trial'")
-    assert sorted(run.data.tags["megatune.trial"] for run in runs) == ["0", "1", "2", "3", "4"]
-    assert all(run.info.artifact_uri.startswith(f"file://{results}/mlartifacts/") for run in runs)
-
-
-def test_the_variable_names_the_server_unless_the_sweep_does(
+def test_the_variable_names_the_server_unless_the_sweep_or_the_command_does(
     results: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     assert default_uri(results) == database
-    assert _open(results, None).uri == database
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert _open(results, database).uri == database
+    assert megatune(["sync", str(results)]) == 0
+    _assert_every_trial_is_there_once(results, database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
+    assert megatune(["sync", str(results)]) == 2
+    assert megatune(["sync", str(results), "--uri", database]) == 0
+
+
+@pytest.mark.parametrize("uri", ["{folder}/mlruns", "file:{folder}/mlruns", "nonsense://me:secret@host"])
+def test_a_uri_that_no_store_takes_is_refused_at_once(results: Path, uri: str) -> None:
+    uri = uri.format(folder=results)
+    begun_s = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        Tracker.open(results, uri)
+    assert time.monotonic() - begun_s < AT_ONCE_S
+    assert uri.replace("secret", "***") in str(caught.value)
+    assert "MLFLOW_TRACKING_URI" in str(caught.value)
+
+
+def test_a_deleted_experiment_is_named(folder: Path, shared: str, capfd: pytest.CaptureFixture[str]) -> None:
+    client = _client(shared)
+    client.delete_experiment(client.create_experiment("gone"))
+    results = _night(folder / "night", experiment="gone")
+    assert megatune(["sync", str(results), "--uri", shared]) == 2
+    told = capfd.readouterr().err
+    assert "experiment 'gone' is deleted" in told
+    assert "mlflow experiments restore" in told
+
+
+def test_a_torn_folder_is_named_and_keeps_no_other_trial_back(
+    results: Path, shared: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (results / "trials/t0000/spec.json").write_text("{")
+    assert megatune(["sync", str(results), "--uri", shared]) == 2
+    assert f"{results}/trials/t0000/spec.json: is not JSON" in capfd.readouterr().err
+    assert sorted(_trials(results, shared)) == NUMBERS[1:]
 
 
 def _free_port() -> int:
@@ -351,136 +456,236 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "http://127.0.0.1:{port}",
-        "{folder}/mlruns",
-        "nonsense://host",
-        "postgresql://me:secret@127.0.0.1:{port}/x",
-    ],
-)
-def test_a_wrong_uri_is_refused_at_once(results: Path, tmp_path: Path, uri: str) -> None:
-    uri = uri.format(port=_free_port(), folder=tmp_path)
-    begun = time.monotonic()
-    with pytest.raises(InputError) as caught:
-        _open(results, uri)
-    assert time.monotonic() - begun < 60
-    assert uri.replace("secret", "***") in str(caught.value)
-    assert "secret" not in str(caught.value)
-    assert "MLFLOW_TRACKING_URI" in str(caught.value)
+SERVER = """
+import sys
+from werkzeug.serving import make_server
+from mlflow import server
+import os
+os.environ[server.BACKEND_STORE_URI_ENV_VAR] = sys.argv[2]
+os.environ[server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
+os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = sys.argv[3]
+os.environ[server.SERVE_ARTIFACTS_ENV_VAR] = "true"
+make_server("127.0.0.1", int(sys.argv[1]), server.app, threaded=True).serve_forever()
+"""
+"""MLflow's server without the workers of `mlflow server`, which take half a minute to start."""
 
 
-class _NotMlflow(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"<html>hello</html>")
+class _Server:
+    """A real tracking server, in its own process, to start and to kill."""
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def __init__(self, folder: Path, database: str) -> None:
+        self.port = _free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-c", SERVER, str(self.port), database, str(folder / "artifacts")]
+        self._log = folder / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._log.parent)
+        _wait_until(self._answers, lambda: self._log.read_text()[-2000:])
 
-@pytest.fixture
-def other_server() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _NotMlflow)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_server_that_is_no_mlflow_is_refused(results: Path, other_server: str) -> None:
-    with pytest.raises(InputError, match=re.escape(other_server)):
-        _open(results, other_server)
-
-
-def test_a_deleted_experiment_is_named(results: Path, database: str) -> None:
-    client = _client(database)
-    client.delete_experiment(client.create_experiment("gone"))
-    with pytest.raises(InputError, match=r"experiment 'gone'.*is deleted.*mlflow experiments restore"):
-        Tracker.open(results, database, "gone", "night", {})
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """A real tracking server, in its own session."""
-    port = _free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    command += ["--artifacts-destination", str(tmp_path / "server")]
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _await_answer(port, process, tmp_path / "server.log")
-        yield uri, process
-    finally:
-        _end(process)
-
-
-def _await_answer(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    for _ in range(600):
-        if process.poll() is not None:
-            break
+    def _answers(self) -> bool:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"the tracking server did not start:\n{log.read_text()[-2000:]}")
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+@pytest.fixture
+def server(folder: Path, database: str) -> Iterator[_Server]:
+    server = _Server(folder, database)
+    yield server
+    server.kill()
 
 
-def test_a_server_that_dies_amid_a_sweep_costs_a_warning_and_the_next_sync_heals(
-    results: Path,
-    server: tuple[str, "subprocess.Popen[bytes]"],
+def _wait_until(condition: Callable[[], bool], told: Callable[[], str] = str, timeout_s: float = 120) -> None:
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until_s, told()
+        time.sleep(0.05)
+
+
+def _log_trial(tracker: Tracker, results: Path, row: TrialRow) -> None:
+    """Log a trial, and hold the tracker to its word that nobody waits for it."""
+    folder = write_trial(results, row)
+    begun_s = time.monotonic()
+    tracker.log_trial(row, folder)
+    assert time.monotonic() - begun_s < AT_ONCE_S
+
+
+def test_a_server_that_dies_amid_a_sweep_costs_nothing_and_gets_everything_later(
+    folder: Path,
+    server: _Server,
     database: str,
     caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    uri, process = server
-    tracker = _open(results, uri)
-    assert tracker.log_trial(NIGHT[0], write_trial(results, NIGHT[0]))
-    run = _trials(tracker, uri)[0]
-    assert run.info.status == "FINISHED"
-    assert {item.path for item in _client(uri).list_artifacts(run.info.run_id)} >= {"result.json", "log"}
-    _end(process)
-    begun = time.monotonic()
-    with caplog.at_level(logging.WARNING, "tuner.tracking"):
-        assert not tracker.log_trial(NIGHT[2], write_trial(results, NIGHT[2]))
-        tracker.finish("the end", "FINISHED")
-    assert time.monotonic() - begun < 60
-    assert f"trial 2 is not in MLflow at {uri}" in caplog.text
-    healed = _open(results, database)
-    healed.sync(NIGHT)
-    assert sorted(_trials(healed, database)) == [0, 1, 2, 3, 4]
+    results = _night(folder / "night", NIGHT[:1])
+    server.start()
+    tracker = Tracker.open(results, server.uri)
+    tracker.sync(NIGHT[:1])
+    _wait_until(lambda: (results / "sweep_id").exists() and 0 in _whole(results, database))
+    server.kill()
+    for row in NIGHT[1:]:
+        _log_trial(tracker, results, row)
+    begun_s = time.monotonic()
+    tracker.finish("the end", "FINISHED")
+    assert time.monotonic() - begun_s < tracking.FINISH_S + AT_ONCE_S
+    assert caplog.text.count("cannot be used now") == 1
+    assert f"4 of 5 trials are not known to be in MLflow at {server.uri}" in caplog.text
+    assert f"`megatune sync {results}` logs what is missing" in caplog.text
+    assert megatune(["sync", str(results), "--uri", server.uri]) == 2
+    assert "0 of 5 trials" in capfd.readouterr().err
+    server.start()
+    for _ in range(2):
+        assert megatune(["sync", str(results), "--uri", server.uri]) == 0
+        assert capfd.readouterr().out == ""
+        _assert_every_trial_is_there_once(results, server.uri)
+    assert [_client(server.uri).get_run(run_id).info.status for run_id in _sweep_runs(results, database)] == [
+        "FINISHED"
+    ]
 
 
-def test_a_torn_folder_costs_a_warning_too(
+def _whole(results: Path, uri: str) -> list[int]:
+    return [number for number, run in _trials(results, uri).items() if RECORD in run.data.tags]
+
+
+def _sweep_runs(results: Path, uri: str) -> set[str]:
+    return {run.data.tags["mlflow.parentRunId"] for run in _trials(results, uri).values()}
+
+
+def test_what_fails_from_the_start_is_told_and_logged_once_it_is_mended(
+    folder: Path, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    results, client = _night(folder / "night", NIGHT[:2]), _client(database)
+    experiment_id = client.create_experiment("night shift", artifact_location=f"file://{folder}/artifacts")
+    client.delete_experiment(experiment_id)
+    begun_s = time.monotonic()
+    tracker = Tracker.open(results, database)
+    tracker.sync(NIGHT[:2])
+    assert time.monotonic() - begun_s < AT_ONCE_S
+    _wait_until(lambda: "cannot be used now (experiment 'night shift' is deleted" in caplog.text)
+    client.restore_experiment(experiment_id)
+    for row in NIGHT[2:]:
+        _log_trial(tracker, results, row)
+    tracker.finish("the end", "FINISHED")
+    assert "not known to be in MLflow" not in caplog.text
+    assert f"MLflow at {database} answers again" in caplog.text
+    _assert_every_trial_is_there_once(results, database)
+
+
+def test_a_server_that_never_answers_is_not_waited_for(
+    results: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_S", 1.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(16)
+        tracker = Tracker.open(results, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker.sync(NIGHT[:4])
+        # Only once it hangs in a request.
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        with connection:
+            for _ in range(5):
+                _log_trial(tracker, results, NIGHT[4])
+            begun_s = time.monotonic()
+            tracker.finish("the end", "KILLED")
+            assert time.monotonic() - begun_s < 1 + AT_ONCE_S
+    assert "5 of 5 trials are not known to be in MLflow" in caplog.text
+    assert "it took longer than 1 s" in caplog.text
+
+
+def test_a_full_disk_costs_nothing_and_gets_everything_once_there_is_room(
     results: Path, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = _open(results, database)
-    folder = write_trial(results, NIGHT[0])
-    folder.spec.write_text("{")
-    assert not tracker.log_trial(NIGHT[0], folder)
-    assert str(folder.spec) in caplog.text
-    rows: list[TrialRow] = NIGHT
-    tracker.sync(rows)
-    assert sorted(_trials(tracker, database)) == [1, 2, 3, 4]
+    tracker = Tracker.open(results, database)
+    tracker.sync(NIGHT)
+    _wait_until(lambda: (results / "sweep_id").exists() and sorted(_whole(results, database)) == NUMBERS)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.prlimit(tracker.process_id, resource.RLIMIT_FSIZE, (4096, most))
+    again = replace(completed_row(3, 70.0), layout=NIGHT[3].layout)
+    _log_trial(tracker, results, again)
+    _wait_until(lambda: "cannot be used now" in caplog.text)
+    resource.prlimit(tracker.process_id, resource.RLIMIT_FSIZE, (most, most))
+    tracker.finish("the end", "FINISHED")
+    assert "not known to be in MLflow" not in caplog.text
+    _assert_every_trial_is_there_once(results, database, [*NIGHT[:3], again, NIGHT[4]])
+
+
+TUNER = """
+import sys, time
+from pathlib import Path
+from tuner.tracking import Tracker
+print(Tracker.open(Path(sys.argv[1]), sys.argv[2]).process_id, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_logging_process_does_not_outlive_a_killed_tuner(results: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(16)
+        command = [sys.executable, "-c", TUNER, str(results), f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        tuner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert tuner.stdout is not None
+        logger = int(tuner.stdout.readline())
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        with connection:
+            assert Path(f"/proc/{logger}").exists()
+            tuner.kill()
+            tuner.communicate()
+            _wait_until(lambda: not _lives(logger), timeout_s=5)
+
+
+def _lives(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_killed_at_any_moment_the_next_one_leaves_every_trial_there_once(
+    results: Path, database: str
+) -> None:
+    context = multiprocessing.get_context("fork")
+    killed = 0
+    for delay_s in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5):
+        logger = context.Process(target=_log, args=(results, database))
+        logger.start()
+        logger.join(delay_s)
+        logger.kill()
+        logger.join()
+        killed += logger.exitcode == -signal.SIGKILL
+    assert killed >= 3
+    assert megatune(["sync", str(results), "--uri", database]) == 0
+    _assert_every_trial_is_there_once(results, database)
+
+
+def test_two_at_once_leave_every_trial_there_once(results: Path, database: str) -> None:
+    context = multiprocessing.get_context("fork")
+    loggers = [context.Process(target=_log, args=(results, database)) for _ in range(3)]
+    for logger in loggers:
+        logger.start()
+    for logger in loggers:
+        logger.join(60)
+    assert [logger.exitcode for logger in loggers] == [0, 0, 0]
+    _assert_every_trial_is_there_once(results, database)
+
+
+def test_a_trial_that_mlflow_refuses_keeps_no_other_back(results: Path, database: str) -> None:
+    with sqlite3.connect(database.removeprefix("sqlite:///")) as store:
+        store.execute(
+            "create trigger picky before insert on tags when new.key = 'megatune.trial' and new.value = '1' "
+            "begin select raise(abort, 'not this one'); end"
+        )
+    known: list[Entry] = []
+    with pytest.raises(InputError, match=r"trial 1: .*not this one"):
+        _open(results, database).catch_up(Spool(results), known.append)
+    assert [entry.row.number for entry in known] == sorted(_trials(results, database)) == [0, 2, 3, 4]

@@ -1,6 +1,7 @@
 """Every way a trial can end is recognised from its evidence."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +141,75 @@ def test_a_kill_by_the_kernel_is_out_of_memory_and_another_is_not() -> None:
     assert "SIGKILL, which nobody here sent" in verdict.reason
 
 
+@pytest.mark.parametrize("other", [-9, -15, 1])
+def test_what_torchrun_does_to_the_other_ranks_says_nothing(other: int) -> None:
+    nan = TrialResult(outcome=Outcome.NAN, reason="loss is nan", phase="warmup", rank=0)
+    ended = replace(ENDED, exit_codes={0: 1, 1: other}, host_oom_kills=1)
+    assert classify(replace(ended, result=nan)).outcome is Outcome.NAN
+    verdict = classify(ended)
+    assert (verdict.outcome, verdict.rank) == (Outcome.INFRASTRUCTURE, 0)
+    assert "rank 0 ended with exit code 1" in verdict.reason
+
+
+def test_a_signal_of_the_first_failing_rank_comes_before_what_the_others_saw() -> None:
+    lost = TrialResult(outcome=Outcome.COMMUNICATION, reason="connection closed", phase="measure", rank=0)
+    verdict = classify(replace(ENDED, result=lost, records=(PEER,), exit_codes={1: -11, 0: 1}))
+    assert (verdict.outcome, verdict.rank) == (Outcome.INFRASTRUCTURE, 1)
+
+
+@pytest.mark.parametrize(("written_s", "outcome"), [(49.0, Outcome.NAN), (51.0, Outcome.HANG)])
+def test_a_result_written_after_we_ended_the_job_is_our_doing(written_s: float, outcome: Outcome) -> None:
+    nan = TrialResult(outcome=Outcome.NAN, reason="loss is nan", phase="warmup", rank=0)
+    ended = replace(ENDED, ending="step", ended_at_s=50.0, exit_codes={0: -9, 1: -9})
+    assert classify(replace(ended, result=nan, result_at_s=written_s)).outcome is outcome
+
+
+def test_a_hang_says_how_long_it_was_silent_and_why_that_is_too_long() -> None:
+    verdict = classify(replace(ENDED, ending="step", ended_at_s=50.0, silence_s=42.5))
+    assert (
+        "no heartbeat for 42.5 s (20 times the slowest step so far, at least 30 s) after step 4"
+        in verdict.reason
+    )
+
+
+def test_gpus_that_are_not_given_back_override_even_a_measurement() -> None:
+    held = ("GPU 0 holds 13.50 GiB, 1.00 GiB before the trial (processes: 4242)",)
+    verdict = classify(replace(ENDED, exit_code=0, result=COMPLETED, held_gpus=held))
+    assert verdict.outcome is Outcome.INFRASTRUCTURE
+    assert "processes: 4242" in verdict.reason
+
+
+FULL = "[Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        replace(ENDED, records=(failed(1, "OSError", FULL, 50.0),)),
+        replace(ENDED, exit_codes={1: 1}, tails={1: f"OSError: {FULL}\n"}),
+        replace(ENDED, exit_codes={1: 1}, free_bytes=4096),
+    ],
+    ids=["recorded", "printed", "nothing could be written"],
+)
+def test_a_full_disk_is_told_with_the_trials_folder(evidence: Evidence) -> None:
+    verdict = classify(replace(evidence, folder=Path("/nights/t0007")))
+    assert verdict.outcome is Outcome.INFRASTRUCTURE
+    assert "no space left in measure on the disk of /nights/t0007" in verdict.reason
+
+
+def test_a_port_that_is_taken_is_communication_however_it_is_told() -> None:
+    recorded = failed(0, "OSError", "[Errno 98] Address already in use", 50.0, "startup", 0)
+    torch = (
+        "The server socket has failed to listen. code: -98, name: EADDRINUSE, message: address already in use"
+    )
+    told = (
+        replace(ENDED, records=(recorded,)),
+        replace(ENDED, records=(failed(0, "torch.distributed.DistNetworkError", torch, 50.0, "startup", 0),)),
+        replace(ENDED, launcher_tail=f"torch.distributed.DistNetworkError: {torch}"),
+    )
+    assert {classify(each).outcome for each in told} == {Outcome.COMMUNICATION}
+
+
 def test_the_kernel_may_also_choose_the_launcher_itself() -> None:
     verdict = classify(replace(ENDED, exit_code=-9, host_oom_kills=1))
     assert (verdict.outcome, verdict.rank) == (Outcome.OOM, None)
@@ -150,6 +220,7 @@ def test_the_kernel_may_also_choose_the_launcher_itself() -> None:
     [
         ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", Outcome.HANG),
         ("terminate called: Connection closed by peer [127.0.0.1]:4242", Outcome.COMMUNICATION),
+        ("terminate called after throwing an instance of 'std::bad_alloc'", Outcome.OOM),
         ("CUDA error: an illegal memory access was encountered", Outcome.INFRASTRUCTURE),
     ],
 )

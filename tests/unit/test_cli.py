@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.replay import ReplayLauncher, loop_of, run_to_end, sweep_of
+from tests.replay import NoTracker, ReplayLauncher, loop_of, run_to_end, sweep_of
 from tuner.cli.app import run
 from tuner.export import Format
 from tuner.files import to_data
-from tuner.report import best, read_trials
+from tuner.report import best
 from tuner.results import SweepFolder
+from tuner.rows import read_trials
 from tuner.rules import RULES
 from tuner.trial import Outcome
 
@@ -320,13 +321,13 @@ def test_export_gives_the_best_layout_in_every_format(
         Format.BRIDGE_CLI: "model.tensor_model_parallel_size=2",
         Format.BRIDGE_PYTHON: "tensor_model_parallel_size = 2",
         Format.MEGATRON_LM: "--tensor-model-parallel-size 2",
-        Format.YAML: "tensor_model_parallel_size: 2",
+        Format.BRIDGE_YAML: "tensor_model_parallel_size: 2",
         Format.JSON: '"model.tensor_model_parallel_size": 2',
     }
     assert spelled[form] in out
     if form is Format.JSON:
         json.loads(out)
-    if form is Format.YAML:
+    if form is Format.BRIDGE_YAML:
         yaml.safe_load(out)
 
 
@@ -472,16 +473,16 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not Path("unused.db").exists()
 
 
-def test_a_tracking_server_that_is_not_there_is_told(
+def test_a_tracking_uri_that_mlflow_does_not_take_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = _write(tmp_path / "sweep.yaml", {**SWEEP, "tracking": {"uri": "http://127.0.0.1:9"}})
+    path = _write(tmp_path / "sweep.yaml", {**SWEEP, "tracking": {"uri": "./mlruns"}})
     told = _refused(capsys, "sweep", path)
-    assert "MLflow at http://127.0.0.1:9 cannot be used" in told
+    assert "MLflow at ./mlruns cannot be used" in told
     assert "tracking.uri" in told
 
 
-@pytest.mark.parametrize("command", ["show", "export", "ui"])
+@pytest.mark.parametrize("command", ["show", "export", "ui", "sync"])
 def test_a_results_folder_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert "nowhere: there is no such results folder (nor results/nowhere)" in _refused(
         capsys, command, "nowhere"
@@ -512,9 +513,11 @@ def test_a_mistake_in_the_command_line_is_told(
 def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("init", "plan", "explain", "sweep", "trial", "show", "export", "ui"))
+    assert all(
+        name in out for name in ("init", "plan", "explain", "sweep", "trial", "show", "export", "ui", "sync")
+    )
     assert "130" in out
-    commands = "init plan explain sweep trial show export ui doctor calibrate"
+    commands = "init plan explain sweep trial show export ui sync doctor calibrate"
     for command in commands.split():
         assert run([command, "--help"]) == 0
 
@@ -565,7 +568,6 @@ def test_the_program_itself_ends_with_the_code_and_without_a_traceback(tmp_path:
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert _megatune().returncode == 2
-    assert _megatune("--version").returncode in (0, 2)
 
 
 def test_a_pipe_gets_whole_lines_and_no_colours(sweep_file: str) -> None:
@@ -593,6 +595,7 @@ def test_a_machine_that_keeps_failing_ends_the_sweep_with_code_4_and_the_same_co
 ) -> None:
     launcher = ReplayLauncher(script={1: [Outcome.INFRASTRUCTURE] * 3})
     monkeypatch.setattr("launchers.torchrun.TorchrunLauncher", lambda **_: launcher)
+    monkeypatch.setattr("tuner.tracking.Tracker.open", lambda *_: NoTracker())
     command = ["sweep", _write(tmp_path / "sweep.yaml", SWEEP), "--results", str(results)]
     assert run(command) == 4
     out, err = capsys.readouterr()

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from tests.trials import completed_row
+from tuner.budget import Stop
 from tuner.cli.progress import standing
 from tuner.cli.sweep import _sentence
 from tuner.search.stopping import Certainty
-from tuner.sweep import Progress, Stop
+from tuner.sweep import Progress
 
 KNOWN = Certainty(np.array([0.0] * 93 + [0.02] * 3 + [0.2] * 4), measured=9)
 

@@ -80,6 +80,7 @@ def test_a_value_stays_one_word_whatever_it_holds(value: str) -> None:
         (("run",), {"step_time_ms": "("}, "is no regular expression"),
         (("run",), {"step_time_ms": r"\d+"}, "has 0 groups"),
         (("run",), {"loss": r"(\d+)"}, "finds no step time"),
+        (("run",), {"step_time_s": r"(\d+)"}, "finds no peak memory"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_reason(

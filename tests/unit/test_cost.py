@@ -1,5 +1,7 @@
 """What a trial costs: learnt from the trials that completed, and weighed against what it promises."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from optuna.trial import TrialState
@@ -8,7 +10,7 @@ from tests.trials import completed_row, failed_row
 from tuner.search.cost import TrialCost, trial_cost
 from tuner.search.ranking import Ranking
 from tuner.search.strategy import Observation
-from tuner.trial import Measurement
+from tuner.trial import Measurement, Outcome, RankRecord
 
 
 def completed(fixed_s: float, steps: int) -> Observation:
@@ -23,8 +25,8 @@ def test_before_the_first_trial_only_the_steps_count() -> None:
 
 
 def test_completed_trials_tell_the_fixed_cost_and_the_steps_by_their_median() -> None:
-    found = trial_cost([completed(10, 5), completed(100, 9), completed(12, 7)], MEASUREMENT)
-    assert found == TrialCost(fixed_s=12, steps=4 + 7)
+    found = trial_cost([completed(10, 9), completed(100, 13), completed(12, 11)], MEASUREMENT)
+    assert found == TrialCost(fixed_s=12, steps=11)
 
 
 def test_trials_that_failed_tell_nothing_of_the_cost() -> None:
@@ -35,8 +37,21 @@ def test_trials_that_failed_tell_nothing_of_the_cost() -> None:
 
 def test_a_result_splits_into_its_steps_and_the_rest() -> None:
     found = Observation.of(completed_row(0, 100.0).result)
-    assert (found.fixed_s, found.steps) == (15.0 - 2.0 - 3.0, 3)
+    assert (found.fixed_s, found.steps) == (15.0 - 2.0 - 3.0, 6)
     assert Observation.of(failed_row(0).result).out_of_memory
+
+
+def test_a_trial_that_was_given_up_tells_its_bound_and_its_peak() -> None:
+    ranks = tuple(
+        RankRecord(rank=rank, host="here", phase="teardown", step=6, peak_allocated_gib=peak_gib)
+        for rank, peak_gib in enumerate([10.0, 12.5])
+    )
+    failed = failed_row(0, Outcome.TOO_SLOW).result
+    found = Observation.of(replace(failed, ranks=ranks, slower_than_ms=120.0))
+    assert (found.state, found.step_time_ms, found.slower_than_ms) == (TrialState.PRUNED, None, 120.0)
+    assert found.peak_gib == 12.5
+    timed_out = replace(failed, outcome=Outcome.TIMEOUT, ranks=ranks, slower_than_ms=120.0)
+    assert Observation.of(timed_out).peak_gib is None, "it may not have come to its peak"
 
 
 def test_seconds_are_the_fixed_cost_and_the_steps() -> None:

@@ -165,11 +165,18 @@ def test_on_cuda_the_context_and_nccl_count_and_are_uncertain() -> None:
     assert fits(needs + 3 * beyond) > 0.95
 
 
+def test_on_a_gpu_smaller_than_what_cuda_itself_takes_hardly_anything_fits() -> None:
+    tiny, _ = feasibility(0.05, "cuda")
+    assert tiny.probabilities().max() < 0.1
+    tiny.tell(0, None)
+    assert np.isfinite(tiny.probabilities()).all()
+
+
 def test_a_true_error_scale_is_met_on_average() -> None:
     """Of rows whose peak really is off by the stated error, those given a probability p fit as often as p says."""
     random, peaks = np.random.default_rng(5), feasibility(1.0)[1]
     stated, fit = [], []
-    for _ in range(200):
+    for _ in range(100):
         memory_gib = float(random.choice(peaks) * np.exp(random.normal() * 0.03))
         bias, error = random.normal() * BIAS, ERROR * 2 ** random.normal()
         measured = peaks * np.exp(bias + error * random.normal(size=len(peaks)))

@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from pydantic import ConfigDict
 
 from tuner.errors import InputError
-from tuner.files import STRICT, parse, read_json, read_yaml, read_yaml_data, to_data, write_json, write_text
+from tuner.files import (
+    STRICT,
+    append_json_line,
+    parse,
+    read_json,
+    read_json_lines,
+    read_yaml,
+    read_yaml_data,
+    to_data,
+    write_json,
+    write_text,
+)
 
 
 class Colour(StrEnum):
@@ -195,3 +207,26 @@ def test_a_number_that_json_lacks_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert not (tmp_path / "a.json").exists()
+
+
+def test_lines_are_appended_and_read_back_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert read_json_lines(path) == []
+    append_json_line(path, Inner(size=1))
+    append_json_line(path, {"text": "two\nlines"})
+    assert read_json_lines(path) == [to_data(Inner(size=1)), {"text": "two\nlines"}]
+
+
+@given(cut=st.integers(0, 40), zeros=st.integers(0, 9))
+def test_a_torn_last_line_is_ignored_and_spoils_no_later_one(cut: int, zeros: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        for number in range(3):
+            append_json_line(path, {"number": number})
+        whole = path.read_bytes()
+        kept = whole[: len(whole) - cut]
+        path.write_bytes(kept + bytes(zeros))
+        before = [{"number": number} for number in range(kept.count(b"\n"))]
+        assert read_json_lines(path) == before
+        append_json_line(path, {"number": "new"})
+        assert read_json_lines(path) == [*before, {"number": "new"}]

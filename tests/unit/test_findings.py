@@ -15,7 +15,8 @@ from tests.trials import CLUSTER, completed_row, failed_row
 from tuner.layout import Layout
 from tuner.predict.memory import peak_gib
 from tuner.predict.time import step_time_ms as predicted_step_time_ms
-from tuner.report import TrialRow, best, read_trials
+from tuner.report import best
+from tuner.rows import TrialRow, read_trials
 from tuner.rules import broken_rules
 from tuner.search.evidence import Evidence, gather
 from tuner.search.findings import Findings, accuracy, compared, effects, findings, predict

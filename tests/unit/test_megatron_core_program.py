@@ -1,6 +1,6 @@
 """What the Megatron-Core program does without another rank: tokens, weights, masks and the memory account."""
 
-from itertools import chain
+from itertools import chain, product
 from types import SimpleNamespace
 
 import pytest
@@ -170,3 +170,23 @@ def test_a_sink_takes_its_share_of_every_softmax_and_gives_no_value(
             weights = scores.exp() / (scores.exp().sum() + sinks[head].exp())
             expected[place, head] = weights @ value[first : place + 1, 0, group]
     torch.testing.assert_close(attention(query, key, value)[:, 0], expected.flatten(1))
+
+
+@pytest.mark.parametrize("window_size", [None, (3, 0)])
+def test_capped_attention_bends_every_score_before_the_softmax(window_size: tuple[int, int] | None) -> None:
+    torch.manual_seed(0)
+    length, batch, heads, groups, width, cap = 8, 2, 4, 2, 6, 0.5
+    config = SimpleNamespace(softmax_type="vanilla", window_size=window_size, window_attn_skip_freq=None)
+    alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    attention = TorchCoreAttention(config, 1, None, "self", pg_collection=alone, softcap=cap)
+    query = torch.randn(length, batch, heads, width)
+    key, value = (torch.randn(length, batch, groups, width) for _ in range(2))
+
+    expected = torch.zeros(length, batch, heads, width)
+    for row, head, place in product(range(batch), range(heads), range(length)):
+        group = head // (heads // groups)
+        first = 0 if window_size is None else max(0, place - window_size[0])
+        scores = key[first : place + 1, row, group] @ query[place, row, head] / width**0.5
+        weights = (cap * (scores / cap).tanh()).softmax(dim=0)
+        expected[place, row, head] = weights @ value[first : place + 1, row, group]
+    torch.testing.assert_close(attention(query, key, value), expected.flatten(2))

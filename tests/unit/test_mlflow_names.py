@@ -25,7 +25,8 @@ from tuner.mlflow_names import (
     trial_parameters,
     trial_tags,
 )
-from tuner.trial import TrialFolder
+from tuner.rows import TrialRow
+from tuner.trial import Outcome, Telemetry, TrialFolder
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "mlflow.md"
 
@@ -72,9 +73,33 @@ def test_a_knob_is_a_parameter_under_the_last_part_of_megatrons_field() -> None:
     assert (parameters["data_parallel_size"], parameters["num_microbatches"]) == ("1", "16")
 
 
+TELEMETRY = Telemetry(
+    samples=5,
+    power_w=5200.0,
+    energy_j_per_token=0.25,
+    clock_mhz=1700.0,
+    lowest_clock_mhz=1200.0,
+    temperature_c=84.0,
+    throttle_reasons=("sw_thermal_slowdown", "hw_power_brake"),
+    foreign_memory_gib=1.5,
+    foreign_load=0.5,
+)
+
+
+def _everything() -> TrialRow:
+    """A completed trial of which everything is known that a completed trial can know."""
+    row = completed_row(0, 80.0, source="final")
+    assert row.result.metrics is not None
+    metrics = replace(row.result.metrics, warmup_times_ms=(200.0, 90.0, 85.0), outliers=(0, 2))
+    suspicions = ("throttled: sw_thermal_slowdown", "1.5 GiB held by others")
+    return replace(
+        row, result=replace(row.result, metrics=metrics, telemetry=TELEMETRY, suspicions=suspicions)
+    )
+
+
 def test_every_measurement_of_a_completed_trial_is_a_metric() -> None:
-    metrics = trial_metrics(completed_row(0, 80.0).result)
-    assert {name for name, _, _ in metrics} == {measure.name for measure in METRICS}
+    metrics = trial_metrics(_everything().result)
+    assert {measure.name for measure in METRICS} - {name for name, _, _ in metrics} == {"step/slower_than_ms"}
     assert [(value, step) for name, value, step in metrics if name == "train/loss"] == [
         (5.5, 0),
         (5.4, 1),
@@ -83,15 +108,46 @@ def test_every_measurement_of_a_completed_trial_is_a_metric() -> None:
         (5.1, 4),
         (5.0, 5),
     ]
+    assert [value for name, value, _ in metrics if name == "step/warmup_time_ms"] == [200.0, 90.0, 85.0]
+    assert [value for name, value, _ in metrics if name == "step/outliers"] == [2.0]
+    assert [value for name, value, _ in metrics if name == "energy/joules_per_token"] == [0.25]
+
+
+def test_every_figure_of_the_telemetry_is_a_metric_or_a_tag() -> None:
+    known = {measure.path for measure in METRICS}
+    figures = {field.name for field in fields(Telemetry)} - {"samples", "throttle_reasons"}
+    assert {f"telemetry.{name}" for name in figures} <= known
 
 
 def test_what_was_not_measured_is_left_out() -> None:
     assert {name.split("/")[0] for name, _, _ in trial_metrics(failed_row(0).result)} == {"duration"}
-    row = completed_row(0, 80.0)
-    assert row.result.metrics is not None
-    on_cpu = replace(row.result, metrics=replace(row.result.metrics, peak_reserved_gib=None, mfu=None))
-    missing = {measure.name for measure in METRICS} - {name for name, _, _ in trial_metrics(on_cpu)}
-    assert missing == {"memory/peak_reserved_gib", "throughput/mfu"}
+    whole = _everything().result
+    assert whole.metrics is not None
+    on_cpu = replace(whole, metrics=replace(whole.metrics, peak_reserved_gib=None, mfu=None), telemetry=None)
+    left_out = {name for name, _, _ in trial_metrics(whole)} - {name for name, _, _ in trial_metrics(on_cpu)}
+    assert {name for name in left_out if name.split("/")[0] not in {"energy", "machine"}} == {
+        "memory/peak_reserved_gib",
+        "throughput/mfu",
+    }
+    assert len(left_out) == 9
+
+
+def test_a_trial_that_gave_up_has_its_bound() -> None:
+    row = failed_row(0, Outcome.TOO_SLOW, "slower than the best")
+    metrics = trial_metrics(replace(row.result, slower_than_ms=120.0))
+    assert ("step/slower_than_ms", 120.0, 0) in metrics
+    assert not any(name == "step/time_median_ms" for name, _, _ in metrics)
+    assert trial_parameters(spec_of(0, Layout()))["give_up_above_ms"] == "none"
+    assert (
+        trial_parameters(replace(spec_of(0, Layout()), give_up_above_ms=80.5))["give_up_above_ms"] == "80.5"
+    )
+
+
+def test_a_suspect_trial_says_so_in_its_tags() -> None:
+    tags = trial_tags(spec_of(0, Layout()), _everything(), TrialFolder(Path("t0000")))
+    assert tags["megatune.source"] == "final"
+    assert tags["megatune.suspicions"] == "throttled: sw_thermal_slowdown; 1.5 GiB held by others"
+    assert tags["megatune.throttle_reasons"] == "sw_thermal_slowdown hw_power_brake"
 
 
 def test_tags_without_a_value_are_left_out() -> None:
@@ -99,6 +155,8 @@ def test_tags_without_a_value_are_left_out() -> None:
     tags = trial_tags(spec, row, TrialFolder(Path("results/night/trials/t0003")))
     assert "megatune.phase" not in tags
     assert "megatune.source_note" not in tags
+    assert "megatune.suspicions" not in tags
+    assert "megatune.throttle_reasons" not in tags
     assert tags["megatune.folder"].endswith("results/night/trials/t0003")
     assert Path(tags["megatune.folder"]).is_absolute()
 

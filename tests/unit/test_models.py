@@ -1,7 +1,9 @@
 """The shipped models are found, named and right."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,8 @@ SHAPES = Path(__file__).parents[3] / "shared" / "data" / "model_shapes.json"
 HUB_IDS = {
     "deepseek-v2": "deepseek-ai/DeepSeek-V2",
     "deepseek-v3": "deepseek-ai/DeepSeek-V3",
+    "gemma2-9b": "google/gemma-2-9b",
+    "gemma3-27b": "google/gemma-3-27b-it",
     "glm-4.5": "zai-org/GLM-4.5",
     "glm-4.5-air": "zai-org/GLM-4.5-Air",
     "gpt-oss-20b": "openai/gpt-oss-20b",
@@ -28,7 +32,9 @@ HUB_IDS = {
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
     "mixtral-8x22b": "mistralai/Mixtral-8x22B-v0.1",
     "moonlight-16b": "moonshotai/Moonlight-16B-A3B",
+    "nemotron4-340b": "nvidia/Nemotron-4-340B-Base",
     "olmoe-7b": "allenai/OLMoE-1B-7B-0125",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",
     "qwen3-4b": "Qwen/Qwen3-4B",
@@ -39,10 +45,13 @@ HUB_IDS = {
     "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
 }
 
-# Where that table holds Megatron's untouched defaults, a padded vocabulary, or an unused field.
+# Where that table holds Megatron's untouched defaults, a padded vocabulary, an unused field, or a window with the
+# token itself.
 NOT_TAKEN = {
     "deepseek-v2": {"qk_layernorm", "add_bias_linear", "kv_channels"},
     "deepseek-v3": {"kv_channels", "make_vocab_size_divisible_by"},
+    "gemma2-9b": {"window_size"},
+    "gemma3-27b": {"window_size", "qk_layernorm"},
     "gpt3-175b": {"vocab_size", "add_qkv_bias"},
     "kimi-k2": {"kv_channels", "make_vocab_size_divisible_by"},
     "moonlight-16b": {"vocab_size", "qk_layernorm", "add_bias_linear", "make_vocab_size_divisible_by"},
@@ -66,6 +75,23 @@ def test_a_built_in_model_has_the_shape_that_others_published(name: str) -> None
 
 def test_every_built_in_model_but_our_own_tiny_ones_is_compared() -> None:
     assert {name for name in model_names() if not name.startswith("tiny-")} == set(HUB_IDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": True},
+            "needs moe_shared_expert_intermediate_size",
+        ),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping must be above 0, not 0.0"),
+        ({"final_logit_softcapping": -1.0}, "final_logit_softcapping must be above 0, not -1.0"),
+        ({"attn_logit_softcapping": 50.0, "softmax_type": "learnable"}, "needs softmax_type vanilla"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(load_model("tiny-moe"), **changes)
 
 
 def test_a_model_is_read_from_a_file_of_ones_own(tmp_path: Path) -> None:

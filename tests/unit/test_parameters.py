@@ -1,5 +1,6 @@
 """The shipped models have the sizes that their makers publish."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import pytest
@@ -58,6 +59,16 @@ PUBLISHED: list[tuple[str, Count, float, str]] = [
     ("llama3-70b", total_parameters, 70.6, "Hugging Face, safetensors total"),
     ("llama3.1-405b", total_parameters, 405.0, "model card"),
     ("llama3.2-1b", total_parameters, 1.23, "model card"),
+    ("gemma2-9b", total_without_embeddings, 8.324, "arXiv:2408.00118, table 2, non-embedding"),
+    ("gemma2-9b", embedding, 0.918, "arXiv:2408.00118, table 2, embedding"),
+    ("gemma3-27b", total_without_embeddings, 25.6, "arXiv:2503.19786, table 1, non-embedding"),
+    ("gemma3-27b", embedding, 1.416, "arXiv:2503.19786, table 1, embedding"),
+    ("gemma3-27b", total_parameters, 27.0, "model card"),
+    ("gemma2-9b", total_parameters, 9.24, "Hugging Face, safetensors total"),
+    ("nemotron4-340b", total_without_embeddings, 331.6, "arXiv:2406.11704, section 2.1"),
+    ("nemotron4-340b", total_parameters, 341.0, "arXiv:2406.11704, section 2.1: 9.4 of embeddings on top"),
+    ("qwen2.5-7b", total_parameters, 7.61, "model card"),
+    ("qwen2.5-7b", total_without_embeddings, 6.53, "model card, non-embedding"),
     ("qwen3-0.6b", total_parameters, 0.6, "model card"),
     ("qwen3-0.6b", total_without_embeddings, 0.44, "model card, non-embedding"),
     ("qwen3-1.7b", total_without_embeddings, 1.4, "model card, non-embedding"),
@@ -158,6 +169,7 @@ def test_counts_equal_the_published_weights_to_the_last_parameter() -> None:
 def models(draw: st.DrawFn) -> Model:
     groups = draw(st.integers(1, 4))
     experts = draw(st.integers(1, 8))
+    shared = draw(st.none() | st.integers(1, 64))
     layers = draw(st.integers(1, 5))
     return Model(
         name="drawn",
@@ -174,7 +186,9 @@ def models(draw: st.DrawFn) -> Model:
         num_moe_experts=experts,
         moe_ffn_hidden_size=draw(st.integers(1, 64)),
         moe_router_topk=draw(st.integers(1, experts)),
-        moe_shared_expert_intermediate_size=draw(st.none() | st.integers(1, 64)),
+        sandwich_layernorm=draw(st.booleans()),
+        moe_shared_expert_intermediate_size=shared,
+        moe_shared_expert_gate=shared is not None and draw(st.booleans()),
         moe_layer_freq=tuple(draw(st.lists(st.integers(0, 1), min_size=layers, max_size=layers))),
     )
 
@@ -184,7 +198,8 @@ def test_total_is_the_sum_of_its_modules(model: Model) -> None:
     pattern = model.moe_layer_pattern()
     sparse = router(model) + shared_experts(model).total + (model.num_moe_experts or 0) * expert(model).total
     mlps = sum(sparse if moe else dense_mlp(model).total for moe in pattern)
-    around = model.num_layers * (attention(model).total + 2 * norm(model))
+    norms = 4 if model.sandwich_layernorm else 2
+    around = model.num_layers * (attention(model).total + norms * norm(model))
     assert total_parameters(model) == around + mlps + norm(model) + embedding(model) + output(model)
 
 
@@ -193,6 +208,12 @@ def test_active_is_the_total_less_the_experts_that_a_token_does_not_visit(model:
     idle = (model.num_moe_experts or 0) - (model.moe_router_topk or 0)
     unused = sum(model.moe_layer_pattern()) * idle * expert(model).total
     assert active_parameters(model) == total_parameters(model) - unused
+
+
+@given(models())
+def test_a_gate_of_the_shared_experts_weighs_the_hidden_state(model: Model) -> None:
+    gates = sum(model.moe_layer_pattern()) * model.hidden_size if model.moe_shared_expert_gate else 0
+    assert total_parameters(model) - total_parameters(replace(model, moe_shared_expert_gate=False)) == gates
 
 
 def test_a_prediction_layer_is_a_layer_of_the_last_kind_with_three_norms_and_a_projection() -> None:

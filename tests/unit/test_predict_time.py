@@ -71,7 +71,7 @@ def test_many_rows_at_once_equal_each_row_alone(name: str) -> None:
     np.testing.assert_allclose(step_time_ms(table, WORKLOADS[name], NODES), alone, rtol=1e-12)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     layouts,
     st.sampled_from(["nvlink_bandwidth_gb_per_s", "fabric_bandwidth_gb_per_s", "memory", "peak"]),

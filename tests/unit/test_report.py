@@ -16,18 +16,17 @@ from tests.trials import completed_row, failed_row, write_trial
 from tuner.errors import InputError
 from tuner.layout import KNOBS, Layout
 from tuner.report import (
-    TrialRow,
-    baseline,
     best,
     figures,
     html_page,
-    read_trials,
     summary,
     terminal_table,
     tie,
-    trial_folder,
+    time_shares,
     trial_table,
+    verdict,
 )
+from tuner.rows import TrialRow, read_trials, trial_folder
 from tuner.trial import Outcome
 
 NIGHT = [
@@ -111,12 +110,6 @@ def test_no_tie_is_told_apart_by_its_intervals(times: list[tuple[float, float]])
         assert metrics is not None
         apart = metrics.step_time_low_ms > fastest.step_time_high_ms
         assert (row in tied) is not apart
-
-
-def test_the_baseline_is_its_fastest_completed_run() -> None:
-    again = completed_row(6, 95.0, layout=Layout(tp=8), source="baseline")
-    assert baseline([*NIGHT, again]) is again
-    assert baseline([failed_row(0, source="baseline")]) is None
 
 
 def test_figures_compare_with_the_fastest_other_layout_and_the_baseline() -> None:
@@ -219,7 +212,7 @@ def test_the_summary_answers_the_mornings_questions_in_order() -> None:
     assert _sections(text) == ["Best layout", "Failures by cause", "Next"]
     assert "| step time, ms | 80.0 | 100.0 |" in text
     assert "1.250x the throughput of the baseline" in text
-    assert "tie within noise" in text
+    assert "tie within 4.4%" in text
     assert "model.tensor_model_parallel_size = 2\nmodel.sequence_parallel = True\n```" in text
     assert "| oom | 2 | t0001 tp2 pp1 mbs2: rank 3 ran out of memory |" in text
     assert "| timeout | 1 |" in text
@@ -260,3 +253,81 @@ def test_a_page_without_a_measurement_has_no_plot() -> None:
     page = html_page([NIGHT[1]], "night", "Stopped.")
     assert "Plotly" not in page
     assert "rank 3 ran out of memory" in page
+
+
+FINALS = [
+    completed_row(10, 82.0, layout=Layout(tp=2, sp=True), source="final"),
+    completed_row(11, 80.0, layout=Layout(tp=4), source="final", peak_gib=8.0),
+    completed_row(12, 100.0, layout=Layout(tp=8), source="final"),
+    completed_row(13, 100.5, layout=Layout(tp=8), source="final"),
+    completed_row(14, 80.5, layout=Layout(tp=4), source="final", peak_gib=8.0),
+    completed_row(15, 81.0, layout=Layout(tp=2, sp=True), source="final"),
+]
+
+
+def test_finals_head_the_terminal_and_their_winner_is_the_best() -> None:
+    rows = [*NIGHT, *FINALS]
+    text = _terminal(rows)
+    finals, search = text.split("Search")
+    assert finals.index("t0011, t0014") < finals.index("t0010, t0015") < finals.index("t0012, t0013")
+    assert "80.2" in finals
+    assert "+24.9%" in finals
+    assert "tie" in finals
+    assert "t0011" not in search
+    assert best(rows) is FINALS[1]
+    assert [row.layout for row in tie(rows)] == [Layout(tp=4), Layout(tp=2, sp=True)]
+
+
+def test_figures_of_finals_hold_all_their_runs() -> None:
+    facts = figures([*NIGHT, *FINALS])
+    assert facts is not None and facts.baseline is not None
+    assert (facts.trial, facts.final_runs, len(facts.metrics.step_times_ms)) == (11, 2, 6)
+    assert facts.baseline.ratio == pytest.approx(100.25 / 80.25, rel=1e-3)
+    assert (
+        "6 timed steps in 2 interleaved runs; the fastest other layout, t0015" in facts.certainty_sentence()
+    )
+    assert "(95% interval 1." in facts.gain_sentence()
+
+
+def test_the_verdict_names_ties_and_their_memory() -> None:
+    (told,) = verdict([*NIGHT, *FINALS])
+    assert told.startswith("Tie within ")
+    assert "the best, tp4 pp1 mbs1, from tp2 pp1 sp mbs1 (+1.6%, 10 GiB); of these it takes the least" in told
+
+
+def test_the_verdict_says_what_rests_on_the_search_alone_who_is_out_and_what_was_disturbed() -> None:
+    metrics = NIGHT[2].result.metrics
+    assert metrics is not None
+    other = replace(NIGHT[2], result=replace(NIGHT[2].result, metrics=replace(metrics, losses=(9.0,))))
+    shared = replace(NIGHT[3], result=replace(NIGHT[3].result, suspicions=("shared", "throttled")))
+    again = completed_row(6, 81.0, layout=Layout(pp=2), source="repeat")
+    told = verdict([NIGHT[0], other, shared, again])
+    assert told[0] == "By single measurements of the search: no finals ran."
+    assert told[1].startswith(
+        "Out: tp2 pp1 sp mbs1 trains differently: in step 1 of t0002 the loss is 9, the baseline's"
+    )
+    assert told[2] == "1 trials that the machine had disturbed were measured again."
+    assert (
+        told[3] == "Measured on a disturbed machine, so less sure: t0003 tp4 pp1 mbs1: shared (2 such lines)."
+    )
+    assert "(disturbed)" in _terminal([NIGHT[0], other, shared])
+    assert "completed (out)" in _terminal([NIGHT[0], other, shared])
+
+
+def test_outliers_are_told_beside_their_trial() -> None:
+    metrics = NIGHT[2].result.metrics
+    assert metrics is not None
+    flagged = replace(NIGHT[2], result=replace(NIGHT[2].result, metrics=replace(metrics, outliers=(1,))))
+    assert "completed, 1 outliers" in _terminal([flagged])
+
+
+def test_the_share_of_the_night_that_measured_is_told() -> None:
+    told = time_shares([NIGHT[0], NIGHT[1], NIGHT[2]], own_s=0.6, run_s=60.0)
+    # 15 + 12 + 15 s, of them 8 + 8 + 8 of start-up and 3 + 3 of timed steps.
+    assert told == (
+        "Of 0.01 h of trials: 57% start-up, 5% build, 10% warm-up, 14% timed steps, 14% the rest. "
+        "The tuner's own time between this run's trials: 0.6 s, 1.0%."
+    )
+    assert "own time" not in time_shares(NIGHT)
+    assert time_shares([]) == "No trial took any time."
+    assert told in summary(NIGHT, "night", "Finished.", {}, told)

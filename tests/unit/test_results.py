@@ -6,11 +6,13 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.replay import sweep_of
-from tests.trials import CLUSTER, MODEL
+from tests.trials import CLUSTER, MODEL, completed_row, write_trial
+from tuner.calibration import Machine
 from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.results import SweepFolder
@@ -73,6 +75,72 @@ def test_an_identity_that_is_damaged_is_not_overwritten(tmp_path: Path, text: st
     assert folder.identity.read_text() == text
     with pytest.raises(InputError, match=r"sweep\.json"):
         folder.sweep()
+
+
+MACHINE = Machine(
+    device="cpu", name="EPYC", count=2, world_size=2, versions={"torch": "2.13.0", "megatron-core": "0.16.1"}
+)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (
+            replace(MACHINE, versions={"torch": "2.14.0", "transformer-engine": "2.1"}),
+            [
+                "machine.versions.torch was '2.13.0', is now '2.14.0'",
+                "machine.versions.megatron-core was '0.16.1', is now None",
+                "machine.versions.transformer-engine was None, is now '2.1'",
+            ],
+        ),
+        (replace(MACHINE, name="Xeon"), ["machine.name was 'EPYC', is now 'Xeon'"]),
+    ],
+)
+def test_trials_of_other_hardware_or_software_are_not_joined(
+    tmp_path: Path, other: Machine, told: list[str]
+) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of(), replace(MACHINE, count=64))
+    folder.claim(sweep_of(), MACHINE)  # nothing is measured yet
+    write_trial(tmp_path, completed_row(0, 100.0))
+    folder.claim(sweep_of(budget={"trials": 99}), MACHINE)
+    before = folder.machine.read_bytes(), folder.identity.read_bytes()
+    with pytest.raises(InputError) as caught:
+        folder.claim(sweep_of(), other)
+    assert all(line in str(caught.value) for line in told)
+    assert "name, or another folder with --results" in str(caught.value)
+    assert (folder.machine.read_bytes(), folder.identity.read_bytes()) == before
+
+
+def test_an_older_folder_takes_the_machine_of_its_next_run(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of())
+    write_trial(tmp_path, completed_row(0, 100.0))
+    folder.claim(sweep_of(), MACHINE)
+    with pytest.raises(InputError, match="other hardware or software"):
+        folder.claim(sweep_of(), replace(MACHINE, count=3))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"budget": {"trials": 99, "hours": 1.0, "min_gain": 0.5}},
+        {"limits": {"trial_s": 5.0}},
+        {"measurement": {"max_steps": 99}},
+        {"knobs": {"tp": [1, 2], "cp": [1, 2]}},
+        {"sampler": "random"},
+        {"tracking": {"experiment": "other"}},
+        {"baseline": {"tp": 4}},
+        {"lift": ["tp-inside-nvlink"]},
+    ],
+)
+def test_what_leaves_the_measurements_their_meaning_may_change(tmp_path: Path, keys: dict[str, Any]) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of())
+    changed = sweep_of(**keys)
+    assert changed != sweep_of()
+    folder.claim(changed)
+    assert folder.sweep() == changed
 
 
 def test_a_folder_without_a_sweep_says_so(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from tests.replay import sweep_of, table_of
 from tests.trials import CLUSTER
 from tuner.layout import DEFAULTS, Layout
+from tuner.predict import implementation_of
 from tuner.predict.memory import peak_gib
 from tuner.search import optuna_rows
 from tuner.search.feasibility import Feasibility
@@ -195,9 +196,10 @@ def test_what_optuna_is_told_reaches_the_strategy_once() -> None:
 
 def test_trials_that_ran_out_of_memory_put_off_the_rows_that_need_about_as_much() -> None:
     sweep = sweep_of()
-    peaks = peak_gib(TABLE, sweep.workload, CLUSTER)
+    on_cpu = replace(CLUSTER, device="cpu")  # where nothing is held beside what is allocated
+    peaks = peak_gib(TABLE, sweep.workload, on_cpu, implementation_of(on_cpu))
     limit_gib = float(np.quantile(peaks, 0.5))
-    cluster = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_gib=limit_gib))
+    cluster = replace(on_cpu, gpu=replace(CLUSTER.gpu, memory_gib=limit_gib))
     before = Feasibility(TABLE, sweep.workload, cluster)
     boundary = int(np.abs(before.probabilities() - 0.6).argmin())
     rows = PredictedRows(TABLE, np.where(np.arange(len(TABLE)) == boundary, 10.0, 100.0), before)
@@ -210,6 +212,19 @@ def test_trials_that_ran_out_of_memory_put_off_the_rows_that_need_about_as_much(
     assert before.probabilities()[near] < shares[near]
     after = before.probabilities()
     assert after[rows.choose(everything, 1)] == after[everything].max()
+
+
+def test_a_trial_that_was_given_up_tells_of_its_row_that_it_is_slow_and_what_it_needs() -> None:
+    workload, row, other = sweep_of().workload, 7, 8
+    peak = float(peak_gib(TABLE, workload, CLUSTER)[row]) * 1.1
+    told, learning = (Feasibility(TABLE, workload, CLUSTER) for _ in range(2))
+    told.tell(row, peak)
+    rows = PredictedRows(TABLE, np.full(len(TABLE), 100.0), learning)
+    rows.tell(0, measured(100.0))
+    left = np.isin(np.arange(len(TABLE)), [row, other])
+    rows.tell(row, Observation(state=TrialState.PRUNED, slower_than_ms=300.0, peak_gib=peak))
+    assert rows.choose(left, 2) == other
+    assert np.array_equal(learning.probabilities(), told.probabilities())
 
 
 def test_a_row_that_someone_proposes_is_worth_a_trial_if_it_promises_about_as_much_as_the_best() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import optuna
 import pytest
-from mlflow import MlflowClient
 from optuna.trial import TrialState
 
 from tests.replay import (
@@ -29,18 +28,19 @@ from tests.replay import (
     table_of,
 )
 from tests.trials import CLUSTER, metrics_of
+from tuner.budget import FAILURES_TO_STOP, Stop
 from tuner.errors import InputError
 from tuner.files import read_json
 from tuner.layout import KNOBS, Layout
-from tuner.report import best, read_trials
+from tuner.report import best
 from tuner.results import SweepFolder
+from tuner.rows import read_trials
 from tuner.rules import broken_rules
 from tuner.search.dominance import needs_at_least_as_much_memory
 from tuner.search.sampler import find_row, layout_at
 from tuner.study import STATES
-from tuner.sweep import FAILURES_TO_STOP, Stop, SweepLoop
+from tuner.sweep import SweepLoop
 from tuner.sweep_file import Sweep
-from tuner.tracking import Tracker
 from tuner.trial import Outcome, TrialResult, TrialSpec
 
 LIMIT_GIB = 60.0
@@ -547,29 +547,6 @@ def test_a_trials_spec_holds_the_sweeps_workload_unchanged(results: Path) -> Non
         assert (spec.sweep, spec.workload, spec.cluster) == ("night", sweep.workload, sweep.cluster)
         assert (spec.measurement, spec.limits, spec.seed) == (sweep.measurement, sweep.limits, 99)
         assert read_json(TrialSpec, SweepFolder(results).trial(spec.number).spec) == spec
-
-
-def test_mlflow_holds_every_trial_once_after_an_interruption(
-    results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    launcher = ReplayLauncher(LIMIT_GIB, stop_at=2)
-    sweep = sweep_of(budget={"trials": 5})
-    run(loop_of(results, launcher, sweep, tracker=_tracker(results, sweep)))
-    # A trial that ended while MLflow was out of reach is healed at the next start.
-    launcher.stop_at = None
-    run(loop_of(results, launcher, sweep_of(budget={"trials": 4}), tracker=NoTracker()))
-    tracker = _tracker(results, sweep)
-    assert run(loop_of(results, launcher, sweep, tracker=tracker)) is Stop.TRIALS
-    client = MlflowClient(tracking_uri=tracker.uri)
-    runs = client.search_runs(
-        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'", max_results=100
-    )
-    assert sorted(int(found.data.tags["megatune.trial"]) for found in runs) == [0, 1, 2, 3, 4]
-
-
-def _tracker(results: Path, sweep: Sweep) -> Tracker:
-    return Tracker.open(results, None, sweep.experiment, sweep.name, {})
 
 
 def test_two_sweeps_do_not_run_in_one_folder_at_once(results: Path) -> None:

@@ -177,7 +177,7 @@ BAD: dict[str, tuple[object, str]] = {
     "no time": (_with(limits={"step_s": 0}), "step_s must be above 0"),
     "unknown program": (
         _with(program="megatorn"),
-        "key 'program': should be 'megatron_core', not \"megatorn\"",
+        "key 'program': should be 'megatron_core' or a mapping of keys to values, not \"megatorn\"",
     ),
     "unknown rule to lift": (_with(lift=["tp-in-nvlink"]), "'tp-in-nvlink' is no rule (did you mean"),
     "a rule that nobody can lift": (_with(lift=["dense-grid"]), "lift: 'dense-grid' is no policy"),

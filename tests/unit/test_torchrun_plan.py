@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launchers import logs
-from launchers.base import Clock, Ending
+from launchers.base import LEAST_SILENCE_S, SILENT_STEPS, Clock, Ending, inherited_environment
 from launchers.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, spec_of
 from tuner.cluster import Cluster
@@ -85,15 +85,26 @@ def test_only_cuda_jobs_get_the_variables_of_cuda() -> None:
         ("H100", Layout(tp=2), "1"),
         ("A100-SXM4-80GB", Layout(cp=2), "1"),
         ("H100", Layout(tp=2, ep=2, overlap_moe_expert_parallel_comm=True), "8"),
-        ("H100", Layout(tp=2, ep=2, moe_token_dispatcher_type="flex"), "32"),
+        ("H100", Layout(tp=2, ep=2, moe_token_dispatcher_type="flex"), "1"),
+        ("H100", Layout(ep=2, moe_token_dispatcher_type="flex"), "32"),
         ("NVIDIA B200", Layout(tp=2), "32"),
         ("GB300", Layout(), "32"),
+        ("VR200", Layout(tp=2), "32"),
     ],
 )
 def test_the_hardware_queues_follow_the_gpu_and_its_overlaps(
     gpu: str, layout: Layout, connections: str
 ) -> None:
-    assert cuda_environment(layout, gpu) == {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
+    cluster = replace(CLUSTER, gpu=replace(CLUSTER.gpu, name=gpu))
+    assert cuda_environment(layout, cluster)["CUDA_DEVICE_MAX_CONNECTIONS"] == connections
+
+
+@pytest.mark.parametrize(("ep", "ranks"), [(4, "4"), (16, "8")])
+def test_flexible_dispatch_is_told_its_ranks_of_an_nvlink_domain(ep: int, ranks: str) -> None:
+    assert CLUSTER.nvlink_domain_gpus == 8
+    name = "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"
+    assert cuda_environment(Layout(ep=ep, moe_token_dispatcher_type="flex"), CLUSTER)[name] == ranks
+    assert name not in cuda_environment(Layout(ep=ep), CLUSTER)
 
 
 def test_the_users_own_python_path_stays_and_is_made_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +113,30 @@ def test_the_users_own_python_path_stays_and_is_made_absolute(monkeypatch: pytes
     assert entries[-2:] == ["/opt/megatron", str(Path("relative").absolute())]
 
 
+def test_what_the_job_inherits_is_not_recorded_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_do_not_write_me")
+    plan = TorchrunLauncher().plan(spec_of(0, Layout()), FOLDER)
+    assert inherited_environment()["HF_TOKEN"] == "hf_do_not_write_me"  # the job itself has it
+    assert "do_not_write_me" not in json.dumps([plan.to_data(), *plan.files.values()])
+    assert "HF_TOKEN" not in plan.shell_command()
+
+
+def test_another_torchruns_variables_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "outer")
+    monkeypatch.setenv("PET_NNODES", "4")
+    assert not {"TORCHELASTIC_RUN_ID", "PET_NNODES"} & set(inherited_environment())
+
+
+def test_only_a_cuda_job_is_to_give_gpus_back() -> None:
+    launcher = TorchrunLauncher()
+    assert launcher.plan(spec_of(0, Layout()), FOLDER).gpus == 8
+    assert launcher.plan(spec_of(0, Layout(), cluster=CPU), FOLDER).gpus == 0
+
+
 LIMITS = Limits(startup_s=10.0, step_s=5.0, trial_s=100.0)
+
+
+LONG = Limits(startup_s=600.0, step_s=300.0, trial_s=100_000.0)
 
 
 def clock(step: int | None, seen_s: float) -> Clock:
@@ -174,3 +208,49 @@ def test_the_steps_seen_bound_the_step_time_from_below() -> None:
         clock.beat(Heartbeat(phase="warmup", step=step, time_s=now_s), now_s)
     # Two steps took four seconds, and the third is not done after three more.
     assert clock.slower_than_ms(1010.0) == pytest.approx(7000 / 3)
+
+
+def stepping(step_s: float, steps: int, limits: Limits = LONG) -> tuple[Clock, float]:
+    """A clock that saw the first step, and `steps` more of the same length; and the time then."""
+    clock, now_s = Clock(limits, started_s=0.0), 100.0
+    for step in range(1, steps + 2):
+        clock.beat(Heartbeat(phase="measure", step=step, time_s=0.0), now_s)
+        now_s += step_s
+    return clock, now_s - step_s
+
+
+@pytest.mark.parametrize(
+    ("step_s", "steps", "silence_s"),
+    [
+        (2.0, 2, LONG.step_s),  # too few steps to know: the next may compile an expert for the first time
+        (2.0, 3, SILENT_STEPS * 2.0),
+        (0.1, 50, LEAST_SILENCE_S),
+        (60.0, 3, LONG.step_s),
+    ],
+)
+def test_the_silence_that_is_a_hang_follows_the_steps_once_they_are_known(
+    step_s: float, steps: int, silence_s: float
+) -> None:
+    clock, now_s = stepping(step_s, steps)
+    assert clock.silence_s == pytest.approx(silence_s)
+    assert clock.passed(now_s + silence_s - 0.01) is None
+    assert clock.passed(now_s + silence_s + 0.01) == "step"
+
+
+def test_the_slowest_step_counts_and_a_phase_between_two_steps_is_part_of_one() -> None:
+    clock, now_s = stepping(2.0, 3)
+    clock.beat(Heartbeat(phase="teardown", step=4, time_s=0.0), now_s + 4.0)
+    assert clock.silence_s == pytest.approx(SILENT_STEPS * 2.0)
+    clock.beat(Heartbeat(phase="measure", step=5, time_s=0.0), now_s + 5.0)
+    assert clock.silence_s == pytest.approx(SILENT_STEPS * 5.0)
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=30))
+def test_no_silence_as_long_as_a_step_that_was_seen_is_a_hang(step_times_s: list[float]) -> None:
+    clock, now_s = Clock(Limits(step_s=1000.0, trial_s=1e9), started_s=0.0), 1.0
+    clock.beat(Heartbeat(phase="warmup", step=1, time_s=0.0), now_s)
+    for step, step_s in enumerate(step_times_s, start=2):
+        now_s += step_s
+        clock.beat(Heartbeat(phase="measure", step=step, time_s=0.0), now_s)
+    assert max(step_times_s) < clock.silence_s <= 1000.0 or clock.silence_s == 1000.0
+    assert clock.passed(now_s + max(step_times_s)) is None

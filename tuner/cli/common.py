@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tuner.cluster import Cluster
 from tuner.errors import InputError, NothingFeasibleError
-from tuner.files import parse
+from tuner.files import parse, refuse_links_out
 from tuner.heuristics import seeds
 from tuner.layout import Layout
 from tuner.results import SweepFolder
@@ -23,7 +23,7 @@ from tuner.sweep_file import Sweep, load_sweep
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tuner.report import TrialSource
+    from tuner.rows import TrialSource
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
 ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]
@@ -67,6 +67,7 @@ def results_folder(folder: Path) -> SweepFolder:
     candidate = folder if folder.exists() else Path("results") / folder
     if not candidate.is_dir():
         raise InputError(f"{folder}: there is no such results folder (nor {candidate})")
+    refuse_links_out(candidate)
     return SweepFolder(candidate)
 
 

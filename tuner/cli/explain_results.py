@@ -11,8 +11,9 @@ from tuner.cli.explain import print_head
 from tuner.files import to_data
 from tuner.layout import Layout
 from tuner.predict import memory, time
-from tuner.report import TrialRow, best, read_trials
+from tuner.report import best
 from tuner.results import SweepFolder
+from tuner.rows import TrialRow, read_trials
 from tuner.search.evidence import gather
 from tuner.search.findings import (
     Accuracy,

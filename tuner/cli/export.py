@@ -1,6 +1,5 @@
 """megatune export: a measured layout as the override for the user's own recipe."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +10,10 @@ from tuner.cli.common import ResultsFolder, results_folder, stderr
 from tuner.errors import InputError, NothingFeasibleError
 from tuner.export import Format
 from tuner.export import export as write_override
-from tuner.files import read_json, write_text
-from tuner.report import TrialRow, figures, read_trials
+from tuner.files import read_json, read_json_data, write_text
+from tuner.report import figures
 from tuner.results import SweepFolder
+from tuner.rows import TrialRow, read_trials
 from tuner.trial import TrialSpec
 
 
@@ -52,6 +52,12 @@ def override(folder: SweepFolder, rows: list[TrialRow], format: Format, number: 
         )
     trial = folder.trial(facts.trial)
     sweep = folder.sweep()
-    command = json.loads(trial.plan.read_text(encoding="utf-8"))["command"] if trial.plan.exists() else ""
+    command = _command(trial.plan) if trial.plan.exists() else ""
     base = sweep.baseline if sweep.recipe else None
     return write_override(format, read_json(TrialSpec, trial.spec), facts, command, base)
+
+
+def _command(plan: Path) -> str:
+    """How a launcher's plan says that its trial is run again; empty where it does not."""
+    data = read_json_data(plan)
+    return str(data.get("command", "")) if isinstance(data, dict) else ""

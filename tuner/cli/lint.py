@@ -40,7 +40,7 @@ def lint(
     ] = None,
     json: AsJson = False,
 ) -> int:
-    """Say what Megatron would refuse and why, the memory needed, and what lies near. Exit code 2 if any would not run."""
+    """Say what Megatron would refuse and why, the memory needed, what lies near. Exit code 2 if one would not run."""
     jobs = [_read(path, cluster, gpus, vocab_size) for path in targets]
     verdicts = [judge(job.layout, job.workload, job.cluster) for job in jobs]
     if json:

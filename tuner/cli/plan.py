@@ -3,6 +3,7 @@
 from rich.markup import escape
 from rich.table import Table
 
+from tuner.budget import Ledger
 from tuner.cli.common import AsJson, SweepPath, load, prepare, print_json, stdout
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.files import to_data
@@ -55,7 +56,11 @@ def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) ->
     for number, (layout, origin) in enumerate(queue[: sweep.budget.trials]):
         first.add_row(str(number), origin.source, layout.label(), escape(origin.note))
     stdout.print(first)
-    later = max(0, min(sweep.budget.trials, len(table)) - len(queue))
-    stdout.print(f"then up to {later} rows that the sampler picks; budget {sweep.budget.trials} trials")
+    kept = Ledger(budget=sweep.budget, world_size=sweep.cluster.world_size, rows=(), lost_s=0.0, clock=None)
+    later = max(0, min(sweep.budget.trials - kept.reserve(), len(table)) - len(queue))
+    stdout.print(
+        f"then up to {later} rows that the sampler picks and {kept.reserve()} finals; "
+        f"budget {sweep.budget.trials} trials"
+    )
     if gone is not None:
         print_pruned(gone, len(space.table))

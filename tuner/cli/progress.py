@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from tuner.layout import Layout
-from tuner.report import TrialRow, TrialSource
+from tuner.rows import TrialRow, TrialSource
 from tuner.trial import Heartbeat
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def outcome_line(row: TrialRow, pruned: int) -> str:
             f"peak {metrics.peak_allocated_gib:.3f} GiB"
         )
     ruled_out = f"; rules out {pruned} more" if pruned else ""
+    doubt = f"; disturbed: {'; '.join(row.result.suspicions)}" if row.result.suspicions else ""
     took = duration(row.result.durations.total_s)
-    return f"trial {row.number} [{row.source}] {row.layout.label()}: {told}{ruled_out} ({took})"
+    return f"trial {row.number} [{row.source}] {row.layout.label()}: {told}{ruled_out}{doubt} ({took})"
 
 
 class PlainProgress:

@@ -1,15 +1,17 @@
 """megatune show: what a sweep has measured so far."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from tuner.answer import Answer, answer
 from tuner.cli.common import AsJson, ResultsFolder, print_json, results_folder, stderr, stdout
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
-from tuner.report import best, html_page, read_trials, summary, terminal_table, tie
+from tuner.report import html_page, summary, terminal_table, verdict
+from tuner.rows import read_trials
 from tuner.space import enumerate_layouts
 
 
@@ -40,12 +42,14 @@ def show(
             raise InputError(f"{html}: cannot be written: {error.strerror or error}") from None
         stderr.print(f"wrote {html}", markup=False)
     if json:
-        fastest = best(rows)
+        found = answer(rows)
         print_json(
             {
                 "sweep": sweep.name,
-                "best": None if fastest is None else fastest.number,
-                "tied_with_best": [row.number for row in tie(rows)],
+                "best": None if found is None else found.best.row.number,
+                "tied_with_best": [] if found is None else [one.row.number for one in found.tied],
+                "finals": _finals_data(found) if found and found.is_final else [],
+                "verdict": verdict(rows),
                 "trials": [
                     {
                         "number": row.number,
@@ -61,5 +65,21 @@ def show(
         )
         return
     stdout.print(terminal_table(rows, sweep.name))
+    for sentence in verdict(rows):
+        stdout.print(sentence, markup=False, soft_wrap=True)
     if gone is not None and valid is not None:
         print_pruned(gone, len(valid))
+
+
+def _finals_data(found: Answer) -> list[dict[str, Any]]:
+    return [
+        {
+            "layout": to_data(standing.layout),
+            "trials": [row.number for row in standing.runs],
+            "step_time_ms": standing.metrics.step_time_ms,
+            "step_time_low_ms": standing.metrics.step_time_low_ms,
+            "step_time_high_ms": standing.metrics.step_time_high_ms,
+            "over_best": to_data(standing.over_best),
+        }
+        for standing in found.ranking
+    ]

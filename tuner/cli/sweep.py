@@ -2,21 +2,25 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
+from tuner.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
 from tuner.cli.common import ResultsRoot, SweepPath, load, prepare, stderr, stdout
 from tuner.cli.export import override
 from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
-from tuner.errors import CircuitBreakerError, NothingFeasibleError
+from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
 from tuner.export import Format
 from tuner.files import write_json, write_text
-from tuner.report import TrialRow, best, figures, summary, terminal_table
+from tuner.report import best, figures, summary, terminal_table, time_shares, verdict
 from tuner.results import SweepFolder
+from tuner.rows import TrialRow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,11 +30,10 @@ if TYPE_CHECKING:
     from launchers.base import Launcher
     from tuner.calibration import Calibration
     from tuner.layout import Layout
-    from tuner.report import TrialSource
+    from tuner.rows import TrialSource
     from tuner.search.stopping import Certainty
-    from tuner.sweep import Stop
     from tuner.sweep_file import Sweep
-    from tuner.tracking import Status
+    from tuner.tracking import Status, Tracker
 
 
 _STATUS: Mapping[str, "Status"] = {"INTERRUPTED": "KILLED", "BREAKER": "FAILED"}
@@ -47,14 +50,27 @@ def sweep(
         bool,
         typer.Option("--cold", help="Start every trial anew instead of forking it from a loaded process."),
     ] = False,
+    deadline: Annotated[
+        str | None,
+        typer.Option(help="End by then, finals included: 07:00 (the next one), or 2026-03-01T07:00."),
+    ] = None,
+    budget_gpu_hours: Annotated[
+        float | None, typer.Option(help="GPU-hours that all trials may take, instead of the file's.")
+    ] = None,
+    max_trials: Annotated[
+        int | None, typer.Option(help="Trials of every kind that may run, instead of the file's.")
+    ] = None,
 ) -> int:
     """Run the sweep, or go on with it: the same command resumes after any end."""
-    from launchers.detect import check_machine
+    from launchers.detect import check_machine, measuring_machine
     from launchers.preloaded import Preload
     from launchers.torchrun import TorchrunLauncher
     from tuner.sweep import trial_spec
+    from tuner.tracking import Tracker
 
+    until = None if deadline is None else deadline_of(deadline, datetime.now())
     loaded = load(sweep_file)
+    loaded = replace(loaded, sweep=_limited(loaded.sweep, budget_gpu_hours, max_trials))
     config = loaded.sweep
     prepared = prepare(loaded, sweep_file)
     table, queue = prepared.table, prepared.queue
@@ -65,10 +81,14 @@ def sweep(
         stdout.print(first.shell_command(), markup=False, soft_wrap=True)
         return 0
     check_machine(config.cluster)
-    folder.claim(config)
-    with folder.lock(), Preload(folder.path) as preload:
+    folder.claim(config, measuring_machine(config.cluster))
+    with (
+        folder.lock(),
+        Preload(folder.path) as preload,
+        Tracker.open(folder.path, config.tracking.uri) as tracker,
+    ):
         launcher = TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start)
-        return _run(config, table, queue, folder, launcher, sweep_file)
+        return _run(config, table, queue, folder, launcher, tracker, sweep_file, until)
 
 
 def _run(
@@ -77,33 +97,55 @@ def _run(
     queue: "Sequence[tuple[Layout, TrialSource]]",
     folder: SweepFolder,
     launcher: "Launcher",
+    tracker: "Tracker",
     sweep_file: Path,
+    deadline: datetime | None,
 ) -> int:
     from launchers.base import end_marked
     from tuner.sweep import SweepLoop
-    from tuner.tracking import Tracker
 
     end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
-    tracker = Tracker.open(folder.path, config.tracking.uri, config.experiment, config.name, {})
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
     calibration = _calibration(config, folder)
-    loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer, calibration)
+    deadline_s = None if deadline is None else deadline.timestamp()
+    loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer, calibration, deadline_s)
     stderr.print(
         f"{config.name}: {len(table):,} layouts to choose from, {len(loop.rows)} trials done, results in {folder.path}"
-        + (
-            f", step times predicted from the calibration of {calibration.measured_at}" if calibration else ""
-        ),
+        + (f", step times predicted from the calibration of {calibration.measured_at}" if calibration else "")
+        + (f", to end by {deadline:%Y-%m-%d %H:%M}" if deadline else ""),
         markup=False,
     )
     with stop_on_signals() as stop, observer:
         reason = loop.run(stop)
-    rows = loop.rows
-    ended = _sentence(reason, loop.progress().certainty, config.budget.confidence)
-    text = summary(rows, config.name, ended, _next_commands(folder, sweep_file))
+    rows, progress = loop.rows, loop.progress()
+    ended = _sentence(reason, progress.certainty, config.budget.confidence)
+    if (note := loop.finals_note()) is not None:
+        ended = f"{ended} {note}"
+    shares = time_shares(rows, progress.own_s, progress.run_s)
+    commands = _next_commands(folder, sweep_file, is_finished(reason))
+    text = summary(rows, config.name, ended, commands, shares)
     write_text(folder.path / "summary.md", text)
+    _print_end(rows, folder, f"{config.name}: {ended}", shares, commands)
     tracker.finish(text, _STATUS.get(reason.name, "FINISHED"))
-    _print_end(config, rows, folder, ended, sweep_file)
     return _exit_code(reason, rows, folder)
+
+
+def _limited(config: "Sweep", gpu_hours: float | None, trials: int | None) -> "Sweep":
+    """The sweep with the limits of the command line instead of the file's; raises InputError."""
+    given = {"gpu_hours": gpu_hours, "trials": trials}
+    for name, option in (("gpu_hours", "--budget-gpu-hours"), ("trials", "--max-trials")):
+        value = given[name]
+        if value is not None and value <= 0:
+            raise InputError(f"{option} {value:g}: must be above 0")
+    budget = config.budget
+    return replace(
+        config,
+        budget=replace(
+            budget,
+            gpu_hours=budget.gpu_hours if gpu_hours is None else gpu_hours,
+            trials=budget.trials if trials is None else trials,
+        ),
+    )
 
 
 def _calibration(config: "Sweep", folder: SweepFolder) -> "Calibration | None":
@@ -115,9 +157,7 @@ def _calibration(config: "Sweep", folder: SweepFolder) -> "Calibration | None":
     return folder.read_calibration()
 
 
-def _exit_code(reason: "Stop", rows: list[TrialRow], folder: SweepFolder) -> int:
-    from tuner.sweep import FAILURES_TO_STOP, Stop
-
+def _exit_code(reason: Stop, rows: list[TrialRow], folder: SweepFolder) -> int:
     if reason is Stop.INTERRUPTED:
         return 130
     if reason is Stop.BREAKER:
@@ -133,19 +173,21 @@ def _exit_code(reason: "Stop", rows: list[TrialRow], folder: SweepFolder) -> int
     return 0
 
 
-def _sentence(reason: "Stop", certainty: "Certainty | None", confidence: float) -> str:
-    from tuner.sweep import Stop
-
-    finished = reason not in (Stop.INTERRUPTED, Stop.BREAKER)
-    ended = f"{'Finished' if finished else 'Stopped early'}: {reason.value}."
+def _sentence(reason: Stop, certainty: "Certainty | None", confidence: float) -> str:
+    ended = f"{'Finished' if is_finished(reason) else 'Stopped early'}: {reason.value}."
     return ended if certainty is None else f"{ended} {certainty.sentence(confidence)}"
 
 
-def _next_commands(folder: SweepFolder, sweep_file: Path) -> dict[str, str]:
+def _next_commands(folder: SweepFolder, sweep_file: Path, is_finished: bool) -> dict[str, str]:
     path = shlex.quote(str(folder.path))
     again = f"megatune sweep {shlex.quote(str(sweep_file))}"
     if folder.path.parent != Path("results"):
         again += f" --results {shlex.quote(str(folder.path.parent))}"
+    if not is_finished:
+        return {
+            "Everything measured is kept; go on with": again,
+            "What is measured so far": f"megatune show {path}",
+        }
     return {
         "The override, ready to paste": f"megatune export {path} --format bridge-cli",
         "Every trial": f"megatune show {path}",
@@ -155,12 +197,14 @@ def _next_commands(folder: SweepFolder, sweep_file: Path) -> dict[str, str]:
 
 
 def _print_end(
-    config: "Sweep", rows: list[TrialRow], folder: SweepFolder, ended: str, sweep_file: Path
+    rows: list[TrialRow], folder: SweepFolder, title: str, shares: str, commands: Mapping[str, str]
 ) -> None:
-    stdout.print(terminal_table(rows, f"{config.name}: {ended}"))
+    stdout.print(terminal_table(rows, title))
+    for sentence in (shares, *verdict(rows)):
+        stdout.print(sentence, markup=False, soft_wrap=True)
     facts = figures(rows)
     if facts is not None:
         stdout.print(f"\n[bold]Best layout[/] (trial {facts.trial})", soft_wrap=True)
         stdout.print(override(folder, rows, Format.BRIDGE_CLI), markup=False, soft_wrap=True)
-    for purpose, command in _next_commands(folder, sweep_file).items():
+    for purpose, command in commands.items():
         stdout.print(f"{purpose}:\n    [bold]{escape(command)}[/]", soft_wrap=True)

@@ -21,7 +21,7 @@ from tuner.cli.progress import LiveProgress, PlainProgress, outcome_line
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import InputError
 from tuner.files import to_data, write_json
-from tuner.report import TrialRow, TrialSource
+from tuner.rows import TrialRow, TrialSource
 from tuner.sweep_file import load_sweep
 from tuner.trial import Outcome, TrialFolder
 
@@ -71,7 +71,14 @@ def trial(
     if json:
         print_json(to_data(result))
     else:
-        row = TrialRow(number=0, source="manual", note="", layout=layout, result=result)
+        row = TrialRow(
+            number=0,
+            source="manual",
+            note="",
+            layout=layout,
+            precision=sweep.workload.precision,
+            result=result,
+        )
         stdout.print(outcome_line(row, 0), markup=False, soft_wrap=True)
         stdout.print(f"files: {shlex.quote(str(path))}", markup=False, soft_wrap=True)
     return EXIT_CODES.get(result.outcome, 3)

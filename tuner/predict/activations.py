@@ -111,10 +111,19 @@ class Layers:
         return (5 + 1) * 4.0 * self.hidden - held
 
     def _norm_input(self) -> Floats:
-        """The hidden state that a layer's norm keeps as it came; Torch's RMSNorm keeps an fp32 copy instead."""
-        if self._keeps_norm_input:
-            return self.state
-        return np.where(self._recomputed("layernorm"), self.state, 0)
+        """The hidden state that a layer's norm keeps as it came; Torch's RMSNorm keeps an fp32 copy instead.
+
+        And all that the second norm of a sandwich keeps, which is never recomputed alone.
+        """
+        keeps = self._keeps_norm_input
+        kept = self.state if keeps else np.where(self._recomputed("layernorm"), self.state, 0)
+        if not self.model.sandwich_layernorm:
+            return kept
+        return kept + self._norm_inside() + (self.state if keeps else 0)
+
+    def _norm_inside(self) -> Floats:
+        """What a norm of the hidden state keeps beyond its input and its output."""
+        return self._norm(self.hidden, False) - self.hidden * self.size
 
     def attention(self) -> Part:
         """The input, its norm, and attention up to the residual sum."""
@@ -125,13 +134,14 @@ class Layers:
         # With more ranks than groups each rank has one, and gathers the projection to find it.
         group = self.tokens * np.maximum(model.num_query_groups / self.tp, 1) * model.kv_channels
         rotated, core_kept, extra = self._grouped_inputs(query, group)
-        core = share * model.num_attention_heads * 4 + self._mask()
+        scores = self._scores()
+        core = np.where(scores > 0, 2 * scores, share * model.num_attention_heads * 4) + self._mask()
         norm = self._norm(self.hidden)
         kept, dropped = self._split(
             [("core_attn", core), ("layernorm" if not self.fused else "", norm)],
             self._norm_input() + (rotated + core_kept + query) * self.size + extra,
         )
-        gradients = (2 * query + 2 * group) * self.size + self._fp32_query(query)
+        gradients = (2 * query + 2 * group) * self.size + self._fp32_query(query) + 2 * scores
         gradients = np.maximum(gradients, self._norm_backward(kept + dropped))
         return Part(
             kept=kept,
@@ -168,8 +178,15 @@ class Layers:
         """Sines and cosines of a rank's positions, which plain Torch makes for the query and again for the key."""
         return 4.0 * self.seq / self.cp * width * self.size
 
+    def _scores(self) -> Floats:
+        """Every head's scores where they are bounded, of which attention keeps two: the bounded and the softmax."""
+        heads = 0 if self.model.attn_logit_softcapping is None else self.model.num_attention_heads
+        return heads * self.tokens / self.tp * self.seq * self.size
+
     def _mask(self) -> Floats:
         """Torch keeps an explicit mask of a layer, [tokens of a rank, tokens], where causal alone does not say it."""
+        if self.model.attn_logit_softcapping is not None:
+            return self.seq / self.cp * self.seq  # a byte each: the scores are masked before the softmax
         if self.fused:
             return np.zeros_like(self.tokens)
         pairs = self.seq / self.cp * self.seq * self.size
@@ -325,7 +342,9 @@ class Layers:
         width = self.model.moe_shared_expert_intermediate_size
         if width is None:
             return np.zeros_like(self.tokens), np.zeros_like(self.tokens)
-        return self._mlp(self.tokens / self.tp * width, width * self.model.hidden_size / self.tp)
+        kept, backward = self._mlp(self.tokens / self.tp * width, width * self.model.hidden_size / self.tp)
+        # A gate keeps what it weighs.
+        return kept + (self.state if self.model.moe_shared_expert_gate else 0), backward
 
     def _dispatch_forward(self, dispatched: Floats, local: Floats) -> Floats:
         """Copies of the dispatched tokens alive at once, beside what is kept, and the shared experts' output.
@@ -356,7 +375,9 @@ class Layers:
         logits = self.tokens * vocabulary
         losses = 1 + (self.model.mtp_num_layers or 0)
         norm = self._norm(self.hidden, False) + (self.state if self._keeps_norm_input else 0)
-        gradient = self.full_hidden * self.size + np.where(self.sp, self.state, 0)
+        # The bent logits are gone once theirs is there, and while it is made it stands beside that of the loss.
+        bounded = 0 if self.model.final_logit_softcapping is None else logits * self.size
+        gradient = self.full_hidden * self.size + np.where(self.sp, self.state, 0) - bounded
         # Transformer Engine's loss turns bf16 logits into their gradient in place; Megatron's own works in fp32, on a
         # copy beside the bf16 logits and beside their gradient.
         softmax, copy = (self.size, 0.0) if self.fused or self.size == 4 else (4.0, self.size)
@@ -365,7 +386,8 @@ class Layers:
             projection = gradient + weight_gradient - logits * (softmax - self.size)
             # The logits of multi-token prediction are still there beside the model's own.
             gradient = np.maximum(projection, logits * copy * min(losses, 2))
-        return Head(kept=losses * (norm + logits * softmax), norm=norm, backward=gradient)
+        kept = losses * (norm + logits * softmax + bounded)
+        return Head(kept=kept, norm=norm, backward=np.maximum(gradient, bounded))
 
     def pipeline_tensors(
         self, row: NDArray[np.int64], behind: Bools, forwards_left: NDArray[np.int64]
@@ -402,8 +424,7 @@ class Layers:
         The embedding of its tokens, that and the state joined, what their two norms keep beside that, and one more
         copy of the final norm's output (multi_token_prediction.py, _concat_embeddings and forward).
         """
-        inner = self._norm(self.hidden, False) - self.hidden * self.size
-        return (4 if self._keeps_norm_input else 3) * self.state + 2 * inner
+        return (4 if self._keeps_norm_input else 3) * self.state + 2 * self._norm_inside()
 
     def buffers(
         self, dense: Floats, moe: Floats, last: Bools, vocabulary: Floats, row: NDArray[np.int64]

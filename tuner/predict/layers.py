@@ -31,6 +31,8 @@ BIAS_PASSES: Final = (14, 18)
 """Those of a dispatched token for the bias of its experts, forward and backward: multiply, add, concatenate, round."""
 SCORE_PASSES: Final = 5
 """Those of the score matrix in unfused attention: product, softmax, dropout, product; less what caches hold."""
+CAP_PASSES: Final = 6
+"""Those of bounding scores or logits: two scalings and a tanh, each on its own."""
 RING_KERNELS: Final = 8
 """Kernels of one step of ring attention beside those that move its data."""
 LOSS_BYTES: Final[Mapping[Implementation, float]] = {"transformer_engine": 24.0, "torch": 60.0}
@@ -156,7 +158,7 @@ class Layers:
         rows = self.tokens / self._spread * hidden
         kernels = self._rates.kernel_ms * LAYER_KERNELS * (2 if kind.moe else 1)
         parts = {
-            "layernorm": self._elementwise(NORM_PASSES, rows),
+            "layernorm": self._elementwise(NORM_PASSES * (2 if self._model.sandwich_layernorm else 1), rows),
             "residual": self._elementwise(RESIDUAL_PASSES, rows, kernels),
             "core_attn": self._core_attention(kind),
         }
@@ -202,6 +204,8 @@ class Layers:
         """The output layer and the cross entropy of one micro-batch."""
         width = self._model.padded_vocab_size(1) / self._tp
         loss_bytes = LOSS_BYTES[self._implementation] / 2
+        if self._model.final_logit_softcapping is not None:
+            loss_bytes += CAP_PASSES * self.state_bytes
         loss_ms = self._rates.moved_ms(self.tokens * width * loss_bytes, loss_bytes / self.state_bytes)
         # Each rank has a part of the vocabulary: the largest logit, the right one and the sum of all are reduced.
         reductions = LOSS_REDUCTIONS[self._implementation]
@@ -271,14 +275,16 @@ class Layers:
         model, seq_length = self._model, self._workload.seq_length
         heads = model.num_attention_heads / self._tp
         macs = core_attention_macs(model, seq_length, kind.sliding) * self.tokens / self._tp
-        if self._implementation == "transformer_engine":
+        capped = model.attn_logit_softcapping is not None
+        if self._implementation == "transformer_engine" and not capped:
             forward = self._rates.attention_ms(2 * macs, ATTENTION_EFFICIENCY)
             backward = 2.5 * forward
         else:
             # The whole square, masked or not.
             square = 4 * core_attention_macs(model, seq_length, False) * self.tokens / self._tp
-            scores = SCORE_PASSES * heads * self.tokens * seq_length * self.state_bytes
-            forward = self._rates.attention_ms(square, 1.0) + self._rates.moved_ms(scores, SCORE_PASSES / 2)
+            passes = SCORE_PASSES + (CAP_PASSES if capped else 0)
+            scores = passes * heads * self.tokens * seq_length * self.state_bytes
+            forward = self._rates.attention_ms(square, 1.0) + self._rates.moved_ms(scores, passes / 2)
             backward = 2 * forward
         over_ranks = self._ring_ms if self._implementation == "transformer_engine" else self._gathered_ms
         travel, back = over_ranks(forward, backward)

@@ -151,6 +151,7 @@ def _parts(
         _mtp_layers(workload.model, stages),
         adam,
         reducing,
+        parts.pop("reducing_embedding"),
         1 - np.minimum(behind, 1),
     )
     parts |= activations
@@ -205,10 +206,12 @@ def _state(
     # Overlapped, it goes in pieces of whole weights, on the first stage (distributed_data_parallel.py: bucket_size).
     piece = np.where(c.on("overlap_grad_reduce"), np.maximum(40e6, 1e6 * dense_ranks), np.inf)[stages.row]
     piece = np.where(stages.first, piece, np.inf)
-    piece = np.maximum(piece, np.where(stages.last, vocabulary * workload.model.hidden_size, 0))
+    table = vocabulary * workload.model.hidden_size
+    piece = np.maximum(piece, np.where(stages.last, table, 0))
     by_gloo = distributed[stages.row] & np.bool_(cluster.device == "cpu")
     return {
         "reducing": np.where(by_gloo, np.minimum(reduced / c["vpp"][stages.row], piece) * gradient, 0),
+        "reducing_embedding": np.where(by_gloo & stages.first & np.isfinite(piece), table * gradient, 0),
         "building": (dense + experts) * (weight + gradient) + np.where(distributed[stages.row], moved, 0),
         "parameters_gib": (dense + experts) * weight + np.maximum(linear, 0) * (quantised - alone),
         "gradients_gib": (dense + experts) * gradient,
@@ -225,7 +228,7 @@ def _weights(
     def share(module: parameters.Parameters) -> Floats:
         return module.sharded / tp + module.replicated
 
-    around = share(parameters.attention(model)) + 2 * parameters.norm(model)
+    around = share(parameters.attention(model)) + parameters.layer_norms(model)
     layer = np.stack(
         [
             around + share(parameters.dense_mlp(model)),
@@ -258,12 +261,14 @@ def _activations(
     mtp: Floats,
     adam: Floats,
     reducing: Floats,
+    reducing_embedding: Floats,
     left: Floats,
 ) -> tuple[dict[str, Floats], NDArray[np.intp]]:
     """Return the bytes kept at each stage's worst moment, by module, and the transient; and the moment's index.
 
     `mtp` is the layers of multi-token prediction by kind; `adam` and `reducing` are the bytes that the optimizer's step
-    and the reduction of the gradients need for a moment; `left` is the share of a micro-batch's activations that is
+    and the reduction of the gradients need for a moment, `reducing_embedding` that of the embedding's, which comes
+    beside its gradient where it overlaps; `left` is the share of a micro-batch's activations that is
     still kept when the first piece of the gradients is reduced.
     """
     row, last = stages.row, stages.last
@@ -286,7 +291,7 @@ def _activations(
         [
             _layer_transient(attention, dense, experts, stages, in_flight, sizes),
             np.where(last, head.backward[row], 0),
-            np.where(stages.first, embedding + state, 0),
+            np.where(stages.first, embedding + state + reducing_embedding, 0),
             np.maximum(adam, reducing),
         ]
     )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tuner.calibration import Calibration
 from tuner.cluster import Cluster
 from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size, num_microbatches
-from tuner.parameters import attention, dense_mlp, expert, norm, router, shared_experts
+from tuner.parameters import attention, dense_mlp, expert, layer_norms, router, shared_experts
 from tuner.predict import Implementation
 from tuner.predict.collectives import Floats, Group, group
 from tuner.predict.layers import RING_KERNELS, Layers, Module, Pass
@@ -355,7 +355,7 @@ def _held_parameters(model: Model, split: Stages, c: Columns) -> tuple[Floats, F
     routed = np.zeros_like(dense)
     for kind, count in split.layers.items():
         around = attention(model)
-        sharded, replicated = around.sharded, around.replicated + 2 * norm(model)
+        sharded, replicated = around.sharded, around.replicated + layer_norms(model)
         mlp = shared_experts(model) if kind.moe else dense_mlp(model)
         sharded, replicated = sharded + mlp.sharded, replicated + mlp.replicated
         if kind.moe:

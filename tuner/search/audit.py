@@ -12,7 +12,7 @@ from tuner.cluster import Cluster
 from tuner.layout import Layout
 from tuner.predict import implementation_of
 from tuner.predict.memory import peak_gib
-from tuner.report import TrialRow
+from tuner.rows import TrialRow
 from tuner.search.dominance import needs_at_least_as_much_memory
 from tuner.search.feasibility import MIN_FIT, fit_probabilities
 from tuner.search.sampler import find_row

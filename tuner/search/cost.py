@@ -26,11 +26,12 @@ class TrialCost:
 
 
 def trial_cost(observations: Iterable[Observation], measurement: Measurement) -> TrialCost:
-    """The median of the completed trials; before the first, nothing but the steps of the shortest trial."""
+    """The median of the completed trials; before the first, nothing but the steps of the shortest trial there is."""
+    least = measurement.warmup_steps + measurement.min_steps
     completed = [observation for observation in observations if observation.step_time_ms is not None]
     if not completed:
-        return TrialCost(steps=measurement.warmup_steps + measurement.min_steps)
+        return TrialCost(steps=least)
     return TrialCost(
         fixed_s=max(0.0, median(observation.fixed_s for observation in completed)),
-        steps=measurement.warmup_steps + median(observation.steps for observation in completed),
+        steps=max(least, median(observation.steps for observation in completed)),
     )

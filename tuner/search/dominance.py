@@ -31,11 +31,14 @@ def needs_at_least_as_much_memory(
     - micro_batch_size: activations in flight are min(pp, M) micro-batches of gbs/(dp*M) samples, which never shrink;
       plain Torch also keeps tensors a micro-batch (see `_as_many_in_flight`);
     - recompute: where it is dropped altogether (see `_keeps_more_without_recompute`);
-    - use_distributed_optimizer: without it the state is held whole instead of in shards;
+    - use_distributed_optimizer: without it the state is held whole instead of in shards, on CUDA; Gloo copies the
+      gradients that it scatters, and the copy may outweigh the shards;
     - pp: fewer stages of more layers each, where `_merges_stages` proves it.
     """
     stages = table["pp"].to_numpy()
     mask = _no_smaller(table, layout, _keeps_more_without_recompute(layout, workload, cluster))
+    if cluster.device == "cpu":
+        mask &= table["use_distributed_optimizer"].to_numpy() == layout.use_distributed_optimizer
     if implementation_of(cluster) == "torch":
         larger = table["micro_batch_size"].to_numpy() > layout.micro_batch_size
         mask &= ~larger | _as_many_in_flight(table, workload, cluster)

@@ -12,14 +12,14 @@ from tuner.layout import Layout
 from tuner.predict import implementation_of
 from tuner.predict.memory import peak_gib
 from tuner.predict.time import step_time_ms
-from tuner.report import TrialRow
+from tuner.rows import TrialRow
 from tuner.search.feasibility import Feasibility
 from tuner.search.ranking import Ranking, encode
 from tuner.search.sampler import find_row
+from tuner.search.strategy import Observation
 from tuner.space import enumerate_layouts
 from tuner.sweep import with_row
 from tuner.sweep_file import Sweep
-from tuner.trial import Outcome
 
 Floats = NDArray[np.float64]
 
@@ -65,14 +65,13 @@ def gather(
     feasibility, ranking = Feasibility(table, workload, cluster), Ranking(encode(table), predicted_ms)
     predicted_fit = feasibility.probabilities()
     for row, trial in zip(rows.tolist(), trials, strict=True):
-        metrics, bound_ms = trial.result.metrics, trial.result.slower_than_ms
-        if metrics is not None:
-            ranking.tell(row, metrics.step_time_ms)
-            feasibility.tell(row, metrics.peak_allocated_gib)
-        elif trial.result.outcome is Outcome.OOM:
-            feasibility.tell(row, None)
-        if bound_ms is not None:
-            ranking.tell_slower(row, bound_ms)
+        seen = Observation.of(trial.result)
+        if seen.step_time_ms is not None:
+            ranking.tell(row, seen.step_time_ms)
+        elif seen.slower_than_ms is not None:
+            ranking.tell_slower(row, seen.slower_than_ms)
+        if seen.out_of_memory or seen.peak_gib is not None:
+            feasibility.tell(row, seen.peak_gib)
     return Evidence(
         sweep=sweep,
         calibration=calibration,

@@ -27,6 +27,9 @@ ERROR_FACTOR: Final = 2.0
 """One deviation of the deviation's own uncertainty: twice as much, or half."""
 RATIO_ERROR: Final = 0.02
 """Prior deviation of the allocator's share, and what one layout's differs from another's."""
+MOST_UNCERTAIN: Final = 0.5
+"""The widest prior deviation of the total's logarithm, two thirds more or less: where a GPU is smaller than what is
+held beside the allocated memory, the grid would grow without end."""
 
 _STEP: Final = 0.004
 """Between two points of the posterior's grid, in either logarithm."""
@@ -55,7 +58,8 @@ class Feasibility:
         bias = np.arange(-6 * BIAS, 10 * BIAS, _STEP)
         beyond, self._own = np.zeros(1), 1e-6
         if cluster.device == "cuda":
-            deviation = np.hypot(RATIO_ERROR, UNCERTAINTY * float(np.mean(beyond_gib)) / memory_gib)
+            share = UNCERTAINTY * float(np.mean(beyond_gib)) / memory_gib
+            deviation = min(np.hypot(RATIO_ERROR, share), MOST_UNCERTAIN)
             beyond, self._own = np.arange(-3 * deviation, 3 * deviation, 4 * _STEP), RATIO_ERROR
             prior = -0.5 * (beyond / deviation) ** 2
         else:

@@ -15,7 +15,8 @@ from tuner.predict.memory import StageMemory
 from tuner.predict.memory import breakdown as memory_breakdown
 from tuner.predict.time import StepTime
 from tuner.predict.time import breakdown as time_breakdown
-from tuner.report import TrialRow, best
+from tuner.report import best
+from tuner.rows import TrialRow
 from tuner.search.evidence import Evidence
 from tuner.search.importance import importances
 from tuner.search.neighbours import Neighbour, neighbours

@@ -9,7 +9,7 @@ import numpy as np
 
 from tuner.choices import CHOICES, codes_of, one_step, value_of
 from tuner.layout import Layout
-from tuner.report import TrialRow, completed
+from tuner.rows import TrialRow, completed
 from tuner.rules import broken_rules
 from tuner.search.dominance import needs_at_least_as_much_memory
 from tuner.search.evidence import Evidence

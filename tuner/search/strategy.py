@@ -27,12 +27,12 @@ class Observation:
     slower_than_ms: float | None = None
     """A lower bound of the step time, where the trial ended before it measured one."""
     peak_gib: float | None = None
-    """Allocated, of the worst rank."""
+    """Allocated, of the worst rank, of a trial that did its steps: completed, or given up as too slow."""
     out_of_memory: bool = False
     fixed_s: float = 0.0
     """What the trial took beside its steps: start-up, build, the end."""
     steps: int = 0
-    """Timed steps."""
+    """Optimizer steps of a completed trial, warm-up included."""
 
     @classmethod
     def of(cls, result: TrialResult) -> Self:
@@ -42,11 +42,20 @@ class Observation:
             state=STATES[result.outcome],
             step_time_ms=metrics.step_time_ms if metrics else None,
             slower_than_ms=result.slower_than_ms,
-            peak_gib=metrics.peak_allocated_gib if metrics else None,
+            peak_gib=_peak_gib(result),
             out_of_memory=result.outcome is Outcome.OOM,
             fixed_s=durations.total_s - durations.warmup_s - durations.measure_s,
-            steps=len(metrics.step_times_ms) if metrics else 0,
+            steps=len(metrics.losses) if metrics else 0,
         )
+
+
+def _peak_gib(result: TrialResult) -> float | None:
+    if result.metrics is not None:
+        return result.metrics.peak_allocated_gib
+    if result.outcome is not Outcome.TOO_SLOW:
+        return None
+    peaks = [record.peak_allocated_gib for record in result.ranks if record.peak_allocated_gib is not None]
+    return max(peaks, default=None)
 
 
 class Strategy(ABC):

@@ -3,9 +3,8 @@
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
@@ -14,15 +13,16 @@ import torch
 import torch.distributed as dist
 
 from launchers.programs.megatron_core.cpu import enable_cpu
-from launchers.programs.megatron_core.measure import measured_enough
+from launchers.programs.megatron_core.measure import lower_bound_ms, measured_enough
 from launchers.programs.megatron_core.memory import GIB, TensorAccount, peak_gib
 from launchers.programs.megatron_core.report import (
     Monitor,
     NonFiniteLossError,
     Steps,
     rank_record,
+    report_failure,
     write_completed,
-    write_failed,
+    write_too_slow,
 )
 from launchers.programs.megatron_core.train import Job
 from tuner.files import read_json
@@ -43,8 +43,7 @@ def main(arguments: list[str]) -> int:
     try:
         run(spec, monitor, account)
     except Exception as error:
-        traceback.print_exc()
-        write_failed(monitor, error, _peak_so_far(account))
+        report_failure(monitor, error, _peak_so_far(account))
         return 1
     return 0
 
@@ -65,15 +64,16 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
         for _ in range(spec.measurement.warmup_steps - ACCOUNTED_STEPS):
             trial.step()
         monitor.enter("measure")
-        times_ms: list[float] = []
-        while not measured_enough(times_ms, spec.measurement):
-            times_ms.append(trial.step())
+        slower_than_ms = trial.measure()
         monitor.enter("teardown")
         records: list[RankRecord] = [rank_record(monitor, peak_gib(account))] * dist.get_world_size()
         dist.all_gather_object(records, records[0])
         if monitor.rank == 0:
-            steps = Steps(tuple(times_ms), tuple(trial.losses), tuple(trial.grad_norms))
-            write_completed(spec, monitor, steps, records)
+            if slower_than_ms is None:
+                steps = Steps(tuple(trial.times_ms), tuple(trial.losses), tuple(trial.grad_norms))
+                write_completed(spec, monitor, steps, records)
+            else:
+                write_too_slow(spec, monitor, slower_than_ms, records)
         dist.barrier()
         job.close()
 
@@ -82,12 +82,28 @@ class _Trial:
     """The steps of a trial: each timed over all ranks and its loss checked."""
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, job: Job) -> None:
+        self.measurement, self.give_up_above_ms = spec.measurement, spec.give_up_above_ms
         self.monitor, self.job = monitor, job
+        self.times_ms: list[float] = []
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
 
-    def step(self) -> float:
-        """Do one step; return the slowest rank's time in ms, the same on every rank.
+    def measure(self) -> float | None:
+        """Do steps until enough are timed; return what the step time is above where that rules the trial out.
+
+        Every rank decides by the same times.
+        """
+        least, limit_ms = self.measurement.warmup_steps, self.give_up_above_ms
+        while not measured_enough(times_ms := self.times_ms[least:], self.measurement):
+            if limit_ms is not None:
+                bound_ms = lower_bound_ms(times_ms, self.measurement)
+                if bound_ms is not None and bound_ms > limit_ms:
+                    return bound_ms
+            self.step()
+        return None
+
+    def step(self) -> None:
+        """Do one step, and keep the slowest rank's time, which every rank then knows.
 
         Raises:
             NonFiniteLossError: on every rank, if the loss or the norm of the gradients is not finite.
@@ -105,7 +121,7 @@ class _Trial:
             raise NonFiniteLossError(f"loss {loss}, gradient norm {grad_norm} in step {self.monitor.step}")
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
-        return float(elapsed) * 1000
+        self.times_ms.append(float(elapsed) * 1000)
 
 
 @contextmanager
@@ -142,7 +158,8 @@ def _peak_so_far(account: TensorAccount | None) -> tuple[float | None, float | N
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # the disk may be full
+        sys.stdout.flush()
+        sys.stderr.flush()
     if code:  # a collective may be pending for ever, and its destructor would wait for it
         os._exit(code)

@@ -60,6 +60,7 @@ _MOE_FIELDS = (
     "moe_ffn_hidden_size",
     "moe_router_topk",
     "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
     "moe_router_load_balancing_type",
     "moe_router_score_function",
     "moe_router_pre_softmax",

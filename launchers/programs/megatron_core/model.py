@@ -1,5 +1,6 @@
 """The process grids and this rank's part of the model, built by Megatron-Core."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from launchers.programs.megatron_core.config import ddp_config
-from launchers.programs.megatron_core.specs import decoder_block_spec, mtp_block_spec
+from launchers.programs.megatron_core.specs import decoder_block_spec, mtp_block_spec, soft_capped
 from tuner.layout import Layout
 from tuner.workload import Workload
 
@@ -43,8 +45,8 @@ def _build_chunk(
     workload: Workload, layout: Layout, config: TransformerConfig, vp_stage: int | None
 ) -> GPTModel:
     model = workload.model
-    decoder = decoder_block_spec(config, vp_stage)
-    return GPTModel(
+    decoder = decoder_block_spec(model, config, vp_stage)
+    chunk = GPTModel(
         config=config,
         transformer_layer_spec=decoder,
         vocab_size=model.padded_vocab_size(layout.tp),
@@ -57,6 +59,14 @@ def _build_chunk(
         mtp_block_spec=mtp_block_spec(config, decoder, vp_stage),
         vp_stage=vp_stage,
     )
+    if model.final_logit_softcapping is not None and chunk.post_process:
+        chunk.output_layer.register_forward_hook(partial(_cap_logits, model.final_logit_softcapping))
+    return chunk
+
+
+def _cap_logits(bound: float, layer: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> Any:
+    logits, bias = output
+    return soft_capped(logits, bound), bias
 
 
 def wrap_for_training(

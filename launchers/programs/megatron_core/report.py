@@ -6,13 +6,14 @@ import socket
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from launchers.programs.megatron_core.measure import median_interval
+from launchers.programs.megatron_core.measure import median_interval, outliers, warmup_end
 from tuner.errors import InputError
 from tuner.files import read_json, to_data, write_json
 from tuner.flops import model_flops_per_token
@@ -29,6 +30,9 @@ from tuner.trial import (
     TrialResult,
     TrialSpec,
 )
+
+_CAUSE_S = 1.0
+"""Ten times what torchrun takes to see that a rank has ended."""
 
 
 class NonFiniteLossError(Exception):
@@ -96,7 +100,7 @@ class Monitor:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What the steps of a completed trial gave: times of the timed ones, loss and norm of every one."""
+    """What the steps of a completed trial gave, one value a step, warm-up included."""
 
     times_ms: tuple[float, ...]
     losses: tuple[float, ...]
@@ -122,10 +126,29 @@ def write_completed(spec: TrialSpec, monitor: Monitor, steps: Steps, records: Se
     """Write the result of a trial that ran to its end; rank 0 only."""
     metrics = metrics_of(spec, steps, records)
     reason = f"{metrics.step_time_ms:.1f} ms a step over {len(metrics.step_times_ms)} timed steps"
+    result = TrialResult(outcome=Outcome.COMPLETED, reason=reason, metrics=metrics)
+    _write(monitor, result, records)
+
+
+def write_too_slow(
+    spec: TrialSpec, monitor: Monitor, slower_than_ms: float, records: Sequence[RankRecord]
+) -> None:
+    """Write the result of a trial that cannot be as fast as asked for; rank 0 only."""
+    timed = monitor.step - spec.measurement.warmup_steps
+    reason = (
+        f"slower than {slower_than_ms:.1f} ms a step, as {timed} timed steps say; "
+        f"given up above {spec.give_up_above_ms:.1f} ms"
+    )
     result = TrialResult(
-        outcome=Outcome.COMPLETED,
-        reason=reason,
-        metrics=metrics,
+        outcome=Outcome.TOO_SLOW, reason=reason, phase="measure", slower_than_ms=slower_than_ms
+    )
+    _write(monitor, result, records)
+
+
+def _write(monitor: Monitor, result: TrialResult, records: Sequence[RankRecord]) -> None:
+    """Write a result with what every one tells beside its outcome."""
+    result = replace(
+        result,
         ranks=tuple(records),
         durations=monitor.durations(),
         versions=versions(),
@@ -133,6 +156,23 @@ def write_completed(spec: TrialSpec, monitor: Monitor, steps: Steps, records: Se
         finished_at=_now(),
     )
     write_json(monitor.folder.result, result)
+
+
+def report_failure(
+    monitor: Monitor, error: Exception, peak: tuple[float | None, float | None] = (None, None)
+) -> None:
+    """Say in every place how this rank failed: in its output, its record, and the trial's result.
+
+    A full disk refuses them all, and must not keep the rank from its end. A rank that lost a connection waits a
+    moment, so that the launcher sees the peer end first whose end may be the cause.
+    """
+    with suppress(OSError):
+        traceback.print_exception(error)
+    with suppress(OSError):
+        write_failed(monitor, error, peak)
+    outcome, _ = outcome_of_failure(_qualified_name(type(error)), str(error), monitor.phase, monitor.step)
+    if outcome is Outcome.COMMUNICATION:
+        time.sleep(_CAUSE_S)
 
 
 def write_failed(
@@ -149,18 +189,8 @@ def write_failed(
     if cause is None or cause.failure is None:
         return
     outcome, reason = outcome_of_failure(cause.failure.kind, cause.failure.message, cause.phase, cause.step)
-    result = TrialResult(
-        outcome=outcome,
-        reason=reason,
-        phase=cause.phase,
-        rank=cause.rank,
-        ranks=records,
-        durations=monitor.durations(),
-        versions=versions(),
-        device_name=device_name(),
-        finished_at=_now(),
-    )
-    write_json(monitor.folder.result, result)
+    result = TrialResult(outcome=outcome, reason=reason, phase=cause.phase, rank=cause.rank)
+    _write(monitor, result, records)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -176,16 +206,21 @@ def failure_of(error: BaseException) -> Failure:
 def metrics_of(spec: TrialSpec, steps: Steps, records: Sequence[RankRecord]) -> Metrics:
     """Return what the timed steps and the ranks' peaks amount to."""
     workload, gpu = spec.workload, spec.cluster.gpu
-    median, low, high = median_interval(steps.times_ms)
+    least, tolerance = spec.measurement.warmup_steps, spec.measurement.target_relative_interval
+    first = least + warmup_end(steps.times_ms[least:], tolerance)
+    timed_ms = steps.times_ms[first:]
+    median, low, high = median_interval(timed_ms)
     tokens = workload.tokens_per_step / (median / 1000) / spec.cluster.world_size
     tflops = tokens * model_flops_per_token(workload) / 1e12
     peak_tflops = gpu.peak_tflops.get(workload.precision)
     reserved = [record.peak_reserved_gib for record in records if record.peak_reserved_gib is not None]
     return Metrics(
-        step_times_ms=steps.times_ms,
+        step_times_ms=timed_ms,
         step_time_ms=median,
         step_time_low_ms=low,
         step_time_high_ms=high,
+        warmup_times_ms=steps.times_ms[:first],
+        outliers=outliers(timed_ms, tolerance),
         losses=steps.losses,
         grad_norms=steps.grad_norms,
         tokens_per_s_per_gpu=tokens,

@@ -2,15 +2,18 @@
 
 Megatron's own local spec lacks things that a layout may ask for: its norm refuses sequence parallelism, its
 attention refuses context parallelism, and its latent attention shards the down projections, of which
-Transformer Engine keeps a copy on every rank. The modules here replace them, on CPU and on CUDA alike.
+Transformer Engine keeps a copy on every rank. The modules here replace them, on CPU and on CUDA alike. And
+neither has the bounded scores and the second norms of Gemma, which are added to both.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -24,11 +27,14 @@ from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
+
+from tuner.workload import Model
 
 
 class TorchNorm(torch.nn.Module):
@@ -52,8 +58,29 @@ class TorchNorm(torch.nn.Module):
         return layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class NormThenAdd(torch.nn.Module):
+    """The second norm of a sandwich: the output of attention or MLP is normalised, then added to the residual.
+
+    Stands where Megatron adds bias and residual, and is called as its `get_bias_dropout_add` is.
+    """
+
+    def __init__(self, config: TransformerConfig, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Return the function that adds: ((output, its bias or None), residual, dropout) -> hidden state."""
+        add = get_bias_dropout_add(training, fused)
+
+        def normed_add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Any:
+            output, bias = output_with_bias
+            return add((self.norm(output if bias is None else output + bias), None), residual, prob)
+
+        return normed_add
+
+
 class TorchCoreAttention(torch.nn.Module):
-    """Causal attention, also over a context parallel group, in a sliding window, and with learnable sinks.
+    """Causal attention, also over a context parallel group, in a sliding window, with learnable sinks or capped.
 
     Megatron cuts a sequence into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that causal work
     is even. Keys and values are gathered over the group (their gradients summed and scattered back); the
@@ -68,10 +95,12 @@ class TorchCoreAttention(torch.nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        softcap: float | None = None,
         **unused: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.softcap = softcap
         self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
         sliding = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window_size = config.window_size if sliding else None
@@ -91,12 +120,14 @@ class TorchCoreAttention(torch.nn.Module):
         if cp > 1:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
-        if cp > 1 or self.window_size is not None:
+        if cp > 1 or self.window_size is not None or self.softcap is not None:
             everywhere = [chunk_positions(length, cp, other, query.device) for other in range(cp)]
             mask = attention_mask(everywhere[rank], torch.cat(everywhere), self.window_size)
         if self.softmax_offset is not None:
             key, value, mask = self._with_sink(key, value, mask, length)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if self.softcap is not None:
+            return self._capped(query, key, value, mask).permute(2, 0, 1, 3).flatten(2)
         context = scaled_dot_product_attention(
             query,
             key,
@@ -107,6 +138,21 @@ class TorchCoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with bounded scores, product by product: no fused attention bounds them.
+
+        Query [b, heads, s, d], key and value [b, groups, keys, d or dv] -> [b, heads, s, dv].
+        """
+        assert self.softcap is not None and mask is not None
+        (batch, heads, length, width), (groups, keys) = query.shape, key.shape[1:3]
+        # A group's heads are rows of one product, so that keys and values need no copies.
+        query = query.reshape(batch, groups, -1, width)
+        scores = query @ key.transpose(2, 3) * (self.softmax_scale or width**-0.5)
+        scores = soft_capped(scores, self.softcap).view(batch, heads, length, keys)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        context = weights.view(batch, groups, -1, keys) @ value
+        return context.view(batch, heads, length, value.shape[-1])
 
     def _with_sink(
         self, key: Tensor, value: Tensor, mask: Tensor | None, length: int
@@ -124,6 +170,11 @@ class TorchCoreAttention(torch.nn.Module):
         sink = self.softmax_offset[:, None, None].expand(heads, length, 1)
         key, value = (torch.cat([tensor, torch.zeros_like(tensor[:1])]) for tensor in (key, value))
         return key, value, torch.cat([scores.expand(heads, -1, -1), sink], dim=2)
+
+
+def soft_capped(scores: Tensor, bound: float) -> Tensor:
+    """Return scores or logits bent into (-bound, bound) (Gemma 2: arXiv:2408.00118, section 2)."""
+    return bound * torch.tanh(scores / bound)
 
 
 def chunk_positions(length: int, cp: int, rank: int, device: torch.device) -> Tensor:
@@ -148,8 +199,23 @@ class _TorchSpecProvider(LocalSpecProvider):  # type: ignore[misc]
         return TorchNorm
 
 
-def decoder_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def decoder_block_spec(
+    model: Model, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Return the layers of this pipeline rank's chunk `vp_stage` (None without interleaving)."""
+    block = _plain_block_spec(config, vp_stage)
+    for layer in block.layer_specs:
+        if model.sandwich_layernorm:
+            add = ModuleSpec(module=NormThenAdd, params={"config": config, "norm": block.layer_norm})
+            layer.submodules.self_attn_bda = layer.submodules.mlp_bda = add
+        if model.attn_logit_softcapping is not None:
+            layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+                module=TorchCoreAttention, params={"softcap": model.attn_logit_softcapping}
+            )
+    return block
+
+
+def _plain_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     if config.transformer_impl == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     _repair_megatron()

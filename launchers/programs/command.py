@@ -1,0 +1,142 @@
+"""Run any command as a trial: `python -m launchers.programs.command SPEC.json FOLDER COMMAND...`.
+
+The command's output passes through, and what the spec's expressions find in it is measured. A command without
+expressions writes `result.json` itself. Which processes it starts is its own affair: the launcher ends them all.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+
+from launchers.programs.megatron_core.measure import lower_bound_ms
+from launchers.programs.megatron_core.report import (
+    Monitor,
+    NonFiniteLossError,
+    Steps,
+    rank_record,
+    report_failure,
+    write_completed,
+    write_too_slow,
+)
+from tuner.files import read_json
+from tuner.program import Command, LogFigures, read_log
+from tuner.trial import TrialFolder, TrialSpec
+
+
+class _TooFewStepsError(Exception):
+    """The command ended well and did not say enough."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the trial; returns the exit code: the command's own where it failed."""
+    spec, folder = read_json(TrialSpec, Path(arguments[0])), TrialFolder(Path(arguments[1]))
+    assert isinstance(spec.program, Command), "the launcher runs this program for commands alone"
+    monitor = Monitor(folder, 0, float(os.environ.get("MEGATUNE_STARTED_AT", time.time())))
+    with subprocess.Popen(
+        arguments[2:], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        log = _Log(spec, monitor, spec.program)
+        slower_than_ms = log.follow(_lines(process))
+        if slower_than_ms is not None:
+            process.send_signal(signal.SIGTERM)
+            write_too_slow(spec, monitor, slower_than_ms, [rank_record(monitor, log.peak)])
+            os._exit(0)  # whatever still runs is the launcher's to end
+        code = process.wait()
+    if code:
+        if code < 0:  # a signal, which the launcher knows by ours
+            signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        return code
+    try:
+        log.conclude()
+    except Exception as error:
+        report_failure(monitor, error, log.peak)
+        return 1
+    return 0
+
+
+def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
+    """The command's output, line by line, passed on as it comes."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+        yield line.decode(errors="replace")
+
+
+class _Log:
+    """What the output has said so far."""
+
+    def __init__(self, spec: TrialSpec, monitor: Monitor, program: Command) -> None:
+        self.spec, self.monitor, self.patterns = spec, monitor, program.patterns
+        self.times_ms: list[float] = []
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self.peak: tuple[float | None, float | None] = (None, None)
+
+    def follow(self, lines: Iterator[str]) -> float | None:
+        """Take the output in to its end; return what the step time is above where that rules the trial out."""
+        least, limit_ms = self.spec.measurement.warmup_steps, self.spec.give_up_above_ms
+        for line in lines:
+            figures = read_log(line, self.patterns)
+            self._take(figures)
+            if limit_ms is None or not figures.step_time_ms or len(self.times_ms) <= least:
+                continue
+            bound_ms = lower_bound_ms(self.times_ms[least:], self.spec.measurement)
+            if bound_ms is not None and bound_ms > limit_ms:
+                return bound_ms
+        return None
+
+    def _take(self, figures: LogFigures) -> None:
+        self.losses += figures.loss
+        self.grad_norms += figures.grad_norm
+        allocated, reserved = self.peak
+        self.peak = (
+            _larger(allocated, figures.peak_allocated_gib),
+            _larger(reserved, figures.peak_reserved_gib),
+        )
+        least = self.spec.measurement.warmup_steps
+        for time_ms in figures.step_time_ms:
+            self.times_ms.append(time_ms)
+            if len(self.times_ms) in {1, least}:
+                self.monitor.enter("warmup" if len(self.times_ms) < least else "measure")
+            self.monitor.finish_step()
+
+    def conclude(self) -> None:
+        """Write the result, unless the command has.
+
+        Raises:
+            NonFiniteLossError: if a loss is not finite.
+            _TooFewStepsError: if the output tells too little.
+        """
+        if not self.patterns:
+            if not self.monitor.folder.result.exists():
+                raise _TooFewStepsError(
+                    f"the command wrote no {self.monitor.folder.result.name}, and has no log"
+                )
+            return
+        if not all(map(isfinite, self.losses)):
+            raise NonFiniteLossError(f"losses {self.losses}")
+        needed = self.spec.measurement.warmup_steps + self.spec.measurement.min_steps
+        if len(self.times_ms) < needed or self.peak[0] is None:
+            peak = "no peak memory" if self.peak[0] is None else "a peak memory"
+            raise _TooFewStepsError(
+                f"the output tells {len(self.times_ms)} step times and {peak}; needed are {needed} "
+                "(measurement: warmup_steps + min_steps) and a peak"
+            )
+        self.monitor.enter("teardown")
+        steps = Steps(tuple(self.times_ms), tuple(self.losses), tuple(self.grad_norms))
+        write_completed(self.spec, self.monitor, steps, [rank_record(self.monitor, self.peak)])
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return max((value for value in (one, other) if value is not None), default=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""What becomes of a trial that fails: `python -m tests.bench.faults [cold] [forked] [FAULT...]`.
+
+Every fault is really injected into a torchrun job of two ranks, started cold or forked, and followed by a trial that
+has to complete. Exits with 1 if anything is not as it has to be.
+"""
+
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launchers.base import marked_processes
+from launchers.preloaded import Preload
+from launchers.torchrun import TorchrunLauncher
+from tests.faults import FAULTS, Fault, Programs, lost, small_disk, spec_for, wrong
+from tuner.trial import Outcome, TrialFolder
+
+LOG_LIMIT_MIB = 64
+GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was seen of one fault."""
+
+    fault: Fault
+    start: str
+    injected: bool
+    wrong: str = ""
+    ended_s: float = 0.0
+    log_mib: float = 0.0
+    lost: tuple[str, ...] = ()
+    orphans: int = 0
+    next_trial: str = "ok"
+
+    def passed(self) -> bool:
+        """Whether everything is as it has to be; what cannot be injected here proves nothing, and fails nothing."""
+        in_time = self.ended_s <= self.fault.within_s and self.log_mib <= LOG_LIMIT_MIB
+        return not (self.wrong or self.lost or self.orphans) and in_time and self.next_trial == "ok"
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as the table shows it."""
+        name = (self.fault.program, self.start, self.fault.outcome.value)
+        if not self.injected:
+            return (*name, "not injected: no disk can be mounted here", *[""] * 6)
+        return (
+            *name,
+            "yes",
+            "no" if self.wrong else "yes",
+            f"{self.ended_s:.1f} of {self.fault.within_s:g}",
+            f"{self.log_mib:.2f}",
+            ", ".join(self.lost) or "nothing",
+            str(self.orphans),
+            self.next_trial,
+        )
+
+
+TITLES = (
+    "fault", "start", "to be reported as", "injected", "classified right", "ended within s", "log MiB", "lost",
+    "orphans", "next trial",
+)  # fmt: skip
+
+
+def try_fault(fault: Fault, start: str, launcher: TorchrunLauncher, root: Path) -> Row:
+    """Run a trial that fails and one that does not, and look at what is left of the first."""
+    folder = TrialFolder(root / f"{start} {fault.program}")
+    folder.path.mkdir()
+    row = Row(fault, start, injected=True)
+    with ExitStack() as stack:
+        if fault.needs_small_disk:
+            try:
+                stack.enter_context(small_disk(folder.path))
+            except PermissionError:
+                return replace(row, injected=False)
+        result = launcher.run(launcher.plan(fault.spec(), folder), threading.Event())
+        row = replace(
+            row,
+            wrong=wrong(fault, result),
+            ended_s=result.durations.total_s,
+            log_mib=sum(path.stat().st_size for path in folder.log.rglob("*.log")) / 2**20,
+            lost=tuple(lost(folder, result)),
+            orphans=len(marked_processes(str(folder.path))),
+        )
+    after = TrialFolder(root / f"{start} after {fault.program}")
+    following = launcher.run(launcher.plan(spec_for("completes"), after), threading.Event())
+    if following.outcome is not Outcome.COMPLETED:
+        row = replace(row, next_trial=following.reason)
+    shutil.rmtree(folder.path)
+    return row
+
+
+def try_all(faults: Sequence[Fault], starts: Sequence[str], root: Path) -> Iterator[Row]:
+    """Try every fault in each way of starting, one after the other."""
+    with Preload(root) as preload:
+        cold = TorchrunLauncher(programs=Programs(), grace_s=GRACE_S)
+        launchers = {"cold": cold, "forked": replace(cold, start=preload.start)}
+        for start in starts:
+            for fault in faults:
+                yield try_fault(fault, start, launchers[start], root)
+
+
+def line(cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table as it grows; returns 1 if a row is wrong."""
+    # Ended from outside, it still ends the job under way and takes the small disk away.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    starts = [start for start in ("cold", "forked") if start in arguments] or ["cold", "forked"]
+    named = set(arguments) - {"cold", "forked"}
+    if unknown := named - {fault.program for fault in FAULTS}:
+        print(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(fault.program for fault in FAULTS)}")
+        return 2
+    faults = [fault for fault in FAULTS if not named or fault.program in named]
+    print(line(TITLES), line("---" for _ in TITLES), sep="\n", flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in try_all(faults, starts, Path(folder)):
+            rows.append(row)
+            print(line(row.cells()), flush=True)
+    failed = [row for row in rows if not row.passed()]
+    for row in failed:
+        print(f"{row.start} {row.fault.program}: {row.wrong or 'see the table'}")
+    print(f"{len(rows) - len(failed)} of {len(rows)} as they have to be")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

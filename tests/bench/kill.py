@@ -1,0 +1,44 @@
+"""Is a night's table the same however often the tuner is killed?
+
+`python -m tests.bench.kill [KILLS=100] [SEED=0]`
+
+SIGKILL at random moments of a sweep over a deterministic program, a new tuner on the same folder after each, until
+the sweep has ended; then the next sweep, until all kills are spent. Prints counts; fails unless every table is that
+of a sweep which nobody killed, no result was written twice, and nothing outlived its tuner by more than 5 s.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.kills import kill_and_resume
+
+
+def main(kills: int, seed: int) -> int:
+    """Print the counts; returns the exit code."""
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as root:
+        tally = kill_and_resume(Path(root), kills, seed)
+    print(
+        f"{tally.kills} kills, each resumed; {tally.sweeps} sweeps of {tally.trials} trials came to their end"
+    )
+    print(f"tables that differ from the uninterrupted one  {len(tally.differing)}")
+    print(f"trials lost                                    {tally.lost}")
+    print(f"trials measured twice                          {tally.twice}")
+    print(
+        f"processes alive 5 s after their tuner's death  {tally.orphans} (the last gone after {tally.slowest_s:.1f} s)"
+    )
+    print(f"in {time.monotonic() - began_s:.0f} s, seed {seed}")
+    for line in tally.differing:
+        print(line)
+    return 1 if tally.differing or tally.lost or tally.twice or tally.orphans else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Kill the tuner, and resume.")
+    parser.add_argument("kills", nargs="?", type=int, default=100)
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.kills, arguments.seed))

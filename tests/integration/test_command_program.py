@@ -1,0 +1,92 @@
+"""A trainer that knows nothing of megatune, tuned by its command line and its log."""
+
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launchers.torchrun import TorchrunLauncher
+from tests.trials import CLUSTER, spec_of
+from tuner.layout import Layout
+from tuner.program import Command
+from tuner.trial import Measurement, Outcome, TrialFolder, TrialResult
+
+TRAINER = Path(__file__).parent / "programs" / "trainer.py"
+COMMAND = Command(
+    command=(
+        *(
+            sys.executable,
+            str(TRAINER),
+            "--train-iters",
+            "{steps}",
+            "--micro-batch-size",
+            "{micro_batch_size}",
+        ),
+        *("--tensor-model-parallel-size", "{tp}"),
+    ),
+    log="megatron-lm",
+)
+CPU = replace(CLUSTER, device="cpu", gpus_per_node=4, nvlink_domain_gpus=4)
+
+
+def run(
+    folder: Path, layout: Layout, command: Command = COMMAND, give_up_above_ms: float | None = None
+) -> TrialResult:
+    measurement = Measurement(warmup_steps=3, min_steps=3, max_steps=20)
+    spec = replace(
+        spec_of(0, layout, cluster=CPU),
+        program=command,
+        measurement=measurement,
+        give_up_above_ms=give_up_above_ms,
+    )
+    launcher = TorchrunLauncher()
+    return launcher.run(launcher.plan(spec, TrialFolder(folder)), threading.Event())
+
+
+def test_what_the_log_says_is_the_measurement(tmp_path: Path) -> None:
+    result = run(tmp_path, Layout(micro_batch_size=2))
+    assert result.outcome is Outcome.COMPLETED, result.reason
+    assert result.metrics is not None
+    assert (result.metrics.step_time_ms, len(result.metrics.step_times_ms)) == (20.0, 20)
+    assert result.metrics.losses[:2] == (10.0, 5.0)
+    assert result.metrics.peak_allocated_gib == pytest.approx(2e9 / 2**30)
+
+
+@pytest.mark.parametrize(
+    ("layout", "outcome", "reason"),
+    [
+        (Layout(micro_batch_size=8), Outcome.OOM, "CUDA out of memory"),
+        (Layout(tp=4), Outcome.INVALID, "no tensor parallelism of 4"),
+    ],
+)
+def test_a_failure_is_told_by_its_text(layout: Layout, outcome: Outcome, reason: str, tmp_path: Path) -> None:
+    result = run(tmp_path, layout)
+    assert (result.outcome, reason in result.reason) == (outcome, True), result.reason
+
+
+def test_a_trial_that_cannot_beat_the_best_ends_early_as_a_bound(tmp_path: Path) -> None:
+    result = run(tmp_path, Layout(), give_up_above_ms=5.0)
+    assert result.outcome is Outcome.TOO_SLOW, result.reason
+    assert result.slower_than_ms == 40.0
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (Command(command=("echo", "done")), "wrote no result.json"),
+        (Command(command=("echo", "done"), log="megatron-lm"), "tells 0 step times and no peak memory"),
+        (Command(command=("no-such-trainer",)), "no-such-trainer"),
+        (
+            Command(command=(sys.executable, "-c", "import os; os.kill(os.getpid(), 11)")),
+            "died in startup of SIGSEGV",
+        ),
+    ],
+)
+def test_a_command_that_tells_too_little_is_the_machines_failure(
+    command: Command, reason: str, tmp_path: Path
+) -> None:
+    result = run(tmp_path, Layout(), command)
+    assert result.outcome is Outcome.INFRASTRUCTURE
+    assert reason in result.reason

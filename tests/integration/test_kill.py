@@ -1,0 +1,57 @@
+"""Killed at random moments or told to stop, a sweep goes on as if it never was, and nothing of it stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launchers.base import marked_processes
+from tests.kills import kill_and_resume
+from tuner.files import read_json
+from tuner.results import SweepFolder
+from tuner.trial import Outcome, TrialResult
+
+SWEEP = """
+name: night
+workload: {model: tiny-gpt, seq_length: 64, global_batch_size: 4, precision: fp32}
+cluster: {name: cpu-4, gpus_per_node: 2}
+knobs: {tp: [1, 2], micro_batch_size: [1, 2]}
+measurement: {min_steps: 500, max_steps: 500}
+"""
+
+
+def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_one_that_nobody_killed(
+    tmp_path: Path,
+) -> None:
+    tally = kill_and_resume(tmp_path, kills=4, seed=1, trials=9)
+    assert tally.kills == 4
+    assert tally.differing == []
+    assert (tally.lost, tally.twice, tally.orphans) == (0, 0, 0)
+    assert tally.trials == 9 * tally.sweeps
+
+
+def test_sigterm_to_the_tuner_alone_ends_its_trial_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    folder = SweepFolder(tmp_path / "results" / "night")
+    tuner = subprocess.Popen(
+        [sys.executable, "-c", "from tuner.cli import main; main()", "sweep", "sweep.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline_s = time.monotonic() + 120
+    while not folder.trial(0).heartbeat.exists():
+        assert tuner.poll() is None and time.monotonic() < deadline_s, "the first trial never came"
+        time.sleep(0.1)
+    tuner.send_signal(signal.SIGTERM)
+    out, err = tuner.communicate(timeout=60)
+    assert tuner.returncode == 130, err
+    assert "SIGTERM: ending the running trial; everything measured is kept" in err
+    assert "Traceback" not in err
+    assert "megatune sweep sweep.yaml" in out + err
+    assert read_json(TrialResult, folder.trial(0).result).outcome is Outcome.INTERRUPTED
+    assert marked_processes(str(tmp_path)) == []
