@@ -1,0 +1,229 @@
+"""Bridge's own code applies our override to its own recipes: every field reads back, nothing else changes."""
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.bridge.training.comm_overlap import CommOverlapConfig
+from megatron.bridge.training.config import runtime_config_update
+from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+from search_spaces.loader import load_cluster
+from tests.bridge.layouts import changed, domain_of, drawn
+from tests.bridge.reading import flat, layout_of, workload_of
+from tests.bridge.recipes import REFUSED_BY_BRIDGE, gpus, read_configs_locally, recipes
+from tests.bridge.writing import written
+from tuner.cluster import Cluster
+from tuner.environment import cuda_environment
+from tuner.export import Format
+from tuner.layout import Layout
+from tuner.space import Domain
+from tuner.workload import Workload
+
+RECIPES = recipes()
+read_configs_locally()
+
+FORMS = (Format.BRIDGE_CLI, Format.BRIDGE_YAML, Format.BRIDGE_PYTHON)
+
+
+RECIPES_OWN_CONFLICTS = (
+    "full recompute is only supported with full iteration CUDA graph",
+    "moe recompute is not supported with moe_router CUDA graph",
+    "CUDA graph with delay_wgrad_compute",
+    "does not support moe_router_padding_for_quantization",
+    "requires moe_token_dispatcher_type='flex'",
+    "DeepEP is supported for",
+)
+"""Bridge's words where another setting of the recipe, which no layout states, does not go with the layout."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe: what it trains, on which cluster, and the layout that it has."""
+
+    name: str
+    workload: Workload
+    cluster: Cluster
+    layout: Layout
+    domain: Domain
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Put this process into a job of a recipe's size; what Bridge adds to its environment goes again."""
+    before = dict(os.environ)
+
+    def enter(name: str) -> None:
+        count, gpu = gpus(name)
+        os.environ.update(WORLD_SIZE=str(count), RANK="0")
+        # All that is asked of the device is its generation.
+        device = SimpleNamespace(major=9 if gpu == "h100" else 10, name=f"NVIDIA {gpu.upper()}")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+
+    yield enter
+    restore(before)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, job: Callable[[str], None]) -> Case:
+    """The recipe named by the test's parameter."""
+    name = str(request.param)
+    job(name)
+    before = dict(os.environ)
+    config = build(name)
+    runtime_config_update(config)
+    restore(before)
+    workload, cluster = workload_of(config, name), cluster_of(*gpus(name))
+    domain = domain_of(workload, cluster, config)
+    return Case(name=name, workload=workload, cluster=cluster, layout=layout_of(config), domain=domain)
+
+
+def build(name: str) -> Any:
+    """A recipe's config, anew."""
+    config = RECIPES[name]()
+    # What Bridge's run_recipe.py does before it runs a recipe, and a path that some recipes leave to the user.
+    config.model.seq_length = config.dataset.seq_length
+    config.dataset.path_to_cache = "cache"
+    return config
+
+
+def restore(environment: Mapping[str, str]) -> None:
+    """What Bridge adds to its process's environment goes again."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def cluster_of(count: int, gpu: str) -> Cluster:
+    """As many GPUs of a kind."""
+    cluster = load_cluster("dgx-h100" if gpu in {"h100", "b200", "b300", "r100"} else "gb200-nvl72")
+    a_node = min(count, cluster.gpus_per_node)
+    return replace(
+        cluster,
+        gpu=replace(cluster.gpu, name=f"NVIDIA {gpu.upper()}"),
+        nodes=count // a_node,
+        gpus_per_node=a_node,
+    )
+
+
+def exported(form: Format, case: Case, layout: Layout, minimal: bool) -> str:
+    """The override that selects `layout`."""
+    return written(form, case.workload, case.cluster, layout, case.layout if minimal else None)
+
+
+def applied(form: Format, text: str, config: Any, folder: Path) -> Any:
+    """The recipe's config after Bridge, or Python, has applied an override in the environment that it asks for."""
+    for line in text.splitlines():
+        if line.startswith("#     export "):
+            name, _, value = line.partition("export ")[2].partition("=")
+            os.environ[name] = value
+    if form is Format.BRIDGE_PYTHON:
+        names: dict[str, Any] = {}
+        exec(compile(text, "override.py", "exec"), names)
+        return names["apply"](config)
+    if form is Format.BRIDGE_YAML:
+        path = folder / "override.yaml"
+        path.write_text(text, encoding="utf-8")
+        return process_config_with_overrides(config, config_filepath=str(path))
+    words = shlex.split(text.replace(" \\\n", " "), comments=True)
+    return process_config_with_overrides(config, cli_overrides=words)
+
+
+def expected(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's values with `changes`, which only set what is there."""
+    values = dict(before)
+    for path, value in changes.items():
+        group, _, name = path.partition(".")
+        if name and values.get(group, ...) is None:
+            del values[group]
+            values |= flat(CommOverlapConfig(tp_comm_overlap=False), group)
+        inner = [other for other in values if other.startswith(f"{path}.")]
+        assert inner or path in values, f"{path} is no field of the recipe"
+        for other in inner:
+            del values[other]
+        values[path] = value
+    return values
+
+
+def layouts(case: Case, near: bool) -> Iterator[Layout]:
+    """Endless layouts to export, the same in each run: any, or also those near the recipe's own."""
+    random = Random(case.name)
+    while True:
+        if near and (layout := changed(case.layout, case.workload, case.cluster, case.domain, random)):
+            yield layout
+        yield drawn(case.workload, case.cluster, case.domain, random)
+
+
+def prove(case: Case, form: Format, layout: Layout, minimal: bool, folder: Path) -> bool:
+    """Whether Bridge would run the layout: it applies the override in any case, and changes nothing else."""
+    text = exported(form, case, layout, minimal)
+    config = applied(form, text, build(case.name), folder)
+    changes = json.loads(exported(Format.JSON, case, layout, minimal))["bridge"]
+    assert flat(config) == expected(flat(build(case.name)), changes)
+    try:
+        runtime_config_update(config)
+    except (AssertionError, ValueError) as error:
+        assert any(words in str(error) for words in RECIPES_OWN_CONFLICTS), error
+        return False
+    assert layout_of(config) == layout
+    assert layout.pp == 1 or config.model.pipeline_model_parallel_layout is None
+    assert workload_of(config, case.name) == case.workload
+    for name, value in cuda_environment(layout, case.cluster).items():
+        assert os.environ[name] == value
+    return True
+
+
+RUNNABLE = sorted(RECIPES.keys() - REFUSED_BY_BRIDGE.keys())
+runnable = pytest.mark.parametrize("case", RUNNABLE, indirect=True)
+
+
+@runnable
+def test_bridge_applies_the_layout_and_nothing_else(
+    case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment, turn = dict(os.environ), RUNNABLE.index(case.name)
+    caplog.clear()
+    # Each recipe meets every form, and every form half of the recipes in full.
+    for place, minimal in enumerate((True, True, False)):
+        form = FORMS[(turn + place) % len(FORMS)]
+        accepted = False
+        for layout in islice(layouts(case, near=place == 0), 20):
+            accepted = prove(case, form, layout, minimal, tmp_path)
+            restore(environment)
+            if accepted:
+                break
+        assert accepted, f"Bridge runs none of 20 layouts, {form}"
+    # It only warns of a key that it does not know, or a value that it cannot set.
+    assert not [record for record in caplog.records if record.name.endswith("omegaconf_utils")]
+
+
+@runnable
+def test_the_recipes_own_layout_needs_no_override(case: Case) -> None:
+    text = exported(Format.BRIDGE_CLI, case, case.layout, minimal=True)
+    assert shlex.split(text, comments=True) == [
+        f"++train.global_batch_size={case.workload.global_batch_size}"
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_BY_BRIDGE))
+def test_bridge_refuses_the_recipes_that_are_left_out(name: str, job: Callable[[str], None]) -> None:
+    job(name)
+    with pytest.raises((AssertionError, ValueError), match=REFUSED_BY_BRIDGE[name]):
+        runtime_config_update(build(name))
+
+
+@runnable
+def test_the_environment_is_that_of_the_recipe(case: Case) -> None:
+    stated = RECIPES[case.name]().env_vars
+    for name, value in cuda_environment(case.layout, case.cluster).items():
+        # Where neither tp nor cp asks for one queue, recipes differ: 8 and 32 are both many.
+        if name in stated and not (name == "CUDA_DEVICE_MAX_CONNECTIONS" and value == "8"):
+            assert str(stated[name]) == value

@@ -1,0 +1,29 @@
+"""Exports for tests that look at the override alone."""
+
+from tuner.cluster import Cluster
+from tuner.export import Figures, Format, export
+from tuner.layout import Layout
+from tuner.trial import Metrics, TrialSpec
+from tuner.workload import Workload
+
+
+def written(
+    form: Format, workload: Workload, cluster: Cluster, layout: Layout, recipe: Layout | None = None
+) -> str:
+    """An export; what it says was measured does not matter here."""
+    metrics = Metrics(
+        step_times_ms=(80.0, 80.0, 80.0),
+        step_time_ms=80.0,
+        step_time_low_ms=79.0,
+        step_time_high_ms=81.0,
+        losses=(5.0,),
+        grad_norms=(1.0,),
+        tokens_per_s_per_gpu=1000.0,
+        model_tflops_per_s_per_gpu=500.0,
+        mfu=0.5,
+        peak_allocated_gib=60.0,
+        peak_reserved_gib=61.0,
+    )
+    facts = Figures(trial=1, metrics=metrics, rival=None, baseline=None, versions={}, device_name="")
+    spec = TrialSpec(sweep="night", number=1, workload=workload, cluster=cluster, layout=layout)
+    return export(form, spec, facts, "megatune trial results/night 1", recipe)
