@@ -1,7 +1,8 @@
 """What becomes of a trial that fails: `python -m tests.bench.faults [cold] [forked] [FAULT...]`.
 
 Every fault is really injected into a torchrun job of two ranks, started cold or forked, and followed by a trial that
-has to complete. Exits with 1 if anything is not as it has to be.
+has to complete. Without arguments the tuner itself is killed a hundred times as well (tests/bench/kill.py). Exits
+with 1 if anything is not as it has to be.
 """
 
 import shutil
@@ -17,11 +18,13 @@ from pathlib import Path
 from launchers.base import marked_processes
 from launchers.preloaded import Preload
 from launchers.torchrun import TorchrunLauncher
+from tests.bench import kill
 from tests.faults import FAULTS, Fault, Programs, lost, small_disk, spec_for, wrong
 from tuner.trial import Outcome, TrialFolder
 
 LOG_LIMIT_MIB = 64
 GRACE_S = 2.0
+KILLS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +131,9 @@ def main(arguments: list[str]) -> int:
     failed = [row for row in rows if not row.passed()]
     for row in failed:
         print(f"{row.start} {row.fault.program}: {row.wrong or 'see the table'}")
-    print(f"{len(rows) - len(failed)} of {len(rows)} as they have to be")
-    return 1 if failed else 0
+    print(f"{len(rows) - len(failed)} of {len(rows)} as they have to be", flush=True)
+    killed = 0 if arguments else kill.main(KILLS, seed=0)
+    return 1 if failed else killed
 
 
 if __name__ == "__main__":

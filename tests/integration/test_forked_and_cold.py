@@ -1,0 +1,46 @@
+"""A trial measures the same whether its ranks are forked or started anew."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+from launchers.preloaded import Preload
+from launchers.torchrun import TorchrunLauncher
+from tests.trials import CLUSTER, MODEL
+from tuner.layout import Layout
+from tuner.trial import Measurement, Metrics, TrialFolder, TrialResult, TrialSpec
+from tuner.workload import Workload
+
+GPU = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
+SPEC = TrialSpec(
+    sweep="test",
+    number=0,
+    workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
+    cluster=replace(CLUSTER, device="cpu", gpu=GPU, gpus_per_node=2, nvlink_domain_gpus=2),
+    layout=Layout(pp=2),
+    measurement=Measurement(min_steps=3, max_steps=3),
+)
+
+
+def run(launcher: TorchrunLauncher, folder: Path) -> TrialResult:
+    return launcher.run(launcher.plan(SPEC, TrialFolder(folder)), threading.Event())
+
+
+def measured(result: TrialResult) -> Metrics:
+    assert result.metrics is not None, result.reason
+    return result.metrics
+
+
+def test_forked_and_cold_trials_measure_the_same(tmp_path: Path) -> None:
+    cold = run(TorchrunLauncher(), tmp_path / "cold")
+    with Preload(tmp_path) as preload:
+        forked = [run(TorchrunLauncher(start=preload.start), tmp_path / f"forked{n}") for n in range(2)]
+    for again in forked:
+        assert measured(again).losses == measured(cold).losses
+        assert measured(again).grad_norms == measured(cold).grad_norms
+        assert measured(again).peak_allocated_gib == measured(cold).peak_allocated_gib
+        assert len(measured(again).step_times_ms) == len(measured(cold).step_times_ms)
+        assert again.versions == cold.versions
+        assert [(rank.rank, rank.phase, rank.step) for rank in again.ranks] == [
+            (rank.rank, rank.phase, rank.step) for rank in cold.ranks
+        ]
