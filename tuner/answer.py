@@ -148,11 +148,12 @@ def ruled_out(rows: Sequence[TrialRow]) -> dict[Layout, str]:
 def trains_differently(rows: Sequence[TrialRow]) -> dict[Layout, str]:
     """The layouts whose losses differ from the baseline's in the same step by more than rounding explains.
 
-    Every trial trains the same weights on the same batches. Nothing is out where no baseline completed.
+    Every trial trains the same weights on the same batches. Nothing is out where no baseline completed, or where
+    tokens are routed at random.
     """
     measured = [(row, row.result.metrics) for row in rows if row.result.metrics is not None]
     own = [(row, metrics) for row, metrics in measured if row.layout == baseline_layout(rows)]
-    if not own:
+    if not own or own[0][0].routes_at_random:
         return {}
     first, reference = own[0][0], own[0][1].losses
     spread = max(_apart(metrics.losses, reference)[0] for _, metrics in own)

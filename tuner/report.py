@@ -110,6 +110,10 @@ def verdict(rows: Sequence[TrialRow]) -> list[str]:
     if len(found.tied) > 1:
         told.append(_tie_sentence(found))
     told += _outs(found.out)
+    if any(row.routes_at_random for row in rows):
+        told.append(
+            "Losses were not compared: forced balance of experts routes at random, differently in every layout."
+        )
     if found.drift is not None:
         told.append(found.drift.sentence())
     again = sum(row.source == "repeat" for row in rows)

@@ -42,6 +42,8 @@ class TrialRow:
     layout: Layout
     precision: Precision
     """Of the workload: it says how far two losses may lie apart."""
+    routes_at_random: bool = False
+    """Of the workload: tokens go to experts that are drawn, differently in every layout, so that losses say nothing."""
     result: TrialResult
 
 
@@ -75,6 +77,7 @@ def read_trial(folder: TrialFolder) -> TrialRow:
         note=chosen.note,
         layout=spec.layout,
         precision=spec.workload.precision,
+        routes_at_random=spec.workload.moe_router_force_load_balancing,
         result=read_json(TrialResult, folder.result),
     )
 

@@ -322,6 +322,7 @@ class SweepLoop:
             note=origin.note,
             layout=layout,
             precision=self._sweep.workload.precision,
+            routes_at_random=self._sweep.workload.moe_router_force_load_balancing,
             result=result,
         )
         known = drift(self.rows)

@@ -71,17 +71,14 @@ CASES = (
     case("tiny-gpt", tp=2, pp=2, sp=True, micro_batch_size=2),
     case("tiny-gpt", pp=4, use_distributed_optimizer=False),
     case("tiny-gpt", pp=2, vpp=2, overlap_p2p_comm=True),
-    case("tiny-gpt", pp=2, cp=2),
     case("tiny-gpt", pp=2, micro_batch_size=4, **FULL),
     case("tiny-gpt", pp=2, micro_batch_size=4, **BLOCK),
     case("tiny-gpt", recompute_granularity="selective", recompute_modules="mlp", micro_batch_size=4),
     case("tiny-moe", ep=4, micro_batch_size=4),
-    case("tiny-moe", ep=2, pp=2, micro_batch_size=4),
     case("tiny-moe", ep=2, micro_batch_size=4, moe_token_dispatcher_type="allgather"),
     case("tiny-moe", tp=2, sp=True, ep=2, micro_batch_size=4, **FULL),
     case("tiny-mla", ep=2, micro_batch_size=2),
     case("tiny-mla", ep=2, micro_batch_size=2, **FULL),
-    case("tiny-mla", ep=2, micro_batch_size=2, **BLOCK),
     case("tiny-mla", ep=2, pp=2, micro_batch_size=2),
     case(GEMMA, tp=2, pp=2, sp=True, micro_batch_size=4),
 )
@@ -91,7 +88,6 @@ FREE = tuple(
     replace(spec, workload=replace(spec.workload, moe_router_force_load_balancing=False))
     for spec in (
         case("tiny-moe", ep=2, micro_batch_size=4),
-        case("tiny-moe", ep=4, micro_batch_size=2),
         case("tiny-mla", ep=2, micro_batch_size=2),
         case("tiny-mla", ep=2, pp=2, micro_batch_size=2),
     )

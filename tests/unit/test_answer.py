@@ -12,6 +12,7 @@ from tests.trials import completed_row, failed_row
 from tuner import answer as module
 from tuner.answer import LOSS_TOLERANCE, answer, counting, pooled, trains_differently
 from tuner.layout import Layout
+from tuner.report import verdict
 from tuner.rows import TrialRow
 from tuner.trial import Outcome
 from tuner.workload import Precision
@@ -130,6 +131,14 @@ def test_a_baseline_whose_own_runs_differ_excuses_as_much() -> None:
     other = losing(SEARCH[1], 5.5, 5.1)
     assert FAST in trains_differently([SEARCH[0], other])
     assert trains_differently([SEARCH[0], other, again]) == {}
+
+
+def test_where_tokens_are_routed_at_random_losses_say_nothing() -> None:
+    rows = [SEARCH[0], losing(SEARCH[1], 5.5, 4.0)]
+    assert FAST in trains_differently(rows)
+    random = [replace(row, routes_at_random=True) for row in rows]
+    assert trains_differently(random) == {}
+    assert any("Losses were not compared" in line for line in verdict(random))
 
 
 def test_without_a_measured_baseline_nobody_is_out() -> None:
