@@ -144,6 +144,10 @@ def _outs(out: Mapping[Layout, str]) -> list[str]:
     return [f"Out: {layout.label()} {why}." for layout, why in out.items()]
 
 
+_SHORT_S = 600
+"""Below, a span of time is told in seconds."""
+
+
 def time_shares(rows: Sequence[TrialRow], own_s: float = 0.0, run_s: float = 0.0) -> str:
     """Where the trials' time went, as one sentence.
 
@@ -168,7 +172,8 @@ def time_shares(rows: Sequence[TrialRow], own_s: float = 0.0, run_s: float = 0.0
         if run_s
         else ""
     )
-    return f"Of {total_s / 3600:.2f} h of trials: {told}.{own}"
+    span = f"{total_s / 3600:.2f} h" if total_s >= _SHORT_S else f"{total_s:.0f} s"
+    return f"Of {span} of trials: {told}.{own}"
 
 
 def trial_table(rows: Sequence[TrialRow]) -> pd.DataFrame:

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launchers.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, spec_of
+from tuner.cli.app import run as app_run
 from tuner.layout import Layout
 from tuner.program import Command
 from tuner.trial import Measurement, Outcome, TrialFolder, TrialResult
@@ -64,6 +66,32 @@ def test_what_the_log_says_is_the_measurement(tmp_path: Path) -> None:
 def test_a_failure_is_told_by_its_text(layout: Layout, outcome: Outcome, reason: str, tmp_path: Path) -> None:
     result = run(tmp_path, layout)
     assert (result.outcome, reason in result.reason) == (outcome, True), result.reason
+
+
+def test_a_sweep_tunes_it_and_says_which_micro_batch_is_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sweep.yaml"
+    model = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    model |= {"num_query_groups": 2, "kv_channels": 16, "vocab_size": 256}
+    sweep = {
+        "name": "trainer",
+        "workload": {
+            "model": {"name": "mine", **model},
+            "seq_length": 128,
+            "global_batch_size": 16,
+            "precision": "fp32",
+        },
+        "cluster": "cpu-4",
+        "knobs": {"micro_batch_size": [1, 2, 4]},
+        "budget": {"trials": 3, "finalists": 0},
+        "measurement": {"min_steps": 3, "max_steps": 5},
+        "program": {"command": list(COMMAND.command), "log": "megatron-lm"},
+    }
+    file.write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    assert app_run(["sweep", str(file), "--results", str(tmp_path)]) == 0
+    assert "tp1 pp1 mbs4" in (tmp_path / "trainer" / "summary.md").read_text()
+    assert "++train.micro_batch_size=4" in capsys.readouterr().out
 
 
 def test_a_trial_that_cannot_beat_the_best_ends_early_as_a_bound(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_the_share_of_the_night_that_measured_is_told() -> None:
     told = time_shares([NIGHT[0], NIGHT[1], NIGHT[2]], own_s=0.6, run_s=60.0)
     # 15 + 12 + 15 s, of them 8 + 8 + 8 of start-up and 3 + 3 of timed steps.
     assert told == (
-        "Of 0.01 h of trials: 57% start-up, 5% build, 10% warm-up, 14% timed steps, 14% the rest. "
+        "Of 42 s of trials: 57% start-up, 5% build, 10% warm-up, 14% timed steps, 14% the rest. "
         "The tuner's own time between this run's trials: 0.6 s, 1.0%."
     )
     assert "own time" not in time_shares(NIGHT)
