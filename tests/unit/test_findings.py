@@ -24,6 +24,7 @@ from tuner.search.importance import FEWEST_TRIALS, importances
 from tuner.search.neighbours import Known, Neighbour
 from tuner.search.sampler import find_row, layout_at
 from tuner.sweep_file import Sweep
+from tuner.trial import Outcome
 
 FULL: dict[str, Any] = {
     "recompute_granularity": "full",
@@ -178,6 +179,18 @@ def test_a_neighbour_that_ran_out_of_memory_and_what_it_rules_out_have_no_cost()
     assert (tried.known, tried.cost, tried.why) == (Known.FAILED, None, "trial 1: oom")
     assert (above.known, above.cost) == (Known.RULED_OUT, None)
     assert above.why == "needs as much memory as trial 1"
+
+
+def test_a_neighbour_that_was_given_up_costs_at_least_its_bound() -> None:
+    start = trials_of(Layout(tp=2))
+    assert start[0].result.metrics is not None
+    bound_ms = 1.5 * start[0].result.metrics.step_time_ms
+    ended = replace(failed_row(1, Outcome.TOO_SLOW), layout=Layout(tp=2, micro_batch_size=2))
+    ended = replace(ended, result=replace(ended.result, slower_than_ms=bound_ms))
+    tried = around(findings(evidence_of([*start, ended])))["micro_batch_size", "2"]
+    assert tried.known is Known.SLOWER
+    assert tried.cost == pytest.approx(0.5)
+    assert tried.why == "trial 1: at least, too_slow"
 
 
 def test_a_neighbour_that_is_predicted_not_to_fit_is_too_large() -> None:

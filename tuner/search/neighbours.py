@@ -9,7 +9,7 @@ import numpy as np
 
 from tuner.choices import CHOICES, codes_of, one_step, value_of
 from tuner.layout import Layout
-from tuner.rows import TrialRow, completed
+from tuner.rows import SEARCHED, TrialRow, completed
 from tuner.rules import broken_rules
 from tuner.search.dominance import needs_at_least_as_much_memory
 from tuner.search.evidence import Evidence
@@ -22,6 +22,8 @@ class Known(StrEnum):
     """What is known of a neighbour."""
 
     MEASURED = "measured"
+    SLOWER = "slower"
+    """Ended before it was measured to the end: its cost is a lower bound."""
     PREDICTED = "predicted"
     """Not tried: what the trials make of its predicted step time."""
     FAILED = "failed"
@@ -46,7 +48,7 @@ class Neighbour:
     layout: Layout
     known: Known
     cost: float | None
-    """Its step time over the best's, less 1; None where it cannot run."""
+    """Its step time, or what that is above, over the best's, less 1; None where it cannot run."""
     why: str
     """The trial that measured it or how that ended, or what is in its way."""
 
@@ -54,7 +56,12 @@ class Neighbour:
 def neighbours(evidence: Evidence, best: TrialRow) -> tuple[Neighbour, ...]:
     """The neighbours of a completed trial's layout: the fastest first, then those that cannot run."""
     assert best.result.metrics is not None, "only a completed trial is the best"
-    near = [*_valid(evidence, best.layout, best.result.metrics.step_time_ms)]
+    # Its neighbours were measured in the search: beside them stands what it measured there, not its finals.
+    searched = [
+        trial for trial in evidence.trials if trial.layout == best.layout and trial.source in SEARCHED
+    ]
+    metrics = [own for _, own in completed(searched)] or [best.result.metrics]
+    near = [*_valid(evidence, best.layout, metrics[0].step_time_ms)]
     near += _others(evidence, best.layout, {(one.choice, one.value) for one in near})
     return tuple(sorted(near, key=lambda one: (one.cost is None, one.cost or 0.0)))
 
@@ -86,6 +93,8 @@ def _judged(evidence: Evidence, row: int) -> tuple[Known, float | None, str]:
     for trial, metrics in completed(trials):
         return Known.MEASURED, metrics.step_time_ms, f"trial {trial.number}"
     for trial in trials:
+        if (bound_ms := trial.result.slower_than_ms) is not None:
+            return Known.SLOWER, bound_ms, f"trial {trial.number}: at least, {trial.result.outcome}"
         return Known.FAILED, None, f"trial {trial.number}: {trial.result.outcome}"
     one, sweep = evidence.table.iloc[[row]], evidence.sweep
     for trial in evidence.trials:
