@@ -314,7 +314,7 @@ def _failed_table(failed: Sequence[TrialRow]) -> Table:
             row.layout.label(),
             row.result.reason,
         )
-        _add(table, cells, style="red")
+        _add(table, cells, style="" if row.result.outcome is Outcome.TOO_SLOW else "red")
     return table
 
 
@@ -387,7 +387,7 @@ def _best_section(found: Answer, facts: Figures) -> list[str]:
 
 
 def _failures(rows: Sequence[TrialRow]) -> list[str]:
-    failed = [row for row in rows if row.result.outcome is not Outcome.COMPLETED]
+    failed = [row for row in rows if row.result.outcome not in (Outcome.COMPLETED, Outcome.TOO_SLOW)]
     if not failed:
         return []
     lines = ["## Failures by cause", "", "| outcome | trials | first one |", "| --- | --- | --- |"]
