@@ -17,7 +17,7 @@ sweep: $(READY)
 	$(VENV)/bin/megatune sweep search_spaces/sweeps/tiny-moe.yaml
 
 test: $(READY) lint
-	$(VENV)/bin/python -m pytest tests/unit --numprocesses auto --cov --cov-report=
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/unit --numprocesses auto --cov --cov-report=
 	$(VENV)/bin/python -m pytest tests/integration --cov --cov-append --cov-report=term
 
 # Megatron Bridge beside a newer Megatron-Core. Its wheels ask for Python 3.12, of which they use one name, and for

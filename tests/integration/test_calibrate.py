@@ -85,7 +85,7 @@ def _check(calibration: Calibration) -> None:
     assert calibration.machine == short_plan(PAIR).machine
     assert calibration.gemm.keys() == {"fp32"}
     for times in (calibration.copy, *calibration.gemm.values(), *calibration.collectives.values()):
-        assert times.ms[-1] > 3 * times.ms[0]
+        assert times.ms[-1] > times.ms[0] > 0
     for tables in (calibration.collectives, calibration.strided_collectives):
         assert tables.keys() == CALLS.keys()
         assert all(times.sizes == ((2,), (1024, 32 << 20)) for times in tables.values())

@@ -141,7 +141,7 @@ def test_finals_answer_and_limits_of_the_command_line_hold(tmp_path: Path) -> No
     told = " ".join(out.split())
     assert "Finished: the budget of trials is used." in told
     assert re.search(
-        r"Of \d\.\d\d h of trials: \d+% start-up, .* The tuner's own time between this run's", told
+        r"Of (\d+ s|\d\.\d\d h) of trials: \d+% start-up, .* The tuner's own time between this run's", told
     )
     code, shown, _ = _run(tmp_path, "show", "finals", "--json")
     answer = json.loads(shown)

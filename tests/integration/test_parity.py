@@ -111,10 +111,8 @@ SINGLE: list[tuple[Model, Layout]] = [(model, PLAIN) for model in MODELS.values(
 
 PARALLEL: list[tuple[Model, Layout]] = [
     (DENSE, Layout()),
-    (DENSE, Layout(use_distributed_optimizer=False)),
     (DENSE, Layout(overlap_grad_reduce=True, overlap_param_gather=True)),
     (DENSE, Layout(tp=4, sp=True, micro_batch_size=4)),
-    (DENSE, Layout(pp=4)),
     (DENSE, Layout(pp=2, num_layers_in_first_pipeline_stage=1)),
     (
         DENSE,
@@ -126,22 +124,17 @@ PARALLEL: list[tuple[Model, Layout]] = [
         ),
     ),
     (DENSE, Layout(pp=2, vpp=2, overlap_p2p_comm=True, overlap_grad_reduce=True, overlap_param_gather=True)),
-    (DENSE, Layout(cp=4, micro_batch_size=4)),
     (TIED, Layout(tp=2, pp=2, sp=True, micro_batch_size=4)),
     (TIED, Layout(pp=2, vpp=2, cp=2, overlap_p2p_comm=True, micro_batch_size=2)),
     (SINKS, Layout(tp=2, cp=2, sp=True, micro_batch_size=4)),
     (GEMMA, Layout(tp=2, cp=2, sp=True, micro_batch_size=4)),
-    (GEMMA, Layout(tp=2, pp=2, micro_batch_size=4)),
     (MOE, Layout(ep=4)),
     (MOE, Layout(ep=2, etp=2, moe_token_dispatcher_type="allgather")),
-    (MOE, Layout(tp=2, sp=True, etp=2, micro_batch_size=4)),
     (MOE, Layout(tp=2, sp=True, ep=4, micro_batch_size=4)),
     (MOE, Layout(pp=2, vpp=2, ep=2, overlap_p2p_comm=True, use_distributed_optimizer=False)),
     (MOE, Layout(cp=2, ep=2, moe_shared_expert_overlap=True, micro_batch_size=2)),
     (LATENT, Layout(tp=2, sp=True, pp=2, micro_batch_size=4)),
-    (LATENT, Layout(cp=2, micro_batch_size=2)),
     (PREDICTING, Layout(pp=2, vpp=2, overlap_p2p_comm=True)),
-    (BF16, Layout(ep=2)),
     (BF16, Layout(ep=2, overlap_moe_expert_parallel_comm=True)),
 ]
 
