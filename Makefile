@@ -20,14 +20,18 @@ test: $(READY) lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/unit --numprocesses auto --cov --cov-report=
 	$(VENV)/bin/python -m pytest tests/integration --cov --cov-append --cov-report=term
 
-# Megatron Bridge beside a newer Megatron-Core. Its wheels ask for Python 3.12, of which they use one name, and for
-# packages that need a GPU: tests/bridge/standins.py stands in for both.
+# Megatron Bridge beside a newer Megatron-Core, and megatune in it as in a container. Its wheels ask for Python 3.12, of
+# which they use one name, and for packages that need a GPU: tests/bridge/standins.py stands in for both, in every
+# Python that starts there.
 BRIDGE := .venv-bridge
 $(BRIDGE)/.ready: tests/bridge/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(BRIDGE)
-	$(BRIDGE)/bin/pip install --quiet --constraint constraints.txt torch numpy pandas psutil pydantic pyyaml \
-		hypothesis pytest pytest-timeout 'transformers>=5.8,<=5.12.1'
+	$(BRIDGE)/bin/pip install --quiet --constraint constraints.txt torch numpy pandas psutil pydantic pyyaml rich \
+		typer optuna mlflow plotly scikit-learn nvidia-ml-py hypothesis pytest pytest-timeout 'transformers>=5.8,<=5.12.1'
 	$(BRIDGE)/bin/pip install --quiet --no-deps --ignore-requires-python --requirement tests/bridge/requirements.txt
+	$(BRIDGE)/bin/pip install --quiet --no-deps --editable .
+	printf '%s\nimport tests.bridge.standins; tests.bridge.standins.install()\n' '$(CURDIR)' \
+		> "$$($(BRIDGE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/standins.pth"
 	touch $@
 
 test-bridge:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # importing it would import torch into the tuner
 
 IMPORTED: Mapping[str, str] = {
     "launchers.programs.megatron_core": "launchers.programs.megatron_core.__main__",
+    "launchers.programs.megatron_bridge": "launchers.programs.megatron_bridge.ahead",
 }
 """What is imported ahead for a program's module; for any other torch alone, since its import may be its run."""
 

@@ -30,14 +30,19 @@ from launchers.classify import Evidence, Verdict, classify, failed_ranks
 from launchers.telemetry import Sample, Sampler, summarise, suspicions
 from tuner.environment import cuda_environment, recorded_environment
 from tuner.errors import InputError, did_you_mean
-from tuner.export import bridge_words, megatron_lm_arguments
+from tuner.export import bridge_words
 from tuner.files import read_json, to_data, write_json, write_text
 from tuner.layout import KNOBS, data_parallel_size, num_microbatches
-from tuner.program import Command, fill
+from tuner.megatron_fields import megatron_lm_arguments
+from tuner.megatron_lm_trial import replaced
+from tuner.program import BridgeRecipe, Command, MegatronLm, fill
 from tuner.trial import Heartbeat, Outcome, RankRecord, TrialFolder, TrialResult, TrialSpec
 
 PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}
 """The module of each program that a spec may name."""
+
+BRIDGE = "launchers.programs.megatron_bridge"
+"""The module that runs a recipe of Megatron Bridge."""
 
 COMMAND = "launchers.programs.command"
 """The module that runs any other program."""
@@ -88,17 +93,21 @@ class TorchrunLauncher:
         files = (str(folder.spec), str(folder.path))
         if isinstance(spec.program, Command):
             return (sys.executable, "-m", COMMAND, *files, *filled_command(spec, folder))
+        if isinstance(spec.program, MegatronLm):
+            # Its output is what is measured, so that nothing of it goes into the ranks' files.
+            torchrun = (*_torchrun(spec, folder), "--redirects=0")
+            steps = spec.measurement.warmup_steps + spec.measurement.max_steps
+            words = replaced(spec.program.megatron_lm, spec.layout, spec.workload, steps)
+            return (sys.executable, "-m", COMMAND, *files, *torchrun, *words)
+        if isinstance(spec.program, BridgeRecipe):
+            return (*_torchrun(spec, folder), "-m", BRIDGE, *files)
         if spec.program not in self.programs:
             known = ", ".join(sorted(self.programs))
             raise InputError(
                 f"key 'program': unknown program '{spec.program}'{did_you_mean(spec.program, self.programs)}"
                 f"; known: {known}"
             )
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1"]
-        torchrun += [f"--nproc-per-node={spec.cluster.world_size}", "--max-restarts=0"]
-        torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=trial"]
-        torchrun += ["--local-addr=127.0.0.1", f"--log-dir={folder.log}", "--redirects=3"]
-        return (*torchrun, "-m", self.programs[spec.program], *files)
+        return (*_torchrun(spec, folder), "-m", self.programs[spec.program], *files)
 
     def run(
         self,
@@ -146,7 +155,11 @@ class TorchrunLauncher:
             # How long torchrun waits for its ranks when it is told to end; once one failed, it is 30 s whatever is set.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(self.grace_s)),
         }
-        return env if on_cpu else env | cuda_environment(spec.layout, cluster)
+        return (
+            env
+            if on_cpu
+            else env | cuda_environment(spec.layout, cluster, complete=isinstance(spec.program, BridgeRecipe))
+        )
 
     def _run(
         self,
@@ -232,6 +245,14 @@ class _Watch:
         self.cut.update(logs.bound(self.folder.log, _LOG_LIMIT_BYTES))
         for path, earlier in self.cut.items():
             logs.close_gap(path, earlier)
+
+
+def _torchrun(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1"]
+    torchrun += [f"--nproc-per-node={spec.cluster.world_size}", "--max-restarts=0"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=trial"]
+    torchrun += ["--local-addr=127.0.0.1", f"--log-dir={folder.log}", "--redirects=3"]
+    return tuple(torchrun)
 
 
 def filled_command(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from tuner.heuristics import seeds
 from tuner.layout import Layout
 from tuner.results import SweepFolder
 from tuner.rows import TrialRow, TrialSource
-from tuner.space import enumerate_layouts
+from tuner.stages import first_stage
 from tuner.sweep import Progress, SweepLoop, queue_of, with_row
 from tuner.sweep_file import Sweep, SweepFile, resolve
 from tuner.tracking import Status, Tracker
@@ -209,7 +209,7 @@ def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
 
 def table_of(sweep: Sweep) -> pd.DataFrame:
     """Its valid layouts, the baseline's included."""
-    table = enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted).table
+    table = first_stage(sweep).table
     return table if sweep.baseline is None else with_row(table, sweep.baseline)
 
 

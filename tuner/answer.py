@@ -39,6 +39,12 @@ models in fp32 stayed below 1e-7 over 13. The others are chosen, wider where rou
 own runs widen it where they differ by more.
 """
 
+DRAWN_TOLERANCE: Final = 0.05
+"""The same where a program draws the first weights itself. Megatron seeds them by tensor and pipeline rank, so that
+every layout trains another draw: in ten steps of a tiny recipe of Megatron Bridge tp 1 and tp 2 came 0.55% apart so.
+Chosen: what trains at all stays within it, what loses gradients or tokens soon does not.
+"""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
@@ -148,8 +154,8 @@ def ruled_out(rows: Sequence[TrialRow]) -> dict[Layout, str]:
 def trains_differently(rows: Sequence[TrialRow]) -> dict[Layout, str]:
     """The layouts whose losses differ from the baseline's in the same step by more than rounding explains.
 
-    Every trial trains the same weights on the same batches. Nothing is out where no baseline completed, or where
-    tokens are routed at random.
+    Every trial trains on the same batches, and from the same weights unless its program draws them. Nothing is out
+    where no baseline completed, or where tokens are routed at random.
     """
     measured = [(row, row.result.metrics) for row in rows if row.result.metrics is not None]
     own = [(row, metrics) for row, metrics in measured if row.layout == baseline_layout(rows)]
@@ -157,15 +163,18 @@ def trains_differently(rows: Sequence[TrialRow]) -> dict[Layout, str]:
         return {}
     first, reference = own[0][0], own[0][1].losses
     spread = max(_apart(metrics.losses, reference)[0] for _, metrics in own)
-    allowed = max(LOSS_TOLERANCE[first.precision], spread)
+    rounding = max(LOSS_TOLERANCE[first.precision], spread)
     found: dict[Layout, str] = {}
     for row, metrics in measured:
         difference, step = _apart(metrics.losses, reference)
+        drawn = first.draws_weights or row.draws_weights
+        allowed = max(rounding, DRAWN_TOLERANCE) if drawn else rounding
+        why = f"{first.precision} and weights drawn anew explain" if drawn else f"{first.precision} explains"
         if row.layout not in found and row.layout != first.layout and difference > allowed:
             found[row.layout] = (
                 f"trains differently: in step {step + 1} of t{row.number:04d} the loss is {metrics.losses[step]:.6g}, "
                 f"the baseline's (t{first.number:04d}) {reference[step]:.6g}: {difference:.2%} apart, more than the "
-                f"{allowed:.2g} that {first.precision} explains"
+                f"{allowed:.2g} that {why}"
             )
     return found
 

@@ -132,23 +132,27 @@ class Ledger:
         again = len(to_repeat(self.rows)) if finals else 0
         return int(min(finals + again, share, share_s / trial_s if trial_s else inf))
 
-    def search_is_over(self) -> Stop | None:
+    def search_is_over(self, share: float = 1.0) -> Stop | None:
         """Why the search ends so that the finals still fit; None where it goes on.
 
         Judged by the trials before the finals. A deadline ended the search if finals that are not through follow it.
+
+        Args:
+            share: of what the search may use: less than 1 for the first of its stages.
         """
         before, reserve = self.searched, self.searched.reserve()
-        if len(before.rows) + reserve >= self.budget.trials:
+        if len(before.rows) >= share * (self.budget.trials - reserve):
             return Stop.TRIALS
         trial_s = expected_s(before.rows)
         for reason, limit_s in self.time_limits_s().items():
-            if before.used_s + reserve * trial_s >= limit_s:
+            if before.used_s >= share * (limit_s - reserve * trial_s):
                 return reason
         if self.clock is None:
             return None
         if self.finals and next_final(self.rows, self.plan()) is not None:
             return Stop.DEADLINE
-        return Stop.DEADLINE if (1 + reserve) * trial_s > self.clock.left_s else None
+        later_s = (1 - share) * (self.clock.whole_s - reserve * trial_s)
+        return Stop.DEADLINE if (1 + reserve) * trial_s > self.clock.left_s - later_s else None
 
     def plan(self, more: int = 0) -> Plan:
         """The finals that fit into what is left behind the search and `more` further trials."""

@@ -1,11 +1,12 @@
 """The cluster: the GPUs a sweep may use, and what connects them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from tuner.errors import InputError
 from tuner.files import STRICT
 from tuner.workload import Precision
 
@@ -65,3 +66,20 @@ class Cluster:
     def world_size(self) -> int:
         """GPUs in the cluster, each with one rank."""
         return self.nodes * self.gpus_per_node
+
+
+def with_gpus(cluster: Cluster, gpus: int) -> Cluster:
+    """The cluster with so many GPUs: whole nodes, or a part of one.
+
+    Raises:
+        InputError: if they are neither.
+    """
+    if gpus < 1:
+        raise InputError(f"{gpus} GPUs: give at least 1")
+    each = min(gpus, cluster.gpus_per_node)
+    if gpus % each:
+        raise InputError(
+            f"{gpus} GPUs are no whole nodes of {cluster.name}, {cluster.gpus_per_node} GPUs each"
+        )
+    domain = min(gpus, cluster.nvlink_domain_gpus)
+    return replace(cluster, nodes=gpus // each, gpus_per_node=each, nvlink_domain_gpus=domain)

@@ -9,31 +9,52 @@ from urllib.parse import urlsplit
 from tuner.cluster import Cluster
 from tuner.layout import Layout
 
-_BLACKWELL_OR_LATER = re.compile(r"\b(GB|B|VR|R)\d{3}\b", re.IGNORECASE)
+BLACKWELL_OR_LATER = re.compile(r"\b(GB|B|VR|R)\d{3}\b", re.IGNORECASE)
 
 
-def cuda_environment(layout: Layout, cluster: Cluster) -> dict[str, str]:
+def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -> dict[str, str]:
     """Return what a CUDA job of this layout sets.
 
-    Up to Hopper, communication that overlaps tp or cp must be queued before the compute it overlaps with, as
-    only a single hardware queue promises; expert dispatch that overlaps compute, and Blackwell, want many.
-    HybridEP, one of the flex dispatchers, asks how many ranks of an expert group share an NVLink domain.
-    Source: Megatron-LM's arguments.py, which asserts the 1; Megatron Bridge's scripts/performance/utils/overrides.py,
-    and the `env_vars` of its perf_recipes.
+    HybridEP, one of the flex dispatchers, asks how many ranks of an expert group share an NVLink domain. NCCL must not
+    register what CUDA graphs reach in segments that grow. Source: Megatron-LM's arguments.py; Megatron Bridge's
+    scripts/performance/utils/overrides.py, and the `env_vars` of its perf_recipes.
+
+    Args:
+        layout: The layout.
+        cluster: The GPUs.
+        complete: State also those variables whose knob has its default, since a recipe may set them otherwise.
     """
-    flexible = layout.moe_token_dispatcher_type == "flex"  # noqa: S105
-    if _BLACKWELL_OR_LATER.search(cluster.gpu.name):
-        connections = 32
-    elif (layout.tp > 1 or layout.cp > 1) and not layout.overlap_moe_expert_parallel_comm:
-        connections = 1
-    else:
-        connections = 32 if flexible else 8
-    variables = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
-    if flexible:
-        variables["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = str(
-            min(layout.ep, cluster.nvlink_domain_gpus)
-        )
+    variables = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": str(layout.cuda_device_max_connections or _queues(layout, cluster))
+    }
+    if layout.moe_token_dispatcher_type == "flex" and layout.moe_flex_dispatcher_backend == "hybridep":  # noqa: S105
+        ranks = min(layout.ep, cluster.nvlink_domain_gpus)
+        variables["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = str(ranks)
+    if layout.expandable_segments or complete:
+        variables["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{layout.expandable_segments}"
+    if layout.expandable_segments and layout.cuda_graph_impl != "none":
+        variables["NCCL_GRAPH_REGISTER"] = "0"
+    if not layout.nccl_nvls_enable or complete:
+        variables["NCCL_NVLS_ENABLE"] = NVLS_WHERE_THERE_IS_ANY if layout.nccl_nvls_enable else "0"
     return variables
+
+
+NVLS_WHERE_THERE_IS_ANY = "2"
+"""NCCL's default; its 1 fails where the switches cannot."""
+
+
+def _queues(layout: Layout, cluster: Cluster) -> int:
+    """Hardware queues.
+
+    Up to Hopper, communication that overlaps tp or cp must be queued before the compute it overlaps with, as only a
+    single queue promises; expert dispatch that overlaps compute, Megatron-FSDP and Blackwell want many.
+    """
+    if BLACKWELL_OR_LATER.search(cluster.gpu.name):
+        return 32
+    many = layout.overlap_moe_expert_parallel_comm or layout.use_megatron_fsdp
+    if (layout.tp > 1 or layout.cp > 1) and not many:
+        return 1
+    return 32 if layout.moe_token_dispatcher_type == "flex" else 8  # noqa: S105
 
 
 RECORDED = ("CUBLAS_", "CUDA_", "GLOO_", "MEGATUNE_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "UCX_")

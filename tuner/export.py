@@ -1,9 +1,10 @@
 """The override: a measured layout in the form that a launcher takes, with the evidence on top. Pure."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -11,7 +12,10 @@ import yaml
 
 from tuner.environment import cuda_environment
 from tuner.files import to_data
-from tuner.layout import MOE_KNOBS, Layout, module_names
+from tuner.layout import Layout
+from tuner.megatron_fields import expert_metadata, is_full_iteration, megatron_fields, megatron_lm_arguments
+from tuner.megatron_lm_trial import by_argument, with_layout
+from tuner.program import MegatronLm, Program
 from tuner.trial import Metrics, TrialSpec
 
 
@@ -23,6 +27,11 @@ class Format(StrEnum):
     BRIDGE_YAML = "bridge-yaml"
     MEGATRON_LM = "megatron-lm"
     JSON = "json"
+
+    @classmethod
+    def of(cls, program: Program) -> "Format":
+        """What fits the program that was measured."""
+        return cls.MEGATRON_LM if isinstance(program, MegatronLm) else cls.BRIDGE_CLI
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,35 +99,26 @@ class Figures:
         return f"{steps}; {other}, differs by {rival.ratio - 1:+.1%} in step time: {verdict}."
 
 
-_NONE_AT_ZERO = {
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "microbatch_group_size_per_vp_stage",
-    "recompute_num_layers",
-}
-
 _PLACEMENT = "model.pipeline_model_parallel_layout"
 _COMM_OVERLAP = "comm_overlap"
 _DATA_OVERLAPS = ("ddp.overlap_grad_reduce", "ddp.overlap_param_gather", "optimizer.overlap_param_gather")
 _COMM_OVERLAP_CLASS = "megatron.bridge.training.comm_overlap.CommOverlapConfig"
 
+_OLDER_GRAPHS = {"cuda_graph_scope": None, "enable_cuda_graph": False, "external_cuda_graph": False}
+"""Older names of the knobs, which are refused beside theirs or win over them; and what says nothing."""
 
-def megatron_value(knob: str, value: Any) -> Any:
-    """A knob's value as Megatron has it: our 0 and `none` are its None, and so is a vpp of 1."""
-    if knob == "recompute_modules":
-        return list(module_names(value)) or None
-    if value == "none" or (knob in _NONE_AT_ZERO and value == 0) or (knob == "vpp" and value == 1):
-        return None
-    return value
-
-
-def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any]:
-    """Megatron's values by `group.field`: of the knobs that differ from `base`, of every knob without one."""
-    return {
-        knob.metadata["megatron"]: megatron_value(knob.name, getattr(layout, knob.name))
-        for knob in fields(Layout)
-        if base is None or getattr(layout, knob.name) != getattr(base, knob.name)
-    }
+_TOGETHER = (
+    ("model.context_parallel_size", "model.cp_comm_type"),
+    tuple(f"model.recompute_{what}" for what in ("granularity", "method", "num_layers", "modules")),
+    ("model.moe_token_dispatcher_type", "model.moe_flex_dispatcher_backend"),
+    tuple(f"model.{name}" for name in ("cuda_graph_impl", "cuda_graph_modules", *_OLDER_GRAPHS)),
+    ("model.cpu_offloading", "model.cpu_offloading_num_layers"),
+    (
+        *("ddp.use_megatron_fsdp", "dist.use_megatron_fsdp", "ddp.data_parallel_sharding_strategy"),
+        *("model.init_model_with_meta_device", "ddp.fsdp_manual_registration", "ddp.nccl_ub"),
+    ),
+)
+"""Fields that mean something only together: where a recipe leaves one of them idle, any value may stand in it."""
 
 
 def bridge_settings(layout: Layout) -> dict[str, Any]:
@@ -129,11 +129,10 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
     settings = megatron_fields(layout)
     overlaps = {path: value for path, value in settings.items() if path.startswith(f"{_COMM_OVERLAP}.")}
     settings = {path: value for path, value in settings.items() if path not in overlaps}
-    # A recipe's own placement of layers would win over the sizes that were measured.
-    settings[_PLACEMENT] = None
     # Bridge shards the optimizer if either of the two asks for it; its own recipes set the gather in both.
     settings["optimizer.use_distributed_optimizer"] = layout.use_distributed_optimizer
     settings["optimizer.overlap_param_gather"] = layout.overlap_param_gather
+    settings |= _bridge_companions(layout)
     if not any(overlaps.values()):
         # Without a CommOverlapConfig only `ddp` counts; with one, its defaults would win over `ddp`.
         return {**settings, _COMM_OVERLAP: None}
@@ -148,6 +147,27 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
     }
 
 
+def _bridge_companions(layout: Layout) -> dict[str, Any]:
+    """What Bridge wants beside the knobs: training/config.py, models/gpt_provider.py, utils/cuda_graph.py."""
+    fsdp = layout.use_megatron_fsdp
+    companions: dict[str, Any] = {
+        **{f"model.{name}": value for name, value in _OLDER_GRAPHS.items()},
+        "model.cpu_offloading": layout.cpu_offloading_num_layers > 0,
+        "dist.use_megatron_fsdp": fsdp,
+        "ddp.fsdp_manual_registration": fsdp and layout.nccl_ub,
+        # Where weights are sharded, no GPU holds them whole, not even while they are made.
+        "model.init_model_with_meta_device": fsdp
+        and layout.data_parallel_sharding_strategy == "optim_grads_params",
+    }
+    if fsdp:
+        companions["checkpoint.ckpt_format"] = "fsdp_dtensor"
+    if layout.cuda_graph_impl != "none":
+        companions |= {"model.use_te_rng_tracker": True, "rng.te_rng_tracker": True}
+    if is_full_iteration(layout):
+        companions["rerun_state_machine.check_for_nan_in_loss"] = False
+    return companions
+
+
 def bridge_changes(layout: Layout, base: Layout | None) -> dict[str, Any]:
     """The part of `bridge_settings` that a recipe with the layout `base` lacks; all of it without one."""
     wanted = bridge_settings(layout)
@@ -158,36 +178,24 @@ def bridge_changes(layout: Layout, base: Layout | None) -> dict[str, Any]:
     present = bridge_settings(base)
     changed = {path for path, value in wanted.items() if path not in present or present[path] != value}
     if layout.pp > 1 or base.pp > 1:
-        # A recipe may place its layers by a table, which no layout states and which the measured one did not have.
+        # Bridge places the layers anew, by a table of its own, where the stages change and no placement is stated.
         changed.add(_PLACEMENT)
-    # Bridge chooses overlaps by these sizes wherever the recipe leaves them open, so then all are stated; with them
-    # those of `ddp`, which a recipe may set to what Bridge's choice has replaced until now.
-    if any(_is_overlap(path) for path in changed) or _differ(layout, base, ("tp", "pp", "vpp", "cp")):
+    if base.use_megatron_fsdp and not layout.use_megatron_fsdp:
+        wanted["checkpoint.ckpt_format"] = "torch_dist"
+        changed.add("checkpoint.ckpt_format")
+    for group in _TOGETHER:
+        if changed.intersection(group):
+            changed.update(group)
+    # Bridge chooses overlaps by these wherever the recipe leaves them open, so then all are stated; with them those
+    # of `ddp`, which a recipe may set to what Bridge's choice has replaced until now.
+    deciding = ("tp", "pp", "vpp", "cp", "use_distributed_optimizer", "use_megatron_fsdp")
+    if any(_is_overlap(path) for path in changed) or _differ(layout, base, deciding):
         changed |= {path for path in wanted if _is_overlap(path)}
     return {path: value for path, value in wanted.items() if path in changed}
 
 
 def _differ(layout: Layout, base: Layout, knobs: tuple[str, ...]) -> bool:
     return any(getattr(layout, knob) != getattr(base, knob) for knob in knobs)
-
-
-def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
-    """Megatron-LM's arguments for a layout: flag to values; none for a flag that stands alone.
-
-    Source: Megatron-LM, megatron/training/arguments.py; interleaving turns p2p overlap on by itself there.
-    """
-    arguments: dict[str, list[str]] = {}
-    for knob in fields(Layout):
-        value = megatron_value(knob.name, getattr(layout, knob.name))
-        if knob.name == "overlap_p2p_comm":
-            value = layout.vpp > 1 and not layout.overlap_p2p_comm
-        if value is True:
-            arguments[knob.metadata["flag"]] = []
-        elif isinstance(value, list):
-            arguments[knob.metadata["flag"]] = value
-        elif value is not None and value is not False:
-            arguments[knob.metadata["flag"]] = [str(value)]
-    return arguments
 
 
 def export(
@@ -202,13 +210,13 @@ def export(
         rerun_command: the shell command that runs the trial again.
         recipe_layout: the layout that the recipe has now: only what differs is written; None writes all.
     """
-    environment = cuda_environment(spec.layout, spec.cluster) if spec.cluster.device == "cuda" else {}
+    environment = _environment(format, spec)
     changes = _overrides(spec, recipe_layout)
     if format is Format.JSON:
         return _json(spec, figures, rerun_command, changes, environment)
     header = _evidence(spec, figures, rerun_command)
     if format is Format.MEGATRON_LM:
-        lines = [*header, *_megatron_lm_usage(spec.layout, recipe_layout, environment)]
+        lines = [*header, *_megatron_lm_usage(spec, recipe_layout, environment)]
         return _comments(lines) + _megatron_lm(spec, recipe_layout)
     if format is Format.BRIDGE_PYTHON:
         return _comments(header) + _bridge_python(changes, environment)
@@ -223,6 +231,13 @@ def export(
     return _comments(lines) + _continued(bridge_words(spec, recipe_layout))
 
 
+def _environment(format: Format, spec: TrialSpec) -> dict[str, str]:
+    """A recipe of Bridge may state any of the variables, so that all are stated over it."""
+    if spec.cluster.device != "cuda":
+        return {}
+    return cuda_environment(spec.layout, spec.cluster, complete=format is not Format.MEGATRON_LM)
+
+
 def bridge_words(spec: TrialSpec, recipe_layout: Layout | None = None) -> list[str]:
     """The override as words of run_recipe.py's command line, `++KEY=VALUE`; see `export`."""
     changes = _with_class(_overrides(spec, recipe_layout))
@@ -232,14 +247,10 @@ def bridge_words(spec: TrialSpec, recipe_layout: Layout | None = None) -> list[s
 def _overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str, Any]:
     changes = bridge_changes(spec.layout, recipe_layout)
     if recipe_layout is None and not spec.workload.model.is_moe:
-        changes = {path: value for path, value in changes.items() if path not in _expert_metadata("megatron")}
+        changes = {path: value for path, value in changes.items() if path not in expert_metadata("megatron")}
     # Always pinned: Bridge's benchmark recipes rescale it with dp, which would change the training.
     changes["train.global_batch_size"] = spec.workload.global_batch_size
     return changes
-
-
-def _expert_metadata(key: str) -> set[str]:
-    return {knob.metadata[key] for knob in fields(Layout) if knob.name in MOE_KNOBS}
 
 
 def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
@@ -293,7 +304,10 @@ def _hydra(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    # Hydra's grammar has a meaning for other characters, those of a pipeline's layout among them.
+    return str(value) if re.fullmatch(r"[\w.+-]*", str(value)) else f'"{value}"'
 
 
 def _continued(arguments: list[str]) -> str:
@@ -331,14 +345,22 @@ def _bridge_python(changes: Mapping[str, Any], environment: Mapping[str, str]) -
     return "\n".join([*lines, "    return cfg", ""])
 
 
-def _megatron_lm_usage(layout: Layout, base: Layout | None, environment: Mapping[str, str]) -> list[str]:
-    lines = _environment_block(environment)
+def _megatron_lm_usage(spec: TrialSpec, base: Layout | None, environment: Mapping[str, str]) -> list[str]:
+    layout, lines = spec.layout, _environment_block(environment)
+    if isinstance(spec.program, MegatronLm):
+        return [
+            *lines,
+            "behind torchrun and its arguments: the command with the layout in the place of its own",
+        ]
     lines.append("append to the arguments of pretrain_gpt.py")
     gone = {} if base is None else megatron_lm_arguments(base).keys() - megatron_lm_arguments(layout).keys()
     return lines + [f"and remove: {flag}" for flag in sorted(gone)]
 
 
 def _megatron_lm(spec: TrialSpec, base: Layout | None) -> str:
+    if isinstance(spec.program, MegatronLm):
+        words = with_layout(spec.program.megatron_lm, spec.layout, spec.workload)
+        return " \\\n".join(map(shlex.join, by_argument(words))) + "\n"
     present = {} if base is None else megatron_lm_arguments(base)
     wanted = {
         flag: values
@@ -346,7 +368,7 @@ def _megatron_lm(spec: TrialSpec, base: Layout | None) -> str:
         if present.get(flag) != values
     }
     if base is None and not spec.workload.model.is_moe:
-        wanted = {flag: values for flag, values in wanted.items() if flag not in _expert_metadata("flag")}
+        wanted = {flag: values for flag, values in wanted.items() if flag not in expert_metadata("flag")}
     wanted["--global-batch-size"] = [str(spec.workload.global_batch_size)]
     return " \\\n".join(shlex.join([flag, *values]) for flag, values in wanted.items()) + "\n"
 

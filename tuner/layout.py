@@ -13,6 +13,10 @@ from tuner.files import STRICT
 RecomputeGranularity = Literal["none", "selective", "full"]
 RecomputeMethod = Literal["none", "uniform", "block"]
 TokenDispatcher = Literal["allgather", "alltoall", "flex"]
+FlexBackend = Literal["deepep", "hybridep"]
+CpCommType = Literal["p2p", "all_gather", "a2a"]
+CudaGraphImpl = Literal["none", "local", "transformer_engine"]
+ShardingStrategy = Literal["no_shard", "optim", "optim_grads", "optim_grads_params"]
 
 Size = TypeVar("Size", int, NDArray[np.int64])
 
@@ -28,8 +32,9 @@ def _knob(default: object, megatron: str, flag: str, label: str = "") -> Any:
 class Layout:
     """One choice of the execution knobs; `0` and `"none"` stand for Megatron's None, so each is one table column.
 
-    Each field's metadata holds `megatron` (the field in Megatron Bridge's ConfigContainer), `flag` (Megatron-LM's
-    argument) and `label` (its short form in `Layout.label`).
+    Each field's metadata holds `megatron` (the field in Megatron Bridge's ConfigContainer; `env_vars.` names a variable
+    of the job's environment), `flag` (Megatron-LM's argument; empty for a variable) and `label` (its short form in
+    `Layout.label`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -70,6 +75,12 @@ class Layout:
         "group",
     )
     """Contiguous micro-batches a virtual stage takes; 0 is Megatron's default, pp."""
+    pipeline_model_parallel_layout: str = _knob(
+        "none", "model.pipeline_model_parallel_layout", "--pipeline-model-parallel-layout", "stages"
+    )
+    """What each of the pp * vpp chunks holds, in Megatron's letters (`Et*3|(t*4|)*14tmL`); `none` leaves it to the
+    knobs above."""
+    cp_comm_type: CpCommType = _knob("p2p", "model.cp_comm_type", "--cp-comm-type", "cpc")
 
     recompute_granularity: RecomputeGranularity = _knob(
         "none", "model.recompute_granularity", "--recompute-granularity", "rc"
@@ -93,6 +104,10 @@ class Layout:
     moe_token_dispatcher_type: TokenDispatcher = _knob(
         "alltoall", "model.moe_token_dispatcher_type", "--moe-token-dispatcher-type", "disp"
     )
+    moe_flex_dispatcher_backend: FlexBackend = _knob(
+        "deepep", "model.moe_flex_dispatcher_backend", "--moe-flex-dispatcher-backend", "flex"
+    )
+    """Who dispatches where `moe_token_dispatcher_type` is flex."""
     moe_shared_expert_overlap: bool = _knob(
         False, "model.moe_shared_expert_overlap", "--moe-shared-expert-overlap", "ose"
     )
@@ -103,6 +118,29 @@ class Layout:
         False, "comm_overlap.delay_wgrad_compute", "--delay-wgrad-compute", "dwgrad"
     )
 
+    cuda_graph_impl: CudaGraphImpl = _knob("none", "model.cuda_graph_impl", "--cuda-graph-impl", "graph")
+    cuda_graph_scope: str = _knob("none", "model.cuda_graph_modules", "--cuda-graph-modules", "scope")
+    """What a graph captures of a layer, joined by `+` (`attn+moe_router`); `none` is the whole layer. Megatron-Core
+    0.16 has it as cuda_graph_scope."""
+    use_megatron_fsdp: bool = _knob(False, "ddp.use_megatron_fsdp", "--use-megatron-fsdp", "fsdp")
+    data_parallel_sharding_strategy: ShardingStrategy = _knob(
+        "no_shard", "ddp.data_parallel_sharding_strategy", "--data-parallel-sharding-strategy", "shard"
+    )
+    """What Megatron-FSDP shards over dp; of no meaning without it."""
+    cpu_offloading_num_layers: int = _knob(
+        0, "model.cpu_offloading_num_layers", "--cpu-offloading-num-layers", "offload"
+    )
+    """Layers whose activations wait in the host's memory; 0 is no offloading."""
+    nccl_ub: bool = _knob(False, "ddp.nccl_ub", "--use-nccl-ub", "ncclub")
+    """Gradients and weights lie in buffers that are registered with NCCL."""
+
+    cuda_device_max_connections: int = _knob(0, "env_vars.CUDA_DEVICE_MAX_CONNECTIONS", "", "queues")
+    """Hardware queues a process uses; 0 takes what the other knobs ask for."""
+    expandable_segments: bool = _knob(False, "env_vars.PYTORCH_CUDA_ALLOC_CONF", "", "segments")
+    """PyTorch's allocator grows its segments in place: less fragmentation."""
+    nccl_nvls_enable: bool = _knob(True, "env_vars.NCCL_NVLS_ENABLE", "", "nvls")
+    """NCCL reduces in NVLink's switches where there are any, for which it takes memory."""
+
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"):
             if getattr(self, name) < 1:
@@ -112,6 +150,8 @@ class Layout:
             "num_layers_in_last_pipeline_stage",
             "microbatch_group_size_per_vp_stage",
             "recompute_num_layers",
+            "cpu_offloading_num_layers",
+            "cuda_device_max_connections",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(
@@ -149,11 +189,17 @@ MOE_KNOBS: tuple[str, ...] = (
     "ep",
     "etp",
     "moe_token_dispatcher_type",
+    "moe_flex_dispatcher_backend",
     "moe_shared_expert_overlap",
     "overlap_moe_expert_parallel_comm",
     "delay_wgrad_compute",
 )
 """The knobs that a dense model has no use for."""
+
+ENVIRONMENT_KNOBS: tuple[str, ...] = tuple(
+    knob.name for knob in fields(Layout) if knob.metadata["megatron"].startswith("env_vars.")
+)
+"""The knobs that are variables of the job's environment, no fields of Megatron."""
 
 DEFAULTS: Mapping[str, Any] = {knob.name: knob.default for knob in fields(Layout)}
 
@@ -187,6 +233,6 @@ def num_microbatches(global_batch_size: int, micro_batch_size: Size, dp: Size) -
     return global_batch_size // (micro_batch_size * dp)
 
 
-def module_names(recompute_modules: str) -> Iterable[str]:
-    """The modules of a `recompute_modules` knob; empty for Megatron's default."""
-    return () if recompute_modules == "none" else tuple(recompute_modules.split("+"))
+def module_names(modules: str) -> Iterable[str]:
+    """The modules of a `recompute_modules` or `cuda_graph_scope` knob; empty for Megatron's default."""
+    return () if modules == "none" else tuple(modules.split("+"))

@@ -9,13 +9,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.cluster import Cluster
-from tuner.layout import KNOBS, Layout, expert_data_parallel_size, layout_from
+from tuner.errors import InputError
+from tuner.layout import DEFAULTS, KNOBS, Layout, expert_data_parallel_size, layout_from
 from tuner.predict import implementation_of
 from tuner.predict.memory import StageMemory, breakdown
-from tuner.rules import Violation, broken_rules
+from tuner.recipe import RecipeFacts, fixed_by, layout_of, overstated, tower, unstated, workload_of
+from tuner.rules import RULES, Violation, broken_rules
 from tuner.search.feasibility import fit_probabilities
 from tuner.space import Domain, enumerate_layouts, search_domain
-from tuner.workload import Workload
+from tuner.workload import Model, Workload
 
 NEAREST: Final = 3
 """Valid layouts that are named beside one that is not."""
@@ -25,6 +27,10 @@ LIKELY: Final = 0.5
 _SIZES: Final = ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size")
 _REFUSING: Final = frozenset({"megatron", "arguments"})
 """Kinds of rules whose breach ends the run; what breaks a policy starts, and may be slow."""
+
+
+_GRIDS: Final = frozenset({"dense-grid", "expert-grid", "batch-by-micro-batch"})
+"""Rules that need no architecture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,30 +57,166 @@ class Verdict:
     nearest: tuple[Near, ...]
     """Valid layouts that differ least, where this one is refused or not likely to fit."""
 
+    memory_counts: bool = True
+    """Whether the predicted memory is that of the job, and no bound that it stays below."""
+
     @property
     def starts(self) -> bool:
         """Whether it would start, and is likely to fit."""
-        return not self.refused and self.fits is not None and self.fits >= LIKELY
+        return not self.refused and (
+            not self.memory_counts or (self.fits is not None and self.fits >= LIKELY)
+        )
 
 
-def judge(layout: Layout, workload: Workload, cluster: Cluster) -> Verdict:
-    """Judge a layout of a workload on a cluster."""
+def judge(
+    layout: Layout,
+    workload: Workload,
+    cluster: Cluster,
+    memory_counts: bool = True,
+    asked: bool = False,
+    said: tuple[Violation, ...] = (),
+) -> Verdict:
+    """Judge a layout of a workload on a cluster.
+
+    Args:
+        layout: The layout.
+        workload: What it trains.
+        cluster: The GPUs.
+        memory_counts: See Verdict.
+        asked: Whether Bridge itself has resolved the layout: then its Megatron's own checks of the config count, of
+            whatever release, and Megatron-LM's checks of its arguments are never made.
+        said: What it refused then.
+    """
     broken = broken_rules(layout, workload, cluster)
-    refused = tuple(item for item in broken if item.kind in _REFUSING)
-    policies = [item for item in broken if item.kind == "policy"]
+    foreign = {item.rule for item in broken if asked and _is_bridges_own(item, layout, bool(said))}
+    refused = (*(item for item in broken if item.kind in _REFUSING and item.rule not in foreign), *said)
+    policies = [item for item in broken if item.kind == "policy" or item.rule in foreign & _ADVICE]
     worst = fits = None
-    if not refused:
+    if not set(refused) - set(said):
         worst = max(
             breakdown(layout, workload, cluster, implementation_of(cluster)),
             key=lambda stage: stage.total_gib,
         )
         fits = float(fit_probabilities(pd.DataFrame([asdict(layout)]), workload, cluster)[0])
-    near = () if fits is not None and fits >= LIKELY else nearest(layout, workload, cluster)
+    fine = fits is not None and (fits >= LIKELY or not memory_counts)
+    near = () if fine else nearest(layout, workload, cluster)
     warnings = [*(f"{item.rule}: {item.message}" for item in policies)]
     if not refused:
         warnings += _pitfalls(layout, workload, cluster)
     return Verdict(
-        layout=layout, refused=refused, warnings=tuple(warnings), worst=worst, fits=fits, nearest=near
+        layout=layout,
+        refused=refused,
+        warnings=tuple(warnings),
+        worst=worst,
+        fits=fits,
+        nearest=near,
+        memory_counts=memory_counts,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeVerdict:
+    """What is known of a recipe of Megatron Bridge before it runs."""
+
+    facts: RecipeFacts
+    verdict: Verdict | None = None
+    """None where its architecture cannot be stated."""
+    refused: tuple[Violation, ...] = ()
+    """Where there is no verdict: what the grids alone, or Bridge itself, refuse."""
+    unjudged: str = ""
+    """Why nothing else is known then."""
+    notes: tuple[str, ...] = ()
+    """What the recipe fixes that no layout states."""
+
+    @property
+    def state(self) -> str:
+        """`starts`, `refused`, `too large` or `not judged`."""
+        if self.refused or (self.verdict and self.verdict.refused):
+            return "refused"
+        if self.verdict is None:
+            return "not judged"
+        return "starts" if self.verdict.starts else "too large"
+
+
+def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = True) -> RecipeVerdict:
+    """Judge a recipe as Bridge has resolved it, on as many GPUs as it was resolved for."""
+    local = next((reason for words, reason in _OF_THIS_MACHINE.items() if words in facts.error), "")
+    if not facts.built:
+        return RecipeVerdict(facts=facts, unjudged=local or f"Bridge cannot build it here: {facts.error}")
+    said: tuple[Violation, ...] = ()
+    if facts.error and not local:
+        said = (Violation(rule="megatron-bridge", kind="arguments", message=facts.error, source=facts.frame),)
+    beside = tower(facts)
+    notes = (*fixed_by(facts), *([beside] if beside else []))
+    reason = unstated(facts)
+    try:
+        layout = layout_of(facts.values, cluster)
+        if reason is None:
+            workload = workload_of(facts.values, facts.name)
+            counts = memory_is_known and not overstated(facts)
+            verdict = judge(layout, workload, cluster, counts, asked=True, said=said)
+            return RecipeVerdict(facts=facts, verdict=verdict, notes=notes)
+        said = (*_broken_grids(layout, facts, cluster), *said)
+    except InputError as error:
+        reason = reason or str(error)
+    return RecipeVerdict(facts=facts, refused=said, unjudged=reason, notes=notes)
+
+
+_OF_THIS_MACHINE: Final[dict[str, str]] = {
+    "no config.json of": "its Hugging Face config.json is not here",
+    "couldn't connect to": "its Hugging Face config.json is neither in the cache nor to be had",
+    "offline mode": "its Hugging Face config.json is not in the cache",
+    "LocalEntryNotFound": "its Hugging Face config.json is not in the cache",
+    "Unrecognized model identifier": "the transformers installed here does not know its model",
+    "requires a CUDA device": "Bridge asks the GPU itself",
+    "not compiled with CUDA": "Bridge asks the GPU itself",
+    "ModuleNotFoundError": "a package that it needs is not installed",
+}
+"""Bridge's words where this machine, not the recipe, is what is lacking."""
+
+
+def _broken_grids(layout: Layout, facts: RecipeFacts, cluster: Cluster) -> tuple[Violation, ...]:
+    """What the number of GPUs alone refuses, whatever the layers are."""
+    any_model = Model(
+        name=facts.name,
+        num_layers=1,
+        hidden_size=1,
+        ffn_hidden_size=1,
+        num_attention_heads=1,
+        num_query_groups=1,
+        kv_channels=1,
+        vocab_size=1,
+    )
+    batch = facts.values.get("train.global_batch_size") or 0
+    if batch < 1:
+        return ()
+    workload = Workload(model=any_model, seq_length=1, global_batch_size=batch)
+    return tuple(item for item in broken_rules(layout, workload, cluster) if item.rule in _GRIDS)
+
+
+_CONFIG_CHECKS: Final = "transformer_config.py"
+_ARGUMENT_CHECKS: Final = "megatron/training/arguments.py"
+_ADVICE: Final = frozenset({"param-gather-overlap-needs-both"})
+"""What Megatron-LM refuses and Bridge lets pass, to no good."""
+
+
+def _is_bridges_own(item: Violation, layout: Layout, refused: bool) -> bool:
+    """Whether Bridge would have said so itself; where it stopped at its first complaint, ours may explain it."""
+    if item.rule == "flex-needs-expert-ranks":
+        # Megatron-Core 0.19 asks it of DeepEP alone (token_dispatcher.py, MoEFlexTokenDispatcher).
+        return layout.moe_flex_dispatcher_backend == "hybridep"
+    return (_ARGUMENT_CHECKS in item.source and "Bridge" not in item.source) or (
+        _CONFIG_CHECKS in item.source and not refused
+    )
+
+
+def refused_beside_bridge(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[Violation, ...]:
+    """What ends the run of a recipe that Bridge itself has resolved without complaint: the rules that it never asks."""
+    return tuple(
+        item
+        for item in broken_rules(layout, workload, cluster)
+        if item.kind == "program"
+        or (item.kind in _REFUSING and not _is_bridges_own(item, layout, refused=False))
     )
 
 
@@ -95,6 +237,7 @@ def nearest(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[Near,
             else np.asarray(values != wanted, dtype=float)
         )
     fits = fit_probabilities(table, workload, cluster)
+    table, fits, distance = table[distance > 0], fits[distance > 0], distance[distance > 0]
     order = np.lexsort((distance, fits < LIKELY))[:NEAREST]
     return tuple(
         Near(layout=layout_from({str(k): v for k, v in table.iloc[row].items()}), fits=float(fits[row]))
@@ -107,8 +250,14 @@ def _around(layout: Layout, workload: Workload, cluster: Cluster) -> Domain:
     searched = search_domain(workload, cluster)
     grid = {knob: tuple(searched.get(knob, ())) for knob in (*_SIZES, "sp")}
     split = {knob: tuple(searched.get(knob, ())) for knob in KNOBS if "pipeline" in knob}
+    # What a broken rule reads may change as well, to what breaks nothing.
+    broken = {item.rule for item in broken_rules(layout, workload, cluster)}
+    read = {knob for rule in RULES if rule.id in broken for knob in rule.knobs}
+    switches = {knob for knob in read if isinstance(DEFAULTS[knob], bool)}
     return {
         **{knob: (getattr(layout, knob),) for knob in KNOBS},
+        **{knob: tuple(dict.fromkeys((getattr(layout, knob), DEFAULTS[knob]))) for knob in read - switches},
+        **dict.fromkeys(switches, (False, True)),
         **{
             knob: tuple(dict.fromkeys((getattr(layout, knob), *values)))
             for knob, values in {**grid, **split}.items()

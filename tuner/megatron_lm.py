@@ -15,6 +15,7 @@ from typing import Any, Final
 from tuner.errors import InputError
 from tuner.files import parse
 from tuner.layout import Layout, data_parallel_size
+from tuner.pipeline_layout import parse as placed
 from tuner.workload import Precision, Workload
 
 _MODEL_NUMBERS: Final = (
@@ -53,24 +54,19 @@ _SWITCHES: Final = (
     *("disable_bias_linear", "add_qkv_bias", "qk_layernorm", "multi_latent_attention"),
     *("use_rotary_position_embeddings", "moe_router_pre_softmax", "moe_router_enable_expert_bias"),
     *("moe_router_force_load_balancing", "bf16", "fp16", "grad_reduce_in_bf16", "fp8_param_gather"),
-    *("accumulate_allreduce_grads_in_fp32", "recompute_activations", "moe_enable_deepep"),
+    *("accumulate_allreduce_grads_in_fp32", "recompute_activations", "moe_enable_deepep", "use_custom_fsdp"),
 )
 _VOCABULARIES: Final[Mapping[str, int]] = {"GPT2BPETokenizer": 50257, "Llama3Tokenizer": 128256}
 """Of tokenizers whose vocabulary their name tells."""
 
 _UNJUDGED: Final = frozenset(
     {
-        *(
-            "use_megatron_fsdp",
-            "use_custom_fsdp",
-            "use_torch_fsdp2",
-            "cpu_offloading",
-            "optimizer_cpu_offload",
-        ),
-        *("pipeline_model_parallel_layout", "fine_grained_activation_offloading", "rampup_batch_size"),
-        *("hierarchical_context_parallel_sizes", "num_distributed_optimizer_instances", "cuda_graph_impl"),
+        *("use_torch_fsdp2", "optimizer_cpu_offload"),
+        *("fine_grained_activation_offloading", "rampup_batch_size"),
+        *("hierarchical_context_parallel_sizes", "num_distributed_optimizer_instances"),
         *("use_precision_aware_optimizer", "spec", "yaml_cfg", "hybrid_override_pattern"),
-        *("heterogeneous_layers_config_path", "experimental_attention_variant", "enable_cuda_graph"),
+        *("heterogeneous_layers_config_path", "experimental_attention_variant"),
+        *("enable_cuda_graph", "external_cuda_graph"),
     }
 )
 """Arguments that change memory, speed or validity in ways that no rule here knows."""
@@ -110,13 +106,14 @@ def read_command(
         InputError: if an argument that is needed is missing, or is not what Megatron-LM takes.
     """
     try:
-        found, rest = _parser().parse_known_args(_words(text))
+        words, variables = _words(text)
+        found, rest = _parser().parse_known_args(words)
         if found.num_layers is None or found.hidden_size is None or found.num_attention_heads is None:
             raise InputError(
                 f"{source}: no --num-layers, --hidden-size and --num-attention-heads: is it a Megatron-LM command?"
             )
         world = world_size or _world_size(found)
-        layout = _layout(found, source)
+        layout = _layout(found, variables, source)
         workload = _workload(found, source, layout, world, vocab_size)
     except (ArgumentError, ValueError, SyntaxError) as error:
         raise InputError(f"{source}: {error}") from None
@@ -127,8 +124,8 @@ def read_command(
     return CommandLine(workload=workload, layout=layout, world_size=world, unjudged=unjudged)
 
 
-def _words(text: str) -> list[str]:
-    """The words of a script, its own variables filled in; an array's parentheses stand apart."""
+def _words(text: str) -> tuple[list[str], dict[str, str]]:
+    """The words of a script, its own variables filled in, and those; an array's parentheses stand apart."""
     lexer = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars="();&|<>")
     lexer.whitespace_split = True
     known: dict[str, str] = {}
@@ -138,11 +135,19 @@ def _words(text: str) -> list[str]:
         if assigned := _ASSIGNMENT.fullmatch(filled):
             known[assigned[1]] = assigned[2]
         words.append(filled)
-    return words
+    return words, known
 
 
 _VARIABLE: Final = re.compile(r"\$\{?([A-Za-z_]\w*)(?::-([^}]*))?\}?")
 _ASSIGNMENT: Final = re.compile(r"([A-Za-z_]\w*)=(.+)", re.S)
+
+
+_LISTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "recompute_modules": (),
+    "cp_comm_type": (),
+    "cuda_graph_scope": ("--cuda-graph-scope",),
+}
+"""Knobs whose argument takes several words, with its older names."""
 
 
 def _parser() -> ArgumentParser:
@@ -157,10 +162,12 @@ def _parser() -> ArgumentParser:
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}")
     for knob in fields(Layout):
         flag = knob.metadata["flag"]
+        if not flag:
+            continue
         if isinstance(knob.default, bool):
             parser.add_argument(flag, dest=knob.name, action="store_true")
-        elif knob.name == "recompute_modules":
-            parser.add_argument(flag, dest=knob.name, nargs="*")
+        elif knob.name in _LISTS:
+            parser.add_argument(flag, *_LISTS[knob.name], dest=knob.name, nargs="*")
         else:
             parser.add_argument(flag, dest=knob.name, type=type(knob.default))
     return parser
@@ -176,14 +183,14 @@ def _world_size(found: Namespace) -> int:
         ) from None
 
 
-def _layout(found: Namespace, source: str) -> Layout:
-    given = {knob.name: getattr(found, knob.name) for knob in fields(Layout)}
+def _layout(found: Namespace, variables: Mapping[str, str], source: str) -> Layout:
+    given = {knob.name: getattr(found, knob.name, None) for knob in fields(Layout)}
     data = {name: value for name, value in given.items() if value is not None}
     data.setdefault("etp", data.get("tp", 1))
     data["sp"] = data["sp"] and data.get("tp", 1) > 1  # Megatron-LM clears it, with a warning
     data.setdefault("moe_token_dispatcher_type", "allgather")
     if found.moe_enable_deepep:
-        data |= {"moe_token_dispatcher_type": "flex"}
+        data |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
     if found.num_experts is None:
         data |= {"etp": 1, "moe_token_dispatcher_type": "alltoall"}
     if found.recompute_activations:
@@ -191,9 +198,53 @@ def _layout(found: Namespace, source: str) -> Layout:
     data["recompute_modules"] = "+".join(found.recompute_modules or ()) or "none"
     if found.num_layers_per_virtual_pipeline_stage is not None:
         data["vpp"] = _chunks(found, data)
+    if found.pipeline_model_parallel_layout:
+        data["vpp"] = max(1, len(placed(found.pipeline_model_parallel_layout)) // data.get("pp", 1))
     # Interleaving overlaps its messages unless told not to.
     data["overlap_p2p_comm"] = data.get("vpp", 1) > 1 and not found.overlap_p2p_comm
-    return parse(Layout, data, source)
+    data |= _context_and_graphs(found, data) | _sharding(found)
+    return parse(Layout, data | _environment(variables, data), source)
+
+
+def _context_and_graphs(found: Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What is of no meaning without its other half has its default, as in every layout."""
+    kinds = set(found.cp_comm_type or ())
+    if len(kinds) > 1:
+        raise ValueError(
+            f"--cp-comm-type {' '.join(found.cp_comm_type)}: one kind for all layers is all that is known"
+        )
+    values: dict[str, Any] = {"cp_comm_type": kinds.pop() if kinds and data.get("cp", 1) > 1 else "p2p"}
+    if data["moe_token_dispatcher_type"] != "flex":  # noqa: S105
+        values["moe_flex_dispatcher_backend"] = "deepep"
+    scope = "+".join(found.cuda_graph_scope or ())
+    values["cuda_graph_scope"] = scope if scope not in {"", "full"} and found.cuda_graph_impl else "none"
+    if found.cuda_graph_impl == "full_iteration":  # a scope of `local` before Megatron-Core 0.19
+        values |= {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
+    return values
+
+
+def _sharding(found: Namespace) -> dict[str, Any]:
+    """Megatron-FSDP implies the distributed optimizer, and shards everything unless told otherwise."""
+    if not (found.use_megatron_fsdp or found.use_custom_fsdp):
+        return {"data_parallel_sharding_strategy": "no_shard"}
+    return {
+        "use_megatron_fsdp": True,
+        "use_distributed_optimizer": True,
+        "data_parallel_sharding_strategy": found.data_parallel_sharding_strategy or "optim_grads_params",
+    }
+
+
+def _environment(variables: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs that a script sets as variables. Megatron-LM asks for the single queue wherever tp or cp is above 1."""
+    queues = variables.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    expected = (
+        queues == "1" and max(data.get("tp", 1), data.get("cp", 1)) > 1 and not data["use_megatron_fsdp"]
+    )
+    return {
+        "cuda_device_max_connections": int(queues) if queues.isdigit() and not expected else 0,
+        "expandable_segments": "expandable_segments:True" in variables.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        "nccl_nvls_enable": variables.get("NCCL_NVLS_ENABLE", "") != "0",
+    }
 
 
 def _chunks(found: Namespace, data: Mapping[str, Any]) -> int:

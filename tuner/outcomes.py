@@ -31,6 +31,8 @@ _COMMUNICATION_TEXTS = (
 _DEVICE_TEXTS = ("cuda error", "cuda driver error", "uncorrectable ecc", "no cuda gpus are available")
 _NON_FINITE = "NonFiniteLossError"
 """How a program's exception must be named that says that the loss is NaN or infinite."""
+_NON_FINITE_TEXTS = ("found nan in local", "found inf in local")
+"""Megatron's own words for it, of a loss or a bucket of gradients (losses.py, param_and_grad_buffer.py)."""
 
 
 def outcome_of_failure(kind: str, message: str, phase: Phase, step: int) -> tuple[Outcome, str]:
@@ -43,7 +45,7 @@ def outcome_of_failure(kind: str, message: str, phase: Phase, step: int) -> tupl
     where = f"in {phase} after {step} steps"
     said = f"{kind.rpartition('.')[2]} {where}: {text[:300]}"
     lowered = text.lower()
-    if kind.endswith(_NON_FINITE):
+    if kind.endswith(_NON_FINITE) or any(part in lowered for part in _NON_FINITE_TEXTS):
         return Outcome.NAN, said
     if kind.endswith(_OOM_KINDS) or any(part in lowered for part in _OOM_TEXTS):
         return Outcome.OOM, said

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar, Final, Literal
 
@@ -33,7 +33,7 @@ FIGURES: Final[Mapping[str, tuple[str, float]]] = MappingProxyType(
 MEGATRON_LM: Final[Mapping[str, str]] = MappingProxyType(
     {
         "step_time_ms": r"elapsed time per iteration \(ms\): ([\d.]+)",
-        "loss": r"lm loss: ([\d.E+-]+|nan|inf)",
+        "loss": r"(?i)lm loss: ([\d.e+-]+|nan|inf)",
         "grad_norm": r"grad norm: ([\d.]+|nan|inf)",
         "peak_allocated_mib": r"memory \(MB\) .*?max allocated: ([\d.]+)",
         "peak_reserved_mib": r"memory \(MB\) .*?max reserved: ([\d.]+)",
@@ -93,9 +93,64 @@ class Command:
         return MEGATRON_LM if self.log == "megatron-lm" else self.log or {}
 
 
-def program_name(program: str | Command) -> str:
-    """What to call a program: a command by its first word."""
-    return program if isinstance(program, str) else program.command[0]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BridgeRecipe:
+    """A recipe of Megatron Bridge: a trial applies the layout to it and trains by Bridge's own `pretrain`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    recipe: str
+    """The name of a library or perf recipe, or the path of a Python file."""
+    function: str | None = None
+    """Which function of a Python file returns the ConfigContainer; None where it has only one."""
+    arguments: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """What the recipe's function is called with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronLm:
+    """A command line of Megatron-LM, whose parallel arguments a trial replaces by the layout's."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    megatron_lm: tuple[str, ...]
+    """Its words from the training script on, without torchrun's: `pretrain_gpt.py --num-layers 32 ...`."""
+
+    def __post_init__(self) -> None:
+        if not self.megatron_lm:
+            raise ValueError(
+                "megatron_lm is empty: give the training script and its arguments as a list of words"
+            )
+
+    @property
+    def patterns(self) -> Mapping[str, str]:
+        """The expressions by figure."""
+        return MEGATRON_LM
+
+
+Program = str | BridgeRecipe | MegatronLm | Command
+"""What a trial runs; a plain name is one of ours."""
+
+
+BUILT_IN: Final = "megatron_core"
+
+NOT_BUILT_IN: Final = (
+    *("cuda_graph_impl", "cuda_graph_scope", "use_megatron_fsdp", "data_parallel_sharding_strategy"),
+)
+"""Knobs that the built-in program has no code for: its training loop captures no graphs and wraps no FSDP."""
+
+
+def program_name(program: Program) -> str:
+    """What to call a program: a recipe by its name, a command by its first word."""
+    match program:
+        case BridgeRecipe():
+            return program.recipe
+        case MegatronLm():
+            return program.megatron_lm[0]
+        case Command():
+            return program.command[0]
+        case _:
+            return program
 
 
 def _check_placeholder(name: str, word: str) -> None:

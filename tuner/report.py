@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.answer import Answer, Standing, answer, ruled_out
-from tuner.export import Comparison, Figures, megatron_fields
+from tuner.export import Comparison, Figures
 from tuner.layout import KNOBS, Layout
+from tuner.megatron_fields import megatron_fields
 from tuner.rows import TrialRow, completed
 from tuner.search.drift import drift
+from tuner.stages import stage_sentence
 from tuner.trial import Metrics, Outcome
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ def verdict(rows: Sequence[TrialRow]) -> list[str]:
         told.append(
             "Losses were not compared: forced balance of experts routes at random, differently in every layout."
         )
+    if (stages := stage_sentence(rows)) is not None:
+        told.append(stages)
     if found.drift is not None:
         told.append(found.drift.sentence())
     again = sum(row.source == "repeat" for row in rows)

@@ -10,8 +10,9 @@ from pydantic import ConfigDict
 from tuner.errors import InputError
 from tuner.files import STRICT, read_json
 from tuner.layout import Layout
+from tuner.program import BridgeRecipe, Command, MegatronLm, Program
 from tuner.trial import Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.workload import Precision
+from tuner.workload import Precision, Workload
 
 SEARCHED: Final = ("baseline", "seed", "sampler")
 """Sources of the trials that measure a layout for the first time."""
@@ -30,6 +31,8 @@ class TrialSource:
     """`baseline`, `seed` or `sampler`; `repeat` of a suspect trial, `canary` for the machine's drift, `final`."""
     note: str = ""
     """Which table a seed comes from, and how it was moved."""
+    around: tuple[int, ...] = ()
+    """The trials whose layouts the second stage varies (tuner.stages); empty in the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,26 @@ class TrialRow:
     """Of the workload: it says how far two losses may lie apart."""
     routes_at_random: bool = False
     """Of the workload: tokens go to experts that are drawn, differently in every layout, so that losses say nothing."""
+    draws_weights: bool = False
+    """Its program draws the first weights itself, other ones where other ranks hold them: see `draws_weights`."""
+    around: tuple[int, ...] = ()
+    """As in its TrialSource."""
     result: TrialResult
+
+
+def draws_weights(program: Program, workload: Workload, layout: Layout) -> bool:
+    """Whether a trial's first weights are its program's own, other ones under another layout.
+
+    Ours start every layout from the same ones (launchers/programs/megatron_core/weights.py); so does a recipe of
+    Bridge, but for weights that are born sharded or in fp8.
+    """
+    match program:
+        case MegatronLm() | Command():
+            return True
+        case BridgeRecipe():
+            return workload.fp8_param or layout.use_megatron_fsdp
+        case _:
+            return False
 
 
 def trial_folder(results: Path, number: int) -> TrialFolder:
@@ -75,9 +97,11 @@ def read_trial(folder: TrialFolder) -> TrialRow:
         number=spec.number,
         source=chosen.source,
         note=chosen.note,
+        around=chosen.around,
         layout=spec.layout,
         precision=spec.workload.precision,
         routes_at_random=spec.workload.moe_router_force_load_balancing,
+        draws_weights=draws_weights(spec.program, spec.workload, spec.layout),
         result=read_json(TrialResult, folder.result),
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice, product
 from math import gcd, prod
 from types import MappingProxyType
 from typing import Any
@@ -15,14 +16,19 @@ from tuner.errors import InputError, did_you_mean
 from tuner.files import parse
 from tuner.layout import (
     DEFAULTS,
+    ENVIRONMENT_KNOBS,
     KNOBS,
     Layout,
     data_parallel_size,
     expert_data_parallel_size,
     num_microbatches,
 )
+from tuner.pipeline_layout import DECODER, EMBEDDING, LOSS, MTP, write
 from tuner.rules import Columns, Rule, Texts, active_rules
-from tuner.workload import Workload
+from tuner.rules.environment import flex_backend_runs
+from tuner.rules.placement import plain_split
+from tuner.rules.shapes import has_dense_layers
+from tuner.workload import Model, Workload
 
 Value = bool | int | str
 Domain = Mapping[str, tuple[Value, ...]]
@@ -32,16 +38,29 @@ _SWITCH: tuple[Value, ...] = (False, True)
 _UNNAMED: Domain = MappingProxyType({"overlap_p2p_comm": _SWITCH})
 
 _STAGES: tuple[str, ...] = (
-    *("tp", "pp", "cp", "ep", "etp", "sp", "micro_batch_size"),
+    *("tp", "pp", "cp", "ep", "etp", "sp", "micro_batch_size", "pipeline_model_parallel_layout"),
     *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
     *("vpp", "microbatch_group_size_per_vp_stage", "overlap_p2p_comm"),
-    *("moe_token_dispatcher_type", "moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm"),
-    *("delay_wgrad_compute", "tp_comm_overlap"),
+    *("cp_comm_type", "moe_token_dispatcher_type", "moe_flex_dispatcher_backend"),
+    *("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm", "delay_wgrad_compute"),
+    *("tp_comm_overlap", "cpu_offloading_num_layers", "use_megatron_fsdp", "data_parallel_sharding_strategy"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
-    *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
+    *("cuda_graph_impl", "cuda_graph_scope"),
+    *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "nccl_ub"),
+    *("cuda_device_max_connections", "expandable_segments", "nccl_nvls_enable"),
 )
 """The order in which knobs are bound: those that rule out the most come first."""
+
+_GRID = frozenset({"tp", "pp", "vpp", "cp", "ep", "etp", "sp", "micro_batch_size", "overlap_p2p_comm"})
+_REFINED_ALONE = (
+    *("cuda_graph_impl", "cuda_graph_scope", "use_megatron_fsdp", "data_parallel_sharding_strategy"),
+    *("cpu_offloading_num_layers", "nccl_ub", *ENVIRONMENT_KNOBS),
+)
+_MOST_TEXTS = 127
+"""Categories of a column whose codes have 8 bits."""
+REFINED: tuple[str, ...] = tuple(knob for knob in KNOBS if knob not in _GRID)
+"""The knobs that a second stage of a default search varies around the best layouts of the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,27 +134,40 @@ class _Rows:
 
     def table(self) -> pd.DataFrame:
         """The rows, every knob bound."""
-        data: dict[str, Any] = {knob: self._columns[knob] for knob in KNOBS}
+        data: dict[str, Any] = {knob: self._repeated(self._columns[knob]) for knob in KNOBS}
         for knob, texts in self._texts.items():
-            data[knob] = pd.Categorical.from_codes(self._columns[knob], categories=pd.Index(texts))
+            data[knob] = pd.Categorical.from_codes(data[knob], categories=pd.Index(texts))
         return pd.DataFrame(data, copy=False)
+
+    def _repeated(self, column: NDArray[Any]) -> NDArray[Any]:
+        return np.repeat(column, self._count) if len(column) == 1 else column
 
     def _crossed(self, name: str, knob: str) -> NDArray[Any]:
         if name == knob:
             return np.tile(self._values[knob], self._count)
-        return np.repeat(self._columns[name], len(self._values[knob]))
+        width = len(self._values[knob])
+        if self._is_constant(name):
+            return np.broadcast_to(self._values[name], (self._count * width,))
+        return np.repeat(self._columns[name], width)
+
+    def _is_constant(self, knob: str) -> bool:
+        """Whether every row has the same value, so that one stands for all."""
+        return len(self._values[knob]) == 1
 
     def _judged(self, name: str, column: NDArray[Any]) -> Any:
         return Texts(column, self._texts[name]) if name in self._texts else column
 
     def _keep(self, knob: str, kept: NDArray[np.bool_], everything: bool) -> None:
+        varied = [name for name in (*self._columns, knob) if not self._is_constant(name)]
         if everything:
-            self._columns = {name: self._crossed(name, knob) for name in (*self._columns, knob)}
+            columns = {name: self._crossed(name, knob) for name in varied}
         else:
             parent, choice = np.divmod(np.flatnonzero(kept), len(self._values[knob]))
-            self._columns = {name: column[parent] for name, column in self._columns.items()}
-            self._columns[knob] = self._values[knob][choice]
-        self._count = len(self._columns[knob])
+            columns = {name: self._columns[name][parent] for name in varied if name != knob}
+            if knob in varied:
+                columns[knob] = self._values[knob][choice]
+        self._columns = {name: columns.get(name, self._values[name]) for name in (*self._columns, knob)}
+        self._count = int(np.count_nonzero(kept))
 
 
 def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> pd.DataFrame:
@@ -167,6 +199,8 @@ def default_domain(workload: Workload, cluster: Cluster) -> Domain:
         "account_for_embedding_in_pipeline_split": _SWITCH,
         "account_for_loss_in_pipeline_split": _SWITCH,
         "microbatch_group_size_per_vp_stage": (0, *(2 * size for size in pp if 1 < size <= 8)),
+        "pipeline_model_parallel_layout": ("none",),
+        "cp_comm_type": ("p2p", "a2a") if cuda and _no_ring(model) else ("p2p",),
         "recompute_granularity": ("none", "selective", "full"),
         "recompute_method": ("none", "uniform", "block"),
         "recompute_num_layers": (0, 1),
@@ -177,9 +211,41 @@ def default_domain(workload: Workload, cluster: Cluster) -> Domain:
         "overlap_p2p_comm": _SWITCH,
         "tp_comm_overlap": _SWITCH if cuda else (False,),
         "moe_token_dispatcher_type": _dispatchers(moe, cuda),
+        "moe_flex_dispatcher_backend": ("deepep", "hybridep")
+        if moe and _needs_hybridep(cluster)
+        else ("deepep",),
         "moe_shared_expert_overlap": _SWITCH if shared else (False,),
         "overlap_moe_expert_parallel_comm": experts_overlap,
         "delay_wgrad_compute": experts_overlap if cuda else (False,),
+        **{knob: (DEFAULTS[knob],) for knob in _REFINED_ALONE},
+    }
+
+
+def refined_domain(workload: Workload, cluster: Cluster) -> Domain:
+    """More than `default_domain`: candidates also of the knobs that would multiply a whole space by thousands.
+
+    To vary around a layout, not to cross.
+    """
+    model, cuda = workload.model, cluster.device == "cuda"
+    base = default_domain(workload, cluster)
+    placed = {**base, "pipeline_model_parallel_layout": _placements(workload, base)}
+    if not cuda:
+        return placed
+    return {
+        **placed,
+        "cp_comm_type": ("p2p", "a2a", "all_gather"),
+        "moe_flex_dispatcher_backend": ("deepep", "hybridep") if model.is_moe else ("deepep",),
+        "cuda_graph_impl": ("none", "transformer_engine", "local"),
+        "cuda_graph_scope": _graph_scopes(model),
+        "use_megatron_fsdp": _SWITCH,
+        "data_parallel_sharding_strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),
+        "cpu_offloading_num_layers": tuple(
+            sorted({0, *(model.num_layers // part for part in (8, 4, 2))} - {model.num_layers})
+        ),
+        "nccl_ub": _SWITCH,
+        "cuda_device_max_connections": (0, 1, 8, 32),
+        "expandable_segments": _SWITCH,
+        "nccl_nvls_enable": (True, False),
     }
 
 
@@ -280,6 +346,66 @@ def _virtual_sizes(num_layers: int, pp: tuple[int, ...], first_last: tuple[int, 
     stages = {(num_layers + extra) // size for extra in (0, 1, 2) for size in pp if size > 1}
     stages |= {-(-num_layers // size) for size in pp if size > 1 and len(first_last) > 1}
     return tuple(sorted({1, *(count for layers in stages for count in _divisors(layers, layers))}))
+
+
+def layer_placements(workload: Workload, pp: int, vpp: int) -> tuple[str, ...]:
+    """Few balanced texts of `pipeline_model_parallel_layout` that the plain knobs cannot spell.
+
+    The loss counts as a layer, and so does every layer of multi-token prediction, which the last chunk holds; the
+    embedding counts as none in one text, as a layer in the other.
+    """
+    chunks, layers, mtp = pp * vpp, workload.model.num_layers, workload.model.mtp_num_layers or 0
+    found: dict[str, None] = {}
+    for embedding in (0, 1):
+        counts = _spread(layers, chunks, embedding, 1 + mtp)
+        text = write(_chunk(place, chunks, count, mtp) for place, count in enumerate(counts))
+        if plain_split(text, pp) is None:
+            found[text] = None
+    return tuple(found)
+
+
+def _spread(layers: int, chunks: int, first: int, last: int) -> tuple[int, ...]:
+    """Layers a chunk, the fullest as light as can be; the outer chunks have `first` and `last` slots taken."""
+    taken = [0] * chunks
+    taken[0] += first
+    taken[-1] += last
+    counts = [0] * chunks
+    for _ in range(layers):
+        # The chunk with the fewest slots, of several the first.
+        place = min(range(chunks), key=lambda place: (counts[place] + taken[place], place))
+        counts[place] += 1
+    return tuple(counts)
+
+
+def _chunk(place: int, chunks: int, layers: int, mtp: int) -> str:
+    end = MTP * mtp + LOSS if place == chunks - 1 else ""
+    return (EMBEDDING if place == 0 else "") + DECODER * layers + end
+
+
+def _placements(workload: Workload, domain: Domain) -> tuple[str, ...]:
+    """Texts for the pipelines of a domain, the shortest first, as many as a column of the table can tell apart."""
+    sizes = product(map(int, domain["pp"]), map(int, domain["vpp"]))
+    shapes = [(pp, vpp) for pp, vpp in sizes if pp > 1 and pp * vpp <= workload.model.num_layers + 1]
+    shapes.sort(key=lambda shape: (shape[0] * shape[1], shape))
+    texts = dict.fromkeys(text for pp, vpp in shapes for text in layer_placements(workload, pp, vpp))
+    return ("none", *islice(texts, _MOST_TEXTS - 1))
+
+
+def _no_ring(model: Model) -> bool:
+    """Whether attention over context ranks cannot send keys and values round."""
+    return model.window_size is not None or model.softmax_type != "vanilla"
+
+
+def _needs_hybridep(cluster: Cluster) -> bool:
+    return cluster.device == "cuda" and not flex_backend_runs("deepep", cluster)
+
+
+def _graph_scopes(model: Model) -> tuple[str, ...]:
+    """The whole layer, all of it but the experts, attention alone, or the full iteration."""
+    if not model.is_moe:
+        return ("none", "full_iteration", "attn", "attn+mlp")
+    dense = ("attn+mlp+moe_router+moe_preprocess",) * has_dense_layers(model)
+    return ("none", "full_iteration", "attn", "attn+moe_router", "attn+moe_router+moe_preprocess", *dense)
 
 
 def _dispatchers(moe: bool, cuda: bool) -> tuple[str, ...]:

@@ -16,21 +16,18 @@ from tuner.errors import InputError
 from tuner.files import make_folder, read_json, write_json
 from tuner.heuristics import Seed
 from tuner.layout import Layout
-from tuner.predict import implementation_of
-from tuner.predict.time import step_time_ms
 from tuner.report import best
 from tuner.results import SweepFolder
-from tuner.rows import SEARCHED, TrialRow, TrialSource, read_trials
-from tuner.search import optuna_rows
+from tuner.rows import SEARCHED, TrialRow, TrialSource, draws_weights, read_trials
 from tuner.search.dominance import needs_at_least_as_much_memory
 from tuner.search.drift import canary_due, drift
-from tuner.search.feasibility import Feasibility
+from tuner.search.feasibility import MIN_FIT
 from tuner.search.finals import expected_s, next_final, standing_for_finals
-from tuner.search.optuna_rows import OptunaRows
-from tuner.search.predicted_rows import PredictedRows
 from tuner.search.sampler import TableSampler, find_row, layout_at
 from tuner.search.stopping import Certainty
-from tuner.search.strategy import GridRows, Observation, RandomRows, Strategy
+from tuner.search.strategies import strategy_of
+from tuner.search.strategy import Observation
+from tuner.stages import FIRST_SHARE, best_trials, middles, recorded, with_refinements
 from tuner.study import STATES, StudyTrial, open_study
 from tuner.sweep_file import Sweep
 from tuner.trial import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
@@ -64,6 +61,8 @@ class Progress:
     """What the tuner took between the trials of this run: to choose, to learn, to write."""
     run_s: float = 0.0
     """Wall clock of this run, from its first trial's begin to its last one's end."""
+    stage: int | None = None
+    """1 or 2; None of a sweep with one stage."""
 
 
 class Observer(Protocol):
@@ -81,6 +80,10 @@ class Observer(Protocol):
         """A trial ended; `pruned` rows were ruled out by it."""
 
 
+Begun = tuple[Layout, TrialSource, TrialResult | None, int | None]
+"""What a trial's folder holds, and its `attempts_spent`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What runs next."""
@@ -95,7 +98,7 @@ class SweepLoop:
 
     Args:
         sweep: What to measure.
-        table: The valid layouts, the baseline's row included.
+        table: The valid layouts, the baseline's row included; those of the first stage, where the sweep has two.
         queue: Layouts to try first, in order: the baseline, then the seeds.
         calibration: What the machine measured, for the predicted step times.
         deadline_s: When the last trial should have ended, in seconds since the epoch.
@@ -130,17 +133,8 @@ class SweepLoop:
                 self._lost_s += result.durations.total_s if result else 0.0
         self.rows = [row for row in self.rows if row.number not in self._waiting]
         self._tried = [layout for layout, _, _, _ in begun]
-        self._relearn()
-        trials = [
-            StudyTrial(
-                params=self._sampler.params(layout),
-                result=result if spent is None else None,
-                source=origin.source,
-                label=layout.label(),
-            )
-            for layout, origin, result, spent in begun
-        ]
-        self._study = open_study(folder.study, sweep.name, self._sampler, self._sampler.space, trials)
+        self._around: tuple[int, ...] = ()
+        self._begin_stage(recorded([origin for _, origin, _, _ in begun]) if sweep.refined else (), begun)
 
     def run(self, stop: threading.Event) -> Stop:
         """Run trials until the budget is used, nothing is left, `stop` is set, or the machine keeps failing."""
@@ -171,7 +165,9 @@ class SweepLoop:
         possible = len(self.rows) + self._running + len(self._waiting) + self._sampler.remaining + finals
         return Progress(
             finished=len(self.rows),
-            budget=min(self._sweep.budget.trials, possible),
+            budget=self._sweep.budget.trials
+            if self._stage == 1
+            else min(self._sweep.budget.trials, possible),
             used_s=ledger.used_s,
             left_s=ledger.left_s(),
             best=best(self.rows),
@@ -179,6 +175,7 @@ class SweepLoop:
             certainty=self._certainty,
             own_s=self._own_s,
             run_s=self._last_s - self._first_s,
+            stage=self._stage,
         )
 
     def finals_note(self) -> str | None:
@@ -217,18 +214,35 @@ class SweepLoop:
             assert over is not None, "a search that goes on has a next row"
             return over
         known = [step.layout] if step.layout is not None else []
+        if not self._waiting:
+            step = replace(step, origin=replace(step.origin, around=self._around))
         used_up = ledger.used_up(expected_s(self.rows, known))
         return step if used_up is None else over or used_up
 
     def _search_is_over(self, ledger: Ledger) -> Stop | None:
-        if not self._sampler.remaining:
-            return Stop.EXHAUSTED
         reason = ledger.search_is_over()
         # Within one run time only passes: finals that go faster than expected do not bring the search back.
         self._out_of_time |= reason is Stop.DEADLINE
-        if reason is not Stop.TRIALS and self._has_converged():
-            return Stop.CONVERGED
-        return Stop.DEADLINE if reason is None and self._out_of_time else reason
+        if reason is None and self._out_of_time:
+            reason = Stop.DEADLINE
+        first_is_over = reason is None and self._stage == 1 and self._stage_is_over(ledger)
+        # Where nothing is measured yet, there is nothing to refine.
+        if first_is_over and (best_of_first := best_trials(self.rows, self._sweep)):
+            self._begin_stage(best_of_first, self._begun())
+        if not self._sampler.remaining:
+            return Stop.EXHAUSTED
+        return Stop.CONVERGED if reason is not Stop.TRIALS and self._has_converged() else reason
+
+    @property
+    def _stage(self) -> int | None:
+        if not self._sweep.refined:
+            return None
+        return 2 if self._around else 1
+
+    def _stage_is_over(self, ledger: Ledger) -> bool:
+        """Whether the first of two stages is: nothing to gain in it, or its share of the budget is used."""
+        ended = not self._sampler.remaining or self._has_converged()
+        return ended or ledger.search_is_over(FIRST_SHARE) is not None
 
     def _has_converged(self) -> bool:
         budget = self._sweep.budget
@@ -320,8 +334,10 @@ class SweepLoop:
             number=number,
             source=origin.source,
             note=origin.note,
+            around=origin.around,
             layout=layout,
             precision=self._sweep.workload.precision,
+            draws_weights=draws_weights(self._sweep.program, self._sweep.workload, layout),
             routes_at_random=self._sweep.workload.moe_router_force_load_balancing,
             result=result,
         )
@@ -331,13 +347,34 @@ class SweepLoop:
             self._relearn()
         elif origin.source in SEARCHED:
             self._learn(row, row)
-            self._certainty = self._sampler.certainty() if self._sampler.remaining else None
+            self._certainty = self._known_certainty()
         trial.set_user_attr("outcome", str(result.outcome))
         trial.set_user_attr("reason", result.reason)
         metrics = result.metrics
         self._study.tell(trial, metrics.step_time_ms if metrics else None, STATES[result.outcome])
         self._tracker.log_trial(row, self._folder.trial(number))
         self._observer.finished(row, self._pruned - before, self.progress())
+
+    def _begin_stage(self, around: tuple[int, ...], begun: Sequence[Begun]) -> None:
+        """Search the table, in the second stage with what lies around these trials behind its rows.
+
+        The study is opened for each: its distributions hold every value that a row may take.
+        """
+        self._around = around
+        self._table = with_refinements(self._table, middles(around, self._tried), self._sweep, MIN_FIT)
+        self._relearn()
+        trials = [
+            StudyTrial(
+                params=self._sampler.params(layout),
+                result=result if spent is None else None,
+                source=origin.source,
+                label=layout.label(),
+            )
+            for layout, origin, result, spent in begun
+        ]
+        self._study = open_study(
+            self._folder.study, self._sweep.name, self._sampler, self._sampler.space, trials
+        )
 
     def _relearn(self) -> None:
         """Learn from all trials anew: what counts as measured has changed."""
@@ -352,7 +389,12 @@ class SweepLoop:
             self._take(layout, number, origin)
         if hasattr(self, "_study"):
             self._study.sampler = self._sampler
-        self._certainty = self._sampler.certainty() if self._sampler.remaining else None
+        self._certainty = self._known_certainty()
+
+    def _known_certainty(self) -> Certainty | None:
+        found = self._sampler.certainty() if self._sampler.remaining else None
+        of = {None: "the space", 1: "the first stage", 2: "both stages"}[self._stage]
+        return found and replace(found, of=of)
 
     def _learn(self, first: TrialRow, row: TrialRow) -> None:
         """Learn of a trial of the search what `row` measured: itself, or its repeat; the machine's drift taken out."""
@@ -376,9 +418,9 @@ class SweepLoop:
         if row is not None and origin.source in SEARCHED:
             self._sampler.take(row, number)
 
-    def _begun(self) -> list[tuple[Layout, TrialSource, TrialResult | None, int | None]]:
-        """Every trial folder, with its `attempts_spent`; numbers without a gap, as Optuna counts its trials."""
-        begun: list[tuple[Layout, TrialSource, TrialResult | None, int | None]] = []
+    def _begun(self) -> list[Begun]:
+        """Every trial folder; numbers without a gap, as Optuna counts its trials."""
+        begun: list[Begun] = []
         while (folder := self._folder.trial(len(begun))).spec.exists():
             spec = read_json(TrialSpec, folder.spec)
             result = read_json(TrialResult, folder.result) if folder.result.exists() else None
@@ -434,26 +476,6 @@ def trial_spec(
         seed=sweep.seed,
         give_up_above_ms=give_up_above_ms,
     )
-
-
-def strategy_of(sweep: Sweep, table: pd.DataFrame, calibration: Calibration | None = None) -> Strategy:
-    """How a sweep chooses the rows behind its queue."""
-    match sweep.sampler:
-        case "random":
-            return RandomRows(sweep.seed)
-        case "grid":
-            return GridRows()
-        case "tpe":
-            return OptunaRows(table, optuna_rows.tpe, sweep.seed)
-        case "gp":
-            return OptunaRows(table, optuna_rows.gaussian_process, sweep.seed)
-        case "predicted":
-            workload, cluster = sweep.workload, sweep.cluster
-            implementation = implementation_of(cluster)
-            predicted_ms = step_time_ms(table, workload, cluster, implementation, calibration)
-            return PredictedRows(
-                table, predicted_ms, Feasibility(table, workload, cluster), sweep.measurement
-            )
 
 
 def queue_of(baseline: Layout | None, seeds: Sequence[Seed]) -> list[tuple[Layout, TrialSource]]:

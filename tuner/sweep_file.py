@@ -1,11 +1,12 @@
 """The sweep file: what a user writes, validated, and resolved into the nouns."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict
 
@@ -13,11 +14,14 @@ from search_spaces.loader import load_cluster, load_model
 from tuner.cluster import Cluster
 from tuner.errors import InputError, did_you_mean
 from tuner.files import STRICT, parse, read_yaml
-from tuner.layout import DEFAULTS, KNOBS, Layout
-from tuner.program import Command
+from tuner.layout import DEFAULTS, ENVIRONMENT_KNOBS, KNOBS, Layout
+from tuner.megatron_lm import read_command
+from tuner.megatron_lm_trial import resolved
+from tuner.program import BUILT_IN, NOT_BUILT_IN, BridgeRecipe, Command, MegatronLm, Program, program_name
+from tuner.recipe import RecipeFacts, layout_of, unstated, workload_of
 from tuner.rules import active_rules
 from tuner.search.finals import FEWEST_RUNS
-from tuner.space import Domain, default_domain, search_domain
+from tuner.space import REFINED, Domain, default_domain, search_domain
 from tuner.trial import Limits, Measurement
 from tuner.workload import Model, Precision, Workload
 
@@ -113,7 +117,9 @@ class SweepFile:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
-    workload: WorkloadChoice
+    workload: WorkloadChoice | None = None
+    """None where the program says itself what it trains: a recipe, with which what is stated must agree, or a command
+    of Megatron-LM, whose vocabulary only the statement may know."""
     cluster: str | ClusterChoice | Cluster
     """A built-in name or path, `detect` for this machine, a choice with other sizes, or the cluster inline."""
     knobs: Mapping[str, tuple[Value, ...] | Literal["auto"]] | None = None
@@ -123,13 +129,14 @@ class SweepFile:
     lift: tuple[str, ...] = ()
     """Ids of cluster policies that may be broken."""
     baseline: Mapping[str, Value] | None = None
-    """The layout to beat; knobs not named keep their default. None takes the best published heuristic."""
+    """The layout to beat; knobs not named keep their default. None takes the recipe's own, where the program is a
+    recipe, else the best published heuristic."""
     recipe: str | None = None
     """Name of the recipe whose layout the baseline is: exports then hold only what differs from it."""
     budget: Budget = field(default_factory=Budget)
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)
-    program: Literal["megatron_core"] | Command = "megatron_core"
+    program: Literal["megatron_core"] | BridgeRecipe | MegatronLm | Command = "megatron_core"
     """What a trial runs: Megatron-Core's own GPT, or any command (`command:` and `log:`)."""
     sampler: SamplerName = "predicted"
     """Who chooses behind the seeds: `predicted` ranks by predicted step time and learns from every trial. To compare
@@ -149,6 +156,13 @@ class SweepFile:
                     raise ValueError(f"{group}: unknown knob '{name}'{hint}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, not {self.seed}")
+        if isinstance(self.program, BridgeRecipe | MegatronLm):
+            return
+        if self.workload is None:
+            raise ValueError(
+                "missing key 'workload': what is trained; only a recipe or a Megatron-LM command as program says so "
+                "itself"
+            )
         if self.recipe and self.baseline is None:
             raise ValueError("recipe needs baseline: the layout that the recipe has now")
 
@@ -162,13 +176,15 @@ class Sweep:
     cluster: Cluster
     domain: Domain
     """Candidate values of every knob that is not at its default."""
+    refined: tuple[str, ...] = ()
+    """Knobs that a second stage varies around the best layouts of this domain (tuner.stages); empty: one stage."""
     lifted: frozenset[str]
     baseline: Layout | None
     recipe: str | None
     budget: Budget
     measurement: Measurement
     limits: Limits
-    program: str | Command
+    program: Program
     sampler: SamplerName = "predicted"
     seed: int
     tracking: Tracking
@@ -179,40 +195,82 @@ class Sweep:
         return self.tracking.experiment or f"megatune/{self.workload.model.name}/{self.cluster.name}"
 
 
-def load_sweep(path: Path, detect: Callable[[], Cluster]) -> Sweep:
-    """Read and resolve a sweep file; `detect` reads this machine where the file asks for that.
+ReadRecipe = Callable[[BridgeRecipe, Cluster], RecipeFacts]
+"""What Megatron Bridge says of a recipe on a cluster's GPUs; raises InputError."""
+
+
+def _no_bridge(program: BridgeRecipe, cluster: Cluster) -> RecipeFacts:
+    raise InputError(f"key 'program.recipe': {program.recipe} cannot be read here")
+
+
+def load_sweep(path: Path, detect: Callable[[], Cluster], read_recipe: ReadRecipe = _no_bridge) -> Sweep:
+    """Read and resolve a sweep file; `detect` reads this machine, `read_recipe` a recipe, where the file asks for it.
 
     Raises:
         InputError: naming the file and the key.
     """
     file = read_yaml(SweepFile, path)
-    return resolve(file, str(path), path.parent, detect)
+    return resolve(file, str(path), path.parent, detect, read_recipe)
 
 
-def resolve(file: SweepFile, source: str, folder: Path, detect: Callable[[], Cluster]) -> Sweep:
+def resolve(
+    file: SweepFile,
+    source: str,
+    folder: Path,
+    detect: Callable[[], Cluster],
+    read_recipe: ReadRecipe = _no_bridge,
+) -> Sweep:
     """Resolve a sweep file whose relative paths start at `folder`; raises InputError naming `source` and the key."""
     try:
-        workload = _workload(file.workload, folder)
+        program, recipe = _program(file.program, folder), file.recipe
         cluster = _cluster(file.cluster, folder, detect)
+        baseline = None if file.baseline is None else parse(Layout, dict(file.baseline), "baseline")
+        own: Layout | None = None
+        if isinstance(program, MegatronLm) and (file.workload is None or baseline is None):
+            command = read_command(shlex.join(program.megatron_lm), program_name(program), cluster.world_size)
+            own = command.layout
+            baseline = baseline or own
+            workload = command.workload if file.workload is None else _workload(file.workload, folder)
+        elif isinstance(program, BridgeRecipe):
+            facts = read_recipe(program, cluster)
+            if (reason := unstated(facts)) is not None:
+                raise InputError(
+                    f"key 'program.recipe': {facts.name} cannot be tuned: {reason}, which no Model states"
+                )
+            recipe = recipe or facts.name
+            own = layout_of(facts.values, cluster)
+            baseline = _agreed("baseline", own, baseline)
+            trained = workload_of(facts.values, facts.name)
+            workload = (
+                trained
+                if file.workload is None
+                else _agreed_workload(trained, _workload(file.workload, folder))
+            )
+        else:
+            assert file.workload is not None, "the file is refused without"
+            workload = _workload(file.workload, folder)
         if workload.precision not in cluster.gpu.peak_tflops:
             known = ", ".join(cluster.gpu.peak_tflops)
             raise InputError(
                 f"key 'workload.precision': {cluster.gpu.name} has no {workload.precision} (it has {known})"
             )
-        baseline = None if file.baseline is None else parse(Layout, dict(file.baseline), "baseline")
         active_rules(file.lift)  # refuses what cannot be lifted
+        _refuse_not_built_in(file, program)
         return Sweep(
             name=file.name,
             workload=workload,
             cluster=cluster,
-            domain=_domain(file, workload, cluster),
+            domain=_around(own, _domain(file, workload, cluster), file)
+            if own is not None
+            else _domain(file, workload, cluster),
+            refined=_refined(file, program) if file.knobs is None else (),
             lifted=frozenset(file.lift),
             baseline=baseline,
-            recipe=file.recipe,
+            recipe=recipe,
             budget=file.budget,
             measurement=file.measurement,
             limits=file.limits,
-            program=file.program,
+            program=program,
             sampler=file.sampler,
             seed=file.seed,
             tracking=file.tracking,
@@ -235,6 +293,52 @@ def _beside(name: str, folder: Path) -> str:
     """A path in a sweep file is relative to that file; a built-in name stays a name."""
     candidate = folder / name
     return str(candidate) if candidate.is_file() else name
+
+
+def _program(program: Program, folder: Path) -> Program:
+    """A recipe's Python file is found beside the sweep file, and named so that a trial finds it from anywhere."""
+    if isinstance(program, MegatronLm):
+        return resolved(program, folder)
+    if not isinstance(program, BridgeRecipe) or not program.recipe.endswith(".py"):
+        return program
+    return replace(program, recipe=str((folder / program.recipe).absolute()))
+
+
+_Noun = TypeVar("_Noun", Layout, Workload, Model)
+
+
+def _agreed(key: str, own: _Noun, stated: _Noun | None) -> _Noun:
+    """The recipe's own value, with which what the file states must agree; raises InputError with both."""
+    for item in fields(own):
+        present, given = getattr(own, item.name), getattr(own if stated is None else stated, item.name)
+        if present != given and item.name not in {"name", "model"}:
+            raise InputError(
+                f"key '{key}.{item.name}': {given}, but the recipe has {present}: leave {key} out, or change the recipe"
+            )
+    return own
+
+
+def _agreed_workload(own: Workload, stated: Workload) -> Workload:
+    _agreed("workload.model", own.model, stated.model)
+    return _agreed("workload", own, stated)
+
+
+_KEPT = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", *ENVIRONMENT_KNOBS)
+"""Knobs that go with every grid: what the file does not vary stays as the recipe has it."""
+
+
+def _around(own: Layout, domain: Domain, file: SweepFile) -> Domain:
+    """The domain with a recipe's own values in it, but for the knobs that the file itself names."""
+    found = dict(domain)
+    for knob in KNOBS:
+        value = getattr(own, knob)
+        if knob in (file.knobs or {}) or knob in file.fixed:
+            continue
+        if knob in _KEPT:
+            found[knob] = (value,)
+        elif value not in (values := tuple(found.get(knob, (DEFAULTS[knob],)))):
+            found[knob] = (*values, value)
+    return found
 
 
 def _workload(choice: WorkloadChoice, folder: Path) -> Workload:
@@ -270,6 +374,30 @@ def _cluster(choice: str | ClusterChoice | Cluster, folder: Path, detect: Callab
     if changed.gpus_per_node is not None and known.nvlink_domain_gpus == known.gpus_per_node:
         data["nvlink_domain_gpus"] = changed.gpus_per_node
     return parse(Cluster, data, "key 'cluster'")
+
+
+def _refined(file: SweepFile, program: Program) -> tuple[str, ...]:
+    """What the second stage varies: what the file leaves open and the program can do."""
+    never = (*file.fixed, *(NOT_BUILT_IN if program == BUILT_IN else ()))
+    return tuple(knob for knob in REFINED if knob not in never)
+
+
+def _refuse_not_built_in(file: SweepFile, program: Program) -> None:
+    stated: dict[str, Mapping[str, Any]] = {
+        "knobs": file.knobs or {},
+        "fixed": file.fixed,
+        "baseline": file.baseline or {},
+    }
+    for group, knobs in stated.items():
+        for knob in NOT_BUILT_IN:
+            if program == BUILT_IN and knobs.get(knob, DEFAULTS[knob]) not in (
+                DEFAULTS[knob],
+                (DEFAULTS[knob],),
+            ):
+                raise InputError(
+                    f"key '{group}.{knob}': the built-in program trains without it; leave it out, or state a program "
+                    "that has it (a recipe or a command)"
+                )
 
 
 def _domain(file: SweepFile, workload: Workload, cluster: Cluster) -> Domain:

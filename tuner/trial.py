@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 from tuner.cluster import Cluster
 from tuner.files import STRICT
 from tuner.layout import Layout
-from tuner.program import Command
+from tuner.program import Program
 from tuner.workload import Workload
 
 SCHEMA_VERSION = 1
@@ -106,7 +106,7 @@ class TrialSpec:
     workload: Workload
     cluster: Cluster
     layout: Layout
-    program: str | Command = "megatron_core"
+    program: Program = "megatron_core"
     """A program of megatune by name, or any other."""
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)

@@ -24,7 +24,7 @@ from launchers.programs.megatron_core.report import (
     write_too_slow,
 )
 from tuner.files import read_json
-from tuner.program import Command, LogFigures, read_log
+from tuner.program import Command, LogFigures, MegatronLm, read_log
 from tuner.trial import TrialFolder, TrialSpec
 
 
@@ -35,7 +35,7 @@ class _TooFewStepsError(Exception):
 def main(arguments: list[str]) -> int:
     """Run the trial; returns the exit code: the command's own where it failed."""
     spec, folder = read_json(TrialSpec, Path(arguments[0])), TrialFolder(Path(arguments[1]))
-    assert isinstance(spec.program, Command), "the launcher runs this program for commands alone"
+    assert isinstance(spec.program, Command | MegatronLm), "the launcher runs this program for commands alone"
     monitor = Monitor(folder, 0, float(os.environ.get("MEGATUNE_STARTED_AT", time.time())))
     with subprocess.Popen(
         arguments[2:], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -72,7 +72,7 @@ def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
 class _Log:
     """What the output has said so far."""
 
-    def __init__(self, spec: TrialSpec, monitor: Monitor, program: Command) -> None:
+    def __init__(self, spec: TrialSpec, monitor: Monitor, program: Command | MegatronLm) -> None:
         self.spec, self.monitor, self.patterns = spec, monitor, program.patterns
         self.times_ms: list[float] = []
         self.losses: list[float] = []

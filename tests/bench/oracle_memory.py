@@ -20,10 +20,12 @@ from tuner.cluster import Cluster, Gpu
 from tuner.layout import Layout, data_parallel_size, layout_from, num_microbatches
 from tuner.predict.memory import StageMemory, breakdown, peak_gib
 from tuner.search.feasibility import fit_probabilities
-from tuner.space import Domain, enumerate_layouts
+from tuner.space import Domain, enumerate_layouts, layer_placements
 from tuner.workload import Model, Workload
 
 PROCESSES = 2
+WRITTEN_OUT = 0.3
+"""Share of the draws whose pipeline may be written out."""
 MOST_MICROBATCHES = 8
 """Keeps a probe to seconds; as many are in flight on 8 stages at once."""
 
@@ -197,6 +199,10 @@ def _draw(family: str, model: Model, random: Random, most_microbatches: int) -> 
         **{knob: (value,) for knob, value in random.choice(_RECOMPUTE).items()},
         "sp": (False, True),
     }
+    if random.random() < WRITTEN_OUT:
+        splits = [(int(pp), int(vpp)) for pp in domain["pp"] for vpp in domain["vpp"] if int(pp) > 1]
+        texts = [text for pp, vpp in splits for text in layer_placements(workload, pp, vpp)]
+        domain = {**domain, "pipeline_model_parallel_layout": tuple(dict.fromkeys(["none", *texts]))}
     table = enumerate_layouts(workload, cluster, domain).table
     if table.empty:
         return None

@@ -1,7 +1,8 @@
 """Where the published layouts rank among the valid ones, and rows a second: `python -m tests.bench.published`.
 
 A layout counts where it fits more likely than not, the published one as all others; one that does not is a miss,
-and so are those whose training the workload cannot say (LoRA, FSDP). Recompute, which is not published, is the best.
+and so are those whose training the workload cannot say (LoRA). What is not published is the best: recompute, and of
+mixtures CUDA graphs and who dispatches.
 Beside it: the ranks if the published layout counts whatever its memory, since it ran.
 """
 
@@ -130,7 +131,7 @@ def main() -> None:
     print(
         f"{table['valid'].sum()} of {len(table)} are in the space\n"
         f"in the best tenth, and predicted to fit: {table['best tenth'].sum()} of all {len(table)}, which is "
-        f"{table['best tenth'].mean():.1%}; of the {len(comparable)} with all parameters trained and no FSDP "
+        f"{table['best tenth'].mean():.1%}; of the {len(comparable)} with all parameters trained "
         f"{table['best tenth'].sum() / len(comparable):.1%}\n"
         f"in the best tenth if what ran fits: {table['best tenth as run'].sum()} of all {len(table)}, "
         f"{comparable['best tenth as run'].sum()} of {len(comparable)}\n"

@@ -102,7 +102,7 @@ SYSTEMS: Final = {
 }
 AXES: Final = ["tp", "pp", "cp", "vpp", "ep", "micro_batch_size"]
 """The knobs that the published tables state."""
-PROBLEM: Final = ["model", "system", "precision", "gpus", "global_batch_size", "seq_length", "vpp"]
+PROBLEM: Final = ["model", "system", "precision", "gpus", "global_batch_size", "seq_length", "vpp", "fsdp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,13 @@ class Published:
     workload: Workload
     cluster: Cluster
     table: pd.DataFrame
-    """Every valid layout that varies the published axes, and recompute, which the tables leave open."""
+    """Every valid layout that varies the published axes, and what the tables leave open: recompute, and of mixtures
+    CUDA graphs and who dispatches; with FSDP and without where the published one had it."""
     is_published: NDArray[np.bool_]
     """The rows of the table that it may have been."""
     measured_ms: float
     comparable: bool
-    """Whether it trained all parameters without FSDP, as the layouts of the table do."""
+    """Whether it trained all parameters, as the layouts of the table do."""
 
 
 def published(path: Path = PUBLISHED) -> Iterator[Published]:
@@ -128,18 +129,19 @@ def published(path: Path = PUBLISHED) -> Iterator[Published]:
         workload, cluster = _problem(row)
         key = tuple(row[name] for name in PROBLEM)
         if key not in tables:
-            tables[key] = _around(workload, cluster, int(row["vpp"]))
+            tables[key] = _around(workload, cluster, int(row["vpp"]), row["fsdp"] > 0)
         table = tables[key]
         wanted = [row[axis] for axis in AXES]
+        is_published = (table[AXES] == wanted).all(axis=1) & (table["use_megatron_fsdp"] == (row["fsdp"] > 0))
         tokens_per_s = row["tokens_per_s_per_gpu"] * row["gpus"]
         yield Published(
             f"{row['release']} {row['model']} {row['system']} {row['precision']}",
             workload,
             cluster,
             table,
-            (table[AXES] == wanted).all(axis=1).to_numpy(),
+            is_published.to_numpy(),
             workload.tokens_per_step / tokens_per_s * 1e3,
-            row["task"] != "LoRA" and not row["fsdp"],
+            row["task"] != "LoRA",
         )
 
 
@@ -163,7 +165,7 @@ def _problem(row: Mapping[str, Any]) -> tuple[Workload, Cluster]:
     return workload, replace(cluster, nodes=int(row["gpus"]) // cluster.gpus_per_node)
 
 
-def _around(workload: Workload, cluster: Cluster, vpp: int) -> pd.DataFrame:
+def _around(workload: Workload, cluster: Cluster, vpp: int, fsdp: bool) -> pd.DataFrame:
     domain = default_domain(workload, cluster)
     varied = {knob: domain[knob] for knob in (*AXES, "sp", "overlap_p2p_comm")}
     return enumerate_layouts(
@@ -180,5 +182,10 @@ def _around(workload: Workload, cluster: Cluster, vpp: int) -> pd.DataFrame:
             "overlap_grad_reduce": (True,),
             "overlap_param_gather": (True,),
             "moe_token_dispatcher_type": ("flex" if workload.model.is_moe else "alltoall",),
+            "moe_flex_dispatcher_backend": ("deepep", "hybridep") if workload.model.is_moe else ("deepep",),
+            "cuda_graph_impl": ("none", "transformer_engine") if workload.model.is_moe else ("none",),
+            "cuda_graph_scope": ("none", "attn+moe_router+moe_preprocess"),
+            "use_megatron_fsdp": (False, True) if fsdp else (False,),
+            "data_parallel_sharding_strategy": ("no_shard", "optim_grads_params") if fsdp else ("no_shard",),
         },
     ).table

@@ -1,6 +1,10 @@
 """The shapes of public models whose config.json the wheel lacks, from their pages on Hugging Face."""
 
+import json
+import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 SAME_SHAPE: Mapping[str, str] = {
@@ -116,3 +120,20 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "use_qk_norm": False,
     },
 }
+
+
+def write_configs(folder: Path) -> Path:
+    """Put every config.json that is here, of the wheel and of this file, into a folder as `--hf-configs` reads it."""
+    package = find_spec("aiconfigurator_core")
+    assert package is not None and package.origin is not None
+    for path in (Path(package.origin).parent / "model_configs").glob("*_config.json"):
+        shutil.copyfile(path, folder / path.name)
+    for name, data in SMALL.items():
+        (folder / _file(name)).write_text(json.dumps(data), encoding="utf-8")
+    for name, other in SAME_SHAPE.items():
+        shutil.copyfile(folder / _file(other), folder / _file(name))
+    return folder
+
+
+def _file(name: str) -> str:
+    return f"{name.replace('/', '--')}_config.json"

@@ -1,14 +1,18 @@
 """Valid layouts for a recipe: drawn at random, and its own with a few knobs changed."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from tuner.cluster import Cluster
 from tuner.layout import DEFAULTS, Layout, layout_from
 from tuner.rules import broken_rules
-from tuner.space import Domain, default_domain, enumerate_layouts
+from tuner.space import Domain, enumerate_layouts, layer_placements, refined_domain
 from tuner.workload import Workload
+
+T = TypeVar("T")
 
 _GRID = ("tp", "pp", "vpp", "cp", "ep", "etp", "sp", "micro_batch_size")
 _SPLIT = (
@@ -18,15 +22,28 @@ _SPLIT = (
     "account_for_loss_in_pipeline_split",
 )
 _RECOMPUTE = tuple(f"recompute_{what}" for what in ("granularity", "method", "num_layers", "modules"))
+_TOGETHER: tuple[tuple[str, ...], ...] = (
+    _RECOMPUTE,
+    ("cuda_graph_impl", "cuda_graph_scope"),
+    ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend"),
+    ("use_megatron_fsdp", "data_parallel_sharding_strategy", "cuda_device_max_connections", "pp", "vpp"),
+    ("cpu_offloading_num_layers", "recompute_granularity"),
+)
+"""Knobs of which one alone says nothing, or goes with nothing else."""
+_PLACED = ("pipeline_model_parallel_layout", *_SPLIT)
+
+
+def evenly(names: Sequence[T], most: int) -> list[T]:
+    """Every so many of the names: `most` of them, or MEGATUNE_BRIDGE_RECIPES, for a shorter or a longer run."""
+    most = min(len(names), int(os.environ.get("MEGATUNE_BRIDGE_RECIPES", most)))
+    return [names[place * len(names) // most] for place in range(most)]
 
 
 def domain_of(workload: Workload, cluster: Cluster, config: Any) -> Domain:
     """What to draw from for a recipe: what goes with those of its settings that no layout states."""
-    domain = dict(default_domain(workload, cluster))
-    if config.optimizer.use_precision_aware_optimizer or config.ddp.use_megatron_fsdp:
+    domain = dict(refined_domain(workload, cluster))
+    if config.optimizer.use_precision_aware_optimizer:
         domain["use_distributed_optimizer"] = (True,)
-    if config.model.cpu_offloading:
-        domain |= {knob: (DEFAULTS[knob],) for knob in ("pp", "vpp", *_RECOMPUTE)}
     return domain
 
 
@@ -58,12 +75,22 @@ def _changed(
     times: int,
     grid: bool = False,
 ) -> Layout:
-    together: list[tuple[str, ...]] = [_RECOMPUTE, ("pp", "vpp", "overlap_p2p_comm", *_SPLIT)]
-    single = sorted(set(domain) - set(_SPLIT) - set(_RECOMPUTE) - {"vpp"} - (set() if grid else set(_GRID)))
-    choices = [(knob,) for knob in single] + (together if grid else together[:1])
+    chunks: tuple[str, ...] = ("pp", "vpp", "overlap_p2p_comm", *_PLACED)
+    grouped = {*_PLACED, "vpp", *(knob for group in _TOGETHER for knob in group)}
+    single = [(knob,) for knob in sorted(set(domain) - grouped - (set() if grid else set(_GRID)))]
+    choices = [*single, *_TOGETHER, _PLACED, *((chunks,) if grid else ())]
     for _ in range(times):
         for _attempt in range(20):
-            wanted: dict[str, Any] = {knob: random.choice(domain[knob]) for knob in random.choice(choices)}
+            knobs = random.choice(choices)
+            wanted: dict[str, Any] = {knob: random.choice(domain[knob]) for knob in knobs}
+            if "pipeline_model_parallel_layout" in wanted:
+                pp, vpp = wanted.get("pp", layout.pp), wanted.get("vpp", layout.vpp)
+                placed = layer_placements(workload, pp, vpp) if pp > 1 else ()
+                if placed and random.random() < 0.5:
+                    wanted |= {knob: DEFAULTS[knob] for knob in _SPLIT}
+                    wanted["pipeline_model_parallel_layout"] = random.choice(placed)
+                else:
+                    wanted["pipeline_model_parallel_layout"] = "none"
             candidate = replace(layout, **wanted)
             if not broken_rules(candidate, workload, cluster):
                 layout = candidate

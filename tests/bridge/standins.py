@@ -1,6 +1,7 @@
 """Stand-ins for the packages that Megatron Bridge imports and a CPU lacks, so that its own code can run there.
 
-They are empty shells: a recipe's config never calls them, so nothing here decides what a test sees.
+They are empty shells: neither a recipe's config nor its training on a CPU rests on them, so nothing here decides what
+a test sees.
 """
 
 import sys
@@ -21,7 +22,9 @@ PACKAGES = (
 
 
 def install() -> None:
-    """Let every package of PACKAGES that is not installed import as a shell."""
+    """Let every package of PACKAGES that is not installed import as a shell; idempotent."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
     sys.meta_path.append(_Finder())
     if not hasattr(typing, "override"):
         # All that the wheels need of the Python 3.12 that they ask for.
@@ -63,13 +66,24 @@ class _FusedAdam(_Shell):
     ) -> None: ...
 
 
+def _no_distillation(*args: object, **kwargs: object) -> None:
+    """What ModelOpt answers of a model that is no student."""
+
+
+_CALLED: dict[str, Any] = {
+    "FusedAdam": _FusedAdam,
+    "get_tensor_shapes_adjust_fn_for_distillation": _no_distillation,
+}
+"""What training calls even where it does not need it."""
+
+
 class _ShellModule(ModuleType):
     __path__: list[str]
     # Above every version that is asked for: a field is not refused for what only stands in.
     __version__ = "99.0"
 
     def __getattr__(self, name: str) -> Any:
-        shell = _FusedAdam if name == "FusedAdam" else _shell(name, self.__name__)
+        shell = _CALLED.get(name) or _shell(name, self.__name__)
         setattr(self, name, shell)
         return shell
 

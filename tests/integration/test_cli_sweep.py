@@ -126,19 +126,25 @@ def test_finals_answer_and_limits_of_the_command_line_hold(tmp_path: Path) -> No
     sweep_file = _write(tmp_path, "finals", trials=40, budget=budget)
     path = tmp_path / sweep_file
     text = path.read_text().replace("{min_steps: 20, max_steps: 20}", "{min_steps: 5, max_steps: 5}")
+    # Without knobs: the default search, in two stages.
+    text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("knobs:"))
     # Slow on CPU, so that something is left to come into the finals.
     path.write_text(f"{text}baseline: {{tp: 2}}\n")
-    code, out, err = _run(tmp_path, "sweep", sweep_file, "--max-trials", "8", "--deadline", "2100-01-01")
+    code, out, err = _run(tmp_path, "sweep", sweep_file, "--max-trials", "9", "--deadline", "2100-01-01")
     assert code == 0, err
     assert "to end by 2100-01-01 00:00" in err
     rows = read_trials(tmp_path / "results" / "finals")
     sources = [row.source for row in rows]
     assert sources[0] == "baseline"
-    assert sources[3:] == ["canary", *["final"] * 4]
-    layouts = [row.layout for row in rows[4:]]
+    assert (sources[3], sources[5:]) == ("canary", ["final"] * 4)
+    assert sources[4] in ("seed", "sampler")
+    assert [bool(row.around) for row in rows] == [False] * 3 + [True] * 6
+    assert f"[{sources[4]}, stage 2]" in err
+    layouts = [row.layout for row in rows[5:]]
     assert layouts == layouts[::-1]
     assert layouts[1] == rows[0].layout
     told = " ".join(out.split())
+    assert "From t0003 on a second stage varied the other knobs around the best of the first: t000" in told
     assert "Finished: the budget of trials is used." in told
     assert re.search(
         r"Of (\d+ s|\d\.\d\d h) of trials: \d+% start-up, .* The tuner's own time between this run's", told

@@ -135,6 +135,8 @@ PARALLEL: list[tuple[Model, Layout]] = [
     (MOE, Layout(cp=2, ep=2, moe_shared_expert_overlap=True, micro_batch_size=2)),
     (LATENT, Layout(tp=2, sp=True, pp=2, micro_batch_size=4)),
     (PREDICTING, Layout(pp=2, vpp=2, overlap_p2p_comm=True)),
+    (MOE, Layout(pp=2, vpp=2, overlap_p2p_comm=True, pipeline_model_parallel_layout="E|tt|t|tL")),
+    (PREDICTING, Layout(pp=4, pipeline_model_parallel_layout="Et|tt|t|mL")),
     (BF16, Layout(ep=2, overlap_moe_expert_parallel_comm=True)),
 ]
 

@@ -126,6 +126,14 @@ def test_losses_may_differ_by_what_the_precision_explains(apart: float, precisio
     )
 
 
+def test_a_program_that_draws_its_own_weights_is_allowed_another_draw_and_no_more() -> None:
+    rows = [SEARCH[0], losing(SEARCH[1], 5.5, 5.3)]
+    assert FAST in trains_differently(rows)
+    assert trains_differently([replace(row, draws_weights=True) for row in rows]) == {}
+    lost = [replace(row, draws_weights=True) for row in (SEARCH[0], losing(SEARCH[1], 5.5, 4.0))]
+    assert "and weights drawn anew explain" in trains_differently(lost)[FAST]
+
+
 def test_a_baseline_whose_own_runs_differ_excuses_as_much() -> None:
     again = losing(completed_row(3, 100.0, layout=START, source="canary"), 5.5, 5.0)
     other = losing(SEARCH[1], 5.5, 5.1)

@@ -18,6 +18,7 @@ from tuner.cluster import Cluster
 from tuner.layout import KNOBS, Layout
 from tuner.predict import implementation_of
 from tuner.predict.memory import peak_gib
+from tuner.predict.overhead import beyond_allocated_gib, reserved_ratio
 from tuner.search.dominance import needs_at_least_as_much_memory
 from tuner.search.sampler import find_row, layout_at
 from tuner.space import default_domain, enumerate_layouts
@@ -140,6 +141,80 @@ def test_no_ruled_out_row_is_predicted_to_need_less(case: str, data: st.DataObje
     mask = needs_at_least_as_much_memory(table, layout_at(table, row), workload, cluster)
     assert mask[row]
     assert (peaks[mask] >= peaks[row] * (1 - 1e-12)).all()
+
+
+RARER: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2),
+    "pp": (1, 2, 4, 8),
+    "vpp": (1, 2),
+    "cp": (1, 2),
+    "micro_batch_size": (1, 2, 4),
+    "pipeline_model_parallel_layout": ("none", "Et*9|t*9|t*8|t*6L", "Et*4|(t*4|)*5t*5|t*3L"),
+    "cp_comm_type": ("p2p", "all_gather", "a2a"),
+    "recompute_granularity": ("none", "selective", "full"),
+    "recompute_method": ("none", "uniform"),
+    "recompute_num_layers": (0, 1, 2),
+    "use_distributed_optimizer": (True, False),
+    "cuda_graph_impl": ("none", "transformer_engine"),
+    "use_megatron_fsdp": (False, True),
+    "data_parallel_sharding_strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),
+    "overlap_grad_reduce": (False, True),
+    "overlap_param_gather": (False, True),
+    "cpu_offloading_num_layers": (0, 8, 16),
+    "nccl_ub": (False, True),
+    "expandable_segments": (False, True),
+    "nccl_nvls_enable": (True, False),
+}
+
+
+@cache
+def _rarer() -> tuple[Workload, Cluster, pd.DataFrame, NDArray[np.float64]]:
+    """Valid layouts of the knobs that a first search leaves alone, and all the memory that they are predicted."""
+    workload, cluster, _, _ = _case("llama3-8b on 64 GPUs")
+    table = enumerate_layouts(workload, cluster, RARER).table
+    table = table.sample(min(len(table), 20_000), random_state=0).reset_index(drop=True)
+    total = peak_gib(table, workload, cluster) * reserved_ratio(table, cluster)
+    return workload, cluster, table, total + beyond_allocated_gib(table, workload, cluster)
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_no_ruled_out_row_of_the_rarer_knobs_is_predicted_to_need_less(data: st.DataObject) -> None:
+    workload, cluster, table, total = _rarer()
+    row = data.draw(st.integers(0, len(table) - 1))
+    mask = needs_at_least_as_much_memory(table, layout_at(table, row), workload, cluster)
+    assert mask[row]
+    assert (total[mask] >= total[row] * (1 - 1e-12)).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "other", "expected"),
+    [
+        ({"nccl_nvls_enable": False}, {}, True),
+        ({}, {"nccl_nvls_enable": False}, False),
+        ({"cpu_offloading_num_layers": 8}, {}, True),
+        ({"cpu_offloading_num_layers": 8}, {"cpu_offloading_num_layers": 4}, False),
+        ({}, {"cpu_offloading_num_layers": 8}, False),
+        # What is almost sure is not proven.
+        ({"expandable_segments": True}, {}, False),
+        ({}, {"cuda_graph_impl": "local"}, False),
+        ({"use_megatron_fsdp": True, "data_parallel_sharding_strategy": "optim_grads_params"}, {}, False),
+        # Stages that are written out do not merge, but lose their recompute where each has the layers for it.
+        ({"pp": 4, "pipeline_model_parallel_layout": "Et*9|t*9|t*8|t*6L"}, {"pp": 2}, False),
+        (
+            {"pp": 4, "pipeline_model_parallel_layout": "Et*9|t*9|t*8|t*6L", **FULL},
+            {"pp": 4, "pipeline_model_parallel_layout": "Et*9|t*9|t*8|t*6L"},
+            True,
+        ),
+        (
+            {"pp": 4, "pipeline_model_parallel_layout": "Et*10|t*11|t*10|tL", **FULL},
+            {"pp": 4, "pipeline_model_parallel_layout": "Et*10|t*11|t*10|tL"},
+            False,
+        ),
+    ],
+)
+def test_of_the_rarer_knobs_only_what_is_proven_rules_out(layout: Any, other: Any, expected: bool) -> None:
+    assert _rules_out(Layout(**other), Layout(**layout), "llama3-8b on 64 GPUs") is expected
 
 
 def _rules_out(other: Layout, layout: Layout, case: str) -> bool:

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.environment import RECORDED, looks_secret, recorded_environment
+from tests.trials import CLUSTER
+from tuner.environment import RECORDED, cuda_environment, looks_secret, recorded_environment
+from tuner.layout import Layout
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -75,3 +77,34 @@ def test_nothing_is_made_up_or_changed(environment: dict[str, str]) -> None:
 def test_random_keys_are_recognised(prefix: str, length: int, seed: int) -> None:
     key = "".join(random.Random(seed).choices(_LETTERS, k=length)) + "7"
     assert looks_secret(f"{prefix}X", key)
+
+
+def test_a_variable_whose_knob_has_its_default_is_left_to_the_shell() -> None:
+    assert cuda_environment(Layout(), CLUSTER).keys() == {"CUDA_DEVICE_MAX_CONNECTIONS"}
+
+
+def test_over_a_recipe_that_may_state_them_the_defaults_are_stated_too() -> None:
+    variables = cuda_environment(Layout(), CLUSTER, complete=True)
+    assert variables["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:False"
+    assert variables["NCCL_NVLS_ENABLE"] == "2"
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_the_knobs_of_the_environment_become_its_variables(complete: bool) -> None:
+    layout = Layout(tp=2, cuda_device_max_connections=16, expandable_segments=True, nccl_nvls_enable=False)
+    assert cuda_environment(layout, CLUSTER, complete) == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "16",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_NVLS_ENABLE": "0",
+    }
+
+
+def test_nccl_registers_no_graphs_in_segments_that_grow() -> None:
+    layout = Layout(expandable_segments=True, cuda_graph_impl="transformer_engine")
+    assert cuda_environment(layout, CLUSTER)["NCCL_GRAPH_REGISTER"] == "0"
+
+
+def test_megatron_fsdp_never_gets_a_single_queue() -> None:
+    assert cuda_environment(Layout(tp=2), CLUSTER)["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    sharded = Layout(tp=2, use_megatron_fsdp=True)
+    assert cuda_environment(sharded, CLUSTER)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"

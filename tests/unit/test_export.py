@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from tests.trials import CLUSTER, MODEL, WORKLOAD, completed_row, spec_of
 from tuner.environment import cuda_environment
-from tuner.export import Figures, Format, bridge_settings, export, megatron_lm_arguments, megatron_value
+from tuner.export import Figures, Format, bridge_settings, export
 from tuner.layout import Layout
+from tuner.megatron_fields import megatron_lm_arguments
 from tuner.report import figures
 
 _CHOICES: dict[str, st.SearchStrategy[Any]] = {
@@ -24,6 +25,13 @@ _CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "recompute_method": st.sampled_from(["none", "uniform", "block"]),
     "recompute_modules": st.sampled_from(["none", "core_attn", "core_attn+layernorm", "moe_act+mla_up_proj"]),
     "moe_token_dispatcher_type": st.sampled_from(["allgather", "alltoall", "flex"]),
+    "moe_flex_dispatcher_backend": st.sampled_from(["deepep", "hybridep"]),
+    "pipeline_model_parallel_layout": st.sampled_from(["none", "Et*3|(t*4|)*14tmL", "Et|t|t|tL"]),
+    "cp_comm_type": st.sampled_from(["p2p", "all_gather", "a2a"]),
+    "cuda_graph_impl": st.sampled_from(["none", "local", "transformer_engine"]),
+    "cuda_graph_scope": st.sampled_from(["none", "attn", "attn+moe_router", "full_iteration"]),
+    "data_parallel_sharding_strategy": st.sampled_from(["no_shard", "optim", "optim_grads_params"]),
+    "cuda_device_max_connections": st.sampled_from([0, 1, 8, 32]),
 }
 
 
@@ -35,7 +43,27 @@ def _values(default: object, name: str) -> st.SearchStrategy[Any]:
     return st.integers(min_value=int(str(default)), max_value=16)
 
 
-LAYOUTS = st.builds(Layout, **{knob.name: _values(knob.default, knob.name) for knob in fields(Layout)})
+def _plain(layout: Layout) -> Layout:
+    """The one of the layouts that run alike: what an idle knob holds is not exported."""
+    idle: dict[str, Any] = {}
+    if layout.pipeline_model_parallel_layout != "none":
+        idle["vpp"] = 1
+    if layout.cp == 1:
+        idle["cp_comm_type"] = "p2p"
+    if layout.moe_token_dispatcher_type != "flex":
+        idle["moe_flex_dispatcher_backend"] = "deepep"
+    if layout.cuda_graph_impl == "none":
+        idle["cuda_graph_scope"] = "none"
+    elif layout.cuda_graph_scope == "full_iteration":
+        idle["cuda_graph_impl"] = "local"
+    if not layout.use_megatron_fsdp:
+        idle["data_parallel_sharding_strategy"] = "no_shard"
+    return replace(layout, **idle)
+
+
+LAYOUTS = st.builds(Layout, **{knob.name: _values(knob.default, knob.name) for knob in fields(Layout)}).map(
+    _plain
+)
 
 
 MOE = replace(MODEL, num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_topk=2)
@@ -62,16 +90,39 @@ def test_a_dense_model_without_a_recipe_gets_no_knob_of_experts(form: Format) ->
     assert "tensor" in text and "expert" not in text
 
 
-def _layout_of(bridge: dict[str, Any]) -> Layout:
+def _layout_of(bridge: dict[str, Any], variables: dict[str, str]) -> Layout:
     """Read Bridge's fields back, by the metadata; comm_overlap of None overlaps nothing."""
     values: dict[str, Any] = {}
     for knob in fields(Layout):
         value = bridge.get(knob.metadata["megatron"])
         if isinstance(value, list):
-            value = "+".join(value)
+            value = "+".join(value) or None
         # Megatron's None is the default of every knob that may be one.
         values[knob.name] = knob.default if value is None else value
-    return Layout(**values)
+    if values["cuda_graph_impl"] == "full_iteration":
+        values |= {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
+    return Layout(**values | _variables_of(variables))
+
+
+def _variables_of(variables: dict[str, str]) -> dict[str, Any]:
+    return {
+        "cuda_device_max_connections": int(variables["CUDA_DEVICE_MAX_CONNECTIONS"]),
+        "expandable_segments": variables.get("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True",
+        "nccl_nvls_enable": variables.get("NCCL_NVLS_ENABLE") != "0",
+    }
+
+
+def _stated(layout: Layout) -> Layout:
+    """With the hardware queues that it derives."""
+    queues = cuda_environment(layout, CLUSTER)["CUDA_DEVICE_MAX_CONNECTIONS"]
+    return replace(layout, cuda_device_max_connections=int(queues))
+
+
+def _exported_variables(text: str) -> dict[str, str]:
+    lines = [
+        line.removeprefix("#     export ") for line in text.splitlines() if line.startswith("#     export ")
+    ]
+    return dict(line.split("=", 1) for line in lines)
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -102,13 +153,15 @@ def _overrides(text: str) -> dict[str, Any]:
 @settings(deadline=None)
 @given(LAYOUTS)
 def test_bridge_cli_parses_back_to_the_layout(layout: Layout) -> None:
-    assert _layout_of(_overrides(_export(Format.BRIDGE_CLI, layout))) == layout
+    text = _export(Format.BRIDGE_CLI, layout)
+    assert _layout_of(_overrides(text), _exported_variables(text)) == _stated(layout)
 
 
 @settings(deadline=None)
 @given(LAYOUTS)
 def test_bridge_yaml_parses_back_to_the_layout(layout: Layout) -> None:
-    assert _layout_of(_flat(yaml.safe_load(_export(Format.BRIDGE_YAML, layout)))) == layout
+    text = _export(Format.BRIDGE_YAML, layout)
+    assert _layout_of(_flat(yaml.safe_load(text)), _exported_variables(text)) == _stated(layout)
 
 
 @settings(deadline=None)
@@ -116,17 +169,60 @@ def test_bridge_yaml_parses_back_to_the_layout(layout: Layout) -> None:
 def test_json_parses_back_to_the_layout(layout: Layout) -> None:
     data = json.loads(_export(Format.JSON, layout))
     assert Layout(**data["layout"]) == layout
-    assert _layout_of(data["bridge"]) == layout
+    assert _layout_of(data["bridge"], data["environment"]) == _stated(layout)
 
 
 @settings(deadline=None)
 @given(LAYOUTS, LAYOUTS)
 def test_only_the_difference_applied_to_the_recipe_gives_the_layout(layout: Layout, recipe: Layout) -> None:
     applied = bridge_settings(recipe)
-    changes = _overrides(_export(Format.BRIDGE_CLI, layout, recipe))
+    text = _export(Format.BRIDGE_CLI, layout, recipe)
+    changes = _overrides(text)
     if "comm_overlap" in changes:
         applied = {path: value for path, value in applied.items() if not path.startswith("comm_overlap.")}
-    assert _layout_of(applied | changes) == layout
+    assert _layout_of(applied | changes, _exported_variables(text)) == _stated(layout)
+
+
+IDLE = {
+    "cp": ("model.cp_comm_type", {"cp": 2}),
+    "flex": ("model.moe_flex_dispatcher_backend", {"moe_token_dispatcher_type": "flex"}),
+    "graphs": ("model.cuda_graph_modules", {"cuda_graph_impl": "transformer_engine"}),
+    "sharding": ("ddp.data_parallel_sharding_strategy", {"use_megatron_fsdp": True}),
+    "recompute": ("model.recompute_modules", {"recompute_granularity": "selective"}),
+}
+
+
+@pytest.mark.parametrize(("path", "knobs"), IDLE.values(), ids=IDLE)
+def test_what_lay_idle_in_the_recipe_is_stated_where_it_counts(path: str, knobs: dict[str, Any]) -> None:
+    # A recipe may hold any value there, which its own layout does not tell.
+    assert path in _overrides(_export(Format.BRIDGE_CLI, replace(Layout(), **knobs), Layout()))
+
+
+def test_leaving_megatron_fsdp_takes_back_what_it_wanted() -> None:
+    sharded = Layout(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim_grads_params")
+    there = _overrides(_export(Format.BRIDGE_CLI, sharded, Layout()))
+    back = _overrides(_export(Format.BRIDGE_CLI, Layout(), sharded))
+    wanted = {
+        "dist.use_megatron_fsdp": (True, False),
+        "model.init_model_with_meta_device": (True, False),
+        "checkpoint.ckpt_format": ("fsdp_dtensor", "torch_dist"),
+    }
+    assert {path: (there[path], back[path]) for path in wanted} == wanted
+
+
+def test_a_graph_of_the_whole_step_is_an_implementation_of_its_own() -> None:
+    layout = Layout(cuda_graph_impl="local", cuda_graph_scope="full_iteration")
+    changes = _overrides(_export(Format.BRIDGE_CLI, layout))
+    assert (changes["model.cuda_graph_impl"], changes["model.cuda_graph_modules"]) == ("full_iteration", [])
+    assert changes["model.use_te_rng_tracker"] and changes["rng.te_rng_tracker"]
+    assert changes["rerun_state_machine.check_for_nan_in_loss"] is False
+    arguments = megatron_lm_arguments(layout)
+    assert arguments["--cuda-graph-impl"] == ["full_iteration"] and "--cuda-graph-modules" not in arguments
+
+
+def test_a_layout_of_the_pipeline_is_quoted_for_hydra() -> None:
+    text = _export(Format.BRIDGE_CLI, Layout(pp=4, pipeline_model_parallel_layout="Et|t*2|(t|)tmL"))
+    assert '++model.pipeline_model_parallel_layout="Et|t*2|(t|)tmL"' in _words(text)
 
 
 @settings(deadline=None)
@@ -142,16 +238,35 @@ def _megatron_lm_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     for knob in fields(Layout):
         flag, name = knob.metadata["flag"], knob.name
+        if not flag:
+            continue
         if name == "overlap_p2p_comm":
             parser.add_argument(flag, dest=name, action="store_false")
-        elif name == "recompute_modules":
-            parser.add_argument(flag, dest=name, nargs="*", default=None)
+        elif name in {"recompute_modules", "cuda_graph_scope", "cp_comm_type"}:
+            parser.add_argument(flag, dest=name, nargs="+", default=None)
         elif isinstance(knob.default, bool):
             parser.add_argument(flag, dest=name, action="store_true")
         else:
             parser.add_argument(flag, dest=name, type=type(knob.default), default=None)
+    for switch in (
+        "--te-rng-tracker",
+        "--init-model-with-meta-device",
+        "--no-check-for-nan-in-loss-and-grad",
+    ):
+        parser.add_argument(switch, action="store_true")
+    parser.add_argument("--ckpt-format")
     parser.add_argument("--global-batch-size", type=int)
     return parser
+
+
+def _knobs_of(parsed: dict[str, Any]) -> dict[str, Any]:
+    """By knob what was parsed, what is not stated being its default."""
+    known = {knob.name: knob.default for knob in fields(Layout)}
+    values = {name: value for name, value in parsed.items() if name in known}
+    values = {name: "+".join(value) if isinstance(value, list) else value for name, value in values.items()}
+    if values["cuda_graph_impl"] == "full_iteration":
+        values |= {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
+    return {name: known[name] if value is None else value for name, value in values.items()}
 
 
 @settings(deadline=None)
@@ -164,8 +279,10 @@ def test_megatron_lm_arguments_parse_to_the_layout(layout: Layout) -> None:
     overlap_p2p_comm = parsed.pop("overlap_p2p_comm")
     if layout.vpp > 1:
         assert overlap_p2p_comm is layout.overlap_p2p_comm
-    for name, value in parsed.items():
-        assert value == megatron_value(name, getattr(layout, name)), name
+    for name, value in _knobs_of(parsed).items():
+        assert value == getattr(layout, name), name
+    assert parsed["ckpt_format"] == ("fsdp_dtensor" if layout.use_megatron_fsdp else None)
+    assert parsed["te_rng_tracker"] is (layout.cuda_graph_impl != "none")
 
 
 @pytest.mark.parametrize(
@@ -213,8 +330,11 @@ def _run_python(text: str, config: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     return result
 
 
+GROUPS = ("model", "train", "ddp", "optimizer", "dist", "checkpoint", "rng", "rerun_state_machine")
+
+
 def _recipe_config(comm_overlap: SimpleNamespace | None) -> SimpleNamespace:
-    groups = {name: SimpleNamespace(untouched=7) for name in ("model", "train", "ddp", "optimizer")}
+    groups = {name: SimpleNamespace(untouched=7) for name in GROUPS}
     return SimpleNamespace(**groups, comm_overlap=comm_overlap)
 
 
@@ -229,7 +349,7 @@ def test_bridge_python_sets_exactly_the_fields(
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "before")
     text = _export(Format.BRIDGE_PYTHON, layout)
     config = _run_python(text, _recipe_config(present and SimpleNamespace(**vars(present))), monkeypatch)
-    for name in ("model", "train", "ddp", "optimizer"):
+    for name in GROUPS:
         assert vars(vars(config)[name]).pop("untouched") == 7
     if config.comm_overlap is not None:
         assert vars(config.comm_overlap).pop("untouched", 7) == 7
@@ -242,8 +362,8 @@ def test_bridge_python_sets_the_environment_of_cuda(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "before")
     _run_python(_export(Format.BRIDGE_PYTHON, OVERLAPPING), _recipe_config(None), monkeypatch)
-    wanted = cuda_environment(OVERLAPPING, CLUSTER)
-    assert wanted
+    wanted = cuda_environment(OVERLAPPING, CLUSTER, complete=True)
+    assert len(wanted) == 3
     assert {name: os.environ[name] for name in wanted} == wanted
 
 
@@ -283,12 +403,12 @@ def test_a_recipes_table_of_layers_goes_unless_the_layout_is_its_own(recipe: Lay
 
 @pytest.mark.parametrize("form", [Format.BRIDGE_CLI, Format.BRIDGE_YAML, Format.MEGATRON_LM])
 def test_the_environment_is_a_block_of_its_own(form: Format) -> None:
-    layout = Layout(ep=4, moe_token_dispatcher_type="flex")
+    layout = Layout(ep=4, moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
     lines = _export(form, layout).splitlines()
     first = next(n for n, line in enumerate(lines) if "environment" in line)
-    assert lines[first + 1 : first + 3] == [
-        f"#     export {name}={value}" for name, value in cuda_environment(layout, CLUSTER).items()
-    ]
+    wanted = cuda_environment(layout, CLUSTER, complete=form is not Format.MEGATRON_LM)
+    block = [f"#     export {name}={value}" for name, value in wanted.items()]
+    assert lines[first + 1 : first + 1 + len(block)] == block
 
 
 def test_overlaps_name_their_class_for_recipes_without() -> None:

@@ -152,7 +152,7 @@ def test_on_cuda_the_context_and_nccl_count_and_are_uncertain() -> None:
     of = Workload(model=load_model("llama3-8b"), seq_length=4096, global_batch_size=64)
     cluster = replace(load_cluster("dgx-h100"), nodes=1)
     table = pd.DataFrame([asdict(Layout(tp=2))])
-    needs = float(peak_gib(table, of, cluster)[0]) * reserved_ratio(cluster)
+    needs = float(peak_gib(table, of, cluster)[0]) * float(reserved_ratio(table, cluster)[0])
     beyond = float(beyond_allocated_gib(table, of, cluster)[0])
 
     def fits(memory_gib: float) -> float:

@@ -11,6 +11,7 @@ from tests.replay import sweep_of, table_of
 from tuner.files import parse, to_data
 from tuner.layout import (
     DEFAULTS,
+    ENVIRONMENT_KNOBS,
     KNOBS,
     Layout,
     data_parallel_size,
@@ -61,7 +62,7 @@ def test_every_switch_shows_in_the_label(knob: str) -> None:
 
 def test_every_knob_knows_what_megatron_calls_it() -> None:
     for knob in fields(Layout):
-        assert knob.metadata["flag"].startswith("--")
+        assert knob.metadata["flag"].startswith("--") is (knob.name not in ENVIRONMENT_KNOBS)
         assert knob.metadata["megatron"]
     names = [knob.metadata["megatron"] for knob in fields(Layout)]
     assert len(set(names)) == len(names)

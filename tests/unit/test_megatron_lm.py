@@ -1,13 +1,17 @@
 """Megatron-LM command lines as they are read."""
 
+import shlex
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.layouts import cluster, mixture, workload
+from tuner.environment import cuda_environment
 from tuner.errors import InputError
-from tuner.export import megatron_lm_arguments
 from tuner.layout import Layout
+from tuner.megatron_fields import megatron_lm_arguments
 from tuner.megatron_lm import read_command
 from tuner.search.sampler import layout_at
 from tuner.space import default_domain, enumerate_layouts
@@ -126,8 +130,58 @@ def test_the_number_of_gpus_must_be_told_by_someone() -> None:
 
 
 def test_flags_that_matter_and_have_no_rule_are_named() -> None:
-    command = read_command(GPT + "--use-megatron-fsdp --lr 1e-4", "gpt.sh", world_size=8)
-    assert command.unjudged == ("--use-megatron-fsdp",)
+    command = read_command(GPT + "--use-torch-fsdp2 --lr 1e-4", "gpt.sh", world_size=8)
+    assert command.unjudged == ("--use-torch-fsdp2",)
+
+
+def test_megatron_fsdp_shards_everything_unless_told_otherwise() -> None:
+    layout = read_command(GPT + "--use-megatron-fsdp", "gpt.sh", world_size=8).layout
+    assert layout.data_parallel_sharding_strategy == "optim_grads_params"
+    assert layout.use_distributed_optimizer
+    idle = read_command(GPT + "--data-parallel-sharding-strategy optim", "gpt.sh", world_size=8).layout
+    assert idle.data_parallel_sharding_strategy == "no_shard"
+
+
+@pytest.mark.parametrize(
+    ("flags", "graphs"),
+    [
+        ("--cuda-graph-scope attn", ("none", "none")),
+        ("--cuda-graph-impl transformer_engine", ("transformer_engine", "none")),
+        (
+            "--cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp",
+            ("transformer_engine", "attn+mlp"),
+        ),
+        ("--cuda-graph-impl local --cuda-graph-scope full_iteration", ("local", "full_iteration")),
+        ("--cuda-graph-impl full_iteration", ("local", "full_iteration")),
+    ],
+)
+def test_graphs_are_read_in_their_older_and_newer_words(flags: str, graphs: tuple[str, str]) -> None:
+    layout = read_command(GPT + flags, "gpt.sh", world_size=8).layout
+    assert (layout.cuda_graph_impl, layout.cuda_graph_scope) == graphs
+
+
+@pytest.mark.parametrize(
+    ("variable", "flags", "queues"),
+    [
+        ("1", "--tensor-model-parallel-size 2", 0),
+        ("1", "", 1),
+        ("1", "--tensor-model-parallel-size 2 --use-megatron-fsdp", 1),
+        ("32", "--tensor-model-parallel-size 2", 32),
+    ],
+)
+def test_the_single_queue_is_stated_where_megatron_lm_does_not_ask_for_it(
+    variable: str, flags: str, queues: int
+) -> None:
+    script = f"export CUDA_DEVICE_MAX_CONNECTIONS={variable}\npretrain_gpt.py {GPT} {flags}"
+    assert read_command(script, "gpt.sh", world_size=8).layout.cuda_device_max_connections == queues
+
+
+def test_a_script_sets_the_knobs_of_the_environment() -> None:
+    script = (
+        f"export NCCL_NVLS_ENABLE=0 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\npretrain_gpt.py {GPT}"
+    )
+    layout = read_command(script, "gpt.sh", world_size=8).layout
+    assert layout.expandable_segments and not layout.nccl_nvls_enable
 
 
 WORKLOAD, CLUSTER = workload(mixture()), cluster(16)
@@ -139,4 +193,9 @@ def test_what_is_exported_for_megatron_lm_reads_back_as_the_layout(row: int) -> 
     layout = layout_at(TABLE, row)
     words = [word for flag, values in megatron_lm_arguments(layout).items() for word in (flag, *values)]
     model = GPT.replace("--micro-batch-size 4", "--num-experts 8")
-    assert read_command(model + " ".join(words), "gpt.sh", world_size=16).layout == layout
+    variables = [f"export {name}={value}" for name, value in cuda_environment(layout, CLUSTER).items()]
+    script = "\n".join([*variables, model + shlex.join(words)])
+    read = read_command(script, "gpt.sh", world_size=16).layout
+    queues = cuda_environment(read, CLUSTER)["CUDA_DEVICE_MAX_CONNECTIONS"]
+    assert f"export CUDA_DEVICE_MAX_CONNECTIONS={queues}" in variables
+    assert replace(read, cuda_device_max_connections=layout.cuda_device_max_connections) == layout

@@ -20,6 +20,10 @@ GLOO_TIMEOUT = "Timed out waiting 1800000ms for recv operation to complete"
 INDIVISIBLE = "First dimension of the tensor should be divisible by tensor parallel size"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 NON_FINITE = "launchers.programs.megatron_core.report.NonFiniteLossError"
+MEGATRONS_NAN = (
+    "Rank 0, node n, device 0, iteration 1: Unexpected result nan "
+    "(message='found NaN in local forward loss calculation')"
+)
 NCCL = "torch.distributed.DistBackendError"
 
 
@@ -46,6 +50,7 @@ NCCL = "torch.distributed.DistBackendError"
         ("OSError", "[Errno 28] No space left on device", "build", 0, Outcome.INFRASTRUCTURE),
         ("torch.AcceleratorError", "CUDA error: ECC", "forward", 0, Outcome.INFRASTRUCTURE),
         (NON_FINITE, "loss nan, gradient norm nan in step 1", "warmup", 1, Outcome.NAN),
+        ("RuntimeError", MEGATRONS_NAN, "forward", 0, Outcome.NAN),
     ],
 )
 def test_a_failure_has_its_outcome(

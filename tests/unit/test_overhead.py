@@ -14,7 +14,7 @@ from tuner.predict.overhead import (
     CONTEXT_GIB,
     PEER_GIB,
     beyond_allocated_gib,
-    communicators,
+    group_sizes,
     reserved_ratio,
 )
 from tuner.rules import Columns
@@ -26,7 +26,8 @@ def table(*layouts: Layout) -> pd.DataFrame:
 
 
 def count(model: Model, gpus: int, **knobs: Any) -> int:
-    return int(communicators(Columns.single(Layout(**knobs)), model, cluster(gpus))[0])
+    sizes = group_sizes(Columns.single(Layout(**knobs)), model, cluster(gpus))
+    return sum(int(size[0]) > 1 for size in sizes)
 
 
 def test_one_gpu_needs_its_context_alone() -> None:
@@ -70,4 +71,4 @@ def test_peers_over_the_network_share_their_buffers() -> None:
 def test_cpu_ranks_hold_tensors_alone() -> None:
     on = replace(cluster(8), device="cpu")
     assert np.array_equal(beyond_allocated_gib(table(Layout(tp=2)), workload(dense()), on), [0.0])
-    assert reserved_ratio(on) == 1.0 < reserved_ratio(cluster(8))
+    assert reserved_ratio(table(Layout()), on) == 1.0 < reserved_ratio(table(Layout()), cluster(8))

@@ -272,3 +272,21 @@ def test_the_tuners_own_time_is_told(results: Path) -> None:
     run(loop_of(results, launcher(), night(trials=4), observer=watching))
     last = watching.progress[-1]
     assert 0 < last.own_s <= last.run_s
+
+
+def test_before_a_deadline_both_stages_and_the_finals_have_their_time(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr(module, "time", clock)
+    deadline_s = clock.now_s + 26.5 * TRIAL_S
+    budget = {"trials": 99, "finalists": 2, "final_runs": 2}
+    replay = ReplayLauncher(change=clock.trial)
+    loop = loop_of(results, replay, sweep_of(knobs=None, budget=budget), deadline_s=deadline_s)
+    assert run(loop) is Stop.DEADLINE
+    assert clock.now_s <= deadline_s
+    order = sources(loop.rows)
+    began = next(place for place, row in enumerate(loop.rows) if row.around)
+    searched = order.index("repeat")
+    assert order[searched:] == ["repeat"] * 2 + ["final"] * 6
+    assert began == pytest.approx(0.6 * searched, abs=1)

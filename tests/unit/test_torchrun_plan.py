@@ -103,7 +103,9 @@ def test_the_hardware_queues_follow_the_gpu_and_its_overlaps(
 def test_flexible_dispatch_is_told_its_ranks_of_an_nvlink_domain(ep: int, ranks: str) -> None:
     assert CLUSTER.nvlink_domain_gpus == 8
     name = "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"
-    assert cuda_environment(Layout(ep=ep, moe_token_dispatcher_type="flex"), CLUSTER)[name] == ranks
+    flexible = Layout(ep=ep, moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
+    assert cuda_environment(flexible, CLUSTER)[name] == ranks
+    assert name not in cuda_environment(replace(flexible, moe_flex_dispatcher_backend="deepep"), CLUSTER)
     assert name not in cuda_environment(Layout(ep=ep), CLUSTER)
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from search_spaces.loader import load_cluster
 from tuner.calibration import Calibration, Collective, Times
-from tuner.cli.common import AsJson, detect, print_json, stderr, stdout
+from tuner.cli.common import AsJson, detect, print_json, read_recipe, stderr, stdout
 from tuner.cli.signals import stop_on_signals
 from tuner.cluster import Cluster
 from tuner.errors import InputError
@@ -70,7 +70,7 @@ def _cluster(name: str) -> Cluster:
     if Path(name).suffix in {".yaml", ".yml"}:
         data = read_yaml_data(Path(name))
         if isinstance(data, dict) and "workload" in data:
-            return load_sweep(Path(name), detect).cluster
+            return load_sweep(Path(name), detect, read_recipe).cluster
     return load_cluster(name)
 
 

@@ -1,6 +1,7 @@
 """What several commands share: their arguments, and the way from a sweep file to its table."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from tuner.heuristics import seeds
 from tuner.layout import Layout
 from tuner.results import SweepFolder
 from tuner.rules import broken_rules
-from tuner.space import Space, enumerate_layouts
+from tuner.space import Space
 from tuner.sweep_file import Sweep, load_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tuner.program import BridgeRecipe
+    from tuner.recipe import RecipeFacts
     from tuner.rows import TrialSource
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
@@ -34,6 +37,18 @@ ResultsFolder = Annotated[
 Knobs = Annotated[
     list[str], typer.Argument(metavar="KNOB=VALUE...", help="The layout: tp=2 pp=4 sp=true ...")
 ]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="Tune a recipe of Megatron Bridge: its name, a Python file, or FILE.py:FUNCTION. No sweep file is needed.",
+    ),
+]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="How many GPUs; default: all that there are.")]
+OnCluster = Annotated[
+    str,
+    typer.Option("--cluster", help="For --recipe: a built-in cluster or its YAML; `detect` is this machine."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 # Piped, a table has no terminal's width to keep to.
@@ -43,7 +58,7 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A sweep and the table of its valid layouts."""
+    """A sweep and the table of its valid layouts; of the first stage, where it has two."""
 
     sweep: Sweep
     space: Space
@@ -56,10 +71,20 @@ def detect() -> Cluster:
     return detect_cluster()
 
 
+def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
+    """What Megatron Bridge says of a recipe, in a process of its own."""
+    from launchers import recipes
+
+    kind = re.search(r"\b((?:GB|VR|A|B|H|R)\d{3})\b", cluster.gpu.name)
+    return recipes.read_recipe(program, cluster.world_size, kind[1].lower() if kind else "h100")
+
+
 def load(path: Path) -> Loaded:
     """Read a sweep file and enumerate its valid layouts."""
-    sweep = load_sweep(path, detect)
-    return Loaded(sweep, enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted))
+    from tuner.stages import first_stage
+
+    sweep = load_sweep(path, detect, read_recipe)
+    return Loaded(sweep, first_stage(sweep))
 
 
 def results_folder(folder: Path) -> SweepFolder:
@@ -106,7 +131,17 @@ def refuse_invalid(sweep: Sweep, layout: Layout, what: str) -> None:
 
 def check_baseline(sweep: Sweep, source: Path) -> None:
     """Refuse a stated baseline that is no valid layout; raises InputError."""
-    if sweep.baseline is not None:
+    from tuner.lint import refused_beside_bridge
+    from tuner.program import BridgeRecipe
+
+    if sweep.baseline is not None and isinstance(sweep.program, BridgeRecipe):
+        # Bridge has taken it; how our table would spell it does not matter.
+        if broken := refused_beside_bridge(sweep.baseline, sweep.workload, sweep.cluster):
+            lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
+            raise InputError(
+                f"{source}: the recipe's own layout, {sweep.baseline.label()}, cannot run:\n  {lines}"
+            )
+    elif sweep.baseline is not None:
         refuse_invalid(sweep, sweep.baseline, f"{source}: key 'baseline'")
 
 

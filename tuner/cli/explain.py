@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from tuner.cli.common import AsJson, detect, parse_layout, print_json, results_folder, stdout
+from tuner.cli.common import AsJson, detect, parse_layout, print_json, read_recipe, results_folder, stdout
 from tuner.errors import InputError
 from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size, min_gpus, num_microbatches
 from tuner.rules import Violation, broken_rules
@@ -39,7 +39,7 @@ def explain(
             )
         if layout is None:
             raise InputError(f"{target}: is a sweep file: name the layout to explain, as in tp=2 pp=4")
-        return _explain_layout(load_sweep(target, detect), layout, json)
+        return _explain_layout(load_sweep(target, detect, read_recipe), layout, json)
 
     from tuner.cli.explain_results import explain_prediction, explain_results
 

@@ -19,7 +19,10 @@ from tuner.trial import TrialSpec
 
 def export(
     results: ResultsFolder,
-    format: Annotated[Format, typer.Option("--format", help="What the override is for.")] = Format.BRIDGE_CLI,
+    format: Annotated[
+        Format | None,
+        typer.Option("--format", help="What the override is for; by default what was measured."),
+    ] = None,
     trial: Annotated[int | None, typer.Option("--trial", help="Export this trial, not the best one.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file.")] = None,
 ) -> None:
@@ -36,7 +39,9 @@ def export(
     stderr.print(f"wrote {output}", markup=False)
 
 
-def override(folder: SweepFolder, rows: list[TrialRow], format: Format, number: int | None = None) -> str:
+def override(
+    folder: SweepFolder, rows: list[TrialRow], format: Format | None = None, number: int | None = None
+) -> str:
     """The override that selects a trial's layout, the best one's by default.
 
     Raises:
@@ -54,7 +59,8 @@ def override(folder: SweepFolder, rows: list[TrialRow], format: Format, number: 
     sweep = folder.sweep()
     command = _command(trial.plan) if trial.plan.exists() else ""
     base = sweep.baseline if sweep.recipe else None
-    return write_override(format, read_json(TrialSpec, trial.spec), facts, command, base)
+    form = Format.of(sweep.program) if format is None else format
+    return write_override(form, read_json(TrialSpec, trial.spec), facts, command, base)
 
 
 def _command(plan: Path) -> str:

@@ -1,12 +1,15 @@
-"""megatune init: a commented sweep file to start from."""
+"""megatune init: a sweep file to start from: a commented one, or the one of a recipe."""
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
-from tuner.cli.common import stderr
+from search_spaces.loader import load_cluster
+from tuner.cli.common import Gpus, OnCluster, RecipeName, stderr
+from tuner.cluster import with_gpus
 from tuner.errors import InputError
 from tuner.files import write_text
 
@@ -16,17 +19,48 @@ def init(
         "sweep.yaml"
     ),
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    recipe: RecipeName = None,
+    gpus: Gpus = None,
+    cluster: OnCluster = "detect",
 ) -> None:
     """Write a sweep file that says in its comments what every key means; it runs as it is."""
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; name another file, or write over it with --force")
+    if recipe is None:
+        text = files("search_spaces").joinpath("sweeps", "template.yaml").read_text(encoding="utf-8")
+    else:
+        text = recipe_sweep(recipe, gpus, cluster)
     try:
-        write_text(
-            path, files("search_spaces").joinpath("sweeps", "template.yaml").read_text(encoding="utf-8")
-        )
+        write_text(path, text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     stderr.print(
         f"wrote {path}. Next: edit it, then `megatune plan {path}`, then `megatune sweep {path}`",
         markup=False,
+    )
+
+
+def recipe_name(recipe: str, gpus: int | None) -> str:
+    """The name of the sweep of a recipe: of its results folder, too."""
+    file, _, function = recipe.partition(":")
+    parts = (Path(file).stem, function, f"{gpus}gpu" if gpus else "")
+    return "-".join(part for part in parts if part)
+
+
+def recipe_sweep(recipe: str, gpus: int | None, cluster: str) -> str:
+    """The sweep file of a recipe: its name, FILE.py, or FILE.py:FUNCTION, on so many GPUs of a cluster."""
+    name, _, function = recipe.partition(":")
+    program = {"recipe": str(Path(name).absolute()) if name.endswith(".py") else name}
+    if function:
+        program["function"] = function
+    choice: dict[str, Any] = {"name": cluster}
+    if gpus and cluster == "detect":
+        choice["gpus_per_node"] = gpus
+    elif gpus:
+        whole = with_gpus(load_cluster(cluster), gpus)
+        choice |= {"nodes": whole.nodes, "gpus_per_node": whole.gpus_per_node}
+    data = {"name": recipe_name(recipe, gpus), "cluster": choice, "program": program}
+    return (
+        "# What is trained, and the layout to beat, are the recipe's own. `megatune init` without --recipe writes a\n"
+        "# file that says what every other key means.\n" + yaml.safe_dump(data, sort_keys=False)
     )

@@ -1,4 +1,4 @@
-"""megatune lint: whether a training command would start, in a second, without running it."""
+"""megatune lint: whether training commands and recipes would start, without running them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,127 +8,266 @@ import typer
 from rich.markup import escape
 
 from search_spaces.loader import load_cluster
-from tuner.cli.common import AsJson, detect, print_json, stdout
-from tuner.cluster import Cluster
+from tuner.cli.common import AsJson, detect, print_json, read_recipe, stdout
+from tuner.cluster import Cluster, with_gpus
 from tuner.errors import InputError
 from tuner.layout import Layout
-from tuner.lint import LIKELY, Verdict, judge
+from tuner.lint import LIKELY, Verdict, judge, judge_recipe
 from tuner.megatron_lm import read_command
+from tuner.program import BridgeRecipe
+from tuner.recipe import RecipeFacts, Request
+from tuner.rules import Violation
 from tuner.sweep_file import load_sweep
 from tuner.workload import Workload
 
 REFUSED = 2
 """The exit code where any of the targets would not start, or is not likely to fit."""
+EVERYTHING = "bridge"
+"""The target that stands for every recipe of the installed Megatron Bridge."""
+DEFAULT_CLUSTER = "dgx-h100"
+
+_CLUSTERS = {
+    "a100": "dgx-a100-80",
+    "h100": "dgx-h100",
+    "h200": "dgx-h200",
+    "b200": "dgx-b200",
+    "b300": "dgx-b300",
+    "gb200": "gb200-nvl72",
+    "gb300": "gb300-nvl72",
+}
+"""The built-in cluster of a kind of GPU, as a recipe's name states it."""
+_UNKNOWN = {"r100": "dgx-b300", "vr200": "gb300-nvl72"}
+"""Kinds whose figures nobody has published yet, and a cluster of the same nodes."""
 
 
 def lint(
     targets: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="FILE...",
-            help="Shell scripts or files with a Megatron-LM command, or sweep files with a baseline.",
+            metavar="TARGET...",
+            help="Shell scripts or files with a Megatron-LM command, sweep files with a baseline, names of Megatron "
+            "Bridge's recipes, Python files with recipes (or FILE.py:FUNCTION), folders of them, or `bridge` for every "
+            "recipe installed.",
         ),
     ],
     cluster: Annotated[
-        str, typer.Option("--cluster", help="What a command is to run on: a built-in cluster or its YAML.")
-    ] = "dgx-h100",
+        str | None,
+        typer.Option(
+            "--cluster",
+            help="What it is to run on: a built-in cluster or its YAML. Default: what a recipe's name states, else "
+            f"{DEFAULT_CLUSTER}.",
+        ),
+    ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", help="How many GPUs; default: what the command gives torchrun.")
+        int | None,
+        typer.Option(
+            "--gpus",
+            help="How many GPUs; default: what the command gives torchrun, or the recipe's name states.",
+        ),
     ] = None,
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", help="Where only the run could ask the tokenizer.")
     ] = None,
+    hf_configs: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf-configs",
+            help="Read Hugging Face's config.json of a recipe's model from this folder: MODEL/ID/config.json, or "
+            "MODEL--ID_config.json.",
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> int:
     """Say what Megatron would refuse and why, the memory needed, what lies near. Exit code 2 if one would not run."""
-    jobs = [_read(path, cluster, gpus, vocab_size) for path in targets]
-    verdicts = [judge(job.layout, job.workload, job.cluster) for job in jobs]
+    findings: list[_Finding] = []
+    for target in targets:
+        if _is_recipe(target):
+            findings += _recipes(target, cluster, gpus, hf_configs)
+        else:
+            findings.append(_command(Path(target), cluster or DEFAULT_CLUSTER, gpus, vocab_size))
     if json:
-        print_json([_data(job, verdict) for job, verdict in zip(jobs, verdicts, strict=True)])
+        print_json([_data(finding) for finding in findings])
     else:
-        for job, verdict in zip(jobs, verdicts, strict=True):
-            _print(job, verdict)
-    return 0 if all(verdict.starts for verdict in verdicts) else REFUSED
+        for finding in findings:
+            _print(finding)
+        if len(findings) > 1:
+            states = [finding.state for finding in findings]
+            counts = ", ".join(f"{states.count(state)} {state}" for state in _COLOURS if state in states)
+            stdout.print(f"{len(findings)} judged: {counts}", soft_wrap=True)
+    return REFUSED if any(finding.state in {"refused", "too large"} for finding in findings) else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    source: Path
-    workload: Workload
+_COLOURS = {"starts": "green", "refused": "red", "too large": "red", "not judged": "yellow"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Finding:
+    source: str
     cluster: Cluster
-    layout: Layout
+    state: str
+    verdict: Verdict | None
+    refused: tuple[Violation, ...]
     unjudged: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def _read(path: Path, cluster: str, gpus: int | None, vocab_size: int | None) -> _Job:
+def _is_recipe(target: str) -> bool:
+    path = Path(target.partition(":")[0])
+    return path.suffix == ".py" or path.is_dir() or (not path.exists() and target.isidentifier())
+
+
+def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Path | None) -> list[_Finding]:
+    from launchers.recipes import read_recipes
+
+    name, _, function = target.partition(":")
+    path = Path(name)
+    is_path = path.suffix == ".py" or path.is_dir()
+    request = Request(
+        function=function or None,
+        names=() if is_path or target == EVERYTHING else (target,),
+        paths=(str(path.absolute()),) if is_path else (),
+        everything=target == EVERYTHING and not is_path,
+        gpus=gpus,
+        hf_configs=None if hf_configs is None else str(hf_configs.absolute()),
+    )
+    return [
+        _recipe(facts, f"{_shown(facts.file)}:{facts.name}" if is_path else facts.name, cluster)
+        for facts in read_recipes(request)
+    ]
+
+
+def _shown(file: str) -> str:
+    path, here = Path(file), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file
+
+
+def _recipe(facts: RecipeFacts, source: str, chosen: str | None) -> _Finding:
+    world = max(facts.gpus, 1)
+    if chosen is not None:
+        whole, is_known, note = with_gpus(load_cluster(chosen), world), True, ""
+    else:
+        whole, is_known, note = cluster_of(facts.gpu, world)
+    judged = judge_recipe(facts, whole, is_known)
+    return _Finding(
+        source=source,
+        cluster=whole,
+        state=judged.state,
+        verdict=judged.verdict,
+        refused=judged.refused or (judged.verdict.refused if judged.verdict else ()),
+        unjudged=(judged.unjudged,) if judged.unjudged else (),
+        notes=(*judged.notes, *([note] if note else [])),
+    )
+
+
+def cluster_of(gpu: str, gpus: int) -> tuple[Cluster, bool, str]:
+    """As many GPUs of a kind, whether their memory is known, and what to say where it is not."""
+    if gpu in _CLUSTERS:
+        return with_gpus(load_cluster(_CLUSTERS[gpu]), gpus), True, ""
+    name = _UNKNOWN.get(gpu, DEFAULT_CLUSTER)
+    whole = with_gpus(load_cluster(name), gpus)
+    renamed = replace(whole, gpu=replace(whole.gpu, name=f"NVIDIA {gpu.upper()}"))
+    return (
+        renamed,
+        False,
+        f"{gpu}: its memory is not known here; the memory is compared with {whole.gpu.name}'s",
+    )
+
+
+def _command(path: Path, cluster: str, gpus: int | None, vocab_size: int | None) -> _Finding:
     if path.suffix in {".yaml", ".yml"}:
-        sweep = load_sweep(path, detect)
+        sweep = load_sweep(path, detect, read_recipe)
         if sweep.baseline is None:
             raise InputError(f"{path}: states no baseline, so there is no layout to judge")
-        return _Job(path, sweep.workload, sweep.cluster, sweep.baseline)
+        asked = isinstance(sweep.program, BridgeRecipe)
+        return _judged(path, sweep.workload, sweep.cluster, sweep.baseline, asked=asked)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     command = read_command(text, str(path), gpus, vocab_size)
-    whole = _with_gpus(load_cluster(cluster), command.world_size)
-    return _Job(path, command.workload, whole, command.layout, command.unjudged)
+    whole = with_gpus(load_cluster(cluster), command.world_size)
+    return _judged(path, command.workload, whole, command.layout, command.unjudged)
 
 
-def _with_gpus(cluster: Cluster, gpus: int) -> Cluster:
-    """The cluster with so many GPUs: whole nodes, or a part of one."""
-    each = min(gpus, cluster.gpus_per_node)
-    if gpus % each:
-        raise InputError(
-            f"{gpus} GPUs are no whole nodes of {cluster.name}, {cluster.gpus_per_node} GPUs each"
-        )
-    domain = cluster.nvlink_domain_gpus if gpus >= cluster.nvlink_domain_gpus else each
-    return replace(cluster, nodes=gpus // each, gpus_per_node=each, nvlink_domain_gpus=domain)
-
-
-def _print(job: _Job, verdict: Verdict) -> None:
-    state = (
-        "[green]starts[/]"
-        if verdict.starts
-        else "[red]refused[/]"
-        if verdict.refused
-        else "[red]too large[/]"
+def _judged(
+    path: Path,
+    workload: Workload,
+    cluster: Cluster,
+    layout: Layout,
+    unjudged: tuple[str, ...] = (),
+    asked: bool = False,
+) -> _Finding:
+    verdict = judge(layout, workload, cluster, asked=asked)
+    state = "starts" if verdict.starts else "refused" if verdict.refused else "too large"
+    return _Finding(
+        source=str(path),
+        cluster=cluster,
+        state=state,
+        verdict=verdict,
+        refused=verdict.refused,
+        unjudged=unjudged,
     )
-    world = f"{job.cluster.world_size} GPUs of {job.cluster.name}"
-    stdout.print(f"{escape(str(job.source))}: {state}  {verdict.layout.label()} on {world}", soft_wrap=True)
-    for item in verdict.refused:
+
+
+def _print(finding: _Finding) -> None:
+    verdict, colour = finding.verdict, _COLOURS[finding.state]
+    world = f"{finding.cluster.world_size} x {finding.cluster.gpu.name}"
+    layout = f"  {verdict.layout.label()}" if verdict is not None else ""
+    stdout.print(
+        f"{escape(finding.source)}: [{colour}]{finding.state}[/]{escape(layout)} on {world}", soft_wrap=True
+    )
+    for item in finding.refused:
         stdout.print(f"  [red]{item.rule}[/]: {escape(item.message)}", soft_wrap=True)
         stdout.print(f"    [dim]{escape(item.source)}[/]", soft_wrap=True)
+    if verdict is not None:
+        _print_verdict(verdict, finding.cluster)
+    for reason in finding.unjudged:
+        stdout.print(f"  not judged: {escape(' '.join(reason.split()))}", soft_wrap=True)
+    for note in finding.notes:
+        stdout.print(f"  note: {escape(note)}", soft_wrap=True)
+    for near in verdict.nearest if verdict is not None else ():
+        likely = "" if near.fits >= LIKELY else ", too large as well"
+        stdout.print(
+            f"  near: {escape(near.layout.label())} (fits with probability {near.fits:.0%}{likely})",
+            soft_wrap=True,
+        )
+
+
+def _print_verdict(verdict: Verdict, cluster: Cluster) -> None:
     if verdict.worst is not None and verdict.fits is not None:
+        said = (
+            f"fits with probability {verdict.fits:.0%}"
+            if verdict.memory_counts
+            else "an upper bound, see the notes"
+        )
         stdout.print(
             f"  peak {verdict.worst.total_gib:.1f} GiB on pipeline stage {verdict.worst.rank}, of "
-            f"{job.cluster.gpu.memory_gib:g} GiB: fits with probability {verdict.fits:.0%}",
+            f"{cluster.gpu.memory_gib:g} GiB: {said}",
             soft_wrap=True,
         )
     for warning in verdict.warnings:
         stdout.print(f"  [yellow]slow[/]: {escape(warning)}", soft_wrap=True)
-    if job.unjudged:
-        stdout.print(f"  not judged: {escape(', '.join(job.unjudged))}", soft_wrap=True)
-    for near in verdict.nearest:
-        likely = "" if near.fits >= LIKELY else ", too large as well"
-        stdout.print(
-            f"  near: {near.layout.label()} (fits with probability {near.fits:.0%}{likely})", soft_wrap=True
-        )
 
 
-def _data(job: _Job, verdict: Verdict) -> dict[str, Any]:
+def _data(finding: _Finding) -> dict[str, Any]:
+    verdict = finding.verdict
     return {
-        "source": str(job.source),
-        "gpus": job.cluster.world_size,
-        "layout": verdict.layout.label(),
-        "starts": verdict.starts,
+        "source": finding.source,
+        "gpus": finding.cluster.world_size,
+        "gpu": finding.cluster.gpu.name,
+        "state": finding.state,
+        "layout": None if verdict is None else verdict.layout.label(),
+        "starts": finding.state == "starts",
         "refused": [
-            {"rule": item.rule, "message": item.message, "source": item.source} for item in verdict.refused
+            {"rule": item.rule, "message": item.message, "source": item.source} for item in finding.refused
         ],
-        "warnings": list(verdict.warnings),
-        "unjudged": list(job.unjudged),
-        "peak_gib": None if verdict.worst is None else verdict.worst.total_gib,
-        "memory_gib": job.cluster.gpu.memory_gib,
-        "fits": verdict.fits,
-        "nearest": [{"layout": near.layout.label(), "fits": near.fits} for near in verdict.nearest],
+        "warnings": [] if verdict is None else list(verdict.warnings),
+        "unjudged": list(finding.unjudged),
+        "notes": list(finding.notes),
+        "peak_gib": None if verdict is None or verdict.worst is None else verdict.worst.total_gib,
+        "memory_gib": finding.cluster.gpu.memory_gib,
+        "fits": None if verdict is None else verdict.fits,
+        "nearest": []
+        if verdict is None
+        else [{"layout": near.layout.label(), "fits": near.fits} for near in verdict.nearest],
     }

@@ -13,6 +13,7 @@ from tuner.cli.common import (
     detect,
     parse_layout,
     print_json,
+    read_recipe,
     refuse_invalid,
     stderr,
     stdout,
@@ -64,7 +65,7 @@ def probe(
     """
     from launchers.probe import probe as start
 
-    sweep, layout = load_sweep(sweep_file, detect), parse_layout(knobs)
+    sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))
     from tuner.sweep import trial_spec
 

@@ -33,6 +33,8 @@ def duration(seconds: float) -> str:
 def standing(progress: "Progress") -> str:
     """Trials done of how many, best so far, time and budget left."""
     parts = [f"{progress.finished}/{progress.budget} trials"]
+    if progress.stage is not None:
+        parts.append(f"stage {progress.stage} of 2")
     if progress.best is not None and progress.best.result.metrics is not None:
         metrics = progress.best.result.metrics
         parts.append(
@@ -41,7 +43,8 @@ def standing(progress: "Progress") -> str:
     if progress.pruned:
         parts.append(f"{progress.pruned} ruled out by memory")
     if progress.certainty is not None:
-        parts.append(f"{progress.certainty.within(NEAR):.0%} sure to be within {NEAR:.0%} of the best")
+        best_of = "the best" if progress.stage is None else f"the best of {progress.certainty.of}"
+        parts.append(f"{progress.certainty.within(NEAR):.0%} sure to be within {NEAR:.0%} of {best_of}")
     left_s = (
         progress.used_s / progress.finished * (progress.budget - progress.finished)
         if progress.finished
@@ -69,7 +72,12 @@ def outcome_line(row: TrialRow, pruned: int) -> str:
     ruled_out = f"; rules out {pruned} more" if pruned else ""
     doubt = f"; disturbed: {'; '.join(row.result.suspicions)}" if row.result.suspicions else ""
     took = duration(row.result.durations.total_s)
-    return f"trial {row.number} [{row.source}] {row.layout.label()}: {told}{ruled_out}{doubt} ({took})"
+    return f"trial {row.number} [{_shown(row)}] {row.layout.label()}: {told}{ruled_out}{doubt} ({took})"
+
+
+def _shown(origin: TrialRow | TrialSource) -> str:
+    """Why a trial runs, as a line names it."""
+    return f"{origin.source}, stage 2" if origin.around else origin.source
 
 
 class PlainProgress:
@@ -124,7 +132,7 @@ class LiveProgress(PlainProgress):
         """A trial begins."""
         super().started(number, attempt, layout, origin, progress)
         self.waiting_for(layout)
-        self._head, self._standing = f"trial {number} [{origin.source}] {layout.label()}", standing(progress)
+        self._head, self._standing = f"trial {number} [{_shown(origin)}] {layout.label()}", standing(progress)
 
     def waiting_for(self, layout: Layout) -> None:
         """One layout runs."""

@@ -12,7 +12,7 @@ from tuner.errors import InputError
 from tuner.files import to_data, write_text
 from tuner.report import html_page, summary, terminal_table, verdict
 from tuner.rows import read_trials
-from tuner.space import enumerate_layouts
+from tuner.stages import searched_table
 
 
 def show(
@@ -28,11 +28,7 @@ def show(
 
     folder = results_folder(results)
     sweep, rows = folder.sweep(), read_trials(folder.path)
-    valid = (
-        enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted).table
-        if pruned
-        else None
-    )
+    valid = searched_table(sweep, rows) if pruned else None
     gone = None if valid is None else removed(valid, sweep.workload, sweep.cluster, rows)
     if html is not None:
         page = html_page(rows, sweep.name, summary(rows, sweep.name, "", {}))
@@ -55,6 +51,7 @@ def show(
                         "number": row.number,
                         "source": row.source,
                         "note": row.note,
+                        "around": list(row.around),
                         "layout": to_data(row.layout),
                         "result": to_data(row.result),
                     }

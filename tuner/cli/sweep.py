@@ -11,13 +11,13 @@ import typer
 from rich.markup import escape
 
 from tuner.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
-from tuner.cli.common import ResultsRoot, SweepPath, load, prepare, stderr, stdout
+from tuner.cli.common import Gpus, OnCluster, RecipeName, ResultsRoot, load, prepare, stderr, stdout
 from tuner.cli.export import override
+from tuner.cli.init import recipe_name, recipe_sweep
 from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
-from tuner.export import Format
-from tuner.files import write_json, write_text
+from tuner.files import make_folder, write_json, write_text
 from tuner.report import best, figures, summary, terminal_table, time_shares, verdict
 from tuner.results import SweepFolder
 from tuner.rows import TrialRow
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from launchers.base import Launcher
     from tuner.calibration import Calibration
+    from tuner.cli.common import Loaded
     from tuner.layout import Layout
     from tuner.rows import TrialSource
     from tuner.search.stopping import Certainty
@@ -41,8 +42,13 @@ _STATUS: Mapping[str, "Status"] = {"INTERRUPTED": "KILLED", "BREAKER": "FAILED"}
 
 
 def sweep(
-    sweep_file: SweepPath,
+    sweep_file: Annotated[
+        Path | None, typer.Argument(metavar="[SWEEP.yaml]", help="The sweep file; `init` writes one.")
+    ] = None,
     results: ResultsRoot = Path("results"),
+    recipe: RecipeName = None,
+    gpus: Gpus = None,
+    cluster: OnCluster = "detect",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the first trial's plan; start nothing.")
     ] = False,
@@ -68,8 +74,9 @@ def sweep(
     from tuner.sweep import trial_spec
     from tuner.tracking import Tracker
 
+    sweep_file = _recipes_file(sweep_file, recipe, gpus, cluster, results)
     until = None if deadline is None else deadline_of(deadline, datetime.now())
-    loaded = load(sweep_file)
+    loaded = _load(sweep_file, recipe is not None)
     loaded = replace(loaded, sweep=_limited(loaded.sweep, budget_gpu_hours, max_trials))
     config = loaded.sweep
     prepared = prepare(loaded, sweep_file)
@@ -91,6 +98,39 @@ def sweep(
         return _run(config, table, queue, folder, launcher, tracker, sweep_file, until)
 
 
+def _recipes_file(
+    given: Path | None, recipe: str | None, gpus: int | None, cluster: str, results: Path
+) -> Path:
+    """The sweep file: the user's, or the one that a recipe stands for, written into its results folder."""
+    if recipe is None:
+        if given is None:
+            raise InputError("give a sweep file, which `megatune init` writes, or --recipe NAME")
+        return given
+    if given is not None:
+        raise InputError(f"{given}: a sweep file and --recipe {recipe}: give one of the two")
+    path, text = results / recipe_name(recipe, gpus) / "sweep.yaml", recipe_sweep(recipe, gpus, cluster)
+    if not path.exists():
+        make_folder(path.parent)
+        write_text(path, text)
+    elif path.read_text(encoding="utf-8") != text:
+        raise InputError(
+            f"{path}: is there already, and says something else than --recipe {recipe} does: go on with it by "
+            f"`megatune sweep {path}`, or choose another --results"
+        )
+    return path
+
+
+def _load(path: Path, is_recipe: bool) -> "Loaded":
+    """As `load`; a recipe that cannot be read leaves no folder behind."""
+    try:
+        return load(path)
+    except InputError:
+        if is_recipe and [*path.parent.iterdir()] == [path]:
+            path.unlink()
+            path.parent.rmdir()
+        raise
+
+
 def _run(
     config: "Sweep",
     table: "pd.DataFrame",
@@ -110,7 +150,9 @@ def _run(
     deadline_s = None if deadline is None else deadline.timestamp()
     loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer, calibration, deadline_s)
     stderr.print(
-        f"{config.name}: {len(table):,} layouts to choose from, {len(loop.rows)} trials done, results in {folder.path}"
+        f"{config.name}: {len(table):,} layouts to choose from"
+        + (" in the first of two stages" if config.refined else "")
+        + f", {len(loop.rows)} trials done, results in {folder.path}"
         + (f", step times predicted from the calibration of {calibration.measured_at}" if calibration else "")
         + (f", to end by {deadline:%Y-%m-%d %H:%M}" if deadline else ""),
         markup=False,
@@ -189,7 +231,7 @@ def _next_commands(folder: SweepFolder, sweep_file: Path, is_finished: bool) -> 
             "What is measured so far": f"megatune show {path}",
         }
     return {
-        "The override, ready to paste": f"megatune export {path} --format bridge-cli",
+        "The override, ready to paste": f"megatune export {path}",
         "Every trial": f"megatune show {path}",
         "Compare the trials in MLflow": f"megatune ui {path}",
         "Go on with more trials (raise budget.trials, or lower budget.min_gain, first)": again,
@@ -205,6 +247,6 @@ def _print_end(
     facts = figures(rows)
     if facts is not None:
         stdout.print(f"\n[bold]Best layout[/] (trial {facts.trial})", soft_wrap=True)
-        stdout.print(override(folder, rows, Format.BRIDGE_CLI), markup=False, soft_wrap=True)
+        stdout.print(override(folder, rows), markup=False, soft_wrap=True)
     for purpose, command in commands.items():
         stdout.print(f"{purpose}:\n    [bold]{escape(command)}[/]", soft_wrap=True)

@@ -13,6 +13,7 @@ from tuner.cli.common import (
     detect,
     parse_layout,
     print_json,
+    read_recipe,
     refuse_invalid,
     stderr,
     stdout,
@@ -44,7 +45,7 @@ def trial(
     from launchers.torchrun import TorchrunLauncher
     from tuner.sweep import trial_spec
 
-    sweep, layout = load_sweep(sweep_file, detect), parse_layout(knobs)
+    sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))
     path = folder or Path("results") / sweep.name / "manual" / layout.label().replace(" ", "_").replace(
         ":", "-"

@@ -142,6 +142,7 @@ class Layers:
             self._norm_input() + (rotated + core_kept + query) * self.size + extra,
         )
         gradients = (2 * query + 2 * group) * self.size + self._fp32_query(query) + 2 * scores
+        gradients += self._across_context(query, query, 2 * group)
         gradients = np.maximum(gradients, self._norm_backward(kept + dropped))
         return Part(
             kept=kept,
@@ -200,6 +201,21 @@ class Layers:
         """The query's gradient that fused attention sums up in fp32 (FlashAttention and cuDNN alike)."""
         return query * 4 if self.fused else np.zeros_like(query)
 
+    def _across_context(self, query: Floats, output: Floats, key_value: Floats) -> Floats:
+        """Bytes of backward over context ranks beyond a ring's, of elements of a rank's own share.
+
+        `all_gather` has keys and values of the whole sequence, and their gradients; `a2a` sends all that it computes
+        with, and the gradients, through a copy (Transformer Engine: context_parallel.py, AttnFuncWithCPAndKVAllGather
+        and AttnFuncWithCPAndQKVOA2A). Plain Torch always gathers.
+        """
+        if not self.fused or not (self.cp > 1).any():
+            return np.zeros_like(query)
+        gathered = np.where(
+            self.columns.among("cp_comm_type", "all_gather"), 2 * key_value * (self.cp - 1), 0
+        )
+        sent = np.where(self.columns.among("cp_comm_type", "a2a"), query + output + key_value, 0)
+        return np.where(self.cp > 1, (gathered + sent) * self.size, 0)
+
     def _weight_gradient(self, inner: Floats) -> Floats:
         """Backward of the output projection: gradient of its input, and of its weight where that is not fused."""
         model = self.model
@@ -230,6 +246,7 @@ class Layers:
             self._norm_input() + (down + value) * self.size,
         )
         gradients = (2 * query + 2 * value) * self.size + self._fp32_query(query)
+        gradients += self._across_context(query, value, query + value)
         if not self.fused:  # the gradient of the probabilities, of the scores, and of the values
             gradients = np.maximum(gradients, 4.0 * (2 * share * heads * self.seq + value * self.cp)) + again
         gradients = np.maximum(gradients, self._norm_backward(kept + dropped))
@@ -354,6 +371,13 @@ class Layers:
         """
         sorts, sends = (local > 1).astype(np.float64), (self.ep > 1).astype(np.float64)
         copies = 1 + 2 * sorts + sends * (2 - sorts)
+        flex = self.columns.among("moe_token_dispatcher_type", "flex")
+        if flex.any():
+            # DeepEP brings each token once a rank, and the permute is of what came; HybridEP permutes as it brings.
+            topk = self.model.moe_router_topk or 1
+            once = self.ep / topk * (1 - (1 - 1 / self.ep) ** topk)
+            deepep = self.columns.among("moe_flex_dispatcher_backend", "deepep")
+            copies = np.where(flex, 1 + np.where(deepep, once, 0), copies)
         alltoall = copies * dispatched * self.size
         # The all-gather dispatcher puts back every token of the expert grid instead, and sums them up in fp32.
         everything = self.expert_grid()

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.flops import core_attention_macs
-from tuner.predict import Implementation
+from tuner.predict import Implementation, nccl
 from tuner.predict.collectives import FABRIC_EFFICIENCY, NVLINK_EFFICIENCY, Floats, Group, group
+from tuner.predict.context import ContextRanks
 from tuner.predict.rates import FLEX_EFFICIENCY, Rates
 from tuner.predict.routing import load_of_busiest
 from tuner.predict.stages import Kind
@@ -27,14 +28,17 @@ RESIDUAL_PASSES: Final = 6
 """Those of its two bias-dropout-adds: state and residual in, sum out."""
 PERMUTE_PASSES: Final = 8
 """Those of a dispatched token: permute, sort by expert, and both back."""
+FLEX_PERMUTE_PASSES: Final = 4
+"""The same where flex dispatches: one permute, of the tokens that came, and its way back (moe/token_dispatcher.py,
+_DeepepManager; HybridEP does it in the same call, csrc/hybrid_ep/extension/permute.cu)."""
+DEEPEP_NVLINK_RANKS: Final = 8
+"""Ranks that DeepEP reaches over NVLink, whatever the domain (csrc/kernels/configs.cuh, NUM_MAX_NVL_PEERS)."""
 BIAS_PASSES: Final = (14, 18)
 """Those of a dispatched token for the bias of its experts, forward and backward: multiply, add, concatenate, round."""
 SCORE_PASSES: Final = 5
 """Those of the score matrix in unfused attention: product, softmax, dropout, product; less what caches hold."""
 CAP_PASSES: Final = 6
 """Those of bounding scores or logits: two scalings and a tanh, each on its own."""
-RING_KERNELS: Final = 8
-"""Kernels of one step of ring attention beside those that move its data."""
 LOSS_BYTES: Final[Mapping[Implementation, float]] = {"transformer_engine": 24.0, "torch": 60.0}
 """Bytes moved for one logit by the cross entropy, forward and backward: fused, and one operation at a time."""
 LOSS_REDUCTIONS: Final[Mapping[Implementation, int]] = {"transformer_engine": 1, "torch": 3}
@@ -45,11 +49,12 @@ BESIDE_PRODUCTS: Final = 0.5
 """Share of a collective that a product beside it hides otherwise: both want the same multiprocessors."""
 EXPERT_OVERLAP: Final = 0.8
 """Share of a layer's products beside which the tokens of another micro-batch can travel."""
-
-RING_PASSES: Final = (5, 6)
-"""Reads and writes of the queries' width a step of ring attention adds, forward and backward: a step's output, in
-16 bits, to the sum, in 32; backward the queries' gradient to its sum, the keys' and values' too (Transformer
-Engine: context_parallel.py, AttnFuncWithCPAndKVP2P)."""
+DELAYED_OVERLAP: Final = 0.9
+"""The same backward with delayed weight gradients, half of its products: they go where nothing else is left to go
+beside, so that half of what was lost is won (model_chunk_schedule_plan.py). No figure is published."""
+OUT_OF_ORDER: Final = 0.5
+"""Share of an overlap that is left where the hardware queues are not as it wants them: kernels then start in another
+order, now and then. No figure is published; Megatron-LM's arguments.py refuses the combination."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,8 @@ SHAPING: Final = (
         "tp_comm_overlap",
         "moe_token_dispatcher_type",
     ),
-    *("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm"),
+    *("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm", "delay_wgrad_compute"),
+    *("cp_comm_type", "moe_flex_dispatcher_backend", "nccl_nvls_enable", "cuda_device_max_connections"),
 )
 """The knobs that what a layer takes depends on."""
 
@@ -140,6 +146,12 @@ class Layers:
         self._tp_group = self._group(self._tp)
         self._hides = float(rates.host_runs_ahead)
         """1 where communication can run beside computation."""
+        queues = c["cuda_device_max_connections"]
+        # Blackwell's queues keep the order by themselves (Megatron Bridge: scripts/performance/utils/overrides.py).
+        blackwell = "nvfp4" in rates.cluster.gpu.peak_tflops
+        self._in_order = np.where((queues > 1) & np.bool_(not blackwell), OUT_OF_ORDER, 1.0)
+        self._apart = np.where(queues == 1, OUT_OF_ORDER, 1.0)
+        """Shares of an overlap left: where one queue keeps the order of launches, and where several let streams go."""
 
     def _group(self, size: Ints, stride: Ints | None = None) -> Group:
         return group(size, np.ones_like(size) if stride is None else stride, self._rates.cluster)
@@ -209,7 +221,7 @@ class Layers:
         loss_ms = self._rates.moved_ms(self.tokens * width * loss_bytes, loss_bytes / self.state_bytes)
         # Each rank has a part of the vocabulary: the largest logit, the right one and the sum of all are reduced.
         reductions = LOSS_REDUCTIONS[self._implementation]
-        reduced_ms = reductions * self._rates.reduce_ms(self.tokens * 4.0, self._tp_group)
+        reduced_ms = reductions * self._reduce_ms(self.tokens * 4.0, self._tp_group)
         reduced_ms = np.where(self._tp > 1, reduced_ms, 0.0)
         loss = Module(Pass(elementwise_ms=loss_ms, tp_ms=reduced_ms), Pass(elementwise_ms=loss_ms))
         product = self._gemm(self.tokens, width, self._model.hidden_size)
@@ -229,7 +241,14 @@ class Layers:
         whole = self.tokens * self._model.hidden_size * self.state_bytes
         halves = rates.gather_ms(whole, ranks) + rates.gather_ms(whole, ranks, "reduce_scatter")
         several = self._tp > 1
-        return np.where(several, rates.reduce_ms(whole, ranks), 0.0), np.where(several, halves / 2, 0.0)
+        return np.where(several, self._reduce_ms(whole, ranks), 0.0), np.where(several, halves / 2, 0.0)
+
+    def _reduce_ms(self, whole_bytes: Floats, ranks: Group) -> Floats:
+        """An all-reduce, in NVLink's switches where they can."""
+        factor = nccl.all_reduce_factor(
+            self._c, ranks, self._rates.cluster, self._rates.measured("all_reduce")
+        )
+        return self._rates.reduce_ms(whole_bytes, ranks) * factor
 
     def _column_parallel(self) -> Module:
         """What a column-parallel product alone sends: backward a reduction, under SP the state, twice, as well."""
@@ -264,7 +283,7 @@ class Layers:
         # Backward, the column-parallel half runs beside the weight gradients (tensor_parallel/layers.py); under SP
         # its input is gathered again, beside the data gradient.
         again = np.where(self._c.on("sp"), half_ms, 0.0)
-        plain = BESIDE_PRODUCTS * np.where(self._c.on("sp"), half_ms + again, one_ms)
+        plain = self._in_order * BESIDE_PRODUCTS * np.where(self._c.on("sp"), half_ms + again, one_ms)
         besides = np.where(overlap, USERBUFFERS_HIDE * (one_ms + again), plain)
         backward = one_ms + again - self._hides * np.minimum(besides, module.backward.gemm_ms / 2)
         return module + Module(Pass(tp_ms=forward), Pass(tp_ms=backward))
@@ -286,49 +305,12 @@ class Layers:
             scores = passes * heads * self.tokens * seq_length * self.state_bytes
             forward = self._rates.attention_ms(square, 1.0) + self._rates.moved_ms(scores, passes / 2)
             backward = 2 * forward
-        over_ranks = self._ring_ms if self._implementation == "transformer_engine" else self._gathered_ms
-        travel, back = over_ranks(forward, backward)
+        ranks = ContextRanks(model, self._rates, self._c, self.tokens)
+        gathers = self._implementation == "torch"
+        travel, back = ranks.gathered_ms(again=False) if gathers else ranks.exposed_ms(forward, backward)
         return Module(
             Pass(attention_ms=forward, cp_ms=np.where(self._cp > 1, travel, 0.0)),
             Pass(attention_ms=backward, cp_ms=np.where(self._cp > 1, back, 0.0)),
-        )
-
-    @property
-    def _key_value_width(self) -> float:
-        """Of keys and values together."""
-        model = self._model
-        if not model.multi_latent_attention:
-            return 2 * model.num_query_groups * model.kv_channels
-        widths = (model.qk_head_dim, model.qk_pos_emb_head_dim, model.v_head_dim)
-        return model.num_attention_heads * sum(width or 0 for width in widths)
-
-    @property
-    def _query_width(self) -> int:
-        model = self._model
-        return model.num_attention_heads * (
-            (model.v_head_dim or 0) if model.multi_latent_attention else model.kv_channels
-        )
-
-    def _ring_ms(self, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
-        """Keys and values around the context ranks, and backward their gradients, beside the attention."""
-        steps, rates = self._cp - 1, self._rates
-        sent = self.tokens * self._key_value_width / self._tp * self.state_bytes
-        passed = self.tokens * self._query_width / self._tp * self.state_bytes
-        ring = self._group(self._cp, self._tp)
-        exposed = []
-        for trips, beside, passes in ((1, forward, RING_PASSES[0]), (2, backward, RING_PASSES[1])):
-            travel = steps * rates.send_ms(trips * sent, ring)
-            summed = self._cp * (rates.moved_ms(passes * passed) + RING_KERNELS * rates.kernel_ms)
-            exposed.append(np.maximum(travel - beside * steps / self._cp, 0.0) + summed)
-        return exposed[0], exposed[1]
-
-    def _gathered_ms(self, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
-        """Keys and values gathered from the context ranks, one after the other, and their gradients scattered."""
-        whole = self.tokens * self._cp * self._key_value_width / 2 / self._tp * self.state_bytes
-        ranks = self._group(self._cp, self._tp)
-        return (
-            2 * self._rates.gather_ms(whole, ranks),
-            2 * self._rates.gather_ms(whole, ranks, "reduce_scatter"),
         )
 
     def _latent_projections(self) -> dict[str, Module]:
@@ -363,7 +345,7 @@ class Layers:
         rows = routed * self._etp
         products = self._mlp_products(rows, width, (model.num_moe_experts or 0) / self._ep)
         router = self._router(tokens)
-        permute = self._elementwise(PERMUTE_PASSES, routed * model.hidden_size)
+        permute = self._permute(routed * model.hidden_size)
         shared_width = model.moe_shared_expert_intermediate_size
         found = {"moe_act": self._activation(rows, width)}
         if model.add_bias_linear:
@@ -378,14 +360,27 @@ class Layers:
         products = router + products + permute
 
         def exposed(compute: Floats | float, hidden: Floats | float, notices: Floats) -> Floats:
-            beside_ms = self._hides * np.where(across, EXPERT_OVERLAP * compute, hidden)
+            beside_ms = self._hides * self._apart * np.where(across, compute, hidden)
             return np.maximum(travel + notices - beside_ms, 0.0)
 
         counts, weights = self._notices_ms()
-        forward = exposed(products.forward.gemm_ms, beside, counts + weights)
-        backward = exposed(products.backward.gemm_ms, 2 * beside, weights)
+        delayed = np.where(self._c.on("delay_wgrad_compute"), DELAYED_OVERLAP, EXPERT_OVERLAP)
+        forward = exposed(EXPERT_OVERLAP * products.forward.gemm_ms, beside, counts + weights)
+        backward = exposed(delayed * products.backward.gemm_ms, 2 * beside, weights)
         found["moe"] = products + Module(Pass(ep_ms=forward), Pass(ep_ms=backward))
         return found
+
+    def _permute(self, elements: Floats) -> Module:
+        """Tokens into the order of the experts and back."""
+        plain, flex = self._elementwise(PERMUTE_PASSES, elements), self._flexible
+        if not flex.any():
+            return plain
+        share = np.where(flex, FLEX_PERMUTE_PASSES / PERMUTE_PASSES, 1.0)
+        return Module(plain.forward.times(share), plain.backward.times(share))
+
+    @property
+    def _flexible(self) -> NDArray[np.bool_]:
+        return self._c.among("moe_token_dispatcher_type", "flex")
 
     def _busiest(self) -> Floats:
         """Tokens of the rank that a layer's others wait for, over the mean; on shared cores the others work on."""
@@ -434,7 +429,10 @@ class Layers:
     def _exchange_ms(self, sent: Floats, experts: Group, topk: int) -> Floats:
         """A copy for each expert; the flex dispatcher (DeepEP, HybridEP) sends one to each rank, of which those in
         another NVLink domain share theirs on the way."""
-        flex = self._c.among("moe_token_dispatcher_type", "flex")
+        flex = self._flexible
+        deepep = flex & self._c.among("moe_flex_dispatcher_backend", "deepep")
+        near = np.where(deepep, np.minimum(experts.inner, DEEPEP_NVLINK_RANKS), experts.inner)
+        experts = Group(experts.size, experts.stride, near)
         ranks = (experts.size - 1) * (1 - (1 - 1 / experts.size) ** topk)
         domains = (experts.outer - 1) * (1 - (1 - 1 / experts.outer) ** topk)
         ranks = ranks * NVLINK_EFFICIENCY / FLEX_EFFICIENCY

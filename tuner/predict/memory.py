@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tuner import parameters
 from tuner.cluster import Cluster
 from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size
-from tuner.predict import Implementation
+from tuner.predict import Implementation, fsdp, graphs, offload
 from tuner.predict.activations import Layers, Part
 from tuner.predict.memory_stages import CHECKPOINTS, DENSE, MOE, Stages, stages_of
 from tuner.rules.base import Columns
@@ -53,7 +53,8 @@ class StageMemory:
     gradients_gib: float
     optimizer_gib: float
     buffers_gib: float
-    """Held for the whole run beside the model: workspaces, the gradient hooks' empty gradients, gather buffers."""
+    """Held beside the model: workspaces, the gradient hooks' empty gradients, gather buffers, what FSDP has whole, and
+    what CUDA graphs hold."""
     attention_gib: float
     """Kept for the backward pass by attention and the norm in front, over all micro-batches in flight."""
     dense_mlp_gib: float
@@ -130,14 +131,14 @@ def _parts(
 ) -> tuple[Stages, dict[str, Floats], NDArray[np.intp]]:
     """Return the stages, the bytes of every part of StageMemory, one value a stage, and the moment's index."""
     dp = data_parallel_size(cluster.world_size, columns["tp"], columns["pp"], columns["cp"])
-    stages = stages_of(columns, workload, dp, every)
+    stages = offload.keep_on_device(stages_of(columns, workload, dp, every), columns, workload.model)
     layers = Layers(columns, workload, implementation, imbalance)
     vocabulary = _vocabulary(workload.model, columns)
     held = stages.layers + _mtp_layers(workload.model, stages)
     parts = _state(columns, workload, cluster, stages, held, vocabulary[stages.row])
     parts["buffers_gib"] = layers.buffers(
         held[:, DENSE], held[:, MOE], stages.last, vocabulary[stages.row], stages.row
-    )
+    ) + parts.pop("whole")
     updated = parts["optimizer_gib"] / ADAM_BYTES[workload.precision == "fp32"]
     adam, reducing = layers.optimizer_step(vocabulary[stages.row], updated), parts.pop("reducing")
     output = np.where(stages.last, vocabulary[stages.row] * workload.model.hidden_size, 0) * (
@@ -155,6 +156,11 @@ def _parts(
         1 - np.minimum(behind, 1),
     )
     parts |= activations
+    if graphs.captures(columns).any():
+        in_flight = stages.in_flight[:, DENSE] + stages.in_flight[:, MOE]
+        kept = np.sum(list(activations.values()), axis=0)
+        static = graphs.static_bytes(columns, stages.row, in_flight, layers.state, kept)
+        parts["buffers_gib"] = parts["buffers_gib"] + static
     building = parts.pop("building")
     builds = building > sum(parts[name] for name in PARTS)
     for name in PARTS:
@@ -165,8 +171,8 @@ def _parts(
 
 
 def _mtp_layers(model: Model, stages: Stages) -> Floats:
-    """Multi-token-prediction layers of each stage, dense and with experts: all are on the last, of its last kind."""
-    count = np.where(stages.last, model.mtp_num_layers or 0, 0).astype(np.float64)
+    """Multi-token-prediction layers of each stage, dense and with experts: all are on one, of the model's last kind."""
+    count = np.where(stages.predicts, model.mtp_num_layers or 0, 0).astype(np.float64)
     moe = model.moe_layer_pattern()[-1]
     return np.stack([count * (not moe), count * moe], axis=1)
 
@@ -185,7 +191,8 @@ def _state(
     Gradients are fp32, or like the weights. Adam holds two fp32 moments, and an fp32 weight where the model's is
     not; the distributed optimizer splits them over the ranks with the same weights: dense over dp*cp, experts over
     edp. It also has the weights in one buffer a chunk and kind, which is made while they are still outside: `building`
-    (distributed/param_and_grad_buffer.py). Gloo reduces a copy of a buffer of gradients: `reducing`.
+    (distributed/param_and_grad_buffer.py). FSDP splits gradients and weights as well, by its strategy, and has some
+    `whole` for a while. Gloo reduces a copy of a buffer of gradients: `reducing`.
     """
     dense, experts = _weights(c, workload.model, stages, held, vocabulary)
     in_fp32 = workload.precision == "fp32"
@@ -194,28 +201,45 @@ def _state(
     alone = weight if workload.fp8_param else 0.0
     quantised = QUANTISED_WEIGHT_BYTES.get(workload.precision, 0.0)
     linear = dense + experts - vocabulary * workload.model.hidden_size * (stages.first + stages.last * 1.0)
-    world, distributed = cluster.world_size, c.on("use_distributed_optimizer")
+    world = cluster.world_size
+    distributed = c.on("use_distributed_optimizer") & ~c.on("use_megatron_fsdp")
     dense_ranks = data_parallel_size(world, c["tp"], c["pp"], c["cp"]) * c["cp"]
-    expert_ranks = expert_data_parallel_size(world, c["pp"], c["ep"], c["etp"])
-    dense_share = np.where(distributed, dense_ranks, 1)[stages.row]
-    expert_share = np.where(distributed, np.maximum(expert_ranks, 1), 1)[stages.row]
+    expert_ranks = np.maximum(expert_data_parallel_size(world, c["pp"], c["ep"], c["etp"]), 1)
+    of_dense, of_experts = (
+        fsdp.Shares(*(ranks[stages.row] for ranks in fsdp.shares(c, each)))
+        for each in (dense_ranks, expert_ranks)
+    )
     # With ep 1 the experts share the dense weights' buffer; else theirs comes later, as do their gradients.
     apart = np.maximum(dense - experts * gradient / weight, experts)
     moved = np.where((c["ep"] > 1)[stages.row], apart, dense + experts) * weight / c["vpp"][stages.row]
     reduced = np.where((c["ep"] > 1)[stages.row], np.maximum(dense, experts), dense + experts)
-    # Overlapped, it goes in pieces of whole weights, on the first stage (distributed_data_parallel.py: bucket_size).
-    piece = np.where(c.on("overlap_grad_reduce"), np.maximum(40e6, 1e6 * dense_ranks), np.inf)[stages.row]
+    # Overlapped, it goes in pieces of whole weights, on the first stage.
+    piece = np.where(c.on("overlap_grad_reduce"), fsdp.bucket(dense_ranks), np.inf)[stages.row]
     piece = np.where(stages.first, piece, np.inf)
     table = vocabulary * workload.model.hidden_size
     piece = np.maximum(piece, np.where(stages.last, table, 0))
     by_gloo = distributed[stages.row] & np.bool_(cluster.device == "cpu")
+    weights = dense / of_dense.weights + experts / of_experts.weights
+    gradients = dense / of_dense.gradients + experts / of_experts.gradients
+    quantised_linear = np.maximum(linear, 0) * (quantised - alone) * weights / np.maximum(dense + experts, 1)
+    building = (dense + experts) * weight + gradients * gradient
+    building += np.where(distributed[stages.row], moved, 0)
+    whole = np.zeros_like(dense)
+    if c.on("use_megatron_fsdp").any():
+        # Built whole, then split.
+        building += np.where(fsdp.gathers_weights(c)[stages.row], weights * weight, 0)
+        tables = np.where(stages.first | stages.last, table, 0)
+        whole = fsdp.whole_bytes(
+            c, stages.row, held.sum(axis=1), dense + experts - tables, tables, weight, gradient, dense_ranks
+        )
     return {
+        "whole": whole,
         "reducing": np.where(by_gloo, np.minimum(reduced / c["vpp"][stages.row], piece) * gradient, 0),
         "reducing_embedding": np.where(by_gloo & stages.first & np.isfinite(piece), table * gradient, 0),
-        "building": (dense + experts) * (weight + gradient) + np.where(distributed[stages.row], moved, 0),
-        "parameters_gib": (dense + experts) * weight + np.maximum(linear, 0) * (quantised - alone),
-        "gradients_gib": (dense + experts) * gradient,
-        "optimizer_gib": adam * (dense / dense_share + experts / expert_share),
+        "building": building,
+        "parameters_gib": weights * weight + quantised_linear,
+        "gradients_gib": gradients * gradient,
+        "optimizer_gib": adam * (dense / of_dense.optimizer + experts / of_experts.optimizer),
     }
 
 
@@ -241,8 +265,8 @@ def _weights(
     tables = vocabulary * model.hidden_size
     untied = not model.share_embeddings_and_output_weights
     whole = stages.first & stages.last
-    # The last stage has a copy of the embedding where it shares it, or looks up the tokens of MTP.
-    copies = np.where(whole, untied, untied + bool(model.mtp_num_layers or not untied))
+    # The last stage has a copy of the embedding where it shares it, as has that which looks up the tokens of MTP.
+    copies = np.where(whole, 1 * untied, 1 * untied + (stages.predicts | (not untied)))
     mtp = (model.mtp_num_layers or 0) * (3 * parameters.norm(model) + 2 * model.hidden_size**2 / tp)[
         stages.row
     ]
@@ -250,7 +274,8 @@ def _weights(
     positions = model.max_position_embeddings * model.hidden_size if learned else 0
     dense = (layer * held).sum(axis=1)
     dense += np.where(stages.first, tables + positions, 0)
-    dense += np.where(stages.last, parameters.norm(model) + copies * tables + mtp, 0)
+    dense += np.where(stages.last, parameters.norm(model) + copies * tables, 0)
+    dense += np.where(stages.predicts, mtp + np.where(stages.last, 0, tables), 0)
     return dense, held[:, MOE] * local[stages.row]
 
 
@@ -277,13 +302,11 @@ def _activations(
     head = layers.head(vocabulary)
     state = layers.state[row]
     sizes = np.stack([attention.kept + dense.kept, attention.kept + experts.kept, layers.state], axis=1)[row]
-    in_flight = stages.in_flight.copy()
-    # Multi-token prediction recomputes each of its layers, but knows no block method.
-    checkpointed = layers.columns.among("recompute_method", "uniform")[row]
-    in_flight[:, :2] += np.where(checkpointed[:, None], 0, mtp)
-    in_flight[:, CHECKPOINTS] += np.where(checkpointed, mtp.sum(axis=1), 0)
+    predicting = _predicting(layers, stages, mtp)
+    in_flight, at_loss = stages.in_flight + predicting, stages.at_loss + predicting
     # Multi-token prediction goes backward before the final norm, and its layers after the main loss.
-    predicted = mtp.sum(axis=1) * layers.mtp_extra()[row] + np.where(mtp.sum(axis=1) > 0, head.norm[row], 0)
+    predicted = predicting.sum(axis=1) * layers.mtp_extra()[row]
+    predicted += np.where(last & (mtp.sum(axis=1) > 0), head.norm[row], 0)
     loss = np.where(last, head.kept[row] + mtp.sum(axis=1) * layers.mtp_extra()[row], 0)
     embedding = np.where(stages.first, vocabulary[row] * layers.model.hidden_size * layers.size, 0)
     full = (in_flight * sizes).sum(axis=1)
@@ -308,9 +331,10 @@ def _activations(
     )
     transients[0] = np.maximum(transients[0], overlapped)
     early = full - first_chunk
-    kept = np.stack([full, full + loss, early, np.zeros_like(full)])
+    kept = np.stack([full, (at_loss * sizes).sum(axis=1) + loss, early, np.zeros_like(full)])
     moment = np.argmax(kept + transients, axis=0)
-    counts = in_flight - np.where(moment == 2, 1, 0)[:, None] * stages.first_chunk
+    counts = np.where((moment == 1)[:, None], at_loss, in_flight)
+    counts = counts - np.where(moment == 2, 1, 0)[:, None] * stages.first_chunk
     counts = np.where(moment == 3, 0, 1)[:, None] * counts
     return {
         "attention_gib": (counts[:, DENSE] + counts[:, MOE]) * attention.kept[row],
@@ -320,6 +344,14 @@ def _activations(
         "loss_gib": np.where(moment == 1, loss, 0),
         "transient_gib": np.take_along_axis(transients, moment[None], axis=0)[0],
     }, moment
+
+
+def _predicting(layers: Layers, stages: Stages, mtp: Floats) -> Floats:
+    """What `mtp` layers of multi-token prediction keep, of every micro-batch that waits for its loss: as in_flight."""
+    kept = mtp * np.where(stages.last, 1, stages.last_in_flight)[:, None]
+    # It recomputes each of its layers, but knows no block method.
+    checkpointed = layers.columns.among("recompute_method", "uniform")[stages.row]
+    return np.column_stack([np.where(checkpointed[:, None], 0, kept), checkpointed * kept.sum(axis=1)])
 
 
 def _layer_transient(

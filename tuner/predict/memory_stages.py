@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.layout import num_microbatches
+from tuner.pipeline_layout import decoders, mtp_layers
 from tuner.rules.base import Columns
 from tuner.rules.pipeline import stage_slots
 from tuner.workload import Model, Workload
@@ -34,12 +35,18 @@ class Stages:
     """Holds the embedding."""
     last: NDArray[np.bool_]
     """Holds final norm, output layer and loss."""
+    predicts: NDArray[np.bool_]
+    """Holds the layers of multi-token prediction."""
     layers: Floats
     """Layers whose weights it holds: dense, with experts."""
     in_flight: Floats
     """Kept at the peak, over all micro-batches in flight: dense layers, layers with experts, checkpoints."""
+    at_loss: Floats
+    """The same when a loss is taken: before the first backward, to which the schedule comes back every round."""
     forwards_left: Ints
     """Forward passes of chunks that follow after the first backward."""
+    last_in_flight: Ints
+    """Micro-batches of its last chunk in flight then."""
     first_chunk: Floats
     """Kept of one micro-batch by its first chunk, likewise."""
     working: Floats
@@ -50,40 +57,54 @@ class Stages:
 
 def stages_of(columns: Columns, workload: Workload, dp: Ints, every: bool = False) -> Stages:
     """Return the stages of layouts that the pipeline rules accept; `every` keeps the equal ones too."""
-    keys = _split_keys(columns, workload)
+    keys, texts = _split_keys(columns, workload)
     # One number a key sorts many times faster than rows of numbers do.
     _, index, key_of_row = np.unique(
         np.ravel_multi_index(tuple(keys), tuple(keys.max(axis=1) + 1)), return_index=True, return_inverse=True
     )
-    tables = [_Split(workload.model, key, every) for key in keys[:, index].T]
+    tables = [_Split(workload.model, key, texts, every) for key in keys[:, index].T]
     counts = np.array([len(table.ranks) for table in tables])
     starts = np.concatenate([[0], np.cumsum(counts)])
     row = np.repeat(np.arange(len(key_of_row)), counts[key_of_row])
     before = np.cumsum(counts[key_of_row]) - counts[key_of_row]
     entry = starts[key_of_row[row]] + np.arange(len(row)) - before[row]
     rank = np.concatenate([table.ranks for table in tables])[entry]
-    in_flight, forwards_left = _in_flight(columns, workload, dp, tables, entry, row, rank)
+    in_flight, at_loss, forwards_left, last_in_flight = _in_flight(
+        columns, workload, dp, tables, entry, row, rank
+    )
     return Stages(
         row=row,
         pp=columns["pp"][row],
         rank=rank,
         first=rank == 0,
         last=rank == columns["pp"][row] - 1,
+        predicts=np.concatenate([table.predicts for table in tables])[entry],
         layers=np.concatenate([table.layers for table in tables])[entry],
         in_flight=in_flight,
+        at_loss=at_loss,
         forwards_left=forwards_left,
+        last_in_flight=last_in_flight,
         first_chunk=np.concatenate([table.kept[:, 0] for table in tables])[entry],
         working=np.concatenate([table.working for table in tables])[entry],
         last_is_moe=np.concatenate([table.last_is_moe for table in tables])[entry],
     )
 
 
-def _split_keys(c: Columns, workload: Workload) -> Ints:
-    """[keys, rows]: pp, vpp, slots of first, middle and last rank, what is accounted for, full recompute."""
-    slots = stage_slots(c, workload)
-    accounts = c["pp"] > 1
+def _split_keys(c: Columns, workload: Workload) -> tuple[Ints, list[str]]:
+    """[keys, rows], and the texts that the first counts: a pipeline's text from 1, 0 for none, pp, vpp, slots of
+    first, middle and last rank, what is accounted for, full recompute.
+    """
+    column = c.column("pipeline_model_parallel_layout")
+    texts = [text for text in column.categories if text != "none"]
+    text = np.array([texts.index(each) + 1 if each in texts else 0 for each in column.categories])[
+        column.codes
+    ]
+    spread = text == 0
+    slots = [np.where(spread, slot, 0) for slot in stage_slots(c, workload)]
+    accounts = (c["pp"] > 1) & spread
     full = c.among("recompute_granularity", "full")
     columns = (
+        text,
         c["pp"],
         c["vpp"],
         *slots,
@@ -92,19 +113,25 @@ def _split_keys(c: Columns, workload: Workload) -> Ints:
         np.where(full & c.among("recompute_method", "uniform"), c["recompute_num_layers"], 0),
         np.where(full & c.among("recompute_method", "block"), c["recompute_num_layers"], 0),
     )
-    return np.stack([np.asarray(column, dtype=np.int64) for column in columns])
+    return np.stack([np.asarray(column, dtype=np.int64) for column in columns]), texts
 
 
 class _Split:
     """One way to split the layers: what each pipeline rank's chunks keep, by rank."""
 
-    def __init__(self, model: Model, key: Ints, every: bool) -> None:
-        pp, vpp, first, middle, last, embedding, loss, uniform, block = (int(value) for value in key)
-        counts = np.full((vpp, pp), middle // vpp)
-        counts[:, -1] = last // vpp
-        counts[:, 0] = first // vpp
-        counts[0, 0] -= embedding
-        counts[-1, -1] -= loss
+    def __init__(self, model: Model, key: Ints, texts: list[str], every: bool) -> None:
+        text, pp, vpp, first, middle, last, embedding, loss, uniform, block = (int(value) for value in key)
+        self.ranks = np.arange(pp)
+        self.predicts = (self.ranks == pp - 1) & bool(model.mtp_num_layers)
+        if text:
+            counts = decoders(texts[text - 1]).reshape(vpp, pp)
+            self.predicts = mtp_layers(texts[text - 1]).reshape(vpp, pp).any(axis=0)
+        else:
+            counts = np.full((vpp, pp), middle // vpp)
+            counts[:, -1] = last // vpp
+            counts[:, 0] = first // vpp
+            counts[0, 0] -= embedding
+            counts[-1, -1] -= loss
         ends = np.cumsum(counts.reshape(-1)).reshape(vpp, pp)
         moe = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])
         # [rank, chunk]; Megatron deals the first chunk of every rank, then the second of every rank, ...
@@ -114,18 +141,18 @@ class _Split:
         self.kept = _kept(begin, end, moe, uniform, block)
         self.layers = layers.sum(axis=1).astype(np.float64)
         self.working = _working(begin[:, -1], end[:, -1], moe, uniform, block)
-        self.last_is_moe = (end[:, -1] > begin[:, -1]) & (
-            moe[end[:, -1]] > moe[np.maximum(end[:, -1] - 1, 0)]
-        )
-        self.ranks = np.arange(pp)
+        # The last layer that a rank holds, in whichever chunk; without one, that of multi-token prediction.
+        ends = np.where(end > begin, end, 0).max(axis=1)
+        of_last = np.where(ends > 0, moe[ends] > moe[np.maximum(ends - 1, 0)], False)
+        self.last_is_moe = of_last | ((ends == 0) & self.predicts & model.moe_layer_pattern()[-1])
         if not every:
             self._keep_first_of_equals(pp)
 
     def _keep_first_of_equals(self, pp: int) -> None:
         same = np.column_stack([self.kept.reshape(pp, -1), self.layers, self.working, self.last_is_moe])
-        same = np.column_stack([same, self.ranks == 0, self.ranks == pp - 1])
+        same = np.column_stack([same, self.ranks == 0, self.ranks == pp - 1, self.predicts])
         chosen = np.sort(np.unique(same, axis=0, return_index=True)[1])
-        for name in ("kept", "layers", "working", "last_is_moe", "ranks"):
+        for name in ("kept", "layers", "working", "last_is_moe", "ranks", "predicts"):
             setattr(self, name, getattr(self, name)[chosen])
 
 
@@ -156,8 +183,9 @@ def _working(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Flo
 
 def _in_flight(
     c: Columns, workload: Workload, dp: Ints, tables: list[_Split], entry: Ints, row: Ints, rank: Ints
-) -> tuple[Floats, Ints]:
-    """What is kept just before the first backward, by the forwards until then in the schedule's order; those left.
+) -> tuple[Floats, Floats, Ints, Ints]:
+    """What is kept at most; just before the first backward, by the forwards until then in the schedule's order; those
+    left; and how many of them were the last chunk's.
 
     1F1B does `pp - rank` forwards before its first backward; interleaved, `2 * (pp - rank - 1)` more than the
     `(vpp - 1) * group` that walk all chunks once, and one (megatron/core/pipeline_parallel/schedules.py,
@@ -188,4 +216,6 @@ def _in_flight(
     last_chunk = flat[offsets + vpp] - flat[offsets + vpp - 1]
     later = kept_by(np.minimum(forwards + group, micro * vpp)) - group[:, None] * last_chunk
     more = (vpp > 1) & (forwards < micro * vpp) & (later.sum(axis=1) > first.sum(axis=1))
-    return np.where(more[:, None], later, first), micro * vpp - forwards
+    rounds, rest = np.divmod(forwards, group * vpp)
+    of_last = rounds * group + np.maximum(rest - (vpp - 1) * group, 0)
+    return np.where(more[:, None], later, first), first, micro * vpp - forwards, of_last

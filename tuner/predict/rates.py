@@ -124,6 +124,10 @@ class Rates:
         """An all-reduce of `whole_bytes`: a reduce-scatter and an all-gather."""
         return 2 * collectives.gather_ms(whole_bytes, ranks, self.cluster)
 
+    def measured(self, kind: Collective) -> bool:
+        """Whether what such a collective takes was measured."""
+        return False
+
     def exchange_ms(self, inside_bytes: Floats, across_bytes: Floats, ranks: Group) -> Floats:
         """An all-to-all in which a rank sends so much inside its NVLink domain, and so much out of it."""
         return collectives.exchange_ms(inside_bytes, across_bytes, ranks, self.cluster)
@@ -142,6 +146,10 @@ class MeasuredRates(Rates):
         self.launch_ms = calibration.host_us / 1000
         if calibration.machine.device == "cpu":
             self.crowding = max(1.0, calibration.machine.world_size / calibration.machine.count)
+
+    def measured(self, kind: Collective) -> bool:
+        """As `Rates.measured`."""
+        return kind in self._measured.collectives
 
     def attention_ms(self, flops: Floats, efficiency: float) -> Floats:
         """As `Rates.attention_ms`."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tuner.flops import slides
+from tuner.pipeline_layout import EMBEDDING, LOSS, decoders, mtp_layers, parse
 from tuner.predict.collectives import Floats
 from tuner.rules.base import Columns
 from tuner.rules.pipeline import chunk_layers, stage_slots
@@ -24,11 +25,12 @@ class Stages:
     """What the first, a middle and the last rank of a pipeline hold: arrays of shape [3, rows].
 
     A pipeline of one rank is a first rank that holds all; one of two has no middle. Where kinds of layers
-    alternate, a count may be a fraction: the mean of the ranks between.
+    alternate, a count may be a fraction: the mean of the ranks between. A pipeline that is written out has each
+    rank that differs from the others instead, which may take more than 3.
     """
 
     layers: dict[Kind, Floats]
-    """How many of each kind; multi-token-prediction layers are on the last rank."""
+    """How many of each kind; multi-token-prediction layers are on the last rank, or where they are written."""
     totals: dict[Kind, int]
     """How many of each kind the whole model has."""
     heads: Floats
@@ -61,7 +63,38 @@ def stages(workload: Workload, c: Columns) -> Stages:
         )
     none = np.zeros(len(pp))
     heads = np.stack([np.where(pp == 1, 1.0 + mtp, 0.0), none, np.where(pp > 1, 1.0 + mtp, 0.0)])
-    return Stages(layers, totals, heads, np.stack([none + 1, none, none]))
+    return _written_out(Stages(layers, totals, heads, np.stack([none + 1, none, none])), c, model)
+
+
+def _written_out(spread: Stages, c: Columns, model: Model) -> Stages:
+    """The same, where `pipeline_model_parallel_layout` says what each rank holds, by its word."""
+    column, pp = c.column("pipeline_model_parallel_layout"), c["pp"]
+    texts = {code: text for code, text in enumerate(column.categories) if text != "none"}
+    pairs = {(code, size) for code in texts for size in np.unique(pp[column.codes == code])}
+    if not pairs:
+        return spread
+    held = {(code, size): _ranks(texts[code], int(size), model) for code, size in pairs}
+    most = max(3, *(ranks.shape[1] for ranks in held.values()))
+    parts = np.stack([*spread.layers.values(), spread.heads, spread.embeddings])
+    parts = np.pad(parts, ((0, 0), (0, most - 3), (0, 0)))
+    for (code, size), ranks in held.items():
+        rows = (column.codes == code) & (pp == size)
+        parts[:, :, rows] = np.pad(ranks, ((0, 0), (0, most - ranks.shape[1])))[:, :, None]
+    return Stages(dict(zip(spread.layers, parts[:-2], strict=True)), spread.totals, parts[-2], parts[-1])
+
+
+def _ranks(text: str, pp: int, model: Model) -> Floats:
+    """Layers of each kind, output layers and embeddings of the ranks that differ: shape [kinds + 2, ranks]."""
+    pattern, chunks = _pattern(model), parse(text)
+    rank = np.arange(len(chunks)) % pp
+    of_layer = np.repeat(rank, decoders(text))
+    numbers = np.array([list(dict.fromkeys(pattern)).index(kind) for kind in pattern])
+    predicting = np.bincount(rank, mtp_layers(text), pp)
+    counts = [np.bincount(of_layer[numbers == kind], minlength=pp) for kind in range(numbers.max() + 1)]
+    counts[numbers[-1]] = counts[numbers[-1]] + predicting
+    heads = np.bincount(rank, [(LOSS in chunk) * (1 + (model.mtp_num_layers or 0)) for chunk in chunks], pp)
+    embeddings = np.bincount(rank, [EMBEDDING in chunk for chunk in chunks], pp)
+    return np.unique(np.stack([*counts, heads, embeddings]).astype(np.float64), axis=1)
 
 
 def _pattern(model: Model) -> tuple[Kind, ...]:

@@ -25,9 +25,10 @@ from tuner.calibration import Calibration
 from tuner.cluster import Cluster
 from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size, num_microbatches
 from tuner.parameters import attention, dense_mlp, expert, layer_norms, router, shared_experts
-from tuner.predict import Implementation
+from tuner.predict import Implementation, fsdp, graphs, nccl, offload
 from tuner.predict.collectives import Floats, Group, group
-from tuner.predict.layers import RING_KERNELS, Layers, Module, Pass
+from tuner.predict.context import kernels
+from tuner.predict.layers import Layers, Module, Pass
 from tuner.predict.rates import MeasuredRates, Rates
 from tuner.predict.stages import Stages, stages
 from tuner.rules.base import Columns, Ints
@@ -59,12 +60,6 @@ OPTIMIZER_BYTES: Final = 30
 """Moved for a parameter by Adam: read and write master, two moments (fp32), read gradient, write parameter."""
 CLEAR_PASSES: Final = 2
 """Passes over the local gradients beside it: zeroed, and read for their norm."""
-BUCKET_PARAMETERS: Final = 40_000_000
-"""Megatron's DDP sends buckets of at least these (ddp_bucket_size); the last one's collective has no cover."""
-
-BACKWARD_SHARE: Final = 2 / 3
-"""Of a micro-batch's pass: backward, beside which gradients travel; parameters travel beside the rest."""
-
 CHUNK_ROWS: Final = 32_768
 """Rows at a time: their arrays stay in the cache."""
 
@@ -92,6 +87,8 @@ class StepTime:
     dp_ms: float
     """Gradients reduced and parameters gathered, of dense layers and of experts."""
     optimizer_ms: float
+    offload_ms: float
+    """Activations on their way to the host's memory and back that nothing hides."""
 
     @property
     def total_ms(self) -> float:
@@ -186,7 +183,9 @@ def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Impleme
     parts["host_ms"] = count * _sum(number * work.host_ms for number, work in held)
     parts["recompute_ms"] = count * _sum(number * work.recompute_ms for number, work in held)
     parts |= {"bubble_ms": bubble_ms, "p2p_ms": _p2p_ms(c, workload, rates, count)}
-    parts |= _between_steps(c, workload, rates, split, slowest_ms)
+    parts |= _between_steps(c, workload, rates, split, slowest_ms, count)
+    forward_ms, backward_ms = (1 - fsdp.BACKWARD_SHARE) * slowest_ms, fsdp.BACKWARD_SHARE * slowest_ms
+    parts["offload_ms"] = count * offload.exposed_ms(c, workload, implementation, forward_ms, backward_ms)
     return {name: np.broadcast_to(parts[name], count.shape) for name in PARTS}
 
 
@@ -234,7 +233,8 @@ def _works(
             of_layer, of_expert = EXPERTS_LAUNCHES[implementation]
             of_expert += EXPERT_BIAS_LAUNCHES * workload.model.add_bias_linear
             launches = schedule + of_layer + of_expert * (workload.model.num_moe_experts or 0) / c["ep"]
-        works.append(_work(whole, again, relaunched, on_stage, split.totals[kind], launches, c, rates))
+        left = graphs.launches(c, kind.moe, launches)
+        works.append(_work(whole, again, relaunched, on_stage, split.totals[kind], left, c, rates))
     return works
 
 
@@ -250,10 +250,13 @@ def _work(
 ) -> _Work:
     """A module with what the host adds, to which it is `launches` dense layers, and `relaunched` in backward."""
     # An all-reduce, or under sequence parallelism its two halves, for each half of a layer; a ring's steps.
-    collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + (c["cp"] > 1) * c["cp"] * RING_KERNELS
+    collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + kernels(c)
     forward_host = rates.launch_ms * (launches * FORWARD_LAUNCHES + collectives)
     backward_host = rates.launch_ms * (launches * BACKWARD_LAUNCHES + collectives) + relaunched * forward_host
     backward_ms = module.backward.total + again.total
+    if graphs.captures(c).any():
+        eager = ~graphs.whole_iteration(c)
+        forward_host, backward_host = forward_host * eager, backward_host * eager
     if rates.host_runs_ahead:
         # The slower of the two counts.
         forward_host = np.maximum(forward_host - module.forward.total, 0.0)
@@ -293,7 +296,7 @@ def _p2p_ms(c: Columns, workload: Workload, rates: Rates, count: Ints) -> Floats
 
 
 def _between_steps(
-    c: Columns, workload: Workload, rates: Rates, split: Stages, pass_ms: Floats
+    c: Columns, workload: Workload, rates: Rates, split: Stages, pass_ms: Floats, count: Ints
 ) -> dict[str, Floats]:
     """Gradients, optimizer and parameters, of the rank that holds the most; `pass_ms` is its last micro-batch's."""
     world = rates.cluster.world_size
@@ -303,10 +306,20 @@ def _between_steps(
     dense, routed = _held_parameters(workload.model, split, c)
     exposed = _exposed_ms(dense, replicas, pass_ms, c, rates)
     exposed = exposed + _exposed_ms(routed, expert_replicas, pass_ms, c, rates)
-    sharded = c.on("use_distributed_optimizer")
-    dense_ranks, routed_ranks = (np.where(sharded, g.size, 1) for g in (replicas, expert_replicas))
+    sharded = c.on("use_megatron_fsdp")
+    if sharded.any():
+        layers = _sum(split.layers.values()).max(axis=0)
+        ours, theirs = (
+            fsdp.exposed_ms(held, ranks, layers, pass_ms, count, c, rates)
+            for held, ranks in ((dense, replicas), (routed, expert_replicas))
+        )
+        exposed = np.where(sharded, ours + theirs, exposed)
+    of_dense, of_routed = (fsdp.shares(c, ranks.size) for ranks in (replicas, expert_replicas))
+    dense_ranks, routed_ranks = of_dense.optimizer, of_routed.optimizer
     updated = dense / dense_ranks + routed / routed_ranks
-    cleared = CLEAR_PASSES * (dense + routed) * rates.gradient_bytes
+    cleared = (
+        CLEAR_PASSES * (dense / of_dense.gradients + routed / of_routed.gradients) * rates.gradient_bytes
+    )
     optimizer = rates.moved_ms(OPTIMIZER_BYTES * updated + cleared)
     if not rates.host_runs_ahead:
         tensors = _held_tensors(workload.model, split, c, dense_ranks, routed_ranks)
@@ -318,19 +331,22 @@ def _exposed_ms(held: Floats, ranks: Group, pass_ms: Floats, c: Columns, rates: 
     """What nothing hides of reducing the gradients of `held` parameters and, if sharded, gathering these."""
     sharded, hides = c.on("use_distributed_optimizer"), rates.host_runs_ahead
     gradients = held * rates.gradient_bytes
-    scatter, whole = rates.gather_ms(gradients, ranks, "reduce_scatter"), rates.reduce_ms(gradients, ranks)
-    reduced = np.where(sharded, scatter, whole)
-    gathered = np.where(sharded, rates.gather_ms(held * rates.parameter_bytes, ranks), 0.0)
-    covered = hides * (1 - np.minimum(BUCKET_PARAMETERS / np.maximum(held, 1), 1.0))
-    beside = np.minimum(reduced * covered, BACKWARD_SHARE * pass_ms) * c.on("overlap_grad_reduce")
-    before = np.minimum(gathered * covered, (1 - BACKWARD_SHARE) * pass_ms) * c.on("overlap_param_gather")
+    registered = nccl.registered_factor(c, ranks)
+    in_switches = nccl.all_reduce_factor(c, ranks, rates.cluster, rates.measured("all_reduce"))
+    scatter = registered * rates.gather_ms(gradients, ranks, "reduce_scatter")
+    reduced = np.where(sharded, scatter, in_switches * rates.reduce_ms(gradients, ranks))
+    gathered = np.where(sharded, registered * rates.gather_ms(held * rates.parameter_bytes, ranks), 0.0)
+    # The last bucket's collective has no cover.
+    covered = hides * (1 - np.minimum(fsdp.LEAST_BUCKET / np.maximum(held, 1), 1.0))
+    beside = np.minimum(reduced * covered, fsdp.BACKWARD_SHARE * pass_ms) * c.on("overlap_grad_reduce")
+    before = np.minimum(gathered * covered, (1 - fsdp.BACKWARD_SHARE) * pass_ms) * c.on(
+        "overlap_param_gather"
+    )
     exposed = reduced - beside + gathered - before
     return np.where((ranks.size > 1) & (held > 0), exposed, 0.0)
 
 
-def _held_tensors(
-    model: Model, split: Stages, c: Columns, dense_ranks: Floats, routed_ranks: Floats
-) -> Floats:
+def _held_tensors(model: Model, split: Stages, c: Columns, dense_ranks: Ints, routed_ranks: Ints) -> Floats:
     """Weights that the optimizer of the rank with the most has: of a layer, an embedding, a head, and the experts."""
     dense = split.embeddings + 2 * split.heads
     routed = np.zeros_like(dense)

@@ -11,7 +11,20 @@ import pandas as pd
 from tuner.cluster import Cluster
 from tuner.errors import InputError, did_you_mean
 from tuner.layout import Layout
-from tuner.rules import batch, grids, moe, overlap, pipeline, recompute, shapes
+from tuner.rules import (
+    batch,
+    context,
+    environment,
+    graphs,
+    grids,
+    memory,
+    moe,
+    overlap,
+    pipeline,
+    placement,
+    recompute,
+    shapes,
+)
 from tuner.rules.base import Bools, Columns, Kind, Rule, Texts, Violation
 from tuner.workload import Workload
 
@@ -30,11 +43,16 @@ __all__ = [
 RULES: tuple[Rule, ...] = (
     *grids.RULES,
     *shapes.RULES,
+    *context.RULES,
     *moe.RULES,
+    *placement.RULES,
     *pipeline.RULES,
     *batch.RULES,
     *recompute.RULES,
     *overlap.RULES,
+    *memory.RULES,
+    *graphs.RULES,
+    *environment.RULES,
 )
 """Every rule. Where a layout breaks several, the first of them is the one that counts."""
 

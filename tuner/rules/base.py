@@ -61,13 +61,32 @@ class Columns:
         mask: Bools = accepted[column.codes]
         return mask
 
+    def text_sizes(self, knob: str, size: Callable[[str], int]) -> Ints:
+        """The size that `size` says of a text knob's value."""
+        column = self.column(knob)
+        sizes = np.array([size(category) for category in column.categories], dtype=np.int64)
+        return np.asarray(sizes[column.codes], dtype=np.int64)
+
     def among(self, knob: str, *values: str) -> Bools:
         """Where a text knob has one of `values`."""
         return self.text(knob, lambda text: text in values)
 
+    def text_with(self, knob: str, size: str, accepts: Callable[[str, int], bool]) -> Bools:
+        """Where `accepts` holds for a text knob and a size: asked once for each of the pairs that can be."""
+        column, sizes = self.column(knob), self[size]
+        accepted = np.zeros((len(column.categories), int(sizes.max(initial=0)) + 1), dtype=np.bool_)
+        for number in np.flatnonzero(np.bincount(sizes)):
+            accepted[:, number] = [accepts(category, int(number)) for category in column.categories]
+        mask: Bools = accepted[column.codes, sizes]
+        return mask
+
     def recomputes(self, module: str) -> Bools:
         """Where selective recompute names `module`."""
         return self.text("recompute_modules", lambda text: module in module_names(text))
+
+    def graphs(self, part: str) -> Bools:
+        """Where the scope of CUDA graphs names `part`."""
+        return self.text("cuda_graph_scope", lambda text: part in module_names(text))
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> Self:

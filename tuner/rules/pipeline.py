@@ -6,6 +6,7 @@ import numpy as np
 
 from tuner.layout import Layout
 from tuner.rules.base import Bools, Columns, Ints, Rule, remainder, rule
+from tuner.rules.placement import TEXT
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 from tuner.workload import Workload
 
@@ -37,7 +38,10 @@ def stage_slots(c: Columns, w: Workload) -> StageLayers:
 
 
 def chunk_layers(c: Columns, w: Workload) -> StageLayers:
-    """Layers in the very first chunk, in one between, and in the very last chunk of the model."""
+    """Layers in the very first chunk, in one between, and in the very last chunk of the model.
+
+    Of layouts whose layers no text places: tuner.pipeline_layout counts those.
+    """
     slots = stage_slots(c, w)
     emb = c.on("account_for_embedding_in_pipeline_split") & (c["pp"] > 1)
     loss = c.on("account_for_loss_in_pipeline_split") & (c["pp"] > 1)
@@ -69,7 +73,8 @@ def _accounts(c: Columns) -> Bools:
 
 
 def _even_split(c: Columns, w: Workload) -> Bools:
-    holds: Bools = _uneven(c) | ((w.model.num_layers + _accounted(c)) % c["pp"] == 0)
+    even = (w.model.num_layers + _accounted(c)) % c["pp"] == 0
+    holds: Bools = _uneven(c) | even | ~c.among(TEXT, "none")
     return holds
 
 
@@ -85,7 +90,8 @@ def _rest_fits(c: Columns, w: Workload) -> Bools:
 def _chunks_even(c: Columns, w: Workload) -> Bools:
     slots = stage_slots(c, w)
     middle = np.where(_stages_left(c) > 0, slots.middle % c["vpp"], 0)
-    holds: Bools = (c["pp"] == 1) | (slots.first % c["vpp"] + slots.last % c["vpp"] + middle == 0)
+    whole = slots.first % c["vpp"] + slots.last % c["vpp"] + middle == 0
+    holds: Bools = (c["pp"] == 1) | whole | ~c.among(TEXT, "none")
     return holds
 
 
@@ -181,7 +187,7 @@ RULES: tuple[Rule, ...] = (
     rule(
         "layers-by-pp",
         "megatron",
-        SPLIT,
+        f"{SPLIT} {TEXT}",
         holds=lambda c, w, k: _even_split(c, w),
         message=lambda x, w, k: _explain_even(x, w),
         source=BLOCK,
@@ -197,7 +203,7 @@ RULES: tuple[Rule, ...] = (
     rule(
         "stage-layers-by-vpp",
         "megatron",
-        f"vpp {SPLIT}",
+        f"vpp {SPLIT} {TEXT}",
         holds=lambda c, w, k: _chunks_even(c, w),
         message=lambda x, w, k: _explain_chunks(x, w),
         source=BLOCK,
@@ -219,18 +225,6 @@ RULES: tuple[Rule, ...] = (
             "middle stages; state the first alone"
         ),
         source="megatron/core/transformer/transformer_layer.py, get_transformer_layer_offset",
-    ),
-    rule(
-        "mtp-needs-a-layer",
-        "megatron",
-        f"vpp {SPLIT}",
-        holds=lambda c, w, k: w.model.mtp_num_layers is None or chunk_layers(c, w).last > 0,
-        message=lambda x, w, k: (
-            f"the last chunk of pp ({x.pp}) * vpp ({x.vpp}) chunks holds no layer, but multi-token "
-            "prediction copies "
-            "that chunk's last layer: turn account_for_loss_in_pipeline_split off or lower pp or vpp"
-        ),
-        source="megatron/core/models/gpt/gpt_layer_specs.py, get_gpt_mtp_block_spec",
     ),
     rule(
         "uneven-split-says-something",

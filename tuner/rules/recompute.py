@@ -3,9 +3,11 @@
 import numpy as np
 
 from tuner.cluster import Cluster
-from tuner.layout import Layout, module_names
+from tuner.layout import MOST, Layout, module_names
+from tuner.pipeline_layout import decoders, readable
 from tuner.rules.base import Bools, Columns, Rule, rule
 from tuner.rules.pipeline import SPLIT, chunk_layers
+from tuner.rules.placement import TEXT
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
 from tuner.workload import Model, Workload
 
@@ -50,8 +52,13 @@ def _chunks_whole(c: Columns, w: Workload) -> Bools:
     n = np.maximum(c["recompute_num_layers"], 1)
     chunks = chunk_layers(c, w)
     rest = chunks.first % n + chunks.last % n + np.where(c["pp"] * c["vpp"] > 2, chunks.middle % n, 0)
-    holds: Bools = ~uniform | (rest == 0)
+    placed = c.text_with(TEXT, "recompute_num_layers", _placed_whole)
+    holds: Bools = ~uniform | np.where(c.among(TEXT, "none"), rest == 0, placed)
     return holds
+
+
+def _placed_whole(text: str, count: int) -> bool:
+    return text == "none" or not readable(text) or not (decoders(text) % max(count, 1)).any()
 
 
 def _block_below_chunk(c: Columns, w: Workload) -> Bools:
@@ -61,20 +68,35 @@ def _block_below_chunk(c: Columns, w: Workload) -> Bools:
     most = np.maximum(
         np.maximum(chunks.first, chunks.last), np.where(c["pp"] * c["vpp"] > 2, chunks.middle, 0)
     )
+    placed = c.text_sizes(TEXT, lambda text: int(decoders(text).max()) if _counted(text) else MOST)
+    most = np.where(c.among(TEXT, "none"), most, placed)
     return ~block | (c["recompute_num_layers"] < most)
 
 
-def _explain_chunks(x: Layout, w: Workload, k: Cluster) -> str:
+def _counted(text: str) -> bool:
+    return text != "none" and readable(text)
+
+
+def _chunk_counts(x: Layout, w: Workload) -> str:
+    if _counted(x.pipeline_model_parallel_layout):
+        return ", ".join(map(str, decoders(x.pipeline_model_parallel_layout)))
     first, middle, last = (int(part[0]) for part in chunk_layers(Columns.single(x), w))
+    return f"first {first}, between {middle}, last {last}"
+
+
+def _explain_chunks(x: Layout, w: Workload, k: Cluster) -> str:
     return (
         f"uniform recompute by recompute_num_layers ({x.recompute_num_layers}) must divide the layers of "
         "every chunk "
-        f"(first {first}, between {middle}, last {last}): choose a divisor, 1 always works"
+        f"({_chunk_counts(x, w)}): choose a divisor, 1 always works"
     )
 
 
 def _explain_block(x: Layout, w: Workload, k: Cluster) -> str:
-    most = max(int(part[0]) for part in chunk_layers(Columns.single(x), w))
+    if _counted(x.pipeline_model_parallel_layout):
+        most = int(decoders(x.pipeline_model_parallel_layout).max())
+    else:
+        most = max(int(part[0]) for part in chunk_layers(Columns.single(x), w))
     return (
         f"block recompute of recompute_num_layers ({x.recompute_num_layers}) layers takes every layer of a "
         "chunk (at "
@@ -224,7 +246,7 @@ RULES: tuple[Rule, ...] = (
     rule(
         "uniform-recompute-by-chunk",
         "megatron",
-        f"{GRANULARITY_KNOBS} vpp {SPLIT}",
+        f"{GRANULARITY_KNOBS} vpp {SPLIT} {TEXT}",
         holds=lambda c, w, k: _chunks_whole(c, w),
         message=_explain_chunks,
         source=BLOCK,
@@ -232,7 +254,7 @@ RULES: tuple[Rule, ...] = (
     rule(
         "block-recompute-below-chunk",
         "canonical",
-        f"{GRANULARITY_KNOBS} vpp {SPLIT}",
+        f"{GRANULARITY_KNOBS} vpp {SPLIT} {TEXT}",
         holds=lambda c, w, k: _block_below_chunk(c, w),
         message=_explain_block,
         source=BLOCK,

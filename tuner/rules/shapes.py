@@ -154,17 +154,6 @@ RULES: tuple[Rule, ...] = (
         source="megatron/core/tensor_parallel/mappings.py",
     ),
     rule(
-        "window-refuses-cp",
-        "program",
-        "cp",
-        holds=lambda c, w, k: (k.device == "cpu") | (c["cp"] == 1) | (w.model.window_size is None),
-        message=lambda x, w, k: (
-            f"cp is {x.cp}, but {w.model.name} attends in a window of {w.model.window_size}, which Transformer "
-            "Engine's ring attention refuses (it would need cp_comm_type a2a): set cp to 1"
-        ),
-        source="transformer_engine context_parallel.py, attn_forward_func_with_cp",
-    ),
-    rule(
         "precision-needs-cuda",
         "program",
         "",

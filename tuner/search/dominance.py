@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tuner.cluster import Cluster
 from tuner.layout import KNOBS, Layout, data_parallel_size, num_microbatches
 from tuner.parameters import attention, dense_mlp, norm
+from tuner.pipeline_layout import decoders
 from tuner.predict import implementation_of
 from tuner.rules.base import Columns
 from tuner.rules.pipeline import stage_slots
@@ -33,7 +34,14 @@ def needs_at_least_as_much_memory(
     - recompute: where it is dropped altogether (see `_keeps_more_without_recompute`);
     - use_distributed_optimizer: without it the state is held whole instead of in shards, on CUDA; Gloo copies the
       gradients that it scatters, and the copy may outweigh the shards;
+    - nccl_nvls_enable: on, NCCL takes its buffers beside all else;
+    - cpu_offloading_num_layers: none, so that every layer's activations stay; between two counts the moments at which
+      they leave differ;
     - pp: fewer stages of more layers each, where `_merges_stages` proves it.
+
+    The other knobs are equal, though some are almost sure: FSDP gathers and scatters through buffers that a small
+    model's weights do not outweigh, graphs and registered buffers have memory of their own kind, and expandable
+    segments make what is reserved smaller, which is no theorem.
     """
     stages = table["pp"].to_numpy()
     mask = _no_smaller(table, layout, _keeps_more_without_recompute(layout, workload, cluster))
@@ -56,6 +64,10 @@ def _no_smaller(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -
             mask &= column >= value
         elif knob == "use_distributed_optimizer":
             mask &= (column == value) | ~column.astype(bool)
+        elif knob == "nccl_nvls_enable":
+            mask &= (column == value) | column.astype(bool)
+        elif knob == "cpu_offloading_num_layers":
+            mask &= (column == value) | (column == 0)
         elif knob in _RECOMPUTE:
             recompute &= column == value
         elif knob != "pp":
@@ -93,10 +105,17 @@ def _keeps_more_without_recompute(layout: Layout, workload: Workload, cluster: C
     if torch and layout.recompute_granularity == "selective" and layout.cp > 1:
         return False
     at_once = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
+    return _fewest_layers(layout, workload) >= 2 * at_once
+
+
+def _fewest_layers(layout: Layout, workload: Workload) -> int:
+    """Layers of the pipeline rank that has the fewest, or less."""
+    if layout.pipeline_model_parallel_layout != "none":
+        layers = decoders(layout.pipeline_model_parallel_layout).reshape(-1, layout.pp)
+        return int(layers.sum(axis=0).min())
     slots = stage_slots(Columns.single(layout), workload)
     accounts = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
-    fewest = int(min(part[0] for part in (slots if layout.pp > 2 else (slots.first, slots.last))))
-    return fewest - accounts >= 2 * at_once
+    return int(min(part[0] for part in (slots if layout.pp > 2 else (slots.first, slots.last)))) - accounts
 
 
 def _merges_stages(
@@ -108,13 +127,14 @@ def _merges_stages(
     min(pp - s, M) * b samples of n layers. Merged, world size and global batch given, there are pp/k stages of k*n
     layers, k*dp ranks, and b' >= b samples a micro-batch with M' * b' = M * b / k. Stage s lies in s' = s // k, so
     pp - s <= k * (pp/k - s'), and what s' keeps, min(pp/k - s', M') * b' samples of k*n layers, is no less.
-    Chunks, uneven splits, experts (whose tokens follow the routing), checkpoints of several layers and prediction of
-    further tokens break one of these steps.
+    Chunks, uneven splits and those that are written out, experts (whose tokens follow the routing), checkpoints of
+    several layers, prediction of further tokens and FSDP (whose shards shrink as dp grows) break one of these steps.
     """
     model, stages = workload.model, table["pp"].to_numpy()
     split = layout.num_layers_in_first_pipeline_stage or layout.num_layers_in_last_pipeline_stage
     accounts = layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split
     alike = not model.is_moe and model.window_attn_skip_freq is None and not model.mtp_num_layers
+    split = split or layout.pipeline_model_parallel_layout != "none" or layout.use_megatron_fsdp
     if layout.vpp > 1 or split or accounts or not alike:
         return np.zeros(len(table), dtype=np.bool_)
     merged: NDArray[np.bool_] = (stages < layout.pp) & (layout.pp % stages == 0)

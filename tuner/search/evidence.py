@@ -17,7 +17,7 @@ from tuner.search.feasibility import Feasibility
 from tuner.search.ranking import Ranking, encode
 from tuner.search.sampler import find_row
 from tuner.search.strategy import Observation
-from tuner.space import enumerate_layouts
+from tuner.stages import searched_table
 from tuner.sweep import with_row
 from tuner.sweep_file import Sweep
 
@@ -56,7 +56,7 @@ def gather(
 ) -> Evidence:
     """Gather the evidence of a sweep's finished trials; `layouts` are further rows to judge."""
     workload, cluster = sweep.workload, sweep.cluster
-    table = enumerate_layouts(workload, cluster, sweep.domain, lifted=sweep.lifted).table
+    table = searched_table(sweep, trials)
     for layout in (*(trial.layout for trial in trials), *layouts):
         table = with_row(table, layout)
     rows = np.array([find_row(table, trial.layout) for trial in trials], dtype=np.intp)

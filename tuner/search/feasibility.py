@@ -51,7 +51,7 @@ class Feasibility:
         self._predicted_gib = peak_gib(table, workload, cluster, implementation_of(cluster))
         beyond_gib = beyond_allocated_gib(table, workload, cluster)
         left_gib = np.maximum(memory_gib - beyond_gib, 1e-6 * memory_gib)
-        self._room: Floats = np.log(left_gib / reserved_ratio(cluster) / self._predicted_gib)
+        self._room: Floats = np.log(left_gib / reserved_ratio(table, cluster) / self._predicted_gib)
         """Logarithm of the largest measured / predicted with which each row fits, if the constants are right."""
         free = workload.model.is_moe and not workload.moe_router_force_load_balancing
         scale, spread = ROUTING_ERROR if free else ERROR, np.linspace(-2.5, 3, 12)

@@ -29,6 +29,8 @@ class Certainty:
     """Sorted: best measured / best of all - 1, at least 0, one a draw."""
     measured: int
     """Measurements that they rest on."""
+    of: str = "the space"
+    """What `all` is: the rows left were of this."""
 
     def within(self, gain: float) -> float:
         """The probability that nothing left is worth more than `gain`, a share of the best's step time."""
@@ -46,7 +48,7 @@ class Certainty:
         """What a user may believe."""
         gain = self.gain(confidence)
         near = f"within {gain:.1%} of the best" if gain >= NOTHING else "the best"
-        return f"The best is {near} of the space with probability {confidence:.0%}, as far as the surrogate knows."
+        return f"The best is {near} of {self.of} with probability {confidence:.0%}, as far as the surrogate knows."
 
 
 def certainty(

@@ -17,7 +17,8 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from tuner.layout import Layout, module_names
+from tuner.layout import DEFAULTS, Layout, module_names
+from tuner.program import NOT_BUILT_IN
 from tuner.workload import Model, Precision, Workload
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
@@ -97,6 +98,9 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
     """
     if device == "cpu":
         _refuse_on_cpu(workload, layout)
+    for knob in NOT_BUILT_IN:
+        if getattr(layout, knob) != DEFAULTS[knob]:
+            raise ValueError(f"{knob}: this program trains without it; a recipe or a command may have it")
     if workload.fp8_param:
         raise ValueError("fp8_param: this program keeps weights in 16 bits; leave it out of the workload")
     if workload.model.is_moe and layout.ep == 1 and layout.etp != layout.tp:
@@ -140,6 +144,7 @@ def ddp_config(workload: Workload, layout: Layout) -> DistributedDataParallelCon
         # Megatron-LM aligns the gathers of a pipeline's stages exactly where they are interleaved.
         align_param_gather=layout.overlap_param_gather and layout.vpp > 1,
         delay_wgrad_compute=layout.delay_wgrad_compute,
+        nccl_ub=layout.nccl_ub,
     )
 
 
@@ -185,21 +190,26 @@ def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "account_for_embedding_in_pipeline_split": layout.account_for_embedding_in_pipeline_split,
         "account_for_loss_in_pipeline_split": layout.account_for_loss_in_pipeline_split,
         "microbatch_group_size_per_vp_stage": layout.microbatch_group_size_per_vp_stage or None,
+        "pipeline_model_parallel_layout": _given(layout.pipeline_model_parallel_layout),
         "overlap_p2p_comm": layout.overlap_p2p_comm,
         "batch_p2p_comm": not layout.overlap_p2p_comm,
         "tp_comm_overlap": layout.tp_comm_overlap,
         "overlap_moe_expert_parallel_comm": layout.overlap_moe_expert_parallel_comm,
         "delay_wgrad_compute": layout.delay_wgrad_compute,
+        "cp_comm_type": layout.cp_comm_type if layout.cp > 1 else None,
+        "cpu_offloading": layout.cpu_offloading_num_layers > 0,
+        "cpu_offloading_num_layers": layout.cpu_offloading_num_layers,
     }
 
 
-def _recompute(layout: Layout) -> dict[str, Any]:
-    def given(value: str) -> str | None:
-        return None if value == "none" else value
+def _given(value: str) -> str | None:
+    return None if value == "none" else value
 
+
+def _recompute(layout: Layout) -> dict[str, Any]:
     return {
-        "recompute_granularity": given(layout.recompute_granularity),
-        "recompute_method": given(layout.recompute_method),
+        "recompute_granularity": _given(layout.recompute_granularity),
+        "recompute_method": _given(layout.recompute_method),
         "recompute_num_layers": layout.recompute_num_layers or None,
         "recompute_modules": list(module_names(layout.recompute_modules)) or None,
     }
@@ -217,6 +227,7 @@ def _moe(workload: Workload, layout: Layout, device: str) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_force_load_balancing": workload.moe_router_force_load_balancing,
         "moe_token_dispatcher_type": layout.moe_token_dispatcher_type,
+        "moe_flex_dispatcher_backend": layout.moe_flex_dispatcher_backend,
         "moe_shared_expert_overlap": layout.moe_shared_expert_overlap,
         "moe_grouped_gemm": fast,
         "moe_permute_fusion": fast,

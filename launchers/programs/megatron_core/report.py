@@ -234,7 +234,7 @@ def metrics_of(spec: TrialSpec, steps: Steps, records: Sequence[RankRecord]) -> 
 def versions() -> dict[str, str]:
     """Return the versions that a measurement depends on; what is not installed is left out."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "megatron-core", "transformer-engine", "megatune"):
+    for package in ("torch", "megatron-core", "megatron-bridge", "transformer-engine", "megatune"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,0 +1,85 @@
+"""What Megatron Bridge needs to train without CUDA, beyond what Megatron-Core does; idle where CUDA is there.
+
+Call `hide_transformer_engine` before anything of Megatron is imported, `enable_cpu` before anything is built.
+"""
+
+import builtins
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tuner.workload import Model
+
+_KERNELS = "transformer_engine"
+
+_FUSED = (
+    *(
+        "gradient_accumulation_fusion",
+        "masked_softmax_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+    ),
+    *("apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion", "moe_permute_fusion"),
+    *("moe_router_fusion", "moe_grouped_gemm"),
+)
+"""Kernels for CUDA, by the fields of the model's config that ask for them."""
+
+
+def hide_transformer_engine() -> None:
+    """Let Megatron-Core believe that Transformer Engine is not installed: it needs CUDA even for its optimizer.
+
+    Bridge itself imports it in passing, and gets it.
+    """
+    if torch.cuda.is_available():
+        return
+    import_any = builtins.__import__
+
+    @functools.wraps(import_any)
+    def import_without(name: str, globals: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        importer = (globals or {}).get("__name__") or ""
+        if name.partition(".")[0] == _KERNELS and importer.startswith("megatron.core"):
+            raise ModuleNotFoundError(f"{_KERNELS} needs CUDA", name=_KERNELS)
+        return import_any(name, globals, *args, **kwargs)
+
+    builtins.__import__ = import_without
+
+
+def enable_cpu() -> None:
+    """Let Bridge train on CPU in this process."""
+    if torch.cuda.is_available():
+        return
+    from megatron.bridge.training import setup
+
+    from launchers.programs.megatron_core import cpu
+
+    cpu.enable_cpu()
+    cuda: Any = torch.cuda
+    cuda.device_count = lambda: 1  # Bridge seeds the ranks only where there are devices
+    setup.initialize_megatron = functools.partial(setup.initialize_megatron, allow_no_cuda=True)
+    dist.barrier = _on_no_device(dist.barrier)
+
+
+def suit_cpu(config: Any, model: Model) -> None:
+    """Choose what a CPU can do where a recipe chooses kernels: neither arithmetic nor the layout changes."""
+    from launchers.programs.megatron_core.specs import decoder_block_spec
+
+    config.dist.distributed_backend = "gloo"
+    config.model.transformer_impl = "local"
+    config.model.transformer_layer_spec = functools.partial(decoder_block_spec, model)
+    for name in _FUSED:
+        if hasattr(config.model, name):
+            setattr(config.model, name, False)
+    config.optimizer.use_precision_aware_optimizer = False
+
+
+def _on_no_device(barrier: Any) -> Any:
+    """Gloo refuses to be told a device."""
+
+    @functools.wraps(barrier)
+    def wrapped(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return barrier(*args, **kwargs)
+
+    return wrapped

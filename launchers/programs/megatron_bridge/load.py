@@ -1,0 +1,98 @@
+"""Find a recipe and build its config: one of Bridge's own by its name, or a function of a Python file."""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from tuner.errors import InputError, did_you_mean
+from tuner.program import BridgeRecipe
+
+PACKAGES: Final = ("megatron.bridge.recipes", "megatron.bridge.perf_recipes")
+"""Where Bridge keeps its library recipes and its perf recipes."""
+
+
+def load_config(program: BridgeRecipe) -> Any:
+    """Build the ConfigContainer of a recipe as it is.
+
+    Raises:
+        InputError: if there is no such recipe, or what its function returns is no config.
+    """
+    function = _of_file(program) if program.recipe.endswith(".py") else named(program.recipe)
+    try:
+        inspect.signature(function).bind(**program.arguments)
+    except TypeError as error:
+        raise InputError(f"key 'program.arguments': {program.recipe}: {error}") from None
+    config = function(**program.arguments)
+    if not hasattr(config, "model") or not hasattr(config, "train"):
+        raise InputError(
+            f"key 'program.recipe': {program.recipe}: {function.__name__} returns {type(config).__name__}, "
+            "no ConfigContainer"
+        )
+    return config
+
+
+def named(name: str) -> Callable[..., Any]:
+    """A recipe of Bridge by its name or an alias; only modules whose text has the name are imported.
+
+    Raises:
+        InputError: if there is none.
+    """
+    for module in module_names(containing=name):
+        function = vars(importlib.import_module(module)).get(name)
+        if inspect.isfunction(function):
+            return function
+    known = [
+        found
+        for module in map(importlib.import_module, module_names())
+        for found, value in vars(module).items()
+        if inspect.isfunction(value)
+    ]
+    raise InputError(
+        f"key 'program.recipe': Megatron Bridge has no recipe '{name}'{did_you_mean(name, known)}; a file's name must "
+        "end in .py"
+    )
+
+
+def module_names(containing: str = "") -> Iterator[str]:
+    """The modules of Bridge that may hold recipes, and whose text has a word."""
+    for package in PACKAGES:
+        for entry in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            origin = spec.origin if (spec := importlib.util.find_spec(entry.name)) else None
+            if not containing or (origin is not None and containing in Path(origin).read_text("utf-8")):
+                yield entry.name
+
+
+def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
+    path = Path(program.recipe)
+    if not path.is_file():
+        raise InputError(f"key 'program.recipe': no file {path}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+    recipes = {name: value for name, value in own.items() if _says_config(value)} or own
+    if program.function is None and len(recipes) == 1:
+        return next(iter(recipes.values()))
+    if program.function not in own:
+        asked = (
+            f"no function '{program.function}'"
+            if program.function
+            else f"{len(recipes)} functions, state one"
+        )
+        raise InputError(f"key 'program.function': {path} has {asked}; it has {', '.join(recipes) or 'none'}")
+    return own[program.function]
+
+
+def _says_config(function: Callable[..., Any]) -> bool:
+    return "ConfigContainer" in str(inspect.signature(function).return_annotation)

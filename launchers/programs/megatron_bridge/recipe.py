@@ -1,0 +1,163 @@
+"""A recipe of Megatron Bridge as a trial runs it: the layout applied, the training contract kept, the rest off.
+
+Nothing here starts anything: configs go in and out. The settings that make a trial short are those that
+Bridge's own benchmark recipes use (megatron/bridge/perf_recipes/_common.py), and what a second trial must not find.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tuner.environment import cuda_environment
+from tuner.export import bridge_words
+from tuner.layout import ENVIRONMENT_KNOBS, KNOBS, MOE_KNOBS, Layout
+from tuner.recipe import layout_of, values_of, workload_of
+from tuner.trial import TrialSpec
+from tuner.workload import Workload
+
+_LOGGERS = (
+    *("tensorboard_dir", "save_config_filepath", "wandb_project", "wandb_exp_name"),
+    *("mlflow_experiment", "mlflow_run_name", "mlflow_tracking_uri", "mlflow_tags", "mlflow_description"),
+    *("comet_project", "comet_experiment_name", "comet_workspace", "comet_api_key", "comet_tags"),
+)
+"""Where Bridge would log to, by LoggerConfig's fields."""
+
+
+def prepare(config: Any, spec: TrialSpec, folder: Path) -> Any:
+    """Turn a recipe's config into that of a trial; what it changes is the config itself.
+
+    Raises:
+        ValueError: if Bridge does not take the layout, or the recipe trains something else than the spec says.
+    """
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+    if config.train.global_batch_size != spec.workload.global_batch_size:
+        raise ValueError(
+            f"the recipe trains something else: global_batch_size: the sweep says "
+            f"{spec.workload.global_batch_size}, the recipe {config.train.global_batch_size}"
+        )
+    _shorten(config, spec, folder)
+    return process_config_with_overrides(config, cli_overrides=bridge_words(spec))
+
+
+def check(resolved: Any, spec: TrialSpec) -> None:
+    """Refuse a config, resolved by Bridge, that would train something else than the spec says, or otherwise.
+
+    Bridge skips a key that it does not know with a warning, and what it cannot convert: only reading back tells.
+
+    Raises:
+        ValueError: naming each field, what was wanted and what was found.
+    """
+    values = values_of(resolved)
+    found = layout_of(values)
+    wrong = [
+        f"{name}: wanted {wanted}, found {present}"
+        for name, wanted, present in _layout_differences(spec, found)
+    ]
+    if wrong:
+        raise ValueError(f"the recipe does not take the layout: {'; '.join(wrong)}")
+    workload = workload_of(values, spec.workload.model.name)
+    wrong = [
+        f"{name}: the sweep says {wanted}, the recipe {present}"
+        for name, wanted, present in _workload_differences(spec.workload, workload)
+    ]
+    if wrong:
+        raise ValueError(f"the recipe trains something else: {'; '.join(wrong)}")
+
+
+def steps_at_most(spec: TrialSpec) -> int:
+    """How many optimizer steps a trial may need (see `measure.measured_enough`)."""
+    measurement = spec.measurement
+    return measurement.warmup_steps + max(measurement.max_steps, 2 * measurement.min_steps)
+
+
+def _shorten(config: Any, spec: TrialSpec, folder: Path) -> None:
+    steps = steps_at_most(spec)
+    _keep_schedule(config, steps, spec.workload.global_batch_size)
+    config.model.seq_length = config.dataset.seq_length
+    _use_mock_data(config, spec, folder)
+    for name in ("save", "load", "pretrained_checkpoint", "non_persistent_ckpt_type"):
+        setattr(config.checkpoint, name, None)
+    config.checkpoint.async_save = False
+    config.validation.eval_iters = 0
+    for name in ("eval_iters", "eval_interval", "skip_train"):  # deprecated, and they would win
+        setattr(config.train, name, None)
+    config.train.exit_interval = config.train.exit_duration_in_mins = None
+    for name in _LOGGERS:
+        if hasattr(config.logger, name):
+            setattr(config.logger, name, None)
+    config.logger.log_interval = 1
+    config.logger.log_progress = False
+    for name in ("ft", "straggler", "nvrx_straggler", "tensor_inspect", "inprocess_restart"):
+        setattr(config, name, None)
+    config.rng.seed = spec.seed
+    limits = spec.limits
+    config.dist.distributed_timeout_minutes = math.ceil(max(limits.startup_s, limits.step_s) / 60)
+    config.env_vars = {
+        name: value for name, value in config.env_vars.items() if name not in _layouts_variables(spec)
+    }
+
+
+def _keep_schedule(config: Any, steps: int, global_batch_size: int) -> None:
+    """Let the training end after a few steps of the schedule that the recipe has."""
+    train, scheduler = config.train, config.scheduler
+    if train.train_samples is not None:
+        scheduler.lr_decay_samples = scheduler.lr_decay_samples or train.train_samples
+        train.train_samples = steps * global_batch_size
+        return
+    scheduler.lr_decay_iters = scheduler.max_steps or scheduler.lr_decay_iters or train.train_iters
+    scheduler.max_steps = None
+    train.train_iters, train.num_epochs = steps, None
+
+
+def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
+    """Draw tokens at random, as many and of the same vocabulary: neither files nor a tokenizer are needed."""
+    from megatron.bridge.training.config import GPTDatasetConfig
+
+    dataset = config.dataset
+    if not isinstance(dataset, GPTDatasetConfig):
+        raise ValueError(
+            f"the recipe's data is a {type(dataset).__name__}: only pre-training on text can be tried"
+        )
+    for name in ("blend", "blend_per_split", "data_path", "per_dataset_sequences_path"):
+        setattr(dataset, name, None)
+    dataset.random_seed = spec.seed
+    dataset.path_to_cache = str(folder / "cache")
+    tokenizer = config.tokenizer
+    config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    tokenizer.tokenizer_type, tokenizer.tokenizer_model = "NullTokenizer", None
+    tokenizer.vocab_size, tokenizer.use_tokenizer_vocab_size = config.model.vocab_size, False
+
+
+def _layouts_variables(spec: TrialSpec) -> set[str]:
+    """The variables that the launcher has set, or left out, for the layout: the recipe's are for its own."""
+    knobs = {
+        knob.metadata["megatron"].partition(".")[2]
+        for knob in fields(Layout)
+        if knob.name in ENVIRONMENT_KNOBS
+    }
+    return (
+        knobs
+        | {"NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"}
+        | cuda_environment(spec.layout, spec.cluster).keys()
+    )
+
+
+def _layout_differences(spec: TrialSpec, found: Layout) -> Iterator[tuple[str, Any, Any]]:
+    unseen = {*ENVIRONMENT_KNOBS, *(() if spec.workload.model.is_moe else MOE_KNOBS)}
+    for name in KNOBS:
+        wanted, present = getattr(spec.layout, name), getattr(found, name)
+        if name not in unseen and wanted != present:
+            yield name, wanted, present
+
+
+def _workload_differences(wanted: Workload, found: Workload) -> Iterator[tuple[str, Any, Any]]:
+    for one, other, prefix in ((wanted, found, ""), (wanted.model, found.model, "model.")):
+        for field in fields(one):
+            if field.name == "model":
+                continue
+            said, present = getattr(one, field.name), getattr(other, field.name)
+            if said != present:
+                yield f"{prefix}{field.name}", said, present

@@ -1,0 +1,68 @@
+"""What lint says of every recipe of the installed Megatron Bridge, as the published list has it.
+
+`python -m tests.bridge.published_lint results/published/lint/recipes.csv` writes it anew, in the environment of
+`make test-bridge`.
+"""
+
+import csv
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from launchers.recipes import read_recipes
+from tests.bridge.configs import write_configs
+from tuner.cli.lint import cluster_of
+from tuner.lint import RecipeVerdict, judge_recipe
+from tuner.recipe import RecipeFacts, Request
+
+COLUMNS = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout", "peak_gib", "memory_gib")
+
+
+def all_recipes() -> tuple[RecipeFacts, ...]:
+    """What Bridge says of each, without the network."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_recipes(Request(everything=True, hf_configs=str(write_configs(Path(folder)))))
+
+
+def judged(facts: RecipeFacts) -> RecipeVerdict:
+    """What lint says of one."""
+    cluster, is_known, _ = cluster_of(facts.gpu, max(facts.gpus, 1))
+    return judge_recipe(facts, cluster, is_known)
+
+
+def rows(verdicts: Iterable[RecipeVerdict]) -> list[dict[str, str]]:
+    """The list's rows, by name."""
+    return [_row(found) for found in sorted(verdicts, key=lambda found: found.facts.name)]
+
+
+def _row(found: RecipeVerdict) -> dict[str, str]:
+    facts, verdict = found.facts, found.verdict
+    refused = found.refused or (verdict.refused if verdict else ())
+    reasons = [item.message for item in refused] or [found.unjudged]
+    cluster, *_ = cluster_of(facts.gpu, max(facts.gpus, 1))
+    worst = verdict.worst if verdict else None
+    return {
+        "recipe": facts.name,
+        "kind": "perf" if "/perf_recipes/" in facts.file else "library",
+        "gpus": str(facts.gpus),
+        "gpu": facts.gpu,
+        "state": found.state,
+        "rules": "; ".join(item.rule for item in refused),
+        "reason": " | ".join(" ".join(reason.split())[:300] for reason in reasons),
+        "layout": verdict.layout.label() if verdict else "",
+        "peak_gib": f"{worst.total_gib:.0f}" if worst else "",
+        "memory_gib": f"{cluster.gpu.memory_gib:g}" if verdict else "",
+    }
+
+
+def main(path: Path) -> None:
+    """Write the list."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows(map(judged, all_recipes())))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

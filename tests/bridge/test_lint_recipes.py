@@ -1,0 +1,202 @@
+"""Lint over every recipe of the installed Bridge: as published, and each refusal in the framework's own words."""
+
+import csv
+import inspect
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.bridge.configs import write_configs
+from tests.bridge.published_lint import all_recipes, judged, rows
+from tests.bridge.recipes import REFUSED_BY_BRIDGE
+from tuner.cli.app import run
+from tuner.lint import RecipeVerdict
+from tuner.recipe import RecipeFacts, layout_of
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "lint" / "recipes.csv"
+TINY = Path(__file__).parent / "tiny_recipe.py"
+
+MEGATRONS_WORDS = {
+    "dense-grid": "is not divisible by",
+    "expert-grid": "is not divisible by expert_tensor_model_pipeline_parallel size",
+}
+"""What `initialize_model_parallel` says."""
+
+BRIDGES_WORDS = {
+    "layers-by-pp": "should be divisible by config.pipeline_model_parallel_size",
+    "stage-layers-by-vpp": "should be divisible by",
+    "batch-by-micro-batch": "must be divisible by eval_micro_batch_size * eval_data_parallel_size",
+    "layers-placed-by-chunks": "conflicts with pipeline_model_parallel_layout",
+}
+"""What Bridge, or Megatron as it splits the layers, says where our rule refuses."""
+
+MODELS_WORDS = {"moe-tp-needs-sp": "are enabled without also enabling sequence parallelism"}
+"""What a layer of experts raises in the first step, and nothing before."""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[RecipeFacts, ...]:
+    """What Bridge says of every recipe, read anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return all_recipes()
+
+
+@pytest.fixture(scope="module")
+def verdicts(recipes: tuple[RecipeFacts, ...]) -> dict[str, RecipeVerdict]:
+    """What lint says of every recipe, by its name."""
+    return {facts.name: judged(facts) for facts in recipes}
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, dict[str, str]]:
+    """The published list, by recipe."""
+    with PUBLISHED.open(encoding="utf-8", newline="") as file:
+        return {row["recipe"]: row for row in csv.DictReader(file)}
+
+
+def test_the_published_list_is_what_lint_says_today(
+    verdicts: dict[str, RecipeVerdict], published: dict[str, dict[str, str]]
+) -> None:
+    told = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout")
+    found = {row["recipe"]: {name: row[name] for name in told} for row in rows(verdicts.values())}
+    assert len(found) > 700
+    assert found.keys() == published.keys()
+    for name, row in found.items():
+        wanted = {key: published[name][key] for key in told}
+        assert _firm(row) == _firm(wanted)
+
+
+def test_every_recipe_has_a_valid_layout_or_is_listed_with_its_reason(
+    verdicts: dict[str, RecipeVerdict], published: dict[str, dict[str, str]]
+) -> None:
+    for name, found in verdicts.items():
+        row = published[name]
+        if row["state"] in {"refused", "not judged"}:
+            assert row["reason"]
+        else:
+            assert found.verdict is not None and not found.verdict.refused
+
+
+def test_each_refusal_has_the_frameworks_own_word(verdicts: dict[str, RecipeVerdict]) -> None:
+    refused = 0
+    for found in verdicts.values():
+        facts = found.facts
+        for item in found.refused or (found.verdict.refused if found.verdict else ()):
+            refused += 1
+            if item.rule == "megatron-bridge":
+                assert facts.error and facts.frame
+            elif item.rule in MODELS_WORDS:
+                assert MODELS_WORDS[item.rule] in inspect.getsource(MoELayer)
+            elif item.rule in BRIDGES_WORDS:
+                assert BRIDGES_WORDS[item.rule] in facts.error
+            else:
+                assert MEGATRONS_WORDS[item.rule] in _words_of_megatron(facts)
+    assert refused > 40
+
+
+def test_the_recipes_that_bridge_is_known_to_refuse_are_found(published: dict[str, dict[str, str]]) -> None:
+    for name, words in REFUSED_BY_BRIDGE.items():
+        assert published[name]["state"] == "refused" and words in published[name]["reason"]
+
+
+def test_a_name_is_judged_within_a_second_once_its_recipe_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "configs").mkdir()
+    words = ["lint", "llama3_70b_pretrain_64gpu_h100_bf16_config", "--json", "--hf-configs"]
+    words.append(str(write_configs(tmp_path / "configs")))
+    assert run(words) == 0
+    (first,) = json.loads(capsys.readouterr().out)
+    assert first["state"] == "starts" and first["gpus"] == 64 and first["peak_gib"] < first["memory_gib"]
+    began = time.process_time()
+    assert run(words) == 0
+    assert time.process_time() - began < 1.0
+    assert json.loads(capsys.readouterr().out) == [first]
+
+
+def test_the_files_of_a_folder_are_judged_each_and_a_broken_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    text = TINY.read_text(encoding="utf-8")
+    broken = text.replace("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2")
+    broken = broken.replace("num_layers: int = 4", "num_layers: int = 5")
+    for name, content in (("good", text), ("bad", broken)):
+        (tmp_path / "mine" / f"{name}.py").write_text(content, encoding="utf-8")
+    assert run(["lint", "mine", "--gpus", "4", "--json"]) == 2
+    found = {item["source"]: item for item in json.loads(capsys.readouterr().out)}
+    assert found["mine/good.py:tiny_gpt"]["state"] == "starts"
+    refused = found["mine/bad.py:tiny_gpt"]
+    assert refused["state"] == "refused" and refused["nearest"]
+    assert "num_layers (5) % (pp = 2) = 1" in refused["refused"][0]["message"]
+
+
+def test_a_recipe_that_there_is_not_is_named_with_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run(["lint", "llama3_70b_pretrain_64gpu_h100_bf61_config"]) == 2
+    assert "did you mean 'llama3_70b_pretrain_64gpu_h100_bf16_config'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_sweep_of_a_recipe_needs_no_file_and_goes_on_without_bridge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", "--recipe", f"{TINY}:tiny_gpt", "--gpus", "2", "--dry-run"]
+    assert run(words) == 0
+    assert "-m launchers.programs.megatron_bridge" in " ".join(capsys.readouterr().out.split())
+    written = tmp_path / "results" / "tiny_recipe-tiny_gpt-2gpu" / "sweep.yaml"
+    first = written.read_text(encoding="utf-8")
+    # A second process of Bridge would now be one that cannot start.
+    monkeypatch.setattr("sys.executable", str(tmp_path / "nowhere"))
+    assert run(words) == 0
+    assert run(["init", "other.yaml", "--recipe", f"{TINY}:tiny_gpt", "--gpus", "2"]) == 0
+    assert (
+        (tmp_path / "other.yaml").read_text(encoding="utf-8") == written.read_text(encoding="utf-8") == first
+    )
+    capsys.readouterr()
+    assert run(["plan", "other.yaml", "--json"]) == 0
+    queue = json.loads(capsys.readouterr().out)["queue"]
+    assert queue[0]["source"] == "baseline" and queue[0]["layout"]["tp"] == 2
+    assert run(["sweep", "--recipe", "nowhere.py", "--dry-run"]) == 2
+    assert not (tmp_path / "results" / "nowhere").exists()
+
+
+def _firm(row: dict[str, str]) -> dict[str, str]:
+    """Whether a layout fits is a prediction, which is made better: who refuses is not."""
+    return row | {"state": "starts"} if row["state"] == "too large" else row
+
+
+def _words_of_megatron(facts: RecipeFacts) -> str:
+    """What Megatron says of a recipe's grids, asked with a process group that only pretends."""
+    own = layout_of(facts.values)
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=0, world_size=facts.gpus)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=own.tp,
+            pipeline_model_parallel_size=own.pp,
+            context_parallel_size=own.cp,
+            expert_model_parallel_size=own.ep,
+            expert_tensor_parallel_size=own.etp,
+        )
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return ""

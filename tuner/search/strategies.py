@@ -1,0 +1,33 @@
+"""The strategies by their names in a sweep file."""
+
+import pandas as pd
+
+from tuner.calibration import Calibration
+from tuner.predict import implementation_of
+from tuner.predict.time import step_time_ms
+from tuner.search import optuna_rows
+from tuner.search.feasibility import Feasibility
+from tuner.search.optuna_rows import OptunaRows
+from tuner.search.predicted_rows import PredictedRows
+from tuner.search.strategy import GridRows, RandomRows, Strategy
+from tuner.sweep_file import Sweep
+
+
+def strategy_of(sweep: Sweep, table: pd.DataFrame, calibration: Calibration | None = None) -> Strategy:
+    """How a sweep chooses the rows behind its queue."""
+    match sweep.sampler:
+        case "random":
+            return RandomRows(sweep.seed)
+        case "grid":
+            return GridRows()
+        case "tpe":
+            return OptunaRows(table, optuna_rows.tpe, sweep.seed)
+        case "gp":
+            return OptunaRows(table, optuna_rows.gaussian_process, sweep.seed)
+        case "predicted":
+            workload, cluster = sweep.workload, sweep.cluster
+            implementation = implementation_of(cluster)
+            predicted_ms = step_time_ms(table, workload, cluster, implementation, calibration)
+            return PredictedRows(
+                table, predicted_ms, Feasibility(table, workload, cluster), sweep.measurement
+            )
