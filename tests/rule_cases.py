@@ -1,5 +1,6 @@
 """For every rule a layout that breaks it: the unit tests ask the rules, the oracle asks Megatron."""
 
+from dataclasses import replace
 from typing import Any
 
 from tests.unit.layouts import cluster, dense, mixture, workload
@@ -25,6 +26,20 @@ LATENT = workload(
 
 def on_cpu(gpus: int) -> Cluster:
     return cluster(gpus, device="cpu")
+
+
+TEXT = "pipeline_model_parallel_layout"
+SHARDED = {
+    "use_megatron_fsdp": True,
+    "data_parallel_sharding_strategy": "optim_grads_params",
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
+GRACE = cluster(8, gpu=replace(cluster(8).gpu, name="GB200"))
+
+
+def graph(impl: str, scope: str = "none") -> dict[str, Any]:
+    return {"cuda_graph_impl": impl, "cuda_graph_scope": scope}
 
 
 Case = tuple[str, dict[str, Any], Workload, Cluster, str]
@@ -105,7 +120,7 @@ CASES: list[Case] = [
         cluster(16),
         "seq_length (36) % (tp*cp = 8*2 = 16) = 4, must be 0",
     ),
-    ("window-refuses-cp", {"cp": 2}, workload(dense(window_size=(7, 0))), cluster(4), "cp is 2"),
+    ("window-refuses-p2p", {"cp": 2}, workload(dense(window_size=(7, 0))), cluster(4), "window of (7, 0)"),
     ("precision-needs-cuda", {}, workload(dense(), precision="fp8"), on_cpu(1), "precision fp8"),
     ("ep-needs-experts", {"ep": 2}, DENSE, cluster(2), "ep is 2"),
     ("etp-needs-experts", {"etp": 2}, DENSE, cluster(2), "etp is 2"),
@@ -220,13 +235,6 @@ CASES: list[Case] = [
         DENSE,
         cluster(2),
         "first (2) and last (6) both stated",
-    ),
-    (
-        "mtp-needs-a-layer",
-        {"pp": 3, "vpp": 3, LOSS: True, "overlap_p2p_comm": True, "micro_batch_size": 2},
-        workload(dense(mtp_num_layers=1), global_batch_size=12),
-        cluster(3),
-        "the last chunk of pp (3) * vpp (3) chunks holds no layer",
     ),
     ("uneven-split-says-something", {"pp": 4, FIRST: 2}, DENSE, cluster(4), "first (2) or last (0) repeats"),
     ("uneven-split-says-something", {"pp": 2, LAST: 3}, DENSE, cluster(2), "with two stages only the first"),
@@ -484,4 +492,243 @@ CASES: list[Case] = [
         on_cpu(2),
         "delay_wgrad_compute needs Transformer Engine",
     ),
+    ("cp-comm-type-needs-cp", {"cp_comm_type": "a2a"}, DENSE, cluster(1), "cp is 1"),
+    (
+        "cp-comm-type-needs-cuda",
+        {"cp": 2, "cp_comm_type": "a2a"},
+        DENSE,
+        on_cpu(2),
+        "a2a needs Transformer Engine",
+    ),
+    ("a2a-heads-by-cp", {"cp": 8, "cp_comm_type": "a2a"}, DENSE, cluster(8), "num_query_groups (4) % 8 = 4"),
+    (
+        "unlike-values-need-p2p",
+        {"cp": 2, "cp_comm_type": "all_gather"},
+        LATENT,
+        cluster(2),
+        "keys (8+4 wide)",
+    ),
+    ("sinks-need-a2a", {"cp": 2}, workload(dense(softmax_type="learnable")), cluster(2), "not p2p's"),
+    (
+        "flex-backend-needs-flex",
+        {"moe_flex_dispatcher_backend": "hybridep"},
+        MIXTURE,
+        cluster(1),
+        "is alltoall",
+    ),
+    (
+        "flex-backend-runs-on-gpu",
+        {"moe_token_dispatcher_type": "flex", "ep": 8},
+        MIXTURE,
+        GRACE,
+        "deepep does not run on GB200",
+    ),
+    ("variables-need-cuda", {"expandable_segments": True}, DENSE, on_cpu(1), "expandable_segments (True)"),
+    (
+        "connections-in-range",
+        {"cuda_device_max_connections": 64},
+        DENSE,
+        cluster(1),
+        "is 64: CUDA takes 1 to 32",
+    ),
+    (
+        "tp-and-cp-want-one-connection",
+        {"tp": 2, "sp": True, "cuda_device_max_connections": 8},
+        DENSE,
+        cluster(2),
+        "is 8, but tp*cp = 2*1 on H100 needs 1",
+    ),
+    (
+        "fsdp-wants-connections",
+        {**SHARDED, "cuda_device_max_connections": 1},
+        DENSE,
+        cluster(2),
+        "refuses cuda_device_max_connections 1",
+    ),
+    ("graphs-need-cuda", graph("transformer_engine"), DENSE, on_cpu(1), "device is cpu"),
+    ("graph-scope-needs-graphs", graph("none", "attn"), DENSE, cluster(1), "cuda_graph_scope is attn"),
+    (
+        "graph-scope-known",
+        graph("transformer_engine", "attention"),
+        DENSE,
+        cluster(1),
+        "names attention; known",
+    ),
+    (
+        "graph-scope-in-order",
+        graph("transformer_engine", "mlp+attn"),
+        DENSE,
+        cluster(1),
+        "(mlp+attn) must name",
+    ),
+    (
+        "full-iteration-graph-alone",
+        graph("local", "full_iteration+attn"),
+        DENSE,
+        cluster(1),
+        "captures all the rest",
+    ),
+    (
+        "full-iteration-graph-needs-local",
+        graph("transformer_engine", "full_iteration"),
+        DENSE,
+        cluster(1),
+        "needs cuda_graph_impl local",
+    ),
+    ("local-graph-of-full-iteration", graph("local", "attn"), DENSE, cluster(1), "scope to full_iteration"),
+    ("moe-graph-needs-experts", graph("transformer_engine", "moe_router"), DENSE, cluster(1), "has none"),
+    (
+        "moe-graph-needs-padding",
+        graph("transformer_engine", "moe"),
+        MIXTURE,
+        cluster(1),
+        "drop tokens and pad",
+    ),
+    (
+        "moe-preprocess-graph-needs-router",
+        graph("transformer_engine", "moe_preprocess"),
+        MIXTURE,
+        cluster(1),
+        "without moe_router",
+    ),
+    (
+        "local-graph-of-router-and-preprocess",
+        graph("local", "moe_router"),
+        MIXTURE,
+        cluster(1),
+        "name both",
+    ),
+    ("mlp-graph-needs-dense-layers", graph("transformer_engine", "mlp"), MIXTURE, cluster(1), "mlp"),
+    ("whole-layer-graph-of-experts", graph("transformer_engine"), MIXTURE, cluster(1), "follow the routing"),
+    (
+        "graphs-exclude-full-recompute",
+        {**graph("transformer_engine"), **FULL},
+        DENSE,
+        cluster(1),
+        "full recompute",
+    ),
+    (
+        "router-graph-excludes-moe-recompute",
+        {
+            **graph("transformer_engine", "moe_router"),
+            "recompute_granularity": "selective",
+            "recompute_modules": "moe",
+        },
+        MIXTURE,
+        cluster(1),
+        "drop moe",
+    ),
+    (
+        "expert-overlap-and-graphs",
+        {**graph("local", "full_iteration"), **EXPERT_OVERLAP, "ep": 2},
+        MIXTURE,
+        cluster(2),
+        "need cuda_graph_impl transformer_engine",
+    ),
+    ("fsdp-needs-cuda", SHARDED, DENSE, on_cpu(2), "needs CUDA streams"),
+    (
+        "sharding-needs-fsdp",
+        {"data_parallel_sharding_strategy": "optim"},
+        DENSE,
+        cluster(2),
+        "is optim, but use_megatron_fsdp is off",
+    ),
+    ("fsdp-shards", {"use_megatron_fsdp": True}, DENSE, cluster(2), "keeps everything on every rank"),
+    (
+        "fsdp-shards-the-optimizer",
+        {**SHARDED, "use_distributed_optimizer": False},
+        DENSE,
+        cluster(2),
+        "turns use_distributed_optimizer on",
+    ),
+    (
+        "fsdp-overlaps",
+        {**SHARDED, "overlap_param_gather": False},
+        DENSE,
+        cluster(2),
+        "overlap_param_gather False",
+    ),
+    (
+        "offload-needs-cuda",
+        {"cpu_offloading_num_layers": 2},
+        DENSE,
+        on_cpu(1),
+        "cpu_offloading_num_layers (2)",
+    ),
+    (
+        "offload-below-layers",
+        {"cpu_offloading_num_layers": 8},
+        DENSE,
+        cluster(1),
+        "(8) must be below num_layers (8)",
+    ),
+    ("offload-excludes-pp", {"cpu_offloading_num_layers": 2, "pp": 2}, DENSE, cluster(2), "but pp is 2"),
+    ("offload-excludes-recompute", {"cpu_offloading_num_layers": 2, **FULL}, DENSE, cluster(1), "is full"),
+    (
+        "offload-excludes-graphs",
+        {"cpu_offloading_num_layers": 2, **graph("transformer_engine")},
+        DENSE,
+        cluster(1),
+        "cuda_graph_impl is transformer_engine",
+    ),
+    ("nccl-ub-needs-cuda", {"nccl_ub": True}, DENSE, on_cpu(1), "registers buffers with NCCL"),
+    (
+        "nccl-ub-excludes-expandable-segments",
+        {"nccl_ub": True, "expandable_segments": True},
+        DENSE,
+        cluster(1),
+        "memory pool",
+    ),
+    ("layers-placed-with-pp", {TEXT: "Et*8L"}, DENSE, cluster(1), "pp is 1"),
+    ("layers-placed-whole", {"pp": 2, TEXT: "Et*4|t*3L"}, DENSE, cluster(2), "places 7 decoder layers"),
+    (
+        "layers-placed-by-pp",
+        {"pp": 2, TEXT: "Et*2|t*3|t*3L"},
+        DENSE,
+        cluster(2),
+        "has 3 chunks, but pp*vpp = 2*1 = 2",
+    ),
+    (
+        "layers-placed-by-chunks",
+        {"pp": 2, "vpp": 3, TEXT: "Et|t*3|t*2|t*2L", "overlap_p2p_comm": True},
+        DENSE,
+        cluster(2),
+        "has 4 chunks, but pp*vpp = 2*3 = 6",
+    ),
+    (
+        "layers-placed-with-vpp",
+        {"pp": 2, TEXT: "Et|t*3|t*2|t*2L"},
+        DENSE,
+        cluster(2),
+        "has 4 chunks, but pp*vpp = 2*1 = 2",
+    ),
+    (
+        "expert-overlap-needs-two-experts",
+        {**EXPERT_OVERLAP, "ep": 8},
+        MIXTURE,
+        cluster(8),
+        "one expert a rank (num_moe_experts / ep = 8 / 8)",
+    ),
+    (
+        "mtp-placed-on-last-chunks",
+        {"pp": 2, "vpp": 2, "overlap_p2p_comm": True, TEXT: "Et*8|m||L"},
+        workload(dense(mtp_num_layers=1)),
+        cluster(2),
+        "one of the last 2",
+    ),
+    (
+        "layers-placed-or-uneven",
+        {"pp": 2, TEXT: "Et*5|t*3L", FIRST: 5},
+        DENSE,
+        cluster(2),
+        "first (5)",
+    ),
+    (
+        "layers-placed-or-accounted",
+        {"pp": 4, TEXT: "Et|t*3|t*3|tL", EMBEDDING: True},
+        DENSE,
+        cluster(4),
+        "account_for_* is on",
+    ),
+    ("layers-placed-say-something", {"pp": 2, TEXT: "Et*4|t*4L"}, DENSE, cluster(2), "an even split"),
 ]

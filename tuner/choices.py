@@ -20,13 +20,25 @@ _SPLIT: Final = (
     "num_layers_in_last_pipeline_stage",
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
 )
+_DISPATCHER: Final = ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend")
+_GRAPHS: Final = ("cuda_graph_impl", "cuda_graph_scope")
+_FSDP: Final = ("use_megatron_fsdp", "data_parallel_sharding_strategy")
 _RECOMPUTE: Final = tuple(knob for knob in KNOBS if knob.startswith("recompute_"))
 _TOGETHER: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(_SPLIT, _SPLIT),
     **dict.fromkeys(_RECOMPUTE, _RECOMPUTE),
+    **dict.fromkeys(_DISPATCHER, _DISPATCHER),
+    **dict.fromkeys(_GRAPHS, _GRAPHS),
+    **dict.fromkeys(_FSDP, _FSDP),
 }
-_NAMES: Final = {_SPLIT: "layer split", _RECOMPUTE: "recompute"}
+_NAMES: Final = {
+    _SPLIT: "layer split",
+    _RECOMPUTE: "recompute",
+    _GRAPHS: "CUDA graphs",
+    _FSDP: "Megatron-FSDP",
+}
 
 
 def _choices() -> Mapping[str, tuple[str, ...]]:
@@ -42,9 +54,11 @@ FOLLOWERS: Final = frozenset(
         *("vpp", "etp", "sp", "layer split", "microbatch_group_size_per_vp_stage", "overlap_p2p_comm"),
         *("tp_comm_overlap", "overlap_param_gather", "moe_shared_expert_overlap"),
         *("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"),
+        *("cp_comm_type", "cuda_device_max_connections"),
     }
 )
-"""Choices that another one may force: tp 1 has no sequence parallelism, pp 1 no chunks and no messages."""
+"""Choices that another one may force: tp 1 has no sequence parallelism, pp 1 no chunks and no messages, cp 1 no
+exchange of keys and values."""
 
 _FOLLOWS: Final = np.array([choice in FOLLOWERS for choice in CHOICES])
 
@@ -55,6 +69,12 @@ def value_of(choice: str, layout: Layout) -> str:
         return _recompute_value(layout)
     if choice == "layer split":
         return _split_value(layout)
+    if choice == "CUDA graphs":
+        return _graphs_value(layout)
+    if choice == "Megatron-FSDP":
+        return layout.data_parallel_sharding_strategy if layout.use_megatron_fsdp else "off"
+    if choice == "moe_token_dispatcher_type" and layout.moe_token_dispatcher_type == "flex":  # noqa: S105
+        return f"flex:{layout.moe_flex_dispatcher_backend}"
     value = getattr(layout, choice)
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
@@ -66,7 +86,16 @@ def _recompute_value(layout: Layout) -> str:
     return layout.recompute_modules if named else layout.recompute_granularity
 
 
+def _graphs_value(layout: Layout) -> str:
+    if layout.cuda_graph_impl == "none":
+        return "none"
+    scope = "layer" if layout.cuda_graph_scope == "none" else layout.cuda_graph_scope
+    return f"{layout.cuda_graph_impl}:{scope}"
+
+
 def _split_value(layout: Layout) -> str:
+    if layout.pipeline_model_parallel_layout != "none":
+        return layout.pipeline_model_parallel_layout
     words = [
         f"{name} {count}"
         for name, count in (

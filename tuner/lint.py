@@ -200,8 +200,14 @@ _ADVICE: Final = frozenset({"param-gather-overlap-needs-both"})
 """What Megatron-LM refuses and Bridge lets pass, to no good."""
 
 
+_OLDER: Final = frozenset({"expert-overlap-needs-two-experts"})
+"""What the Megatron-Core under Bridge no longer refuses (0.19: models/common/utils.py, should_free_input)."""
+
+
 def _is_bridges_own(item: Violation, layout: Layout, refused: bool) -> bool:
     """Whether Bridge would have said so itself; where it stopped at its first complaint, ours may explain it."""
+    if item.rule in _OLDER:
+        return True
     if item.rule == "flex-needs-expert-ranks":
         # Megatron-Core 0.19 asks it of DeepEP alone (token_dispatcher.py, MoEFlexTokenDispatcher).
         return layout.moe_flex_dispatcher_backend == "hybridep"

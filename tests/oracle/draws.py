@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from tests.rule_cases import CASES
 from tuner.cluster import Cluster, Gpu
 from tuner.layout import Layout, layout_from
+from tuner.pipeline_layout import DECODER, EMBEDDING, LOSS, MTP, write
 from tuner.rules import broken_rules
 from tuner.rules.recompute import MODULES
 from tuner.space import Domain, enumerate_layouts
@@ -141,6 +144,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "moe_shared_expert_overlap": (False, False, True),
     "overlap_moe_expert_parallel_comm": (False, False, False, False, True),
     "delay_wgrad_compute": (False, False, False, False, True),
+    "cp_comm_type": ("p2p", "p2p", "p2p", "p2p", "a2a", "all_gather"),
 }
 
 _GRID = (
@@ -169,6 +173,7 @@ _RECOMPUTE: tuple[dict[str, Any], ...] = tuple(
         *(("selective", "none", 0, names) for names in ("mla_up_proj", "shared_experts", "layernorm+moe")),
     )
 )
+_PLAIN = {knob: 0 if knob.startswith("num") else False for knob in _GRID if "_pipeline_" in knob}
 _LIFTED = frozenset({"uneven-split-balanced", "interleaving-overlaps-p2p"})
 
 
@@ -195,6 +200,8 @@ def draws(seed: int) -> Iterator[Draw]:
         else:
             for knob in random.sample(sorted(_CHOICES), random.choice((0, 0, 1, 1, 1, 2))):
                 layout = replace(layout, **{knob: random.choice(_CHOICES[knob])})
+            if layout.pp > 1 and random.random() < 0.2:
+                layout = replace(layout, **_placement(workload.model, layout.pp * layout.vpp, random))
         yield Draw(workload=workload, cluster=cluster, layout=layout)
 
 
@@ -211,6 +218,18 @@ def cpu_cluster(world_size: int) -> Cluster:
         fabric_bandwidth_gb_per_s=1,
         fabric_latency_us=10,
     )
+
+
+def _placement(model: Model, chunks: int, random: Random) -> dict[str, Any]:
+    """A text that puts the layers anywhere, in place of the other knobs of the split: some chunks may be empty."""
+    cuts = sorted(random.randint(0, model.num_layers) for _ in range(chunks - 1))
+    counts = np.diff([0, *cuts, model.num_layers])
+    texts = [DECODER * int(count) for count in counts]
+    texts[0] = EMBEDDING + texts[0]
+    # Not on another rank than the loss: Megatron then exchanges shapes, which a fake world cannot.
+    texts[random.choice((-1, -1, -1, 0))] += MTP * (model.mtp_num_layers or 0)
+    texts[-1] += LOSS
+    return {**_PLAIN, "pipeline_model_parallel_layout": write(texts)}
 
 
 def _valid(workload: Workload, cluster: Cluster, random: Random) -> Layout | None:

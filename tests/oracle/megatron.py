@@ -100,6 +100,8 @@ def _cut_sequence(workload: Workload) -> None:
 
 def _check_split(config: Any) -> None:
     """Every layer is built exactly once: where Megatron would build another model, that is a refusal, too."""
+    if config.pipeline_model_parallel_layout is not None:
+        return  # the configuration has counted the layers of a stated layout itself
     chunks = [
         (
             get_transformer_layer_offset(config, vp_stage, pp_rank),

@@ -32,6 +32,7 @@ from tuner.cluster import Cluster
 from tuner.errors import InputError
 from tuner.layout import KNOBS, Layout
 from tuner.predict.time import step_time_ms as predicted_ms
+from tuner.program import NOT_BUILT_IN
 from tuner.report import best, verdict
 from tuner.results import SweepFolder
 from tuner.rows import TrialRow, TrialSource, read_trials
@@ -155,7 +156,11 @@ def test_what_is_predicted_not_to_fit_is_left_out() -> None:
 def test_only_a_sweep_that_names_no_knobs_has_a_second_stage_and_what_is_fixed_stays() -> None:
     assert sweep_of().refined == ()
     sweep = staged(fixed={"overlap_grad_reduce": False, "overlap_param_gather": False})
-    assert set(REFINED) - set(sweep.refined) == {"overlap_grad_reduce", "overlap_param_gather"}
+    assert set(REFINED) - set(sweep.refined) == {
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        *NOT_BUILT_IN,
+    }
     layout = Layout(tp=2, sp=True)
     assert not set(around(layout, sweep).table["overlap_grad_reduce"]) - {False}
 
@@ -317,7 +322,7 @@ def test_a_first_stage_with_nothing_left_leaves_its_budget_to_the_second(results
 
 
 def test_a_first_stage_that_converges_leaves_its_budget_to_the_second(results: Path) -> None:
-    sweep = night(budget={"trials": 60, "min_gain": 0.05, "confidence": 0.9})
+    sweep = night(budget={"trials": 60, "min_gain": 0.1, "confidence": 0.9})
     loop = loop_of(results, ReplayLauncher(change=as_predicted), sweep)
     assert run(loop) is Stop.CONVERGED
     began = second(loop.rows)

@@ -137,6 +137,22 @@ RULES: tuple[Rule, ...] = (
         lambda x, w: f"needs the alltoall or flex dispatcher, not {x.moe_token_dispatcher_type}: change it",
     ),
     _expert_overlap(
+        "expert-overlap-needs-two-experts",
+        "ep etp moe_token_dispatcher_type",
+        # fp8 keeps its own copy, several experts' tokens are sorted first; Megatron-Core 0.19 frees nothing here.
+        lambda c, w, k: (
+            (w.precision not in {"bf16", "fp16"})
+            | (c["ep"] != (w.model.num_moe_experts or 0))
+            | (c["etp"] > 1)
+            | ~c.among("moe_token_dispatcher_type", "alltoall")
+        ),
+        lambda x, w: (
+            f"frees the tokens of the alltoall dispatcher that one expert a rank (num_moe_experts / ep = "
+            f"{w.model.num_moe_experts} / {x.ep}) still needs in its backward pass: lower ep"
+        ),
+        source="megatron/core/models/gpt/fine_grained_callables.py, should_free_input",
+    ),
+    _expert_overlap(
         "expert-overlap-excludes-full-recompute",
         "recompute_granularity recompute_method recompute_num_layers",
         lambda c, w, k: (

@@ -99,7 +99,16 @@ RULES: tuple[Rule, ...] = (
         "layers-placed-by-chunks",
         "megatron",
         f"pp vpp {TEXT}",
-        holds=lambda c, w, k: _chunks_fit(c),
+        holds=lambda c, w, k: (c["vpp"] == 1) | _chunks_fit(c),
+        message=lambda x, w, k: _explain_chunks(x),
+        source=TRANSFORMER_CONFIG,
+    ),
+    rule(
+        "layers-placed-with-vpp",
+        "canonical",
+        f"pp vpp {TEXT}",
+        # Where no vpp is stated, Megatron takes the text's own.
+        holds=lambda c, w, k: (c["vpp"] > 1) | _chunks_fit(c),
         message=lambda x, w, k: _explain_chunks(x),
         source=TRANSFORMER_CONFIG,
     ),

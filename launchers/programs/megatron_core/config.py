@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from tuner.layout import DEFAULTS, Layout, module_names
-from tuner.program import NOT_BUILT_IN
 from tuner.workload import Model, Precision, Workload
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
@@ -98,7 +97,10 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
     """
     if device == "cpu":
         _refuse_on_cpu(workload, layout)
-    for knob in NOT_BUILT_IN:
+    for knob in (
+        "cuda_graph_impl",
+        "use_megatron_fsdp",
+    ):  # what these two switch on is tuner.program.NOT_BUILT_IN
         if getattr(layout, knob) != DEFAULTS[knob]:
             raise ValueError(f"{knob}: this program trains without it; a recipe or a command may have it")
     if workload.fp8_param:
@@ -169,9 +171,15 @@ def optimizer_config(workload: Workload, layout: Layout) -> OptimizerConfig:
 def _refuse_on_cpu(workload: Workload, layout: Layout) -> None:
     if workload.precision not in {"fp32", "bf16"}:
         raise ValueError(f"precision {workload.precision} needs CUDA: on CPU state precision: fp32 or bf16")
-    for knob in ("tp_comm_overlap", "delay_wgrad_compute"):
-        if getattr(layout, knob):
-            raise ValueError(f"{knob} needs Transformer Engine, so CUDA")
+    for knob in (
+        "tp_comm_overlap",
+        "delay_wgrad_compute",
+        "cp_comm_type",
+        "cpu_offloading_num_layers",
+        "nccl_ub",
+    ):
+        if getattr(layout, knob) != DEFAULTS[knob]:
+            raise ValueError(f"{knob} needs Transformer Engine or NCCL, so CUDA")
 
 
 def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
     get_gpt_mtp_block_spec_for_backend,
 )
@@ -234,9 +235,19 @@ def mtp_block_spec(
     """Return the multi-token-prediction layers of this chunk; None where it has none."""
     if not config.mtp_num_layers:
         return None
+    # The chunk may hold no layer to copy, so the model's last one is built anew.
+    layer = decoder if decoder.layer_specs else _last_layer_spec(config)
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_mtp_block_spec(config, decoder, use_transformer_engine=True, vp_stage=vp_stage)
-    return get_gpt_mtp_block_spec_for_backend(config, decoder, _TorchSpecProvider(), vp_stage=vp_stage)
+        return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=True, vp_stage=vp_stage)
+    return get_gpt_mtp_block_spec_for_backend(config, layer, _TorchSpecProvider(), vp_stage=vp_stage)
+
+
+def _last_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    fast = config.transformer_impl == "transformer_engine"
+    layer: ModuleSpec = get_gpt_decoder_layer_specs(config, fast, config.normalization)[-1]
+    if not fast:
+        _replace_with_torch(layer.submodules)
+    return layer
 
 
 def _replace_with_torch(layer: Any) -> None:
