@@ -109,9 +109,9 @@ def count_on_rank_0(model: Model, layout: Layout, world_size: int) -> int:
     distributed: Any = torch.distributed
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        initialize_grids(layout, seed=1)
         workload = Workload(model=model, seq_length=32, global_batch_size=world_size, precision="fp32")
         config = transformer_config(workload, layout, "cpu")
+        initialize_grids(workload, layout, config, seed=1)
         # Tensors without memory, so that models of any width fit; they have no random state to look at.
         without_state = patch.object(CudaRNGStatesTracker, "fork", lambda *unused: nullcontext())
         with without_state, FakeTensorMode(allow_non_fake_inputs=True):

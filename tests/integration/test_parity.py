@@ -137,6 +137,7 @@ PARALLEL: list[tuple[Model, Layout]] = [
     (PREDICTING, Layout(pp=2, vpp=2, overlap_p2p_comm=True)),
     (MOE, Layout(pp=2, vpp=2, overlap_p2p_comm=True, pipeline_model_parallel_layout="E|tt|t|tL")),
     (PREDICTING, Layout(pp=4, pipeline_model_parallel_layout="Et|tt|t|mL")),
+    (PREDICTING, Layout(pp=4, pipeline_model_parallel_layout="Ett|tt|m|L")),
     (BF16, Layout(ep=2, overlap_moe_expert_parallel_comm=True)),
 ]
 

@@ -8,6 +8,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from tuner.layout import Layout
 from tuner.workload import Workload
 
 
-def initialize_grids(layout: Layout, seed: int) -> None:
+def initialize_grids(workload: Workload, layout: Layout, config: TransformerConfig, seed: int) -> None:
     """Set up Megatron's process groups and random states; the default process group must exist.
 
     Raises:
@@ -30,9 +31,21 @@ def initialize_grids(layout: Layout, seed: int) -> None:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        get_embedding_ranks=partial(_embedding_ranks, workload, config),
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _embedding_ranks(workload: Workload, config: TransformerConfig, pp_ranks: list[int]) -> list[int]:
+    """The ranks of a pipeline that hold the word embedding, as Megatron-LM's pretrain_gpt.py tells them.
+
+    Megatron's default is the first and the last, but multi-token prediction may lie between, with its own copy.
+    """
+    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, config)}
+    if workload.model.share_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)
 
 
 def build_model(workload: Workload, layout: Layout, config: TransformerConfig) -> list[GPTModel]:

@@ -38,10 +38,10 @@ class Job:
     ) -> None:
         """Build grids, model and optimizer. `enter` hears of each part of a step that begins."""
         self.workload, self.layout, self.seed, self.device, self.enter = workload, layout, seed, device, enter
-        initialize_grids(layout, seed)
+        self.config = transformer_config(workload, layout, device.type)
+        initialize_grids(workload, layout, self.config, seed)
         self.dp = parallel_state.get_data_parallel_world_size()
         self._check_batch()
-        self.config = transformer_config(workload, layout, device.type)
         if layout.tp_comm_overlap:
             _initialize_user_buffers(workload, layout)
         chunks = build_model(workload, layout, self.config)
