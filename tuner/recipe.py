@@ -8,6 +8,7 @@ TransformerConfig and of Megatron Bridge's training/config.py.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar, Final
 
 from pydantic import ConfigDict
@@ -152,6 +153,33 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     return getattr(value, "name", None) or getattr(value, "__name__", None) or type(value).__name__
+
+
+def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None:
+    """What a `run_config.yaml` says, which Bridge saves beside every checkpoint; None where `data` is none.
+
+    Args:
+        data: The file's plain data: `_target_` names a class, a function or a member of an enum.
+        name: What to call the recipe.
+        gpus: GPUs of the run, which the file does not state; None takes the fewest that its grids need.
+    """
+    if not isinstance(data, Mapping) or not str(data.get("_target_")).endswith(".ConfigContainer"):
+        return None
+    values = values_of(_saved(data))
+    model = data.get("model")
+    kind = str(model.get("_target_", "")).rpartition(".")[2] if isinstance(model, Mapping) else ""
+    return RecipeFacts(name=name, gpus=gpus or smallest_world(values), values=values, kinds=(kind,))
+
+
+def _saved(node: Any) -> Any:
+    """What was saved, with the attributes that it had; a function or a member of an enum by its name."""
+    if isinstance(node, list):
+        return [_saved(part) for part in node]
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return node
+    if "_call_" in node:
+        return node.get("_name_") or str(node["_target_"]).rpartition(".")[2]
+    return SimpleNamespace(**{str(key): _saved(part) for key, part in node.items()})
 
 
 def unstated(facts: RecipeFacts) -> str | None:

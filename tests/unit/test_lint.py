@@ -1,14 +1,17 @@
 """What lint says of a layout before it runs."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces.loader import load_cluster, load_model
 from tests.unit.test_megatron_lm import SCRIPT
+from tests.unit.test_recipe import DENSE, as_saved
 from tuner.cli.app import run
 from tuner.layout import Layout
 from tuner.lint import LIKELY, judge, nearest
@@ -85,3 +88,16 @@ def test_the_command_judges_a_script_and_exits_with_2_where_it_would_not_start(
     assert run(["lint", str(good), str(bad)]) == 2
     told = capsys.readouterr().out
     assert "refused" in told and "tp" in told and "near:" in told
+
+
+def test_the_command_judges_the_config_that_bridge_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run_config.yaml"
+    file.write_text(yaml.safe_dump(as_saved(DENSE)), encoding="utf-8")
+    assert run(["lint", str(file), "--gpus", "8", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["gpus"], found["gpu"]) == ("starts", 8, "NVIDIA H100 80GB HBM3")
+    file.write_text(yaml.safe_dump(as_saved({**DENSE, "model.num_layers": 31})), encoding="utf-8")
+    assert run(["lint", str(file), "--gpus", "8"]) == 2
+    assert "num_layers (31) % (pp = 2) = 1, must be 0" in capsys.readouterr().out

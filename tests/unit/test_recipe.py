@@ -23,6 +23,7 @@ from tuner.recipe import (
     model_of,
     named_world,
     overstated,
+    saved_facts,
     smallest_world,
     tower,
     unstated,
@@ -181,6 +182,31 @@ def test_what_a_recipe_fixes_is_noted_and_bounds_its_memory() -> None:
     muon = facts(optimizer__optimizer="dist_muon")
     assert "dist_muon" in fixed_by(muon)[0] and overstated(muon)
     assert fixed_by(facts()) == () and not overstated(facts())
+
+
+def as_saved(values: dict[str, Any]) -> dict[str, Any]:
+    """A run_config.yaml of the values, in the nodes that Bridge writes for what is no plain data."""
+    saved: dict[str, Any] = {"_target_": "megatron.bridge.training.config.ConfigContainer"}
+    for path, value in values.items():
+        group, _, name = path.rpartition(".")
+        section = saved.setdefault(group, {"_target_": f"megatron.bridge.{group}"}) if group else saved
+        section[name] = value
+    saved["model"]["_target_"] = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+    saved["model"]["activation_func"] = {"_target_": "torch.nn.functional.silu", "_call_": False}
+    saved["model"]["cuda_graph_modules"] = [
+        {"_target_": "megatron.core.enums.CudaGraphModule", "_call_": True, "_args_": [1], "_name_": "attn"}
+    ]
+    return saved
+
+
+def test_a_saved_run_says_what_its_recipe_said() -> None:
+    found = saved_facts(as_saved(DENSE), "run_config", 8)
+    assert found is not None
+    assert found.values == DENSE
+    assert (found.gpus, found.kinds) == (8, ("GPTModelProvider",))
+    smallest = saved_facts(as_saved(DENSE), "run_config", None)
+    assert smallest is not None and smallest.gpus == 4
+    assert saved_facts({"workload": {}}, "sweep", 8) is None
 
 
 def test_the_smallest_world_holds_both_grids() -> None:

@@ -11,11 +11,12 @@ from search_spaces.loader import load_cluster
 from tuner.cli.common import AsJson, detect, print_json, read_recipe, stdout
 from tuner.cluster import Cluster, with_gpus
 from tuner.errors import InputError
+from tuner.files import read_yaml_data
 from tuner.layout import Layout
 from tuner.lint import LIKELY, Verdict, judge, judge_recipe
 from tuner.megatron_lm import read_command
 from tuner.program import BridgeRecipe
-from tuner.recipe import RecipeFacts, Request
+from tuner.recipe import RecipeFacts, Request, saved_facts
 from tuner.rules import Violation
 from tuner.sweep_file import load_sweep
 from tuner.workload import Workload
@@ -45,9 +46,9 @@ def lint(
         list[str],
         typer.Argument(
             metavar="TARGET...",
-            help="Shell scripts or files with a Megatron-LM command, sweep files with a baseline, names of Megatron "
-            "Bridge's recipes, Python files with recipes (or FILE.py:FUNCTION), folders of them, or `bridge` for every "
-            "recipe installed.",
+            help="Shell scripts or files with a Megatron-LM command, sweep files with a baseline, run_config.yaml "
+            "files of Megatron Bridge, names of its recipes, Python files with recipes (or FILE.py:FUNCTION), "
+            "folders of them, or `bridge` for every recipe installed.",
         ),
     ],
     cluster: Annotated[
@@ -84,7 +85,7 @@ def lint(
         if _is_recipe(target):
             findings += _recipes(target, cluster, gpus, hf_configs)
         else:
-            findings.append(_command(Path(target), cluster or DEFAULT_CLUSTER, gpus, vocab_size))
+            findings.append(_file(Path(target), cluster, gpus, vocab_size))
     if json:
         print_json([_data(finding) for finding in findings])
     else:
@@ -173,8 +174,11 @@ def cluster_of(gpu: str, gpus: int) -> tuple[Cluster, bool, str]:
     )
 
 
-def _command(path: Path, cluster: str, gpus: int | None, vocab_size: int | None) -> _Finding:
+def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | None) -> _Finding:
     if path.suffix in {".yaml", ".yml"}:
+        saved = saved_facts(read_yaml_data(path), path.stem, gpus)
+        if saved is not None:
+            return _recipe(saved, str(path), cluster or DEFAULT_CLUSTER)
         sweep = load_sweep(path, detect, read_recipe)
         if sweep.baseline is None:
             raise InputError(f"{path}: states no baseline, so there is no layout to judge")
@@ -185,7 +189,7 @@ def _command(path: Path, cluster: str, gpus: int | None, vocab_size: int | None)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     command = read_command(text, str(path), gpus, vocab_size)
-    whole = with_gpus(load_cluster(cluster), command.world_size)
+    whole = with_gpus(load_cluster(cluster or DEFAULT_CLUSTER), command.world_size)
     return _judged(path, command.workload, whole, command.layout, command.unjudged)
 
 
