@@ -17,7 +17,7 @@ from launchers.base import python_path
 from tuner.errors import InputError
 from tuner.files import parse, read_json_lines, to_data, write_text
 from tuner.program import BridgeRecipe
-from tuner.recipe import RecipeFacts, Request
+from tuner.recipe import RecipeFacts, Request, lacking_here
 
 _TIMEOUT_S = 900.0
 """All of Bridge takes under a minute on two cores; a network that does not answer takes longer."""
@@ -26,16 +26,24 @@ _TIMEOUT_S = 900.0
 def read_recipes(request: Request) -> tuple[RecipeFacts, ...]:
     """What Bridge says of the recipes of a request; from the user's cache where nothing has changed since.
 
+    What could not be said for what this machine lacks, the network for one, is asked again the next time.
+
     Raises:
         InputError: if Megatron Bridge is not installed here, or there is no such recipe.
     """
     cached = _cache_file(request)
-    lines = read_json_lines(cached) if cached.is_file() else []
-    if not lines:
-        lines = _asked(request)
+    if lines := read_json_lines(cached) if cached.is_file() else []:
+        return _facts(lines)
+    lines = _asked(request)
+    found = _facts(lines)
+    if not any(map(lacking_here, found)):
         with suppress(OSError):  # a home that cannot be written costs time, no more
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_text(cached, "".join(json.dumps(line) + "\n" for line in lines))
+    return found
+
+
+def _facts(lines: Iterable[Any]) -> tuple[RecipeFacts, ...]:
     return tuple(parse(RecipeFacts, line, "a recipe's values") for line in lines)
 
 

@@ -147,7 +147,20 @@ CASES: list[Case] = [
         cluster(1),
         "is allgather",
     ),
-    ("flex-needs-expert-ranks", {"moe_token_dispatcher_type": "flex"}, MIXTURE, cluster(1), "it is 1*1 = 1"),
+    (
+        "deepep-needs-expert-ranks",
+        {"moe_token_dispatcher_type": "flex"},
+        MIXTURE,
+        cluster(1),
+        "it is 1*1 = 1",
+    ),
+    (
+        "hybridep-needs-expert-ranks",
+        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"},
+        MIXTURE,
+        cluster(1),
+        "it is 1*1 = 1",
+    ),
     ("flex-needs-deepep", {"moe_token_dispatcher_type": "flex", "ep": 2}, MIXTURE, on_cpu(2), "needs DeepEP"),
     (
         "shared-overlap-needs-shared-experts",
@@ -619,11 +632,18 @@ CASES: list[Case] = [
         "drop moe",
     ),
     (
-        "expert-overlap-and-graphs",
+        "expert-overlap-excludes-local-graphs",
         {**graph("local", "full_iteration"), **EXPERT_OVERLAP, "ep": 2},
         MIXTURE,
         cluster(2),
         "need cuda_graph_impl transformer_engine",
+    ),
+    (
+        "expert-overlap-graph-scope",
+        {**graph("transformer_engine", "moe"), **EXPERT_OVERLAP, "ep": 2},
+        MIXTURE,
+        cluster(2),
+        "no graph captures moe or mlp",
     ),
     ("fsdp-needs-cuda", SHARDED, DENSE, on_cpu(2), "needs CUDA streams"),
     (

@@ -1,6 +1,6 @@
 """Whether a training command would start, told without running it: broken rules, memory, what lies near. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -13,8 +13,17 @@ from tuner.errors import InputError
 from tuner.layout import DEFAULTS, KNOBS, Layout, expert_data_parallel_size, layout_from
 from tuner.predict import implementation_of
 from tuner.predict.memory import StageMemory, breakdown
-from tuner.recipe import RecipeFacts, fixed_by, layout_of, overstated, tower, unstated, workload_of
-from tuner.rules import RULES, Violation, broken_rules
+from tuner.recipe import (
+    RecipeFacts,
+    fixed_by,
+    lacking_here,
+    layout_of,
+    overstated,
+    tower,
+    unstated,
+    workload_of,
+)
+from tuner.rules import RULES, Violation, broken_rules, gone_rules
 from tuner.search.feasibility import fit_probabilities
 from tuner.space import Domain, enumerate_layouts, search_domain
 from tuner.workload import Model, Workload
@@ -75,6 +84,7 @@ def judge(
     memory_counts: bool = True,
     asked: bool = False,
     said: tuple[Violation, ...] = (),
+    lifted: Collection[str] = frozenset(),
 ) -> Verdict:
     """Judge a layout of a workload on a cluster.
 
@@ -86,9 +96,10 @@ def judge(
         asked: Whether Bridge itself has resolved the layout: then its Megatron's own checks of the config count, of
             whatever release, and Megatron-LM's checks of its arguments are never made.
         said: What it refused then.
+        lifted: Rules that its Megatron no longer asks, or the user does not.
     """
-    broken = broken_rules(layout, workload, cluster)
-    foreign = {item.rule for item in broken if asked and _is_bridges_own(item, layout, bool(said))}
+    broken = broken_rules(layout, workload, cluster, lifted)
+    foreign = {item.rule for item in broken if asked and _is_bridges_own(item, bool(said))}
     refused = (*(item for item in broken if item.kind in _REFUSING and item.rule not in foreign), *said)
     policies = [item for item in broken if item.kind == "policy" or item.rule in foreign & _ADVICE]
     worst = fits = None
@@ -99,7 +110,7 @@ def judge(
         )
         fits = float(fit_probabilities(pd.DataFrame([asdict(layout)]), workload, cluster)[0])
     fine = fits is not None and (fits >= LIKELY or not memory_counts)
-    near = () if fine else nearest(layout, workload, cluster)
+    near = () if fine else nearest(layout, workload, cluster, lifted)
     warnings = [*(f"{item.rule}: {item.message}" for item in policies)]
     if not refused:
         warnings += _pitfalls(layout, workload, cluster)
@@ -140,7 +151,7 @@ class RecipeVerdict:
 
 def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = True) -> RecipeVerdict:
     """Judge a recipe as Bridge has resolved it, on as many GPUs as it was resolved for."""
-    local = next((reason for words, reason in _OF_THIS_MACHINE.items() if words in facts.error), "")
+    local = lacking_here(facts)
     if not facts.built:
         return RecipeVerdict(facts=facts, unjudged=local or f"Bridge cannot build it here: {facts.error}")
     said: tuple[Violation, ...] = ()
@@ -154,25 +165,13 @@ def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = T
         if reason is None:
             workload = workload_of(facts.values, facts.name)
             counts = memory_is_known and not overstated(facts)
-            verdict = judge(layout, workload, cluster, counts, asked=True, said=said)
+            gone = gone_rules(facts.megatron_core)
+            verdict = judge(layout, workload, cluster, counts, asked=True, said=said, lifted=gone)
             return RecipeVerdict(facts=facts, verdict=verdict, notes=notes)
         said = (*_broken_grids(layout, facts, cluster), *said)
     except InputError as error:
         reason = reason or str(error)
     return RecipeVerdict(facts=facts, refused=said, unjudged=reason, notes=notes)
-
-
-_OF_THIS_MACHINE: Final[dict[str, str]] = {
-    "no config.json of": "its Hugging Face config.json is not here",
-    "couldn't connect to": "its Hugging Face config.json is neither in the cache nor to be had",
-    "offline mode": "its Hugging Face config.json is not in the cache",
-    "LocalEntryNotFound": "its Hugging Face config.json is not in the cache",
-    "Unrecognized model identifier": "the transformers installed here does not know its model",
-    "requires a CUDA device": "Bridge asks the GPU itself",
-    "not compiled with CUDA": "Bridge asks the GPU itself",
-    "ModuleNotFoundError": "a package that it needs is not installed",
-}
-"""Bridge's words where this machine, not the recipe, is what is lacking."""
 
 
 def _broken_grids(layout: Layout, facts: RecipeFacts, cluster: Cluster) -> tuple[Violation, ...]:
@@ -200,38 +199,34 @@ _ADVICE: Final = frozenset({"param-gather-overlap-needs-both"})
 """What Megatron-LM refuses and Bridge lets pass, to no good."""
 
 
-_OLDER: Final = frozenset({"expert-overlap-needs-two-experts"})
-"""What the Megatron-Core under Bridge no longer refuses (0.19: models/common/utils.py, should_free_input)."""
-
-
-def _is_bridges_own(item: Violation, layout: Layout, refused: bool) -> bool:
+def _is_bridges_own(item: Violation, refused: bool) -> bool:
     """Whether Bridge would have said so itself; where it stopped at its first complaint, ours may explain it."""
-    if item.rule in _OLDER:
-        return True
-    if item.rule == "flex-needs-expert-ranks":
-        # Megatron-Core 0.19 asks it of DeepEP alone (token_dispatcher.py, MoEFlexTokenDispatcher).
-        return layout.moe_flex_dispatcher_backend == "hybridep"
     return (_ARGUMENT_CHECKS in item.source and "Bridge" not in item.source) or (
         _CONFIG_CHECKS in item.source and not refused
     )
 
 
-def refused_beside_bridge(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[Violation, ...]:
+def refused_beside_bridge(
+    layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str]
+) -> tuple[Violation, ...]:
     """What ends the run of a recipe that Bridge itself has resolved without complaint: the rules that it never asks."""
     return tuple(
         item
-        for item in broken_rules(layout, workload, cluster)
-        if item.kind == "program"
-        or (item.kind in _REFUSING and not _is_bridges_own(item, layout, refused=False))
+        for item in broken_rules(layout, workload, cluster, lifted)
+        if item.kind == "program" or (item.kind in _REFUSING and not _is_bridges_own(item, refused=False))
     )
 
 
-def nearest(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[Near, ...]:
+def nearest(
+    layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str] = frozenset()
+) -> tuple[Near, ...]:
     """The valid layouts that differ least from `layout`, those that are likely to fit first.
 
     A size differs by the logarithm to base 2 of the ratio, any other knob by 1.
     """
-    table = enumerate_layouts(workload, cluster, _around(layout, workload, cluster)).table
+    table = enumerate_layouts(
+        workload, cluster, _around(layout, workload, cluster, lifted), lifted=lifted
+    ).table
     if table.empty:
         return ()
     distance: NDArray[np.float64] = np.zeros(len(table))
@@ -251,13 +246,13 @@ def nearest(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[Near,
     )
 
 
-def _around(layout: Layout, workload: Workload, cluster: Cluster) -> Domain:
+def _around(layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str]) -> Domain:
     """The grids of a default search, with the layout's own values and switches beside them."""
     searched = search_domain(workload, cluster)
     grid = {knob: tuple(searched.get(knob, ())) for knob in (*_SIZES, "sp")}
     split = {knob: tuple(searched.get(knob, ())) for knob in KNOBS if "pipeline" in knob}
     # What a broken rule reads may change as well, to what breaks nothing.
-    broken = {item.rule for item in broken_rules(layout, workload, cluster)}
+    broken = {item.rule for item in broken_rules(layout, workload, cluster, lifted)}
     read = {knob for rule in RULES if rule.id in broken for knob in rule.knobs}
     switches = {knob for knob in read if isinstance(DEFAULTS[knob], bool)}
     return {

@@ -80,6 +80,8 @@ class RecipeFacts:
     """GPUs it was resolved for; 0 where it could not even be built."""
     gpu: str = ""
     """The kind it was resolved for: h100."""
+    megatron_core: str = ""
+    """The release that resolved it: 0.19.2; empty where that is not known."""
     values: dict[str, Any] = field(default_factory=dict)
     """As resolved; as built where Bridge refuses it; empty where it cannot be built."""
     kinds: tuple[str, ...] = ()
@@ -153,6 +155,24 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     return getattr(value, "name", None) or getattr(value, "__name__", None) or type(value).__name__
+
+
+def lacking_here(facts: RecipeFacts) -> str:
+    """What this machine, not the recipe, lacks where Bridge does not take it; empty for nothing."""
+    return next((reason for words, reason in _OF_THIS_MACHINE.items() if words in facts.error), "")
+
+
+_OF_THIS_MACHINE: Final[dict[str, str]] = {
+    "no config.json of": "its Hugging Face config.json is not here",
+    "couldn't connect to": "its Hugging Face config.json is neither in the cache nor to be had",
+    "offline mode": "its Hugging Face config.json is not in the cache",
+    "LocalEntryNotFound": "its Hugging Face config.json is not in the cache",
+    "Unrecognized model identifier": "the transformers installed here does not know its model",
+    "requires a CUDA device": "Bridge asks the GPU itself",
+    "not compiled with CUDA": "Bridge asks the GPU itself",
+    "ModuleNotFoundError": "a package that it needs is not installed",
+}
+"""By Bridge's words."""
 
 
 def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None:

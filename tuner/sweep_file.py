@@ -19,7 +19,7 @@ from tuner.megatron_lm import read_command
 from tuner.megatron_lm_trial import resolved
 from tuner.program import BUILT_IN, NOT_BUILT_IN, BridgeRecipe, Command, MegatronLm, Program, program_name
 from tuner.recipe import RecipeFacts, layout_of, unstated, workload_of
-from tuner.rules import active_rules
+from tuner.rules import active_rules, gone_rules
 from tuner.search.finals import FEWEST_RUNS
 from tuner.space import REFINED, Domain, default_domain, search_domain
 from tuner.trial import Limits, Measurement
@@ -127,7 +127,7 @@ class SweepFile:
     fixed: Mapping[str, Value] = field(default_factory=dict)
     """Knobs held at one value. A knob in neither keeps its default."""
     lift: tuple[str, ...] = ()
-    """Ids of cluster policies that may be broken."""
+    """Policies that may be broken, and rules that a newer Megatron-Core than the built-in one no longer asks."""
     baseline: Mapping[str, Value] | None = None
     """The layout to beat; knobs not named keep their default. None takes the recipe's own, where the program is a
     recipe, else the best published heuristic."""
@@ -226,6 +226,7 @@ def resolve(
         cluster = _cluster(file.cluster, folder, detect)
         baseline = None if file.baseline is None else parse(Layout, dict(file.baseline), "baseline")
         own: Layout | None = None
+        gone: frozenset[str] = frozenset()
         if isinstance(program, MegatronLm) and (file.workload is None or baseline is None):
             command = read_command(shlex.join(program.megatron_lm), program_name(program), cluster.world_size)
             own = command.layout
@@ -237,7 +238,7 @@ def resolve(
                 raise InputError(
                     f"key 'program.recipe': {facts.name} cannot be tuned: {reason}, which no Model states"
                 )
-            recipe = recipe or facts.name
+            recipe, gone = recipe or facts.name, gone_rules(facts.megatron_core)
             own = layout_of(facts.values, cluster)
             baseline = _agreed("baseline", own, baseline)
             trained = workload_of(facts.values, facts.name)
@@ -264,7 +265,7 @@ def resolve(
             if own is not None
             else _domain(file, workload, cluster),
             refined=_refined(file, program) if file.knobs is None else (),
-            lifted=frozenset(file.lift),
+            lifted=frozenset(file.lift) | gone,
             baseline=baseline,
             recipe=recipe,
             budget=file.budget,

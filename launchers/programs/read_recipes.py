@@ -46,7 +46,12 @@ def read(name: str, function: Callable[[], Any], request: Request) -> RecipeFact
     """Build and resolve one recipe."""
     world = named_world(name)
     gpus, gpu = request.gpus or (world[0] if world else 0), world[1] if world else request.gpu
-    facts: dict[str, Any] = {"name": name, "file": _file_of(function), "gpu": gpu}
+    facts: dict[str, Any] = {
+        "name": name,
+        "file": _file_of(function),
+        "gpu": gpu,
+        "megatron_core": _release(),
+    }
     with _job(gpus, gpu):
         config: Any = None
         try:
@@ -63,6 +68,12 @@ def read(name: str, function: Callable[[], Any], request: Request) -> RecipeFact
                 raise
             facts |= {"error": f"{type(error).__name__}: {error}", "frame": _frame(error)}
     return RecipeFacts(**facts, gpus=gpus)
+
+
+def _release() -> str:
+    import megatron.core
+
+    return str(megatron.core.__version__)
 
 
 def _resolved(config: Any) -> Any:

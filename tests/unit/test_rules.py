@@ -11,7 +11,7 @@ from tests.unit.layouts import cluster, latent, workload
 from tuner.cluster import Cluster
 from tuner.errors import InputError
 from tuner.layout import KNOBS, Layout, data_parallel_size, expert_data_parallel_size, min_gpus
-from tuner.rules import RULES, Columns, active_rules, broken_rules
+from tuner.rules import RULES, Columns, active_rules, broken_rules, gone_rules
 from tuner.workload import Workload
 
 
@@ -117,9 +117,18 @@ def test_a_lifted_policy_is_not_judged() -> None:
         ("tp-in-nvlink", "is no rule .did you mean 'tp-inside-nvlink'"),
     ],
 )
-def test_only_policies_can_be_lifted(name: str, message: str) -> None:
+def test_only_policies_and_what_newer_releases_take_can_be_lifted(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         active_rules({name})
+
+
+def test_a_newer_megatron_asks_less() -> None:
+    layout = Layout(ep=8, overlap_moe_expert_parallel_comm=True)
+    told = {item.rule for item in broken_rules(layout, MIXTURE, cluster(8))}
+    assert told == {"expert-overlap-needs-two-experts"}
+    assert gone_rules("0.16.1") == gone_rules("0.18") == frozenset()
+    assert told < gone_rules("0.19.2+689cb04") == gone_rules("0.20") == gone_rules("")
+    assert not broken_rules(layout, MIXTURE, cluster(8), lifted=gone_rules("0.19"))
 
 
 @given(

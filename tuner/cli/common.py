@@ -136,7 +136,7 @@ def check_baseline(sweep: Sweep, source: Path) -> None:
 
     if sweep.baseline is not None and isinstance(sweep.program, BridgeRecipe):
         # Bridge has taken it; how our table would spell it does not matter.
-        if broken := refused_beside_bridge(sweep.baseline, sweep.workload, sweep.cluster):
+        if broken := refused_beside_bridge(sweep.baseline, sweep.workload, sweep.cluster, sweep.lifted):
             lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
             raise InputError(
                 f"{source}: the recipe's own layout, {sweep.baseline.label()}, cannot run:\n  {lines}"

@@ -1,5 +1,6 @@
 """megatune lint: whether training commands and recipes would start, without running them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -183,7 +184,7 @@ def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | N
         if sweep.baseline is None:
             raise InputError(f"{path}: states no baseline, so there is no layout to judge")
         asked = isinstance(sweep.program, BridgeRecipe)
-        return _judged(path, sweep.workload, sweep.cluster, sweep.baseline, asked=asked)
+        return _judged(path, sweep.workload, sweep.cluster, sweep.baseline, asked=asked, lifted=sweep.lifted)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -200,8 +201,9 @@ def _judged(
     layout: Layout,
     unjudged: tuple[str, ...] = (),
     asked: bool = False,
+    lifted: Collection[str] = frozenset(),
 ) -> _Finding:
-    verdict = judge(layout, workload, cluster, asked=asked)
+    verdict = judge(layout, workload, cluster, asked=asked, lifted=lifted)
     state = "starts" if verdict.starts else "refused" if verdict.refused else "too large"
     return _Finding(
         source=str(path),

@@ -37,6 +37,7 @@ __all__ = [
     "Violation",
     "active_rules",
     "broken_rules",
+    "gone_rules",
     "valid_mask",
 ]
 
@@ -58,18 +59,31 @@ RULES: tuple[Rule, ...] = (
 
 
 def active_rules(lifted: Collection[str] = frozenset()) -> tuple[Rule, ...]:
-    """The rules without those the user lifts.
+    """The rules without those that are lifted: by the user, or by a newer Megatron-Core.
 
     Raises:
-        InputError: if a lifted rule is unknown, or is no policy: nobody can lift what Megatron refuses.
+        InputError: if a lifted rule is unknown, or is neither a policy nor gone in some release: nobody can lift what
+            Megatron refuses.
     """
-    policies = {rule.id for rule in RULES if rule.kind == "policy"}
-    for name in sorted(set(lifted) - policies):
-        hint = did_you_mean(name, policies)
-        known = f"; policies that can be lifted: {', '.join(sorted(policies))}"
+    liftable = {rule.id for rule in RULES if rule.kind == "policy" or rule.gone_in}
+    for name in sorted(set(lifted) - liftable):
+        hint = did_you_mean(name, liftable)
+        known = f"; what can be lifted: {', '.join(sorted(liftable))}"
         what = "is no policy" if name in {rule.id for rule in RULES} else "is no rule"
         raise InputError(f"lift: '{name}' {what}{hint}{known}")
     return tuple(rule for rule in RULES if rule.id not in lifted)
+
+
+def gone_rules(megatron_core: str) -> frozenset[str]:
+    """The rules that a release of Megatron-Core, `0.19.2`, no longer asks; an unknown one, empty, counts as new."""
+    release = _release(megatron_core)
+    return frozenset(
+        rule.id for rule in RULES if rule.gone_in and (not release or _release(rule.gone_in) <= release)
+    )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
 
 
 def broken_rules(

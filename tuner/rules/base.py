@@ -127,6 +127,8 @@ class Rule:
     """What is wrong, as an equation with its numbers, and what to change."""
     source: str
     """Who refuses, as a path inside Megatron-LM's repository unless said otherwise."""
+    gone_in: str = ""
+    """The first release of Megatron-Core known not to ask it, `0.19`; empty where the newest still does."""
 
     def mask(self, columns: Columns, workload: Workload, cluster: Cluster, rows: int) -> Bools:
         """Where the rule is kept, as an array of `rows` bools."""
@@ -152,9 +154,18 @@ def rule(
     holds: Callable[[Columns, Workload, Cluster], Any],
     message: Callable[[Layout, Workload, Cluster], str],
     source: str,
+    gone_in: str = "",
 ) -> Rule:
     """A Rule whose knobs are written as one string, separated by blanks."""
-    return Rule(id=id, kind=kind, knobs=frozenset(knobs.split()), holds=holds, message=message, source=source)
+    return Rule(
+        id=id,
+        kind=kind,
+        knobs=frozenset(knobs.split()),
+        holds=holds,
+        message=message,
+        source=source,
+        gone_in=gone_in,
+    )
 
 
 def remainder(what: str, value: int, parts: str, divisor: int) -> str:

@@ -219,18 +219,34 @@ RULES: tuple[Rule, ...] = (
         source=TRANSFORMER_CONFIG,
     ),
     rule(
-        "expert-overlap-and-graphs",
+        "expert-overlap-graph-scope",
+        "megatron",
+        f"{KNOBS} overlap_moe_expert_parallel_comm",
+        holds=lambda c, w, k: (
+            ~c.among("cuda_graph_impl", "transformer_engine")
+            | ~c.on("overlap_moe_expert_parallel_comm")
+            | (~c.graphs("moe") & ~c.graphs("mlp"))
+        ),
+        message=lambda x, w, k: (
+            f"{_local_only(x)}: with overlap_moe_expert_parallel_comm no graph captures moe or mlp; take them out of "
+            "the scope, or turn the overlap off"
+        ),
+        source=TRANSFORMER_CONFIG,
+    ),
+    rule(
+        "expert-overlap-excludes-local-graphs",
         "megatron",
         f"{KNOBS} overlap_moe_expert_parallel_comm",
         holds=lambda c, w, k: (
             _off(c)
             | ~c.on("overlap_moe_expert_parallel_comm")
-            | (c.among("cuda_graph_impl", "transformer_engine") & ~c.graphs("moe") & ~c.graphs("mlp"))
+            | c.among("cuda_graph_impl", "transformer_engine")
         ),
         message=lambda x, w, k: (
-            f"{_local_only(x)}: with overlap_moe_expert_parallel_comm graphs need cuda_graph_impl transformer_engine "
-            "and a scope without moe and mlp: change them, or turn the overlap off"
+            f"{_local_only(x)}: with overlap_moe_expert_parallel_comm graphs need cuda_graph_impl transformer_engine; "
+            "change it, or turn the overlap off"
         ),
         source=TRANSFORMER_CONFIG,
+        gone_in="0.19",
     ),
 )

@@ -2,7 +2,7 @@
 
 from tuner.cluster import Cluster
 from tuner.layout import Layout
-from tuner.rules.base import Rule, remainder, rule
+from tuner.rules.base import Bools, Columns, Rule, remainder, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_moe_layers
 from tuner.workload import Model, Workload
 
@@ -27,6 +27,15 @@ def _explain_groups(x: Layout, w: Workload, k: Cluster) -> str:
         f"({m.moe_router_num_groups}) "
         f"at least as large and a divisor of num_moe_experts ({m.num_moe_experts}): correct the model"
     )
+
+
+def _flex_has_ranks(c: Columns) -> Bools:
+    holds: Bools = ~c.among("moe_token_dispatcher_type", "flex") | (c["ep"] * c["etp"] > 1)
+    return holds
+
+
+def _explain_flex(x: Layout) -> str:
+    return f"the flex dispatcher needs ep*etp > 1, but it is {x.ep}*{x.etp} = {x.ep * x.etp}: use alltoall"
 
 
 RULES: tuple[Rule, ...] = (
@@ -101,14 +110,21 @@ RULES: tuple[Rule, ...] = (
         source=MOE_LAYER,
     ),
     rule(
-        "flex-needs-expert-ranks",
+        "deepep-needs-expert-ranks",
         "megatron",
-        "moe_token_dispatcher_type ep etp",
-        holds=lambda c, w, k: ~c.among("moe_token_dispatcher_type", "flex") | (c["ep"] * c["etp"] > 1),
-        message=lambda x, w, k: (
-            f"the flex dispatcher needs ep*etp > 1, but it is {x.ep}*{x.etp} = {x.ep * x.etp}: use alltoall"
-        ),
+        "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp",
+        holds=lambda c, w, k: c.among("moe_flex_dispatcher_backend", "hybridep") | _flex_has_ranks(c),
+        message=lambda x, w, k: _explain_flex(x),
         source=DISPATCHER,
+    ),
+    rule(
+        "hybridep-needs-expert-ranks",
+        "megatron",
+        "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp",
+        holds=lambda c, w, k: ~c.among("moe_flex_dispatcher_backend", "hybridep") | _flex_has_ranks(c),
+        message=lambda x, w, k: _explain_flex(x),
+        source=DISPATCHER,
+        gone_in="0.19",
     ),
     rule(
         "flex-needs-deepep",

@@ -33,6 +33,7 @@ def _expert_overlap(
     message: Callable[[Layout, Workload], str],
     kind: Kind = "megatron",
     source: str = TRANSFORMER_CONFIG,
+    gone_in: str = "",
 ) -> Rule:
     """A need of overlap_moe_expert_parallel_comm."""
     return rule(
@@ -42,6 +43,7 @@ def _expert_overlap(
         holds=lambda c, w, k: ~c.on("overlap_moe_expert_parallel_comm") | needs(c, w, k),
         message=lambda x, w, k: f"overlap_moe_expert_parallel_comm {message(x, w)}, or turn it off",
         source=source,
+        gone_in=gone_in,
     )
 
 
@@ -139,7 +141,7 @@ RULES: tuple[Rule, ...] = (
     _expert_overlap(
         "expert-overlap-needs-two-experts",
         "ep etp moe_token_dispatcher_type",
-        # fp8 keeps its own copy, several experts' tokens are sorted first; Megatron-Core 0.19 frees nothing here.
+        # fp8 keeps its own copy, and several experts' tokens are sorted into one.
         lambda c, w, k: (
             (w.precision not in {"bf16", "fp16"})
             | (c["ep"] != (w.model.num_moe_experts or 0))
@@ -151,6 +153,7 @@ RULES: tuple[Rule, ...] = (
             f"{w.model.num_moe_experts} / {x.ep}) still needs in its backward pass: lower ep"
         ),
         source="megatron/core/models/gpt/fine_grained_callables.py, should_free_input",
+        gone_in="0.19",
     ),
     _expert_overlap(
         "expert-overlap-excludes-full-recompute",
