@@ -24,6 +24,7 @@ test: $(READY) lint
 # which they use one name, and for packages that need a GPU: tests/bridge/standins.py stands in for both, in every
 # Python that starts there.
 BRIDGE := .venv-bridge
+BRIDGE_TESTS := tests/bridge
 $(BRIDGE)/.ready: tests/bridge/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(BRIDGE)
 	$(BRIDGE)/bin/pip install --quiet --constraint constraints.txt torch numpy pandas psutil pydantic pyyaml rich \
@@ -36,7 +37,7 @@ $(BRIDGE)/.ready: tests/bridge/requirements.txt constraints.txt
 
 test-bridge:
 	@$(MAKE) --no-print-directory $(BRIDGE)/.ready || { echo "SKIPPED: the environment of Megatron Bridge cannot be built, see above"; exit 0; }
-	@test ! -e $(BRIDGE)/.ready || $(BRIDGE)/bin/python -m pytest tests/bridge --disable-warnings
+	@test ! -e $(BRIDGE)/.ready || $(BRIDGE)/bin/python -m pytest $(BRIDGE_TESTS) --disable-warnings
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
