@@ -152,6 +152,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "use_distributed_optimizer": (True, True, False),
     "overlap_grad_reduce": (False, True),
     "overlap_param_gather": (False, False, True),
+    "overlap_moe_expert_parallel_comm": (False, False, True),
 }
 _SELECTIVE = (
     "none",

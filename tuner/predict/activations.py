@@ -286,6 +286,7 @@ class Layers:
             self._recomputed("mlp"), self.state, 0
         )
         backward = np.maximum(backward, self._norm_backward(kept + dropped))
+        kept = kept + 2 * self._between_nodes()
         return Part(kept=kept, dropped=dropped, forward=np.zeros_like(kept), backward=self.state + backward)
 
     def _mlp(self, width: Floats, matrix: Floats | float, weighted: bool = False) -> tuple[Floats, Floats]:
@@ -348,9 +349,27 @@ class Layers:
         backward = np.maximum(backward, shared_backward)
         backward = np.maximum(backward, self._norm_backward(kept + dropped))
         again = np.where(whole, forward, 0)
+        shares = model.moe_shared_expert_intermediate_size is not None
         return Part(
-            kept=kept, dropped=dropped, forward=forward, backward=self.state + np.maximum(backward, again)
+            kept=kept + (2 + shares) * self._between_nodes(),
+            dropped=dropped,
+            forward=forward,
+            backward=self.state + np.maximum(backward, again),
         )
+
+    @property
+    def overlaps_experts(self) -> Bools:
+        """Where a layer's backward pass goes beside the forward pass of a layer of the next micro-batch."""
+        return self.columns.on("overlap_moe_expert_parallel_comm")
+
+    def _between_nodes(self) -> Floats:
+        """A state that passes between two nodes of a layer's schedule, where communication of experts overlaps.
+
+        Autograd alone would not keep it, but each node is a graph of its own, which holds what comes and goes: two
+        states more a layer, three with a shared expert, none where the norms are recomputed, as counted on
+        Megatron-Core 0.16 (pipeline_parallel/utils.py, ScheduleNode).
+        """
+        return np.where(self.overlaps_experts & ~self._recomputed("layernorm"), self.state, 0)
 
     def _matrices(self) -> int:
         return 3 if self.model.gated_linear_unit else 2

@@ -312,7 +312,7 @@ def _activations(
     full = (in_flight * sizes).sum(axis=1)
     transients = np.stack(
         [
-            _layer_transient(attention, dense, experts, stages, in_flight, sizes),
+            _layer_transient(layers, attention, dense, experts, stages, in_flight, sizes),
             np.where(last, head.backward[row], 0),
             np.where(stages.first, embedding + state + reducing_embedding, 0),
             np.maximum(adam, reducing),
@@ -355,7 +355,13 @@ def _predicting(layers: Layers, stages: Stages, mtp: Floats) -> Floats:
 
 
 def _layer_transient(
-    attention: Part, dense: Part, experts: Part, stages: Stages, in_flight: Floats, sizes: Floats
+    layers: Layers,
+    attention: Part,
+    dense: Part,
+    experts: Part,
+    stages: Stages,
+    in_flight: Floats,
+    sizes: Floats,
 ) -> Floats:
     """What the worst layer needs beyond all that is kept: its forward pass when all is in flight, or its backward.
 
@@ -368,7 +374,9 @@ def _layer_transient(
     # the previous one: the schedule's variables hold them. Recomputed, it goes beside the gradient it waits for.
     held = np.where(works | ~stages.last, 1, 0) + (stages.rank > 0) * ~works
     waits = np.where(works | (stages.pp > 1), held, 0) * sizes[:, CHECKPOINTS]
-    extra = np.stack([_extra(attention, mlp, row, waits) for mlp in (dense, experts)], axis=1)
+    # The first forward that a backward goes beside is the one after all that are in flight.
+    beside = layers.overlaps_experts[row] & (stages.forwards_left > 0)
+    extra = np.stack([_extra(attention, mlp, row, waits, beside) for mlp in (dense, experts)], axis=1)
     kind = stages.last_is_moe.astype(np.int64)[:, None]
     ours = np.take_along_axis(extra, kind, axis=1)[:, 0]
     others = np.take_along_axis(extra, 1 - kind, axis=1)[:, 0]
@@ -381,9 +389,17 @@ def _layer_transient(
     return np.where(in_flight.sum(axis=1) > 0, worst + again, 0)
 
 
-def _extra(attention: Part, mlp: Part, row: NDArray[np.int64], waits: Floats) -> Floats:
-    """What one layer needs beyond what it keeps, at the worst moment of its forward and backward pass."""
+def _extra(
+    attention: Part, mlp: Part, row: NDArray[np.int64], waits: Floats, beside: NDArray[np.bool_]
+) -> Floats:
+    """What one layer needs beyond what it keeps, at the worst moment of its forward and backward pass.
+
+    A layer of the next micro-batch that goes forward `beside` has its attention done when this one's MLP goes backward,
+    and is whole when this one's attention does (megatron/core/models/common/model_chunk_schedule_plan.py, run).
+    """
     in_mlp = mlp.dropped[row] + np.maximum(mlp.forward[row] + waits, mlp.backward[row])
+    in_mlp += np.where(beside, attention.kept[row], 0)
     in_attention = (attention.dropped + attention.backward - mlp.kept)[row]
+    in_attention += np.where(beside, (attention.kept + mlp.kept)[row], 0)
     worst: Floats = np.maximum(in_mlp, in_attention)
     return worst

@@ -189,15 +189,16 @@ def _in_flight(
 
     1F1B does `pp - rank` forwards before its first backward; interleaved, `2 * (pp - rank - 1)` more than the
     `(vpp - 1) * group` that walk all chunks once, and one (megatron/core/pipeline_parallel/schedules.py,
-    get_pp_rank_microbatches), going through `group` micro-batches of a chunk before it takes the next chunk.
+    get_pp_rank_microbatches), going through `group` micro-batches of a chunk before it takes the next chunk. With the
+    overlap of expert communication the last of them is a warm-up, and each later one goes layer by layer beside a
+    backward that frees as many.
     """
     pp, vpp = c["pp"], c["vpp"]
     group = np.where(c["microbatch_group_size_per_vp_stage"] > 0, c["microbatch_group_size_per_vp_stage"], pp)
     micro = num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp)
-    extra = c.on("overlap_moe_expert_parallel_comm").astype(np.int64)
-    pp, vpp, group, micro, extra = (values[row] for values in (pp, vpp, group, micro, extra))
+    pp, vpp, group, micro = (values[row] for values in (pp, vpp, group, micro))
     interleaved = 2 * (pp - rank - 1) + (vpp - 1) * group + 1
-    forwards = np.minimum(np.where(vpp > 1, interleaved, pp - rank) + extra, micro * vpp)
+    forwards = np.minimum(np.where(vpp > 1, interleaved, pp - rank), micro * vpp)
     cumulated = [np.pad(np.cumsum(t.kept, axis=1), ((0, 0), (1, 0), (0, 0))) for t in tables]
     sizes = np.concatenate([np.full(len(part), part.shape[1]) for part in cumulated])
     offsets = np.concatenate([[0], np.cumsum(sizes)])[entry]
