@@ -723,6 +723,13 @@ CASES: list[Case] = [
         "has 4 chunks, but pp*vpp = 2*1 = 2",
     ),
     (
+        "expert-overlap-ends-with-experts",
+        {**EXPERT_OVERLAP, "ep": 2},
+        workload(mixture(moe_layer_freq=2)),
+        cluster(2),
+        "layer 8, the last, has no experts",
+    ),
+    (
         "expert-overlap-needs-two-experts",
         {**EXPERT_OVERLAP, "ep": 8},
         MIXTURE,

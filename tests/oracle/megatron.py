@@ -32,6 +32,9 @@ from tuner.workload import Workload
 DEEPEST_RECOMPUTE = 4
 """Checkpoints that recompute inside one another; Megatron nests two at most."""
 
+STEPS = 2
+"""Some refusals come with the second: Megatron then looks at what the first has done."""
+
 Stage = Literal["batch", "config", "split", "build", "step", ""]
 
 
@@ -75,7 +78,11 @@ def judge(workload: Workload, layout: Layout, world_size: int) -> Verdict:
                 stage = "batch"
                 _cut_sequence(workload)
                 stage = "step"
-                training.step()
+                untrained = _untrained(training)
+                for _ in range(STEPS):
+                    training.step()
+                if untrained:
+                    raise ValueError(f"no gradient comes to {', '.join(sorted(untrained))}")
     except (ValueError, AssertionError, RuntimeError, IndexError, ImportError, ZeroDivisionError) as error:
         return Verdict(accepted=False, stage=stage, message=f"{type(error).__name__}: {error}")
     return Verdict(accepted=True)
@@ -113,6 +120,21 @@ def _check_split(config: Any) -> None:
     built = [offset + index for offset, count in chunks for index in range(count)]
     if built != list(range(config.num_layers)):
         raise ValueError(f"{config.num_layers} layers wanted, but (offset, layers) a chunk are {chunks}")
+
+
+def _untrained(training: Job) -> set[str]:
+    """The weights of this rank, each taken off the set once a gradient comes to it: a step must leave none."""
+    names: set[str] = set()
+
+    def watch(name: str, weight: torch.nn.Parameter) -> None:
+        names.add(name)
+        # A parameter's node lives as long as something holds it, and Megatron's own hook does.
+        weight.expand_as(weight).grad_fn.next_functions[0][0].register_hook(lambda *_: names.discard(name))  # type: ignore[union-attr]
+
+    for index, chunk in enumerate(training.chunks):
+        for name, weight in chunk.named_parameters():
+            watch(f"{index}.{name}", weight)
+    return names
 
 
 class _Rank:

@@ -156,6 +156,15 @@ RULES: tuple[Rule, ...] = (
         gone_in="0.19",
     ),
     _expert_overlap(
+        "expert-overlap-ends-with-experts",
+        "",
+        lambda c, w, k: not w.model.is_moe or bool(w.model.moe_layer_pattern()[-1]),
+        lambda x, w: (
+            f"leaves the final norm out after a dense layer, and layer {w.model.num_layers}, the last, has no experts"
+        ),
+        source="megatron/core/models/gpt/fine_grained_callables.py, submodule_combine_forward",
+    ),
+    _expert_overlap(
         "expert-overlap-excludes-full-recompute",
         "recompute_granularity recompute_method recompute_num_layers",
         lambda c, w, k: (
