@@ -70,6 +70,7 @@ CASES = (
     case("tiny-gpt", micro_batch_size=4),
     case("tiny-gpt", tp=2, pp=2, sp=True, micro_batch_size=2),
     case("tiny-gpt", pp=4, use_distributed_optimizer=False),
+    case("tiny-gpt", pp=4, pipeline_model_parallel_layout="Et|t*2|t*3|t*2L"),
     case("tiny-gpt", pp=2, vpp=2, overlap_p2p_comm=True),
     case("tiny-gpt", pp=2, micro_batch_size=4, **FULL),
     case("tiny-gpt", pp=2, micro_batch_size=4, **BLOCK),

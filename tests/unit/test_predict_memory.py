@@ -233,3 +233,15 @@ def test_the_all_gather_dispatcher_holds_the_tokens_of_the_whole_expert_grid() -
     forward, state = layers.experts_mlp().forward, layers.state[0]
     # All in bf16, and, with the sum of this rank's, in fp32; in one expert grid alone nothing is summed up.
     assert forward[1:] == pytest.approx([state * (2 + 2 * 3 + 1), state * (4 + 2 * 5 + 1)])
+
+
+def test_overlapped_experts_hold_a_layer_more_and_no_micro_batch() -> None:
+    work = workload(mixture(num_layers=16), seq_length=4096, global_batch_size=32)
+    plain, overlapped = (
+        breakdown(Layout(ep=2, overlap_moe_expert_parallel_comm=on), work, cluster(2))[0]
+        for on in (False, True)
+    )
+    micro_batch = plain.attention_gib + plain.experts_gib
+    # The nodes of every layer hold three states, and one layer goes forward beside another that goes backward.
+    assert micro_batch < overlapped.attention_gib + overlapped.experts_gib < 1.25 * micro_batch
+    assert micro_batch / 32 < overlapped.total_gib - plain.total_gib < micro_batch / 2
