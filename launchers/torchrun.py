@@ -27,6 +27,7 @@ from launchers.base import (
     python_path,
 )
 from launchers.classify import Evidence, Verdict, classify, failed_ranks
+from launchers.recipes import recorded
 from launchers.telemetry import Sample, Sampler, summarise, suspicions
 from tuner.environment import cuda_environment, recorded_environment
 from tuner.errors import InputError, did_you_mean
@@ -78,6 +79,8 @@ class TorchrunLauncher:
                 "on this machine only: set cluster.nodes to 1; `megatune plan` and `explain` work for any cluster"
             )
         folder = TrialFolder(folder.path.absolute())
+        if isinstance(spec.program, BridgeRecipe):
+            spec = replace(spec, program=recorded(spec.program))
         return LaunchPlan(
             folder=folder.path,
             world_size=cluster.world_size,

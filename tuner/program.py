@@ -105,6 +105,8 @@ class BridgeRecipe:
     """Which function of a Python file returns the ConfigContainer; None where it has only one."""
     arguments: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     """What the recipe's function is called with."""
+    text: str = ""
+    """What the Python file said when a trial was launched: the trial and every replay of it run that. Empty before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,8 @@ from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config import runtime_config_update
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
+from launchers.programs.megatron_bridge.load import load_config
+from launchers.programs.megatron_bridge.recipe import check, prepare
 from search_spaces.loader import load_cluster
 from tests.bridge.layouts import changed, domain_of, drawn, evenly
 from tests.bridge.reading import flat, layout_of, workload_of
@@ -27,7 +29,9 @@ from tuner.cluster import Cluster
 from tuner.environment import cuda_environment
 from tuner.export import Format
 from tuner.layout import Layout
+from tuner.program import BridgeRecipe
 from tuner.space import Domain
+from tuner.trial import TrialSpec
 from tuner.workload import Workload
 
 RECIPES = recipes()
@@ -244,6 +248,33 @@ def test_the_recipes_own_layout_needs_no_override(case: Case) -> None:
     assert shlex.split(text, comments=True) == [
         f"++train.global_batch_size={case.workload.global_batch_size}"
     ]
+
+
+@runnable
+def test_a_trial_of_the_recipe_trains_what_it_trains_under_any_layout(case: Case, tmp_path: Path) -> None:
+    environment, program = dict(os.environ), BridgeRecipe(recipe=case.name)
+    accepted = 0
+    for layout in (case.layout, *islice(layouts(case, near=True), 10)):
+        spec = TrialSpec(
+            sweep="night",
+            number=0,
+            workload=case.workload,
+            cluster=case.cluster,
+            layout=layout,
+            program=program,
+        )
+        config = prepare(load_config(program), spec, tmp_path)
+        try:
+            runtime_config_update(config)
+        except (AssertionError, ValueError) as error:
+            assert any(words in str(error) for words in RECIPES_OWN_CONFLICTS), error
+        else:
+            check(config, spec)
+            accepted += 1
+        restore(environment)
+        if accepted == 2:
+            break
+    assert accepted == 2, "of 10 layouts beside its own Bridge takes none"
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED_BY_BRIDGE))

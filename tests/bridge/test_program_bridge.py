@@ -232,7 +232,7 @@ def test_the_schedule_of_the_learning_rate_stays_the_recipes(tmp_path: Path) -> 
     ("program", "words"),
     [
         (BridgeRecipe(recipe="llama3_8b_pretrain_confg"), "did you mean 'llama3_8b_pretrain_config'"),
-        (BridgeRecipe(recipe="missing.py"), "no file missing.py"),
+        (BridgeRecipe(recipe="missing.py"), "missing.py cannot be read"),
         (BridgeRecipe(recipe=TINY), "2 functions, state one"),
         (BridgeRecipe(recipe=TINY, function="tiny"), "no function 'tiny'; it has tiny_gpt, tiny_moe"),
         (BridgeRecipe(recipe=TINY, function="tiny_gpt", arguments={"layers": 2}), "argument 'layers'"),
@@ -243,14 +243,17 @@ def test_a_recipe_that_is_not_there_is_said_so(program: BridgeRecipe, words: str
         load_config(program)
 
 
-def test_a_trial_is_replayed_from_its_folder(
+def test_a_trial_is_replayed_from_its_folder_though_the_recipes_file_is_gone(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec, recorded, again = spec_of(2, pp=2), TrialFolder(tmp_path / "recorded"), tmp_path / "again"
+    recipe = written(tmp_path, "config.model.init_method_std = 0.03")
+    spec, recorded, again = spec_of(2, recipe, pp=2), TrialFolder(tmp_path / "recorded"), tmp_path / "again"
     result = run(spec)
     recorded.path.mkdir()
-    write_json(recorded.spec, spec)
+    for name, text in TorchrunLauncher().plan(spec, recorded).files.items():
+        (recorded.path / name).write_text(text)
     write_json(recorded.result, result)
+    Path(recipe.recipe).unlink()
     assert megatune(["replay", str(recorded.path), "--folder", str(again)]) in {0, 3}  # as fast, or not
     replayed = read_json(TrialResult, TrialFolder(again).result)
     assert replayed.metrics is not None and result.metrics is not None

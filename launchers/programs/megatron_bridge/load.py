@@ -6,9 +6,11 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.abc import InspectLoader
 from pathlib import Path
 from typing import Any, Final
 
+from launchers.recipes import recorded
 from tuner.errors import InputError, did_you_mean
 from tuner.program import BridgeRecipe
 
@@ -67,13 +69,24 @@ def module_names(containing: str = "") -> Iterator[str]:
                 yield entry.name
 
 
+class _Recorded(InspectLoader):
+    """A recipe's file as it was when the trial was launched."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def get_source(self, fullname: str) -> str:
+        return self._text
+
+
 def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
     path = Path(program.recipe)
-    if not path.is_file():
-        raise InputError(f"key 'program.recipe': no file {path}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    spec = importlib.util.spec_from_loader(
+        f"recipe_{path.stem}", _Recorded(recorded(program).text), origin=str(path)
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     own = {
