@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: sweep test test-bridge lint format oracle bench clean
+.PHONY: sweep test test-unit test-integration test-bridge lint format oracle bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,12 @@ sweep: $(READY)
 	$(VENV)/bin/megatune sweep search_spaces/sweeps/tiny-gpt.yaml
 	$(VENV)/bin/megatune sweep search_spaces/sweeps/tiny-moe.yaml
 
-test: $(READY) lint
+test: lint test-unit test-integration
+
+test-unit: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/unit --numprocesses auto --cov --cov-report=
+
+test-integration: $(READY)
 	$(VENV)/bin/python -m pytest tests/integration --cov --cov-append --cov-report=term
 
 # Megatron Bridge beside a newer Megatron-Core, and megatune in it as in a container. Its wheels ask for Python 3.12, of

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DRAWS = int(os.environ.get("MEGATUNE_ORACLE_DRAWS", "120"))
+DRAWS = int(os.environ.get("MEGATUNE_ORACLE_DRAWS", "60"))
 SEED = int(os.environ.get("MEGATUNE_ORACLE_SEED", "20260"))
 
 
