@@ -222,34 +222,9 @@ def resolve(
 ) -> Sweep:
     """Resolve a sweep file whose relative paths start at `folder`; raises InputError naming `source` and the key."""
     try:
-        program, recipe = _program(file.program, folder), file.recipe
-        cluster = _cluster(file.cluster, folder, detect)
-        baseline = None if file.baseline is None else parse(Layout, dict(file.baseline), "baseline")
-        own: Layout | None = None
-        gone: frozenset[str] = frozenset()
-        if isinstance(program, MegatronLm) and (file.workload is None or baseline is None):
-            command = read_command(shlex.join(program.megatron_lm), program_name(program), cluster.world_size)
-            own = command.layout
-            baseline = baseline or own
-            workload = command.workload if file.workload is None else _workload(file.workload, folder)
-        elif isinstance(program, BridgeRecipe):
-            facts = read_recipe(program, cluster)
-            if (reason := unstated(facts)) is not None:
-                raise InputError(
-                    f"key 'program.recipe': {facts.name} cannot be tuned: {reason}, which no Model states"
-                )
-            recipe, gone = recipe or facts.name, gone_rules(facts.megatron_core)
-            own = layout_of(facts.values, cluster)
-            baseline = _agreed("baseline", own, baseline)
-            trained = workload_of(facts.values, facts.name)
-            workload = (
-                trained
-                if file.workload is None
-                else _agreed_workload(trained, _workload(file.workload, folder))
-            )
-        else:
-            assert file.workload is not None, "the file is refused without"
-            workload = _workload(file.workload, folder)
+        program, cluster = _program(file.program, folder), _cluster(file.cluster, folder, detect)
+        trained = _trained(file, program, cluster, folder, read_recipe)
+        workload, domain = trained.workload, _domain(file, trained.workload, cluster)
         if workload.precision not in cluster.gpu.peak_tflops:
             known = ", ".join(cluster.gpu.peak_tflops)
             raise InputError(
@@ -261,13 +236,11 @@ def resolve(
             name=file.name,
             workload=workload,
             cluster=cluster,
-            domain=_around(own, _domain(file, workload, cluster), file)
-            if own is not None
-            else _domain(file, workload, cluster),
+            domain=domain if trained.own is None else _around(trained.own, domain, file),
             refined=_refined(file, program) if file.knobs is None else (),
-            lifted=frozenset(file.lift) | gone,
-            baseline=baseline,
-            recipe=recipe,
+            lifted=frozenset(file.lift) | trained.gone,
+            baseline=trained.baseline,
+            recipe=trained.recipe,
             budget=file.budget,
             measurement=file.measurement,
             limits=file.limits,
@@ -279,6 +252,50 @@ def resolve(
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(source) else f"{source}: {message}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trained:
+    """What the file and its program together say of the training."""
+
+    workload: Workload
+    baseline: Layout | None
+    recipe: str | None
+    own: Layout | None = None
+    """The program's own layout, where it was read."""
+    gone: frozenset[str] = frozenset()
+    """Rules that its Megatron-Core no longer asks."""
+
+
+def _trained(
+    file: SweepFile, program: Program, cluster: Cluster, folder: Path, read_recipe: ReadRecipe
+) -> _Trained:
+    baseline = None if file.baseline is None else parse(Layout, dict(file.baseline), "baseline")
+    stated = None if file.workload is None else _workload(file.workload, folder)
+    if isinstance(program, MegatronLm) and (stated is None or baseline is None):
+        command = read_command(shlex.join(program.megatron_lm), program_name(program), cluster.world_size)
+        return _Trained(
+            workload=stated or command.workload,
+            baseline=baseline or command.layout,
+            recipe=file.recipe,
+            own=command.layout,
+        )
+    if isinstance(program, BridgeRecipe):
+        facts = read_recipe(program, cluster)
+        if (reason := unstated(facts)) is not None:
+            raise InputError(
+                f"key 'program.recipe': {facts.name} cannot be tuned: {reason}, which no Model states"
+            )
+        own, workload = layout_of(facts.values, cluster), workload_of(facts.values, facts.name)
+        return _Trained(
+            workload=workload if stated is None else _agreed_workload(workload, stated),
+            baseline=_agreed("baseline", own, baseline),
+            recipe=file.recipe or facts.name,
+            own=own,
+            gone=gone_rules(facts.megatron_core),
+        )
+    assert stated is not None, "the file is refused without"
+    return _Trained(workload=stated, baseline=baseline, recipe=file.recipe)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 
-from launchers.programs.megatron_core.measure import lower_bound_ms
+from launchers.programs.megatron_core.measure import slower_than_ms
 from launchers.programs.megatron_core.report import (
     Monitor,
     NonFiniteLossError,
@@ -81,15 +81,13 @@ class _Log:
 
     def follow(self, lines: Iterator[str]) -> float | None:
         """Take the output in to its end; return what the step time is above where that rules the trial out."""
-        least, limit_ms = self.spec.measurement.warmup_steps, self.spec.give_up_above_ms
         for line in lines:
             figures = read_log(line, self.patterns)
             self._take(figures)
-            if limit_ms is None or not figures.step_time_ms or len(self.times_ms) <= least:
-                continue
-            bound_ms = lower_bound_ms(self.times_ms[least:], self.spec.measurement)
-            if bound_ms is not None and bound_ms > limit_ms:
-                return bound_ms
+            timed_ms = self.times_ms[self.spec.measurement.warmup_steps :]
+            above_ms = slower_than_ms(timed_ms, self.spec) if figures.step_time_ms else None
+            if above_ms is not None:
+                return above_ms
         return None
 
     def _take(self, figures: LogFigures) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from launchers.programs.megatron_bridge.load import module_names, named
+from launchers.programs.megatron_bridge.load import module_names, named, own_functions
 from tuner.errors import InputError
 from tuner.files import append_json_line, read_json
 from tuner.recipe import RecipeFacts, Request, named_world, smallest_world, unstated, values_of
@@ -147,11 +147,7 @@ def _chosen(modules: list[ModuleType], name: str, path: Path, recipes: list[str]
 
 def _only_one(module: ModuleType, path: Path) -> tuple[str, Any]:
     """The function of a file that has only one, whatever it says of what it returns."""
-    own = {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-    }
+    own = own_functions(module)
     if len(own) != 1:
         raise InputError(
             f"{path}: no function there says that it returns a ConfigContainer; it has {', '.join(own) or 'none'}"
@@ -171,9 +167,8 @@ def _all_of(modules: Iterable[ModuleType]) -> Iterator[tuple[str, Callable[[], A
 
 def _own(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The recipes that a module itself defines: functions that say so, and can be called without arguments."""
-    for name, function in list(vars(module).items()):
-        own = inspect.isfunction(function) and function.__module__ == module.__name__
-        if own and not name.startswith("_") and _is_recipe(name, function):
+    for name, function in own_functions(module).items():
+        if _is_recipe(name, function):
             yield name, function
 
 

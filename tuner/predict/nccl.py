@@ -15,8 +15,8 @@ SWITCH_SPEEDUP: Final = 480 / 370
 """Of an all-reduce: bus bandwidth in GB/s with and without NVLS on 8 H100 (S. Jeaugey, NCCL's author, in
 github.com/NVIDIA/nccl-tests/issues/212)."""
 REGISTERED_EFFICIENCY: Final = 370 / 450
-"""Share of NVLink's rate that is left after the protocol's overhead (issue 212 there): what NCCL reaches at any size
-where it need not copy through buffers of its own."""
+"""Share of NVLink's rate that is left after the protocol's overhead (ibid.): what NCCL reaches at any size where it
+need not copy through buffers of its own."""
 SWITCHED_FROM_GB_PER_S: Final = 450
 """NVLink's rate from which its switches can reduce: Hopper's, the fourth generation."""
 NVLS_CHANNEL_BYTES: Final = 2 * 8 * 128 * 1024

@@ -1,6 +1,6 @@
 """The text that places every layer, `pipeline_model_parallel_layout`: whether it can be read, and fits the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 
 from tuner.layout import Layout
@@ -22,6 +22,11 @@ def _placed(text: str) -> bool:
 
 def _legal(text: str, w: Workload) -> bool:
     return text == "none" or fault(text, w.model.num_layers, w.model.mtp_num_layers) is None
+
+
+def _where_placed(c: Columns, holds: Callable[[str, int], bool]) -> Bools:
+    """What holds of the text and pp, where there is a text."""
+    return c.text_with(TEXT, "pp", lambda text, pp: not _placed(text) or holds(text, pp))
 
 
 def _chunks_fit(c: Columns) -> Bools:
@@ -89,9 +94,7 @@ RULES: tuple[Rule, ...] = (
         "layers-placed-by-pp",
         "megatron",
         f"pp {TEXT}",
-        holds=lambda c, w, k: c.text_with(
-            TEXT, "pp", lambda text, pp: not _placed(text) or len(parse(text)) % pp == 0
-        ),
+        holds=lambda c, w, k: _where_placed(c, lambda text, pp: len(parse(text)) % pp == 0),
         message=lambda x, w, k: _explain_chunks(x),
         source=LAYER_LAYOUT,
     ),
@@ -116,9 +119,7 @@ RULES: tuple[Rule, ...] = (
         "mtp-placed-on-last-chunks",
         "megatron",
         f"pp {TEXT}",
-        holds=lambda c, w, k: c.text_with(
-            TEXT, "pp", lambda text, pp: not _placed(text) or mtp_fault(text, pp) is None
-        ),
+        holds=lambda c, w, k: _where_placed(c, lambda text, pp: mtp_fault(text, pp) is None),
         message=lambda x, w, k: f"{mtp_fault(x.pipeline_model_parallel_layout, x.pp)}: move it",
         source=f"{LAYER_LAYOUT}, validate_layer_layout",
     ),
@@ -151,9 +152,7 @@ RULES: tuple[Rule, ...] = (
         "layers-placed-say-something",
         "canonical",
         f"pp {TEXT}",
-        holds=lambda c, w, k: c.text_with(
-            TEXT, "pp", lambda text, pp: not _placed(text) or plain_split(text, pp) is None
-        ),
+        holds=lambda c, w, k: _where_placed(c, lambda text, pp: plain_split(text, pp) is None),
         message=lambda x, w, k: _explain_plain(x),
         source=LAYER_LAYOUT,
     ),

@@ -7,7 +7,10 @@ import importlib
 
 import torch
 
+from launchers.programs.megatron_bridge.cpu import hide_transformer_engine
+
 if torch.cuda.is_available():
     import torch._dynamo
 else:
-    importlib.import_module("launchers.programs.megatron_bridge.__main__")
+    hide_transformer_engine()
+    importlib.import_module("launchers.programs.megatron_bridge.train")

@@ -63,7 +63,7 @@ def enable_cpu() -> None:
 
 
 def suit_cpu(config: Any, model: Model) -> None:
-    """Choose what a CPU can do where a recipe chooses kernels: neither arithmetic nor the layout changes."""
+    """Choose what a CPU can do where a recipe chooses kernels or an optimizer's state of fewer bits."""
     from launchers.programs.megatron_core.specs import decoder_block_spec
 
     config.dist.distributed_backend = "gloo"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.abc import InspectLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 from launchers.recipes import recorded
@@ -69,6 +70,15 @@ def module_names(containing: str = "") -> Iterator[str]:
                 yield entry.name
 
 
+def own_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """The functions that a module itself defines for others, by name."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
 class _Recorded(InspectLoader):
     """A recipe's file as it was when the trial was launched."""
 
@@ -89,11 +99,7 @@ def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    own = {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-    }
+    own = own_functions(module)
     recipes = {name: value for name, value in own.items() if _says_config(value)} or own
     if program.function is None and len(recipes) == 1:
         return next(iter(recipes.values()))

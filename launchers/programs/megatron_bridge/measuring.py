@@ -1,50 +1,38 @@
 """What measures while Bridge trains: a callback that is called before and after each of its steps."""
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from math import isfinite, nan
+from math import nan
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
-from launchers.programs.megatron_core.measure import lower_bound_ms, measured_enough
-from launchers.programs.megatron_core.memory import TensorAccount, peak_gib
-from launchers.programs.megatron_core.report import (
-    Monitor,
-    NonFiniteLossError,
-    Steps,
-    rank_record,
-    write_completed,
-    write_too_slow,
-)
-from tuner.trial import RankRecord, TrialSpec
-
-ACCOUNTED_STEPS = 2
-"""On CPU: Adam's state comes with the first step, so the second holds the peak."""
+from launchers.programs.megatron_core.measure import measured_enough
+from launchers.programs.megatron_core.memory import TensorAccount
+from launchers.programs.megatron_core.rank import ACCOUNTED_STEPS, TimedSteps
+from launchers.programs.megatron_core.report import Monitor
+from tuner.trial import TrialSpec
 
 _LOSS = "lm loss"
 """What Bridge calls the mean loss a token."""
 
 
 class Measuring(Callback):  # type: ignore[misc]
-    """Times every step over all ranks, checks its loss, and ends the training once enough is known.
+    """Times every step, checks its loss, and ends the training once enough is known.
 
     Args:
         account: What accounts the tensors on CPU; it is entered here, since it must end within the training.
     """
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
-        self.spec, self.monitor, self.account = spec, monitor, account
+        self.spec, self.monitor = spec, monitor
+        self.steps = TimedSteps(spec, monitor, account)
         self.accounting = ExitStack()
         if account is not None:
             self.accounting.enter_context(account)
-        self.times_ms: list[float] = []
-        self.losses: list[float] = []
-        self.grad_norms: list[float] = []
-        self.slower_than_ms: float | None = None
+        self.above_ms: float | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
         """The model stands."""
@@ -54,48 +42,23 @@ class Measuring(Callback):  # type: ignore[misc]
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """All ranks begin at once."""
-        torch.cuda.synchronize()
-        dist.barrier()
-        self._start = time.perf_counter()
+        self.steps.begin()
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Keep the slowest rank's time, which every rank then knows, so that all decide the same.
-
-        Raises:
-            NonFiniteLossError: on every rank, if the loss or the norm of the gradients is not finite.
-        """
-        torch.cuda.synchronize()
-        device = torch.cuda.current_device()
-        elapsed = torch.tensor(time.perf_counter() - self._start, dtype=torch.float64, device=device)
-        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-        loss, grad_norm = _shared_loss(context, device), float(context.grad_norm or 0.0)
-        self.monitor.finish_step()
-        if not (isfinite(loss) and isfinite(grad_norm)):
-            raise NonFiniteLossError(f"loss {loss}, gradient norm {grad_norm} in step {self.monitor.step}")
-        self.times_ms.append(float(elapsed) * 1000)
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
+        """Keep the step, and end the training where enough is known; raises NonFiniteLossError as `keep` does."""
+        device: Any = torch.cuda.current_device()
+        self.steps.stop(device)
+        self.steps.keep(_shared_loss(context, device), float(context.grad_norm or 0.0))
         self._enter_phase()
         if self._knows_enough():
             context.state.cfg.train.train_iters = context.state.train_state.step + 1
 
     def on_train_end(self, context: CallbackContext) -> None:
         """Report, while the ranks are still together."""
-        self.monitor.enter("teardown")
-        records: list[RankRecord] = [
-            rank_record(self.monitor, peak_gib(self.account))
-        ] * dist.get_world_size()
-        dist.all_gather_object(records, records[0])
-        if self.monitor.rank:
-            return
-        if self.slower_than_ms is None:
-            steps = Steps(tuple(self.times_ms), tuple(self.losses), tuple(self.grad_norms))
-            write_completed(self.spec, self.monitor, steps, records)
-        else:
-            write_too_slow(self.spec, self.monitor, self.slower_than_ms, records)
+        self.steps.report(self.above_ms)
 
     def _enter_phase(self) -> None:
-        done = len(self.times_ms)
+        done = len(self.steps.times_ms)
         if done == 1:
             self.monitor.enter("memory")
         if done == ACCOUNTED_STEPS:
@@ -105,16 +68,10 @@ class Measuring(Callback):  # type: ignore[misc]
             self.monitor.enter("measure")
 
     def _knows_enough(self) -> bool:
-        measurement, limit_ms = self.spec.measurement, self.spec.give_up_above_ms
-        timed_ms = self.times_ms[measurement.warmup_steps :]
-        if measured_enough(timed_ms, measurement):
+        if measured_enough(self.steps.measured_ms, self.spec.measurement):
             return True
-        if limit_ms is None or not timed_ms:
-            return False
-        bound_ms = lower_bound_ms(timed_ms, measurement)
-        if bound_ms is not None and bound_ms > limit_ms:
-            self.slower_than_ms = bound_ms
-        return self.slower_than_ms is not None
+        self.above_ms = self.steps.slower_than_ms()
+        return self.above_ms is not None
 
 
 def _shared_loss(context: CallbackContext, device: Any) -> float:

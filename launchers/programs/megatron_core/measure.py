@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.trial import Measurement
+from tuner.trial import Measurement, TrialSpec
 
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
@@ -101,3 +101,11 @@ def lower_bound_ms(times_ms: Sequence[float], measurement: Measurement) -> float
     median, low, _ = median_interval(timed)
     bound = 2 * low - median
     return bound if bound > 0 else None
+
+
+def slower_than_ms(times_ms: Sequence[float], spec: TrialSpec) -> float | None:
+    """Return what the median will hardly be below, where that is enough to give the trial up; None otherwise."""
+    if spec.give_up_above_ms is None:
+        return None
+    bound_ms = lower_bound_ms(times_ms, spec.measurement)
+    return bound_ms if bound_ms is not None and bound_ms > spec.give_up_above_ms else None

@@ -1,0 +1,88 @@
+"""Train a recipe under the layout of a trial. `hide_transformer_engine` comes before this is imported."""
+
+import copy
+from importlib.util import find_spec
+from typing import Any
+
+from megatron.bridge.training import initialize, setup
+from megatron.bridge.training.config import runtime_config_update
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.pretrain import pretrain
+from megatron.bridge.training.state import GlobalState
+
+from launchers.programs.megatron_bridge.cpu import enable_cpu, suit_cpu
+from launchers.programs.megatron_bridge.load import load_config
+from launchers.programs.megatron_bridge.measuring import Measuring
+from launchers.programs.megatron_bridge.recipe import check, prepare
+from launchers.programs.megatron_core.memory import TensorAccount
+from launchers.programs.megatron_core.report import Monitor
+from launchers.programs.megatron_core.weights import initialize_weights
+from tuner.program import BridgeRecipe
+from tuner.trial import TrialFolder, TrialSpec
+
+
+def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
+    """Train the recipe under the layout. Every rank makes the same calls.
+
+    Raises:
+        ValueError: if there is no such recipe, or it does not become what the spec says.
+    """
+    enable_cpu()
+    _use_compiled_helpers()
+    config = _trial_config(spec, monitor.folder)
+    if not spec.workload.fp8_param:  # which no plain number can be written into
+        _start_alike(config, spec.seed)
+    monitor.enter("build")
+    pretrain(config, _announcing(monitor), callbacks=[Measuring(spec, monitor, account)])
+
+
+def _trial_config(spec: TrialSpec, folder: TrialFolder) -> Any:
+    """The recipe's config under the layout, of which Bridge says what it will train.
+
+    Raises:
+        ValueError: whatever is wrong with the recipe; it is the same on every machine.
+        OSError: where a file, or the network, cannot be read.
+    """
+    assert isinstance(spec.program, BridgeRecipe), "the launcher runs this program for recipes alone"
+    try:
+        config = prepare(load_config(spec.program), spec, folder.path)
+        if spec.cluster.device == "cpu":
+            suit_cpu(config, spec.workload.model)
+        resolved = copy.deepcopy(config)  # Bridge resolves in place, and will again
+        runtime_config_update(resolved)
+        check(resolved, spec)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return config
+
+
+def _start_alike(config: Any, seed: int) -> None:
+    """Give every layout the same first weights: Bridge draws them by rank, and no two layouts' losses could compare."""
+
+    def set_weights(chunks: Any) -> Any:
+        initialize_weights(chunks, seed)
+        return chunks
+
+    setup._register_pre_wrap_hook(config.model, set_weights)
+
+
+def _use_compiled_helpers() -> None:
+    """Bridge compiles Megatron-Core's dataset helpers at each start, for which a wheel lacks the makefile."""
+    if find_spec("megatron.core.datasets.helpers_cpp"):
+        initialize.compile_helpers = lambda: None
+
+
+def _announcing(monitor: Monitor) -> Any:
+    """Bridge's own forward step of a GPT, which says where it is."""
+
+    def announcing(
+        state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False
+    ) -> Any:
+        monitor.enter_part("forward")
+        output = forward_step(state, data_iterator, model, return_schedule_plan)
+        monitor.enter_part("backward")
+        return output
+
+    return announcing
