@@ -1,1 +1,3 @@
-"""Acts: starts, watches and ends the job of one trial, and holds the programs that run inside it."""
+"""The part of megatune that acts: it starts, watches and ends the processes of trials, and holds the programs that
+run inside them.
+"""

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import psutil
 
 import launchers
-from tuner.trial import Heartbeat, Limits, Phase, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Heartbeat, Limits, Phase, TrialFolder, TrialResult, TrialSpec
 
 MARKER = "MEGATUNE_TRIAL"
 """The environment variable by which a trial's processes are known wherever they moved: its folder."""

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tuner.cluster import Cluster
+from tuner.core.cluster import Cluster
+from tuner.core.workload import Model
 from tuner.errors import InputError, did_you_mean
 from tuner.files import read_yaml
-from tuner.huggingface import model_from_config
-from tuner.workload import Model
+from tuner.frameworks.huggingface.config import model_from_config
 
 ROOT = Path(__file__).parent
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.trials import CLUSTER, spec_of
+from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import read_json
-from tuner.layout import Layout
-from tuner.trial import Limits, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Limits, Outcome, TrialFolder, TrialResult, TrialSpec
 
 PROGRAM = "tests.integration.programs.faults"
 CPU = replace(CLUSTER, device="cpu", gpus_per_node=2, nvlink_domain_gpus=2)

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from launchers.base import end_marked, marked_processes
-from launchers.detect import measuring_machine
-from launchers.preloaded import Preload
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
+from launchers.machine.detect import measuring_machine
 from search_spaces.loader import load_cluster
 from tests.integration.programs import formula
 from tuner.files import parse, read_json_lines
-from tuner.heuristics import seeds
-from tuner.results import SweepFolder
-from tuner.rows import TrialRow, read_trials
-from tuner.space import enumerate_layouts
-from tuner.sweep_file import SweepFile, resolve
+from tuner.space.enumeration import enumerate_layouts
+from tuner.space.heuristics import seeds
+from tuner.sweep.configuration import SweepFile, resolve
+from tuner.sweep.folder import SweepFolder
+from tuner.trial.rows import TrialRow, read_trials
 
 ORPHANS_S = 5.0
 """What a killed tuner started must have ended by itself within."""
@@ -73,8 +73,8 @@ class Unseen:
 
 def tune(path: Path, trials: int) -> None:
     """Run the sweep, or go on with it, to its end: as `megatune sweep` does."""
-    from tuner.sweep import SweepLoop, queue_of
-    from tuner.tracking import Tracker
+    from tuner.sweep.loop import SweepLoop, queue_of
+    from tuner.tracking.tracker import Tracker
 
     budget = {"trials": trials, "min_gain": None, "finalists": 1, "final_runs": 2, "canary_every": 4}
     file = parse(SweepFile, {**SWEEP, "budget": budget}, "night")

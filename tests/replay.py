@@ -11,19 +11,19 @@ from typing import Any
 import pandas as pd
 
 from launchers.base import LaunchPlan
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, WORKLOAD, metrics_of
-from tuner.cluster import Cluster
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
 from tuner.files import parse, to_data, write_json, write_text
-from tuner.heuristics import seeds
-from tuner.layout import Layout
-from tuner.results import SweepFolder
-from tuner.rows import TrialRow, TrialSource
-from tuner.stages import first_stage
-from tuner.sweep import Progress, SweepLoop, queue_of, with_row
-from tuner.sweep_file import Sweep, SweepFile, resolve
-from tuner.tracking import Status, Tracker
-from tuner.trial import Durations, Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.search.refinement import first_stage
+from tuner.space.heuristics import seeds
+from tuner.sweep.configuration import Sweep, SweepFile, resolve
+from tuner.sweep.folder import SweepFolder
+from tuner.sweep.loop import Progress, SweepLoop, queue_of, with_row
+from tuner.tracking.tracker import Status, Tracker
+from tuner.trial.contract import Durations, Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.rows import TrialRow, TrialSource
 
 SEARCHED: Mapping[str, Any] = {
     "tp": [1, 2, 4],

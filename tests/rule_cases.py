@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from tests.unit.layouts import cluster, dense, mixture, workload
-from tuner.cluster import Cluster
-from tuner.workload import Workload
+from tuner.core.cluster import Cluster
+from tuner.core.workload import Workload
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from tuner.cluster import Cluster, Gpu
+from tuner.core.cluster import Cluster, Gpu
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 from tuner.files import write_json
-from tuner.layout import Layout
-from tuner.rows import TrialRow, TrialSource, trial_folder
-from tuner.trial import Durations, Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.workload import Model, Workload
+from tuner.trial.contract import Durations, Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.rows import TrialRow, TrialSource, trial_folder
 
 MODEL = Model(
     name="test-gpt",

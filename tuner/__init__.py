@@ -1,1 +1,3 @@
-"""Decides: workload, cluster and layout to rules, space, prediction, search and sweep. Starts no process."""
+"""The part of megatune that decides: it plans, predicts, searches and reports, and starts no process and imports no
+torch.
+"""

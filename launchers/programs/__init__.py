@@ -1,1 +1,1 @@
-"""What runs inside a trial: a program reads a TrialSpec, writes a TrialResult, and shares nothing else."""
+"""The programs that run inside a trial; they import the contract and the nouns, never the tuner's state."""

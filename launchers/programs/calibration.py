@@ -25,9 +25,9 @@ from megatron.core.pipeline_parallel import p2p_communication
 from torch import Tensor, nn
 
 from launchers.programs.megatron_core.cpu import enable_cpu
-from tuner.calibration import Calibration, CalibrationPlan, Collective, Times
+from tuner.core.workload import Precision
 from tuner.files import read_json, write_json
-from tuner.workload import Precision
+from tuner.predict.calibration import Calibration, CalibrationPlan, Collective, Times
 
 Work = Callable[[], object]
 Call = Callable[[dist.ProcessGroup, int, torch.device], Work]

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 
-from launchers.programs.megatron_core.measure import slower_than_ms
-from launchers.programs.megatron_core.report import (
+from launchers.programs.harness.measure import slower_than_ms
+from launchers.programs.harness.report import (
     Monitor,
     NonFiniteLossError,
     Steps,
@@ -24,8 +24,8 @@ from launchers.programs.megatron_core.report import (
     write_too_slow,
 )
 from tuner.files import read_json
-from tuner.program import Command, LogFigures, MegatronLm, read_log
-from tuner.trial import TrialFolder, TrialSpec
+from tuner.trial.contract import TrialFolder, TrialSpec
+from tuner.trial.program import Command, LogFigures, MegatronLm, read_log
 
 
 class _TooFewStepsError(Exception):

@@ -22,7 +22,14 @@ from typing import Any
 from launchers.programs.megatron_bridge.load import module_names, named, own_functions
 from tuner.errors import InputError
 from tuner.files import append_json_line, read_json
-from tuner.recipe import RecipeFacts, Request, named_world, smallest_world, unstated, values_of
+from tuner.frameworks.megatron_bridge.recipe import (
+    RecipeFacts,
+    Request,
+    named_world,
+    smallest_world,
+    unstated,
+    values_of,
+)
 
 _KNOWN_TYPES = {"kimi_k2": "deepseek_v3"}
 """Types whose class comes as code from the network, and that of the same shape which transformers has."""

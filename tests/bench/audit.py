@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.bench.problems import Problem, problems
-from tuner.search.dominance import needs_at_least_as_much_memory
-from tuner.search.feasibility import MIN_FIT, fit_probabilities
+from tuner.predict.dominance import needs_at_least_as_much_memory
+from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.search.sampler import layout_at
 
 ROUNDED = 1e-6

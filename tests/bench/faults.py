@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launchers.base import marked_processes
-from launchers.preloaded import Preload
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
 from tests.bench import kill
 from tests.faults import FAULTS, Fault, Programs, lost, small_disk, spec_for, wrong
-from tuner.trial import Outcome, TrialFolder
+from tuner.trial.contract import Outcome, TrialFolder
 
 LOG_LIMIT_MIB = 64
 GRACE_S = 2.0

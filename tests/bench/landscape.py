@@ -25,16 +25,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from launchers.detect import detect_cluster
-from launchers.preloaded import Preload
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
+from launchers.machine.detect import detect_cluster
+from tuner.core.layout import KNOBS
 from tuner.files import write_text
-from tuner.layout import KNOBS
 from tuner.search.sampler import layout_at
-from tuner.space import enumerate_layouts
-from tuner.sweep import trial_spec
-from tuner.sweep_file import Sweep, load_sweep
-from tuner.trial import Outcome, TrialFolder, TrialResult
+from tuner.space.enumeration import enumerate_layouts
+from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.loop import trial_spec
+from tuner.trial.contract import Outcome, TrialFolder, TrialResult
 
 LANDSCAPES: Final = Path(__file__).parents[2] / "results" / "published" / "landscapes"
 REPEATS: Final = 3

@@ -11,11 +11,11 @@ import pandas as pd
 
 from search_spaces.loader import load_cluster, load_model
 from tests.bench.space import NODES, peak_rss_mib
-from tuner.cluster import Cluster
-from tuner.layout import layout_from
-from tuner.predict.memory import breakdown, peak_gib
-from tuner.space import default_domain, enumerate_layouts
-from tuner.workload import Model, Workload
+from tuner.core.cluster import Cluster
+from tuner.core.layout import layout_from
+from tuner.core.workload import Model, Workload
+from tuner.predict.memory.peak import breakdown, peak_gib
+from tuner.space.enumeration import default_domain, enumerate_layouts
 
 B200 = Path(__file__).parents[3] / "shared" / "data" / "b200_memory.csv"
 """Measured on 8 B200 by the authors of SimuMax (MooreThreads/SimuMax, docs/b200, Apache-2.0)."""

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from tuner.cluster import Cluster, Gpu
-from tuner.layout import Layout, data_parallel_size, layout_from, num_microbatches
-from tuner.predict.memory import StageMemory, breakdown, peak_gib
-from tuner.search.feasibility import fit_probabilities
-from tuner.space import Domain, enumerate_layouts, layer_placements
-from tuner.workload import Model, Workload
+from tuner.core.cluster import Cluster, Gpu
+from tuner.core.layout import Layout, data_parallel_size, layout_from, num_microbatches
+from tuner.core.workload import Model, Workload
+from tuner.predict.feasibility import fit_probabilities
+from tuner.predict.memory.peak import StageMemory, breakdown, peak_gib
+from tuner.space.enumeration import Domain, enumerate_layouts, layer_placements
 
 PROCESSES = 2
 WRITTEN_OUT = 0.3

@@ -8,9 +8,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tests.bench.problems import Problem
-from tuner.predict.time import step_time_ms
+from tuner.predict.feasibility import Feasibility
+from tuner.predict.time.step import step_time_ms
 from tuner.search import optuna_rows
-from tuner.search.feasibility import Feasibility
 from tuner.search.optuna_rows import OptunaRows
 from tuner.search.predicted_rows import PredictedRows
 from tuner.search.strategy import Mask, RandomRows, Strategy

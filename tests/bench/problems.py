@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from tests.bench.landscape import Landscape, landscapes
 from tests.bench.recorded import STEP_TIMES, Group, groups
-from tuner.cluster import Cluster
-from tuner.heuristics import seeds
-from tuner.search.feasibility import MIN_FIT, fit_probabilities
+from tuner.core.cluster import Cluster
+from tuner.core.workload import Workload
+from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.search.sampler import find_row
-from tuner.sweep import queue_of
-from tuner.workload import Workload
+from tuner.space.heuristics import seeds
+from tuner.sweep.loop import queue_of
 
 
 @dataclass(frozen=True, slots=True)

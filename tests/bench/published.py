@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from search_spaces.loader import load_cluster, load_model
 from tests.bench.recorded import AXES, PUBLISHED, Published, published
 from tests.bench.space import peak_rss_mib
-from tuner.layout import layout_from
-from tuner.predict.time import step_time_ms
-from tuner.search.feasibility import fit_probabilities
-from tuner.space import default_domain, enumerate_layouts
-from tuner.workload import Workload
+from tuner.core.layout import layout_from
+from tuner.core.workload import Workload
+from tuner.predict.feasibility import fit_probabilities
+from tuner.predict.time.step import step_time_ms
+from tuner.space.enumeration import default_domain, enumerate_layouts
 
 LIKELY: Final = 0.5
 """The probability from which a layout is said to fit."""

@@ -10,10 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from search_spaces.loader import load_cluster, load_model
-from tuner.cluster import Cluster
-from tuner.layout import DEFAULTS, KNOBS
-from tuner.space import default_domain, enumerate_layouts
-from tuner.workload import Model, Precision, Workload
+from tuner.core.cluster import Cluster
+from tuner.core.layout import DEFAULTS, KNOBS
+from tuner.core.workload import Model, Precision, Workload
+from tuner.space.enumeration import default_domain, enumerate_layouts
 
 DATA: Final = Path(__file__).parents[3] / "shared" / "data"
 STEP_TIMES: Final = DATA / "a100_step_times.csv"

@@ -22,8 +22,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tests.bench.policies import POLICIES, SEEDLESS, spearman
 from tests.bench.problems import Problem, measured, recorded, searched
 from tests.bench.recorded import LARGE_GROUP
-from tuner.predict.time import step_time_ms
-from tuner.search.dominance import needs_at_least_as_much_memory
+from tuner.predict.dominance import needs_at_least_as_much_memory
+from tuner.predict.time.step import step_time_ms
 from tuner.search.sampler import layout_at
 from tuner.search.strategy import Observation
 

@@ -7,9 +7,9 @@ import sys
 import time
 
 from search_spaces.loader import load_model
-from tuner.cluster import Cluster, Gpu
-from tuner.space import default_domain, enumerate_layouts, with_derived
-from tuner.workload import Workload
+from tuner.core.cluster import Cluster, Gpu
+from tuner.core.workload import Workload
+from tuner.space.enumeration import default_domain, enumerate_layouts, with_derived
 
 NODES = 512
 

@@ -19,9 +19,9 @@ from optuna.trial import TrialState
 
 from tests.bench.landscape import Landscape, landscapes
 from tests.bench.recorded import LARGE_GROUP, STEP_TIMES, Group, groups
-from tuner.predict import implementation_of
-from tuner.predict.time import step_time_ms
-from tuner.search.feasibility import MIN_FIT, Feasibility
+from tuner.predict.feasibility import MIN_FIT, Feasibility
+from tuner.predict.implementation import implementation_of
+from tuner.predict.time.step import step_time_ms
 from tuner.search.predicted_rows import PredictedRows
 from tuner.search.ranking import encode
 from tuner.search.strategy import Mask, Observation

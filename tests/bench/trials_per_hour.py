@@ -18,14 +18,14 @@ from typing import Final
 import pandas as pd
 
 from launchers.base import Launcher, LaunchPlan
-from launchers.preloaded import Preload
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
 from tuner.cli.common import load, prepare, stderr
 from tuner.cli.progress import PlainProgress
-from tuner.results import SweepFolder
-from tuner.sweep import SweepLoop
-from tuner.tracking import Tracker
-from tuner.trial import Heartbeat, TrialFolder, TrialResult, TrialSpec
+from tuner.sweep.folder import SweepFolder
+from tuner.sweep.loop import SweepLoop
+from tuner.tracking.tracker import Tracker
+from tuner.trial.contract import Heartbeat, TrialFolder, TrialResult, TrialSpec
 
 SWEEP: Final = Path(__file__).parents[2] / "search_spaces" / "sweeps" / "tiny-gpt.yaml"
 TRIALS: Final = 12

@@ -6,11 +6,11 @@ from dataclasses import replace
 from random import Random
 from typing import Any, TypeVar
 
-from tuner.cluster import Cluster
-from tuner.layout import DEFAULTS, Layout, layout_from
+from tuner.core.cluster import Cluster
+from tuner.core.layout import DEFAULTS, Layout, layout_from
+from tuner.core.workload import Workload
 from tuner.rules import broken_rules
-from tuner.space import Domain, enumerate_layouts, layer_placements, refined_domain
-from tuner.workload import Workload
+from tuner.space.enumeration import Domain, enumerate_layouts, layer_placements, refined_domain
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from megatron.training.arguments import parse_args, validate_args
 
-from tuner.cluster import Cluster
-from tuner.environment import cuda_environment
-from tuner.layout import ENVIRONMENT_KNOBS, MOE_KNOBS, Layout
-from tuner.workload import Model, Workload
+from tuner.core.cluster import Cluster
+from tuner.core.environment import cuda_environment
+from tuner.core.layout import ENVIRONMENT_KNOBS, MOE_KNOBS, Layout
+from tuner.core.workload import Model, Workload
 
 
 def command(workload: Workload) -> list[str]:

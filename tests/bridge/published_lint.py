@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from launchers.recipes import read_recipes
+from launchers.machine.recipes import read_recipes
 from tests.bridge.configs import write_configs
 from tuner.cli.lint import cluster_of
-from tuner.lint import RecipeVerdict, judge_recipe
-from tuner.recipe import RecipeFacts, Request
+from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request
+from tuner.lint.judge import RecipeVerdict, judge_recipe
 
 COLUMNS = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout", "peak_gib", "memory_gib")
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from tuner import recipe
-from tuner.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
-from tuner.workload import Workload
+from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
+from tuner.core.workload import Workload
+from tuner.frameworks.megatron_bridge import recipe
 
 
 def workload_of(config: Any, name: str) -> Workload:

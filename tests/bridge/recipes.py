@@ -17,7 +17,7 @@ _DECODERS = "llama|qwen2|qwen25|qwen3|deepseek_v2|deepseek_v3|kimi_k2|moonlight|
 _NAME = re.compile(
     rf"({_DECODERS}|llama\d+)_(?!vl_|next_)\w*pretrain_(?P<gpus>\d+)gpu_(?P<gpu>[a-z]+\d+)_\w*config"
 )
-"""Of the recipes whose models `tuner.workload.Model` can state: text alone, attention and MLP in every layer."""
+"""Of the recipes whose models `tuner.core.workload.Model` can state: text alone, attention and MLP in every layer."""
 
 REFUSED_BY_BRIDGE = {
     "deepseek_v3_pretrain_256gpu_gb200_fp8mx_partial_cg_dev_config": "conflicts with pipeline_model_parallel_layout",

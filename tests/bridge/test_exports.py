@@ -25,14 +25,14 @@ from tests.bridge.layouts import changed, domain_of, drawn, evenly
 from tests.bridge.reading import flat, layout_of, workload_of
 from tests.bridge.recipes import REFUSED_BY_BRIDGE, gpus, read_configs_locally, recipes
 from tests.bridge.writing import written
-from tuner.cluster import Cluster
-from tuner.environment import cuda_environment
-from tuner.export import Format
-from tuner.layout import Layout
-from tuner.program import BridgeRecipe
-from tuner.space import Domain
-from tuner.trial import TrialSpec
-from tuner.workload import Workload
+from tuner.core.cluster import Cluster
+from tuner.core.environment import cuda_environment
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
+from tuner.frameworks.export import Format
+from tuner.space.enumeration import Domain
+from tuner.trial.contract import TrialSpec
+from tuner.trial.program import BridgeRecipe
 
 RECIPES = recipes()
 read_configs_locally()

@@ -19,8 +19,8 @@ from tests.bridge.recipes import REFUSED_BY_BRIDGE, read_configs_locally
 from tests.bridge.recipes import recipes as bridges_recipes
 from tuner.cli.app import run
 from tuner.files import read_yaml_data
-from tuner.lint import RecipeVerdict
-from tuner.recipe import RecipeFacts, Request, layout_of, saved_facts, unstated
+from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request, layout_of, saved_facts, unstated
+from tuner.lint.judge import RecipeVerdict
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "lint" / "recipes.csv"
 TINY = Path(__file__).parent / "tiny_recipe.py"

@@ -10,12 +10,12 @@ from search_spaces.loader import load_cluster, load_model
 from tests.bridge.layouts import drawn
 from tests.bridge.megatron_lm import command, layout_of, parsed
 from tests.bridge.writing import written
-from tuner.export import Format
-from tuner.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
-from tuner.megatron_lm import read_command
-from tuner.megatron_lm_trial import replaced
-from tuner.space import refined_domain
-from tuner.workload import Workload
+from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
+from tuner.core.workload import Workload
+from tuner.frameworks.export import Format
+from tuner.frameworks.megatron_lm.command import read_command
+from tuner.frameworks.megatron_lm.trial_command import replaced
+from tuner.space.enumeration import refined_domain
 
 CLUSTER = load_cluster("dgx-h100", nodes=4)
 

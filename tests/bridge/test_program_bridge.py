@@ -12,19 +12,19 @@ from typing import Any
 
 import pytest
 
-from launchers.preloaded import Preload
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
 from launchers.programs.megatron_bridge import recipe as preparing
 from launchers.programs.megatron_bridge.load import load_config
-from launchers.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER
 from tuner.cli.app import run as megatune
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 from tuner.errors import InputError
-from tuner.export import bridge_words
 from tuner.files import read_json, write_json
-from tuner.layout import Layout
-from tuner.program import BridgeRecipe
-from tuner.trial import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.workload import Model, Workload
+from tuner.frameworks.export import bridge_words
+from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.program import BridgeRecipe
 
 TINY = str(Path(__file__).with_name("tiny_recipe.py"))
 DENSE = Model(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.torchrun import TorchrunLauncher
 from search_spaces.loader import load_cluster
-from tuner.layout import Layout
-from tuner.megatron_lm import read_command
-from tuner.program import MegatronLm
-from tuner.trial import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.core.layout import Layout
+from tuner.frameworks.megatron_lm.command import read_command
+from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.program import MegatronLm
 
 SCRIPT = Path(__file__).parent / "pretrain_gpt.py"
 PAIR = replace(load_cluster("cpu-4"), name="pair", gpus_per_node=2, nvlink_domain_gpus=2)

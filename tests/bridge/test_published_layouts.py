@@ -24,17 +24,17 @@ from tests.bridge import megatron_lm
 from tests.bridge.layouts import evenly
 from tests.bridge.reading import layout_of
 from tests.bridge.writing import written
-from tuner import recipe
-from tuner.cluster import Cluster
-from tuner.environment import cuda_environment
-from tuner.export import Format
-from tuner.guide import read_guide
-from tuner.heuristics import seeds
-from tuner.layout import Layout
-from tuner.megatron_lm import read_command
+from tuner.core.cluster import Cluster
+from tuner.core.environment import cuda_environment
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
+from tuner.frameworks.export import Format
+from tuner.frameworks.megatron_bridge import recipe
+from tuner.frameworks.megatron_lm.command import read_command
 from tuner.rules import broken_rules
-from tuner.space import enumerate_layouts, search_domain
-from tuner.workload import Workload
+from tuner.space.enumeration import enumerate_layouts, search_domain
+from tuner.space.guide import read_guide
+from tuner.space.heuristics import seeds
 
 Published = tuple[Workload, Cluster, Layout]
 

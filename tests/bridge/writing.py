@@ -1,10 +1,10 @@
 """Exports for tests that look at the override alone."""
 
-from tuner.cluster import Cluster
-from tuner.export import Figures, Format, export
-from tuner.layout import Layout
-from tuner.trial import Metrics, TrialSpec
-from tuner.workload import Workload
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
+from tuner.frameworks.export import Figures, Format, export
+from tuner.trial.contract import Metrics, TrialSpec
 
 
 def written(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from launchers.detect import detect_cluster
+from launchers.machine.detect import detect_cluster
 
 pytestmark = [
     pytest.mark.gpu,

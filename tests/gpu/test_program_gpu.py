@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.trials import CLUSTER, MODEL
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 from tuner.files import read_json, write_json
-from tuner.layout import Layout
-from tuner.trial import Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.workload import Model, Workload
+from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
 
 torch = pytest.importorskip("torch")
 pytestmark = [

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launchers.telemetry import Ours, Sampler, summarise
-from tuner.trial import TrialFolder
+from launchers.watch.telemetry import Ours, Sampler, summarise
+from tuner.trial.contract import TrialFolder
 
 pytestmark = [
     pytest.mark.gpu,

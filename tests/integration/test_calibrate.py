@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from launchers import calibrate
 from launchers.base import marked_processes
+from launchers.machine import calibrate
 from launchers.programs.calibration import CALLS, group_sizes, groups_of
 from search_spaces.loader import load_cluster
-from tuner.calibration import Calibration, CalibrationPlan
 from tuner.cli.app import run
-from tuner.cluster import Cluster
+from tuner.core.cluster import Cluster
 from tuner.errors import MegatuneError
 from tuner.files import read_json
+from tuner.predict.calibration import Calibration, CalibrationPlan
 
 PAIR = replace(load_cluster("cpu-4"), name="pair", gpus_per_node=2, nvlink_domain_gpus=2)
 full_plan = calibrate.plan_for

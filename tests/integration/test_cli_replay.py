@@ -7,10 +7,10 @@ import pytest
 
 from tests.trials import CLUSTER, MODEL, failed_row, metrics_of, spec_of
 from tuner.cli.app import run
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 from tuner.files import read_json, write_json
-from tuner.layout import Layout
-from tuner.trial import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.workload import Workload
+from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
 
 
 def test_a_trial_is_run_again_from_its_folder_and_what_differs_is_told(

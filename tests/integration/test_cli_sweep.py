@@ -14,9 +14,9 @@ from mlflow import MlflowClient
 
 from launchers.base import marked_processes
 from tuner.files import read_json
-from tuner.results import SweepFolder
-from tuner.rows import read_trials
-from tuner.trial import Outcome, TrialResult
+from tuner.sweep.folder import SweepFolder
+from tuner.trial.contract import Outcome, TrialResult
+from tuner.trial.rows import read_trials
 
 SWEEP = """
 name: {name}

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, spec_of
 from tuner.cli.app import run as app_run
-from tuner.layout import Layout
-from tuner.program import Command
-from tuner.trial import Measurement, Outcome, TrialFolder, TrialResult
+from tuner.core.layout import Layout
+from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult
+from tuner.trial.program import Command
 
 TRAINER = Path(__file__).parent / "programs" / "trainer.py"
 COMMAND = Command(

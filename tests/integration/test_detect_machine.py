@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from launchers.detect import detect_cluster
+from launchers.machine.detect import detect_cluster
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: tests/gpu covers it")

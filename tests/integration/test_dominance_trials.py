@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from search_spaces.loader import load_cluster, load_model
+from tuner.core.layout import KNOBS, Layout
+from tuner.core.workload import Workload
 from tuner.files import to_data, write_json
-from tuner.layout import KNOBS, Layout
-from tuner.search.dominance import needs_at_least_as_much_memory
-from tuner.trial import TrialSpec
-from tuner.workload import Workload
+from tuner.predict.dominance import needs_at_least_as_much_memory
+from tuner.trial.contract import TrialSpec
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = load_cluster("cpu-4")

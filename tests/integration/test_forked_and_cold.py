@@ -4,12 +4,12 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from launchers.preloaded import Preload
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, MODEL
-from tuner.layout import Layout
-from tuner.trial import Measurement, Metrics, TrialFolder, TrialResult, TrialSpec
-from tuner.workload import Workload
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
+from tuner.trial.contract import Measurement, Metrics, TrialFolder, TrialResult, TrialSpec
 
 GPU = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
 SPEC = TrialSpec(

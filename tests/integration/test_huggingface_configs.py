@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from search_spaces.loader import load_model
+from tuner.core.parameters import total_parameters
 from tuner.errors import InputError
 from tuner.files import to_data
-from tuner.huggingface import FAMILIES, REFUSED
-from tuner.parameters import total_parameters
+from tuner.frameworks.huggingface.config import FAMILIES, REFUSED
 
 PACKAGE = "aiconfigurator-core==0.12.0"
 """Its wheel carries the files as they are on Hugging Face."""

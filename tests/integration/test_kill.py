@@ -10,8 +10,8 @@ from pathlib import Path
 from launchers.base import marked_processes
 from tests.kills import kill_and_resume
 from tuner.files import read_json
-from tuner.results import SweepFolder
-from tuner.trial import Outcome, TrialResult
+from tuner.sweep.folder import SweepFolder
+from tuner.trial.contract import Outcome, TrialResult
 
 SWEEP = """
 name: night

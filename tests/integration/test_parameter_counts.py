@@ -11,9 +11,9 @@ from unittest.mock import patch
 import pytest
 
 from search_spaces.loader import load_model, model_names
-from tuner import parameters
-from tuner.layout import Layout
-from tuner.workload import Model, Workload
+from tuner.core import parameters
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 
 GPT2 = Model(
     name="gpt2-like",

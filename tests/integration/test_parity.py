@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from tuner.layout import Layout
-from tuner.workload import Model, Precision, Workload
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Precision, Workload
 
 STEPS = 3
 TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-3
@@ -232,8 +232,8 @@ def _train(cases: list[tuple[Model, Layout]], output: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from launchers.programs.harness.memory import TensorAccount
     from launchers.programs.megatron_core.cpu import enable_cpu
-    from launchers.programs.megatron_core.memory import TensorAccount
     from launchers.programs.megatron_core.train import Job
 
     torch.set_num_threads(1)

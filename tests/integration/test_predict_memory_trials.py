@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.torchrun import TorchrunLauncher
 from search_spaces.loader import load_model
 from tests.bench.oracle_memory import Draw, asked
 from tests.trials import CLUSTER
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 from tuner.files import to_data, write_json
-from tuner.layout import Layout
-from tuner.predict.memory import StageMemory, breakdown
-from tuner.trial import Measurement, Outcome, TrialFolder, TrialSpec
-from tuner.workload import Model, Workload
+from tuner.predict.memory.peak import StageMemory, breakdown
+from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialSpec
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launchers.probe import probe
+from launchers.machine.probe import probe
 from tests.bench.oracle_memory import Draw, Probed, asked, cpu_cluster, draws, line
 from tests.integration.test_predict_memory_trials import case
 from tuner.cli.app import run
-from tuner.layout import Layout
-from tuner.predict.memory import breakdown
-from tuner.trial import TrialSpec
+from tuner.core.layout import Layout
+from tuner.predict.memory.peak import breakdown
+from tuner.trial.contract import TrialSpec
 
 SWEEP = """
 name: probed

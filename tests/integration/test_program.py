@@ -13,14 +13,22 @@ from typing import Any
 
 import pytest
 
-from launchers.programs.megatron_core.measure import median_interval
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.torchrun import TorchrunLauncher
+from launchers.programs.harness.measure import median_interval
 from tests.trials import CLUSTER, MODEL
+from tuner.core.flops import model_flops_per_token
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 from tuner.files import read_json, write_json
-from tuner.flops import model_flops_per_token
-from tuner.layout import Layout
-from tuner.trial import Heartbeat, Measurement, Outcome, RankRecord, TrialFolder, TrialResult, TrialSpec
-from tuner.workload import Workload
+from tuner.trial.contract import (
+    Heartbeat,
+    Measurement,
+    Outcome,
+    RankRecord,
+    TrialFolder,
+    TrialResult,
+    TrialSpec,
+)
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32")

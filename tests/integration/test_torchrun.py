@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from launchers.base import marked_processes
-from launchers.preloaded import Preload
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
 from tests.faults import FAULTS, LIMITS, Fault, Programs, lost, small_disk, spec_for, wrong
 from tuner.files import read_json
-from tuner.trial import Heartbeat, Limits, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Heartbeat, Limits, Outcome, TrialFolder, TrialResult, TrialSpec
 
 LAUNCHER = TorchrunLauncher(programs=Programs(), grace_s=1.0)
 FORKED = {

@@ -21,11 +21,12 @@ from mlflow.entities import Run
 
 from tests.replay import sweep_of
 from tests.trials import completed_row, failed_row, spec_of, write_trial
-from tuner import tracking
 from tuner.cli.app import run as megatune
+from tuner.core.layout import Layout
 from tuner.errors import InputError
-from tuner.layout import Layout
-from tuner.mlflow_names import (
+from tuner.sweep.folder import SweepFolder
+from tuner.tracking import tracker as tracking
+from tuner.tracking.names import (
     BEST_METRICS,
     PARAMETERS,
     RECORD,
@@ -35,12 +36,11 @@ from tuner.mlflow_names import (
     config_hash,
     trial_metrics,
 )
-from tuner.mlflow_runs import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, MlflowRuns, log_tails
-from tuner.results import SweepFolder
-from tuner.rows import TrialRow
-from tuner.spool import Entry, Spool, SweepEnd, begin, end
-from tuner.tracking import Tracker, default_uri
-from tuner.trial import Outcome
+from tuner.tracking.runs import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, MlflowRuns, log_tails
+from tuner.tracking.spool import Entry, Spool, SweepEnd, begin, end
+from tuner.tracking.tracker import Tracker, default_uri
+from tuner.trial.contract import Outcome
+from tuner.trial.rows import TrialRow
 
 NIGHT = [
     completed_row(0, 100.0, layout=Layout(tp=8), source="baseline"),
@@ -620,7 +620,7 @@ def test_a_full_disk_costs_nothing_and_gets_everything_once_there_is_room(
 TUNER = """
 import sys, time
 from pathlib import Path
-from tuner.tracking import Tracker
+from tuner.tracking.tracker import Tracker
 print(Tracker.open(Path(sys.argv[1]), sys.argv[2]).process_id, flush=True)
 time.sleep(60)
 """

@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from launchers.base import MARKER
-from launchers.preloaded import Preload
-from launchers.telemetry import FOREIGN_LOAD, CpuMeter, Ours
-from launchers.torchrun import TorchrunLauncher
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
+from launchers.watch.telemetry import FOREIGN_LOAD, CpuMeter, Ours
 from tests.integration.programs.measures import TIMED_S
 from tests.trials import CLUSTER, spec_of
-from tuner.layout import Layout
-from tuner.trial import Limits, Outcome, TrialFolder, TrialResult
+from tuner.core.layout import Layout
+from tuner.trial.contract import Limits, Outcome, TrialFolder, TrialResult
 
 PROGRAM = "tests.integration.programs.measures"
 LAUNCHER = TorchrunLauncher(programs={"idles": PROGRAM, "works": PROGRAM}, grace_s=1.0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.oracle.draws import Draw, directed, draws
 from tests.oracle.megatron import Verdict, judge, prepare
-from tuner.layout import DEFAULTS
+from tuner.core.layout import DEFAULTS
 from tuner.rules import Violation, broken_rules
 
 PROCESSES = 2

@@ -26,8 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from launchers.programs.megatron_core.config import transformer_config
 from launchers.programs.megatron_core.cpu import enable_cpu
 from launchers.programs.megatron_core.train import Job
-from tuner.layout import Layout, data_parallel_size
-from tuner.workload import Workload
+from tuner.core.layout import Layout, data_parallel_size
+from tuner.core.workload import Workload
 
 DEEPEST_RECOMPUTE = 4
 """Checkpoints that recompute inside one another; Megatron nests two at most."""

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from tuner.cluster import Cluster, Gpu
-from tuner.workload import Model, Workload
+from tuner.core.cluster import Cluster, Gpu
+from tuner.core.workload import Model, Workload
 
 
 def dense(**fields: Any) -> Model:

@@ -16,7 +16,7 @@ from tests.trials import completed_row, failed_row, write_trial
 from tuner.cli.app import run
 from tuner.errors import InputError
 from tuner.files import read_yaml_data, to_data
-from tuner.results import SweepFolder
+from tuner.sweep.folder import SweepFolder
 
 ROOT = Path(__file__).parents[2]
 _BUILTINS = frozenset({"eval", "exec", "compile", "__import__"})

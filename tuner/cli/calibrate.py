@@ -7,14 +7,14 @@ import typer
 from rich.table import Table
 
 from search_spaces.loader import load_cluster
-from tuner.calibration import Calibration, Collective, Times
 from tuner.cli.common import AsJson, detect, print_json, read_recipe, stderr, stdout
 from tuner.cli.signals import stop_on_signals
-from tuner.cluster import Cluster
+from tuner.core.cluster import Cluster
+from tuner.core.workload import Precision
 from tuner.errors import InputError
 from tuner.files import read_yaml_data, to_data
-from tuner.sweep_file import load_sweep
-from tuner.workload import Precision
+from tuner.predict.calibration import Calibration, Collective, Times
+from tuner.sweep.configuration import load_sweep
 
 
 def calibrate(
@@ -29,9 +29,9 @@ def calibrate(
     json: AsJson = False,
 ) -> int:
     """Measure products, memory and collectives on this machine, once: the predictions then use them."""
-    from launchers.calibrate import cache_path, load_calibration, plan_for
-    from launchers.calibrate import calibrate as measure
-    from launchers.detect import check_machine
+    from launchers.machine.calibrate import cache_path, load_calibration, plan_for
+    from launchers.machine.calibrate import calibrate as measure
+    from launchers.machine.detect import check_machine
 
     cluster = _cluster(cluster_or_sweep)
     plan = plan_for(cluster)

@@ -11,22 +11,22 @@ import typer
 import yaml
 from rich.console import Console
 
-from tuner.cluster import Cluster
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
 from tuner.errors import InputError, NothingFeasibleError
 from tuner.files import parse, refuse_links_out
-from tuner.heuristics import seeds
-from tuner.layout import Layout
-from tuner.results import SweepFolder
 from tuner.rules import broken_rules
-from tuner.space import Space
-from tuner.sweep_file import Sweep, load_sweep
+from tuner.space.enumeration import Space
+from tuner.space.heuristics import seeds
+from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.folder import SweepFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tuner.program import BridgeRecipe
-    from tuner.recipe import RecipeFacts
-    from tuner.rows import TrialSource
+    from tuner.frameworks.megatron_bridge.recipe import RecipeFacts
+    from tuner.trial.program import BridgeRecipe
+    from tuner.trial.rows import TrialSource
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
 ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]
@@ -66,14 +66,14 @@ class Loaded:
 
 def detect() -> Cluster:
     """This machine; imported late, since it asks the driver."""
-    from launchers.detect import detect_cluster
+    from launchers.machine.detect import detect_cluster
 
     return detect_cluster()
 
 
 def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
     """What Megatron Bridge says of a recipe, in a process of its own."""
-    from launchers import recipes
+    from launchers.machine import recipes
 
     kind = re.search(r"\b((?:GB|VR|A|B|H|R)\d{3})\b", cluster.gpu.name)
     return recipes.read_recipe(program, cluster.world_size, kind[1].lower() if kind else "h100")
@@ -81,7 +81,7 @@ def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
 
 def load(path: Path) -> Loaded:
     """Read a sweep file and enumerate its valid layouts."""
-    from tuner.stages import first_stage
+    from tuner.search.refinement import first_stage
 
     sweep = load_sweep(path, detect, read_recipe)
     return Loaded(sweep, first_stage(sweep))
@@ -131,8 +131,8 @@ def refuse_invalid(sweep: Sweep, layout: Layout, what: str) -> None:
 
 def check_baseline(sweep: Sweep, source: Path) -> None:
     """Refuse a stated baseline that is no valid layout; raises InputError."""
-    from tuner.lint import refused_beside_bridge
-    from tuner.program import BridgeRecipe
+    from tuner.lint.judge import refused_beside_bridge
+    from tuner.trial.program import BridgeRecipe
 
     if sweep.baseline is not None and isinstance(sweep.program, BridgeRecipe):
         # Bridge has taken it; how our table would spell it does not matter.
@@ -163,8 +163,8 @@ def prepare(loaded: Loaded, source: Path) -> Prepared:
         InputError: if no layout is valid, or the baseline is not.
         NothingFeasibleError: if every valid layout is predicted to run out of memory.
     """
-    from tuner.search.feasibility import MIN_FIT, fit_probabilities
-    from tuner.sweep import queue_of, with_row
+    from tuner.predict.feasibility import MIN_FIT, fit_probabilities
+    from tuner.sweep.loop import queue_of, with_row
 
     check_not_empty(loaded, source)
     check_baseline(loaded.sweep, source)

@@ -86,7 +86,7 @@ def _machine() -> str:
 
 
 def _calibration() -> Check:
-    from launchers.calibrate import load_calibration
+    from launchers.machine.calibrate import load_calibration
 
     try:
         found = load_calibration(detect())

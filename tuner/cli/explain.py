@@ -7,10 +7,16 @@ import typer
 from rich.markup import escape
 
 from tuner.cli.common import AsJson, detect, parse_layout, print_json, read_recipe, results_folder, stdout
+from tuner.core.layout import (
+    Layout,
+    data_parallel_size,
+    expert_data_parallel_size,
+    min_gpus,
+    num_microbatches,
+)
 from tuner.errors import InputError
-from tuner.layout import Layout, data_parallel_size, expert_data_parallel_size, min_gpus, num_microbatches
 from tuner.rules import Violation, broken_rules
-from tuner.sweep_file import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep, load_sweep
 
 
 def explain(

@@ -8,14 +8,9 @@ from rich.table import Table
 
 from tuner.cli.common import print_json, stdout
 from tuner.cli.explain import print_head
-from tuner.files import to_data
-from tuner.layout import Layout
-from tuner.predict import memory, time
-from tuner.report import best
-from tuner.results import SweepFolder
-from tuner.rows import TrialRow, read_trials
-from tuner.search.evidence import gather
-from tuner.search.findings import (
+from tuner.core.layout import Layout
+from tuner.explain.evidence import gather
+from tuner.explain.findings import (
     Accuracy,
     Compared,
     Effect,
@@ -25,8 +20,14 @@ from tuner.search.findings import (
     findings,
     predict,
 )
-from tuner.search.importance import FEWEST_TRIALS
-from tuner.search.neighbours import Known, Neighbour
+from tuner.explain.importance import FEWEST_TRIALS
+from tuner.explain.neighbours import Known, Neighbour
+from tuner.files import to_data
+from tuner.predict.memory import peak as memory
+from tuner.predict.time import step as time
+from tuner.report.pages import best
+from tuner.sweep.folder import SweepFolder
+from tuner.trial.rows import TrialRow, read_trials
 
 
 def explain_results(folder: SweepFolder, json: bool) -> None:

@@ -8,13 +8,13 @@ import typer
 
 from tuner.cli.common import ResultsFolder, results_folder, stderr
 from tuner.errors import InputError, NothingFeasibleError
-from tuner.export import Format
-from tuner.export import export as write_override
 from tuner.files import read_json, read_json_data, write_text
-from tuner.report import figures
-from tuner.results import SweepFolder
-from tuner.rows import TrialRow, read_trials
-from tuner.trial import TrialSpec
+from tuner.frameworks.export import Format
+from tuner.frameworks.export import export as write_override
+from tuner.report.pages import figures
+from tuner.sweep.folder import SweepFolder
+from tuner.trial.contract import TrialSpec
+from tuner.trial.rows import TrialRow, read_trials
 
 
 def export(

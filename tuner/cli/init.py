@@ -9,7 +9,7 @@ import yaml
 
 from search_spaces.loader import load_cluster
 from tuner.cli.common import Gpus, OnCluster, RecipeName, stderr
-from tuner.cluster import with_gpus
+from tuner.core.cluster import with_gpus
 from tuner.errors import InputError
 from tuner.files import write_text
 

@@ -10,17 +10,17 @@ from rich.markup import escape
 
 from search_spaces.loader import load_cluster
 from tuner.cli.common import AsJson, detect, print_json, read_recipe, stdout
-from tuner.cluster import Cluster, with_gpus
+from tuner.core.cluster import Cluster, with_gpus
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.files import read_yaml_data
-from tuner.layout import Layout
-from tuner.lint import LIKELY, Verdict, judge, judge_recipe
-from tuner.megatron_lm import read_command
-from tuner.program import BridgeRecipe
-from tuner.recipe import RecipeFacts, Request, saved_facts
+from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request, saved_facts
+from tuner.frameworks.megatron_lm.command import read_command
+from tuner.lint.judge import LIKELY, Verdict, judge, judge_recipe
 from tuner.rules import Violation
-from tuner.sweep_file import load_sweep
-from tuner.workload import Workload
+from tuner.sweep.configuration import load_sweep
+from tuner.trial.program import BridgeRecipe
 
 REFUSED = 2
 """The exit code where any of the targets would not start, or is not likely to fit."""
@@ -119,7 +119,7 @@ def _is_recipe(target: str) -> bool:
 
 
 def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Path | None) -> list[_Finding]:
-    from launchers.recipes import read_recipes
+    from launchers.machine.recipes import read_recipes
 
     name, _, function = target.partition(":")
     path = Path(name)

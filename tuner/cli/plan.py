@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from tuner.budget import Ledger
-from tuner.choices import CHOICES
 from tuner.cli.common import AsJson, SweepPath, load, prepare, print_json, stdout
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
+from tuner.core.choices import CHOICES
 from tuner.files import to_data
+from tuner.sweep.budget import Ledger
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from tuner.cli.common import Prepared
-    from tuner.sweep_file import Sweep
+    from tuner.sweep.configuration import Sweep
 
 
 def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) -> None:
     """Count the valid layouts, what each rule removed, and list the first trials. Starts no process."""
-    from tuner.search.audit import removed
+    from tuner.explain.audit import removed
 
     loaded = load(sweep_file)
     prepared = prepare(loaded, sweep_file)
@@ -81,8 +81,8 @@ def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) ->
 
 def _stages(sweep: "Sweep", prepared: "Prepared", trials: int) -> list[dict[str, Any]]:
     """What varies in each stage of the search, over how many layouts, in how many trials at most; as JSON data."""
-    from tuner.search.feasibility import MIN_FIT
-    from tuner.stages import FIRST_SHARE, around, predicted_best, with_refinements
+    from tuner.predict.feasibility import MIN_FIT
+    from tuner.search.refinement import FIRST_SHARE, around, predicted_best, with_refinements
 
     table = prepared.table
     if not sweep.refined:

@@ -18,16 +18,16 @@ from tuner.cli.common import (
     stderr,
     stdout,
 )
+from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import to_data
-from tuner.layout import Layout
-from tuner.outcomes import outcome_of_failure
-from tuner.predict import implementation_of
-from tuner.sweep_file import Sweep, load_sweep
-from tuner.trial import Outcome, RankRecord
+from tuner.predict.implementation import implementation_of
+from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.trial.contract import Outcome, RankRecord
+from tuner.trial.outcomes import outcome_of_failure
 
 if TYPE_CHECKING:
-    from tuner.predict.memory import StageMemory
+    from tuner.predict.memory.peak import StageMemory
 
 EVERY_STAGE = "stages"
 
@@ -63,11 +63,11 @@ def probe(
     Needs no cluster: without a GPU no tensor has any memory, and each is accounted. Routing is balanced. Exit code 3
     if a real GPU runs out of memory.
     """
-    from launchers.probe import probe as start
+    from launchers.machine.probe import probe as start
 
     sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))
-    from tuner.sweep import trial_spec
+    from tuner.sweep.loop import trial_spec
 
     spec = trial_spec(sweep, 0, 1, layout)
     found = []
@@ -89,7 +89,7 @@ def _ranks(sweep: Sweep, layout: Layout, wanted: str | None) -> list[int]:
     Raises:
         InputError: if there is no such rank.
     """
-    from tuner.predict.memory import breakdown
+    from tuner.predict.memory.peak import breakdown
 
     world_size = sweep.cluster.world_size
     each = world_size // layout.pp
@@ -109,7 +109,7 @@ def _with_prediction(sweep: Sweep, layout: Layout, record: RankRecord) -> Probed
     Raises:
         InputError: if Megatron, or this machine, refuses the layout.
     """
-    from tuner.predict.memory import breakdown
+    from tuner.predict.memory.peak import breakdown
 
     failure = record.failure
     if failure is not None:
@@ -135,7 +135,7 @@ def _how(sweep: Sweep, found: Sequence[Probed]) -> str:
 
 def _table(found: Sequence[Probed]) -> Table:
     """Measured and predicted peaks in GiB, and what the predicted one is made of, a column a rank."""
-    from tuner.predict.memory import PARTS
+    from tuner.predict.memory.peak import PARTS
 
     table = Table(box=None, pad_edge=False)
     table.add_column("GiB")

@@ -8,12 +8,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from tuner.layout import Layout
-from tuner.rows import TrialRow, TrialSource
-from tuner.trial import Heartbeat
+from tuner.core.layout import Layout
+from tuner.trial.contract import Heartbeat
+from tuner.trial.rows import TrialRow, TrialSource
 
 if TYPE_CHECKING:
-    from tuner.sweep import Progress
+    from tuner.sweep.loop import Progress
 
 
 NEAR: Final = 0.05

@@ -6,8 +6,8 @@ import typer
 from rich.table import Table
 
 from tuner.cli.common import stdout
+from tuner.core.layout import layout_from
 from tuner.files import to_data
-from tuner.layout import layout_from
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +21,7 @@ SHOWN: Final = 20
 
 
 def pruned_data(removed: "pd.DataFrame") -> list[dict[str, Any]]:
-    """Every removed row (tuner.search.audit) as JSON data."""
+    """Every removed row (tuner.explain.audit) as JSON data."""
     return [
         {
             "layout": to_data(layout_from(row)),

@@ -14,8 +14,8 @@ from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import InputError
 from tuner.files import read_json
-from tuner.replay import Comparison, compare
-from tuner.trial import Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.replay import Comparison, compare
 
 NOT_REPRODUCED = 3
 """The exit code where the trial ended otherwise, or at another speed."""
@@ -34,8 +34,8 @@ def replay(
     json: AsJson = False,
 ) -> int:
     """Run a trial again as its own spec says, and compare. Exit code 0 if it ended alike and as fast, 3 if not."""
-    from launchers.detect import check_machine
-    from launchers.torchrun import TorchrunLauncher
+    from launchers.local.torchrun import TorchrunLauncher
+    from launchers.machine.detect import check_machine
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatune-")))

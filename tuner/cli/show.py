@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from tuner.answer import Answer, answer
+from tuner.analysis.answer import Answer, answer
 from tuner.cli.common import AsJson, ResultsFolder, print_json, results_folder, stderr, stdout
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
-from tuner.report import html_page, summary, terminal_table, verdict
-from tuner.rows import read_trials
-from tuner.stages import searched_table
+from tuner.report.pages import html_page, summary, terminal_table, verdict
+from tuner.search.refinement import searched_table
+from tuner.trial.rows import read_trials
 
 
 def show(
@@ -24,7 +24,7 @@ def show(
     ] = None,
 ) -> None:
     """Print the trials of a sweep, running or finished: fastest first, then the failed ones."""
-    from tuner.search.audit import removed
+    from tuner.explain.audit import removed
 
     folder = results_folder(results)
     sweep, rows = folder.sweep(), read_trials(folder.path)

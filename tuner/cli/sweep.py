@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from tuner.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
 from tuner.cli.common import Gpus, OnCluster, RecipeName, ResultsRoot, load, prepare, stderr, stdout
 from tuner.cli.export import override
 from tuner.cli.init import recipe_name, recipe_sweep
@@ -18,9 +17,10 @@ from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
 from tuner.files import make_folder, write_json, write_text
-from tuner.report import best, figures, summary, terminal_table, time_shares, verdict
-from tuner.results import SweepFolder
-from tuner.rows import TrialRow
+from tuner.report.pages import best, figures, summary, terminal_table, time_shares, verdict
+from tuner.sweep.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
+from tuner.sweep.folder import SweepFolder
+from tuner.trial.rows import TrialRow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from launchers.base import Launcher
-    from tuner.calibration import Calibration
     from tuner.cli.common import Loaded
-    from tuner.layout import Layout
-    from tuner.rows import TrialSource
+    from tuner.core.layout import Layout
+    from tuner.predict.calibration import Calibration
     from tuner.search.stopping import Certainty
-    from tuner.sweep_file import Sweep
-    from tuner.tracking import Status, Tracker
+    from tuner.sweep.configuration import Sweep
+    from tuner.tracking.tracker import Status, Tracker
+    from tuner.trial.rows import TrialSource
 
 
 _STATUS: Mapping[str, "Status"] = {"INTERRUPTED": "KILLED", "BREAKER": "FAILED"}
@@ -68,11 +68,11 @@ def sweep(
     ] = None,
 ) -> int:
     """Run the sweep, or go on with it: the same command resumes after any end."""
-    from launchers.detect import check_machine, measuring_machine
-    from launchers.preloaded import Preload
-    from launchers.torchrun import TorchrunLauncher
-    from tuner.sweep import trial_spec
-    from tuner.tracking import Tracker
+    from launchers.local.fork_client import Preload
+    from launchers.local.torchrun import TorchrunLauncher
+    from launchers.machine.detect import check_machine, measuring_machine
+    from tuner.sweep.loop import trial_spec
+    from tuner.tracking.tracker import Tracker
 
     sweep_file = _recipes_file(sweep_file, recipe, gpus, cluster, results)
     until = None if deadline is None else deadline_of(deadline, datetime.now())
@@ -142,7 +142,7 @@ def _run(
     deadline: datetime | None,
 ) -> int:
     from launchers.base import end_marked
-    from tuner.sweep import SweepLoop
+    from tuner.sweep.loop import SweepLoop
 
     end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
@@ -192,7 +192,7 @@ def _limited(config: "Sweep", gpu_hours: float | None, trials: int | None) -> "S
 
 def _calibration(config: "Sweep", folder: SweepFolder) -> "Calibration | None":
     """This machine's as it was when the sweep began: a later one would rank its trials by another measure."""
-    from launchers.calibrate import load_calibration
+    from launchers.machine.calibrate import load_calibration
 
     if not folder.trial(0).spec.exists() and (found := load_calibration(config.cluster)) is not None:
         write_json(folder.calibration, found)

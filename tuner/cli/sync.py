@@ -16,8 +16,8 @@ def sync(
     ] = None,
 ) -> None:
     """Log what MLflow misses of a sweep, running or finished; what it holds already stays as it is."""
-    from tuner.spool import Entry, Spool
-    from tuner.tracking import check_uri, default_uri, reason, without_password
+    from tuner.tracking.spool import Entry, Spool
+    from tuner.tracking.tracker import check_uri, default_uri, reason, without_password
 
     folder = results_folder(results)
     chosen = uri or folder.sweep().tracking.uri or default_uri(folder.path)
@@ -30,7 +30,7 @@ def sync(
         held += 1
 
     try:
-        from tuner.mlflow_runs import MlflowRuns  # late: it takes seconds
+        from tuner.tracking.runs import MlflowRuns  # late: it takes seconds
 
         MlflowRuns.open(folder, chosen).catch_up(spool, count)
     # A wrong URI or a server that is down raises SQLAlchemy's, requests' and import errors beside MLflow's.

@@ -22,9 +22,9 @@ from tuner.cli.progress import LiveProgress, PlainProgress, outcome_line
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import InputError
 from tuner.files import to_data, write_json
-from tuner.rows import TrialRow, TrialSource
-from tuner.sweep_file import load_sweep
-from tuner.trial import Outcome, TrialFolder
+from tuner.sweep.configuration import load_sweep
+from tuner.trial.contract import Outcome, TrialFolder
+from tuner.trial.rows import TrialRow, TrialSource
 
 EXIT_CODES = {Outcome.COMPLETED: 0, Outcome.INTERRUPTED: 130}
 """Every other outcome is 3: nothing feasible ran."""
@@ -41,9 +41,9 @@ def trial(
     json: AsJson = False,
 ) -> int:
     """Run one layout as one trial, outside the sweep. Exit code 0 if it was measured, 3 if not."""
-    from launchers.detect import check_machine
-    from launchers.torchrun import TorchrunLauncher
-    from tuner.sweep import trial_spec
+    from launchers.local.torchrun import TorchrunLauncher
+    from launchers.machine.detect import check_machine
+    from tuner.sweep.loop import trial_spec
 
     sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))

@@ -10,9 +10,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.predict.collectives import Group
 from tuner.predict.nccl import registered_factor
-from tuner.predict.rates import Rates
+from tuner.predict.time.collectives import Group
+from tuner.predict.time.rates import Rates
 from tuner.rules.base import Bools, Columns, Ints
 
 Floats = NDArray[np.float64]

@@ -5,8 +5,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.cluster import Cluster
-from tuner.predict.collectives import NVLINK_EFFICIENCY, Group
+from tuner.core.cluster import Cluster
+from tuner.predict.time.collectives import NVLINK_EFFICIENCY, Group
 from tuner.rules.base import Bools, Columns, Ints
 
 Floats = NDArray[np.float64]

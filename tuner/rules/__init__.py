@@ -8,9 +8,10 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
-from tuner.cluster import Cluster
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 from tuner.errors import InputError, did_you_mean
-from tuner.layout import Layout
 from tuner.rules import (
     batch,
     context,
@@ -26,7 +27,6 @@ from tuner.rules import (
     shapes,
 )
 from tuner.rules.base import Bools, Columns, Kind, Rule, Texts, Violation
-from tuner.workload import Workload
 
 __all__ = [
     "RULES",

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tuner.cluster import Cluster
-from tuner.layout import KNOBS, Layout, module_names
-from tuner.workload import Workload
+from tuner.core.cluster import Cluster
+from tuner.core.layout import KNOBS, Layout, module_names
+from tuner.core.workload import Workload
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from tuner.cluster import Cluster
-from tuner.layout import Layout, data_parallel_size
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout, data_parallel_size
+from tuner.core.workload import Workload
 from tuner.rules.base import Bools, Columns, Ints, Rule, remainder, rule
-from tuner.workload import Workload
 
 SCHEDULES = "megatron/core/pipeline_parallel/schedules.py, forward_backward_pipelining_with_interleaving"
 BATCH_KNOBS = "tp pp cp micro_batch_size"

@@ -1,9 +1,9 @@
 """How attention exchanges its keys and values over the context parallel ranks."""
 
-from tuner.cluster import Cluster
-from tuner.layout import Layout
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 from tuner.rules.base import Bools, Columns, Rule, rule
-from tuner.workload import Model, Workload
 
 TRANSFORMER_ENGINE = "transformer_engine context_parallel.py, attn_forward_func_with_cp"
 

@@ -2,9 +2,9 @@
 
 import re
 
-from tuner.cluster import Cluster
-from tuner.environment import BLACKWELL_OR_LATER
-from tuner.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
+from tuner.core.cluster import Cluster
+from tuner.core.environment import BLACKWELL_OR_LATER
+from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
 from tuner.rules.base import Bools, Columns, Rule, rule
 
 ARGUMENTS = "megatron/training/arguments.py, validate_args"

@@ -1,9 +1,9 @@
 """CUDA graphs: what a graph can capture of a layer, and what it excludes."""
 
-from tuner.layout import Layout, module_names
+from tuner.core.layout import Layout, module_names
+from tuner.core.workload import Workload
 from tuner.rules.base import Bools, Columns, Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
-from tuner.workload import Workload
 
 SCOPES: tuple[str, ...] = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess")
 """What a graph may capture, in the order in which a layout names it."""

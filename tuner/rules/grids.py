@@ -1,6 +1,6 @@
 """The two device grids of a pipeline stage, and the domain that tensor parallelism should stay in."""
 
-from tuner.layout import Layout, min_gpus
+from tuner.core.layout import Layout, min_gpus
 from tuner.rules.base import Rule, remainder, rule
 
 PARALLEL_STATE = "megatron/core/parallel_state.py, initialize_model_parallel"

@@ -1,6 +1,6 @@
 """What trades memory beyond recompute: Megatron-FSDP, activations offloaded to the host, registered buffers."""
 
-from tuner.layout import Layout
+from tuner.core.layout import Layout
 from tuner.rules.base import Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 

@@ -1,10 +1,10 @@
 """Mixtures of experts: the expert grid's knobs, the dispatchers, and what Megatron asks of the router."""
 
-from tuner.cluster import Cluster
-from tuner.layout import Layout
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 from tuner.rules.base import Bools, Columns, Rule, remainder, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_moe_layers
-from tuner.workload import Model, Workload
 
 MOE_LAYER = "megatron/core/transformer/moe/moe_layer.py"
 DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py"

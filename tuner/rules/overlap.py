@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from tuner.cluster import Cluster
-from tuner.layout import Layout
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 from tuner.rules.base import Columns, Kind, Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
-from tuner.workload import Workload
 
 SCHEDULES = "megatron/core/pipeline_parallel/schedules.py, forward_backward_pipelining_without_interleaving"
 ARGUMENTS = "megatron/training/arguments.py, validate_args"

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tuner.layout import Layout
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 from tuner.rules.base import Bools, Columns, Ints, Rule, remainder, rule
 from tuner.rules.placement import TEXT
 from tuner.rules.shapes import TRANSFORMER_CONFIG
-from tuner.workload import Workload
 
 BLOCK = "megatron/core/transformer/transformer_block.py, get_num_layers_to_build"
 UNEVEN = "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage"
@@ -40,7 +40,7 @@ def stage_slots(c: Columns, w: Workload) -> StageLayers:
 def chunk_layers(c: Columns, w: Workload) -> StageLayers:
     """Layers in the very first chunk, in one between, and in the very last chunk of the model.
 
-    Of layouts whose layers no text places: tuner.pipeline_layout counts those.
+    Of layouts whose layers no text places: tuner.core.pipeline_layout counts those.
     """
     slots = stage_slots(c, w)
     emb = c.on("account_for_embedding_in_pipeline_split") & (c["pp"] > 1)

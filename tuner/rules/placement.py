@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from itertools import product
 
-from tuner.layout import Layout
-from tuner.pipeline_layout import DECODER, MTP, fault, mtp_fault, parse, readable
+from tuner.core.layout import Layout
+from tuner.core.pipeline_layout import DECODER, MTP, fault, mtp_fault, parse, readable
+from tuner.core.workload import Workload
 from tuner.rules.base import Bools, Columns, Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
-from tuner.workload import Workload
 
 TEXT = "pipeline_model_parallel_layout"
 _UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from tuner.cluster import Cluster
-from tuner.layout import MOST, Layout, module_names
-from tuner.pipeline_layout import decoders, readable
+from tuner.core.cluster import Cluster
+from tuner.core.layout import MOST, Layout, module_names
+from tuner.core.pipeline_layout import decoders, readable
+from tuner.core.workload import Model, Workload
 from tuner.rules.base import Bools, Columns, Rule, rule
 from tuner.rules.pipeline import SPLIT, chunk_layers
 from tuner.rules.placement import TEXT
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
-from tuner.workload import Model, Workload
 
 BLOCK = "megatron/core/transformer/transformer_block.py, _checkpointed_forward"
 MODULES: tuple[str, ...] = (

@@ -1,8 +1,8 @@
 """What the model's and the sequence's sizes must divide by."""
 
-from tuner.layout import Layout
+from tuner.core.layout import Layout
+from tuner.core.workload import Model, Workload
 from tuner.rules.base import Rule, remainder, rule
-from tuner.workload import Model, Workload
 
 TRANSFORMER_CONFIG = "megatron/core/transformer/transformer_config.py"
 CPU_PRECISIONS = ("fp32", "bf16")

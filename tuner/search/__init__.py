@@ -1,1 +1,3 @@
-"""Which row of the table to try next: the sampler, and the rows that a measured OOM rules out."""
+"""Which row of the table comes next, and when searching more is pointless; knows predictions and measurements, and
+nothing of folders or processes.
+"""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.search.strategy import Observation
-from tuner.trial import Measurement
+from tuner.trial.contract import Measurement
 
 
 @dataclass(frozen=True, slots=True)

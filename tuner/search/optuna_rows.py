@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tuner.layout import KNOBS
+from tuner.core.layout import KNOBS
 from tuner.search.ranking import doublings
 from tuner.search.strategy import Mask, Observation, Strategy
 

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tuner.predict.feasibility import Feasibility
 from tuner.search.cost import trial_cost
-from tuner.search.feasibility import Feasibility
 from tuner.search.ranking import Ranking, encode
 from tuner.search.stopping import Certainty
 from tuner.search.strategy import Mask, Observation, Strategy
-from tuner.trial import Measurement
+from tuner.trial.contract import Measurement
 
 PROMISING: Final = 0.5
 """A proposed row is tried before the best one if its score is at least this share of that one's."""

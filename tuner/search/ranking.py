@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, stdtr  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from tuner.layout import KNOBS
+from tuner.core.layout import KNOBS
 from tuner.search.cost import TrialCost
 from tuner.search.stopping import DRAWS, Certainty, certainty
 from tuner.search.surrogate import Surrogate

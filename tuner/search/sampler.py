@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.layout import KNOBS, Layout, layout_from
+from tuner.core.layout import KNOBS, Layout, layout_from
 from tuner.search.stopping import Certainty
 from tuner.search.strategy import Mask, Observation, Strategy
 

@@ -2,15 +2,15 @@
 
 import pandas as pd
 
-from tuner.calibration import Calibration
-from tuner.predict import implementation_of
-from tuner.predict.time import step_time_ms
+from tuner.predict.calibration import Calibration
+from tuner.predict.feasibility import Feasibility
+from tuner.predict.implementation import implementation_of
+from tuner.predict.time.step import step_time_ms
 from tuner.search import optuna_rows
-from tuner.search.feasibility import Feasibility
 from tuner.search.optuna_rows import OptunaRows
 from tuner.search.predicted_rows import PredictedRows
 from tuner.search.strategy import GridRows, RandomRows, Strategy
-from tuner.sweep_file import Sweep
+from tuner.sweep.configuration import Sweep
 
 
 def strategy_of(sweep: Sweep, table: pd.DataFrame, calibration: Calibration | None = None) -> Strategy:

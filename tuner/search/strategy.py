@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from tuner.search.stopping import Certainty
-from tuner.study import STATES
-from tuner.trial import Outcome, TrialResult
+from tuner.sweep.study import STATES
+from tuner.trial.contract import Outcome, TrialResult
 
 Mask = NDArray[np.bool_]
 

@@ -2,11 +2,11 @@
 
 import sys
 
+from launchers.programs.harness.memory import TensorAccount
+from launchers.programs.harness.rank import end, run_rank
+from launchers.programs.harness.report import Monitor
 from launchers.programs.megatron_bridge.cpu import hide_transformer_engine
-from launchers.programs.megatron_core.memory import TensorAccount
-from launchers.programs.megatron_core.rank import end, run_rank
-from launchers.programs.megatron_core.report import Monitor
-from tuner.trial import TrialSpec
+from tuner.trial.contract import TrialSpec
 
 
 def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tuner.workload import Model
+from tuner.core.workload import Model
 
 _KERNELS = "transformer_engine"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from launchers.recipes import recorded
+from launchers.machine.recipes import recorded
 from tuner.errors import InputError, did_you_mean
-from tuner.program import BridgeRecipe
+from tuner.trial.program import BridgeRecipe
 
 PACKAGES: Final = ("megatron.bridge.recipes", "megatron.bridge.perf_recipes")
 """Where Bridge keeps its library recipes and its perf recipes."""

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
-from launchers.programs.megatron_core.measure import measured_enough
-from launchers.programs.megatron_core.memory import TensorAccount
-from launchers.programs.megatron_core.rank import ACCOUNTED_STEPS, TimedSteps
-from launchers.programs.megatron_core.report import Monitor
-from tuner.trial import TrialSpec
+from launchers.programs.harness.measure import measured_enough
+from launchers.programs.harness.memory import TensorAccount
+from launchers.programs.harness.rank import ACCOUNTED_STEPS, TimedSteps
+from launchers.programs.harness.report import Monitor
+from tuner.trial.contract import TrialSpec
 
 _LOSS = "lm loss"
 """What Bridge calls the mean loss a token."""

@@ -10,12 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tuner.environment import cuda_environment
-from tuner.export import bridge_words
-from tuner.layout import ENVIRONMENT_KNOBS, KNOBS, MOE_KNOBS, Layout
-from tuner.recipe import layout_of, values_of, workload_of
-from tuner.trial import TrialSpec
-from tuner.workload import Workload
+from tuner.core.environment import cuda_environment
+from tuner.core.layout import ENVIRONMENT_KNOBS, KNOBS, MOE_KNOBS, Layout
+from tuner.core.workload import Workload
+from tuner.frameworks.export import bridge_words
+from tuner.frameworks.megatron_bridge.recipe import layout_of, values_of, workload_of
+from tuner.trial.contract import TrialSpec
 
 _LOGGERS = (
     *("tensorboard_dir", "save_config_filepath", "wandb_project", "wandb_exp_name"),

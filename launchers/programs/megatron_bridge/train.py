@@ -10,15 +10,15 @@ from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.state import GlobalState
 
+from launchers.programs.harness.memory import TensorAccount
+from launchers.programs.harness.report import Monitor
 from launchers.programs.megatron_bridge.cpu import enable_cpu, suit_cpu
 from launchers.programs.megatron_bridge.load import load_config
 from launchers.programs.megatron_bridge.measuring import Measuring
 from launchers.programs.megatron_bridge.recipe import check, prepare
-from launchers.programs.megatron_core.memory import TensorAccount
-from launchers.programs.megatron_core.report import Monitor
 from launchers.programs.megatron_core.weights import initialize_weights
-from tuner.program import BridgeRecipe
-from tuner.trial import TrialFolder, TrialSpec
+from tuner.trial.contract import TrialFolder, TrialSpec
+from tuner.trial.program import BridgeRecipe
 
 
 def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:

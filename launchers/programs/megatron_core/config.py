@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from tuner.layout import DEFAULTS, Layout, module_names
-from tuner.workload import Model, Precision, Workload
+from tuner.core.layout import DEFAULTS, Layout, module_names
+from tuner.core.workload import Model, Precision, Workload
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -100,7 +100,7 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
     for knob in (
         "cuda_graph_impl",
         "use_megatron_fsdp",
-    ):  # what these two switch on is tuner.program.NOT_BUILT_IN
+    ):  # what these two switch on is tuner.trial.program.NOT_BUILT_IN
         if getattr(layout, knob) != DEFAULTS[knob]:
             raise ValueError(f"{knob}: this program trains without it; a recipe or a command may have it")
     if workload.fp8_param:

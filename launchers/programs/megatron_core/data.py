@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from launchers.programs.megatron_core.specs import chunk_positions
-from tuner.layout import Layout, num_microbatches
-from tuner.workload import Workload
+from tuner.core.layout import Layout, num_microbatches
+from tuner.core.workload import Workload
 
 Batch = dict[str, Tensor]
 """`tokens`, `labels`, `position_ids`: int64, [micro_batch_size, seq_length / cp]."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from launchers.programs.megatron_core.config import ddp_config
 from launchers.programs.megatron_core.specs import decoder_block_spec, mtp_block_spec, soft_capped
-from tuner.layout import Layout
-from tuner.workload import Workload
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 
 
 def initialize_grids(workload: Workload, layout: Layout, config: TransformerConfig, seed: int) -> None:

@@ -26,15 +26,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from launchers.programs.harness.memory import TensorAccount, peak_gib
+from launchers.programs.harness.report import failure_of
 from launchers.programs.megatron_core import train
 from launchers.programs.megatron_core.cpu import enable_cpu
-from launchers.programs.megatron_core.memory import TensorAccount, peak_gib
-from launchers.programs.megatron_core.report import failure_of
-from tuner.cluster import Cluster
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout, data_parallel_size
+from tuner.core.workload import Workload
 from tuner.files import read_json, write_json
-from tuner.layout import Layout, data_parallel_size
-from tuner.trial import Phase, RankRecord, TrialSpec
-from tuner.workload import Workload
+from tuner.trial.contract import Phase, RankRecord, TrialSpec
 
 STEPS = 2
 """Adam's state comes with the first step, so the second holds the peak."""

@@ -35,7 +35,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
-from tuner.workload import Model
+from tuner.core.workload import Model
 
 
 class TorchNorm(torch.nn.Module):

@@ -16,9 +16,9 @@ from launchers.programs.megatron_core.config import optimizer_config, transforme
 from launchers.programs.megatron_core.data import Batch, micro_batches
 from launchers.programs.megatron_core.model import build_model, initialize_grids, wrap_for_training
 from launchers.programs.megatron_core.weights import initialize_weights
-from tuner.layout import Layout, num_microbatches
-from tuner.trial import Phase
-from tuner.workload import Workload
+from tuner.core.layout import Layout, num_microbatches
+from tuner.core.workload import Workload
+from tuner.trial.contract import Phase
 
 
 class Job:

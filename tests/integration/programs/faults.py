@@ -20,10 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tuner.files import write_json
-from tuner.trial import Failure, Heartbeat, Metrics, Outcome, Phase, RankRecord, TrialFolder, TrialResult
+from tuner.trial.contract import (
+    Failure,
+    Heartbeat,
+    Metrics,
+    Outcome,
+    Phase,
+    RankRecord,
+    TrialFolder,
+    TrialResult,
+)
 
 if TYPE_CHECKING:  # most endings need no torch, and a cold rank would import it for nothing
-    from launchers.programs.megatron_core.report import Monitor
+    from launchers.programs.harness.report import Monitor
 
 RANK = int(os.environ["RANK"])
 FOLDER = TrialFolder(Path(sys.argv[2]))
@@ -67,7 +76,7 @@ def trial() -> Iterator["Monitor"]:
     """In a Gloo group, and with the failures recorded as the built-in program records them."""
     import torch.distributed as dist
 
-    from launchers.programs.megatron_core.report import Monitor, report_failure
+    from launchers.programs.harness.report import Monitor, report_failure
 
     monitor = Monitor(FOLDER, RANK, time.time())
     try:
@@ -111,7 +120,7 @@ def runs_out_of_memory(where: Phase) -> None:
     import torch
     import torch.distributed as dist
 
-    from launchers.programs.megatron_core.memory import TensorAccount
+    from launchers.programs.harness.memory import TensorAccount
 
     def allocate(phase: Phase) -> None:
         if RANK == 1 and phase == where:
@@ -187,7 +196,7 @@ def turns_nan() -> None:
     """Every rank sees it, and says so."""
     import torch.distributed as dist
 
-    from launchers.programs.megatron_core.report import NonFiniteLossError
+    from launchers.programs.harness.report import NonFiniteLossError
 
     with trial() as monitor:
         monitor.enter("warmup")

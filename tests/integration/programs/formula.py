@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from tuner.core.layout import Layout
 from tuner.files import append_json_line, read_json, write_json
-from tuner.layout import Layout
-from tuner.trial import (
+from tuner.trial.contract import (
     Durations,
     Failure,
     Heartbeat,

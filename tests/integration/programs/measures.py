@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.trials import metrics_of
 from tuner.files import read_json, write_json, write_text
-from tuner.trial import Heartbeat, Outcome, Phase, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Heartbeat, Outcome, Phase, TrialFolder, TrialResult, TrialSpec
 
 TIMED_S = 2.0
 RANK = int(os.environ.get("RANK", "0"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launchers.programs.megatron_core.probe import prepare, probe
 from tuner.files import read_json
-from tuner.trial import TrialSpec
+from tuner.trial.contract import TrialSpec
 
 
 def main(cases: Path, peaks: Path) -> None:

@@ -1,0 +1,183 @@
+"""Jobs that start warm: forked from a process that has imported their program, instead of started cold."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, Queue
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from launchers.base import MARKER, STARTED_AT, Job, RunningJob, end_processes
+
+if TYPE_CHECKING:  # importing it would import torch into the tuner
+    from launchers.local.fork_server import Answer, Request
+
+IMPORTED: Mapping[str, str] = {
+    "launchers.programs.megatron_core": "launchers.programs.megatron_core.__main__",
+    "launchers.programs.megatron_bridge": "launchers.programs.megatron_bridge.ahead",
+}
+"""What is imported ahead for a program's module; for any other torch alone, since its import may be its run."""
+
+_TORCH = "torch._dynamo"
+"""All of torch: where a rank fails, its logging would import this, which takes seconds each time."""
+
+_TORCHRUN = ("-m", "torch.distributed.run")
+_READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "NVTE_")
+"""Prefixes of variables that nobody reads while importing: a fork may still set them."""
+_END_S = 10.0
+"""How long the parent of an ended job may take to say so."""
+
+
+class Preload:
+    """Starts jobs as forks of one process, which imports their program at the first of them.
+
+    Use it as a context manager: at the end everything it started is ended.
+
+    Args:
+        marker: The folder by which the processes are known should the tuner die: the sweep's.
+    """
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = str(marker.absolute())
+        self._server: _Server | None = None
+        self._key: tuple[str, dict[str, str]] | None = None
+
+    def __enter__(self) -> "Preload":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    def jobs(self) -> list[psutil.Process]:
+        """The living processes of the job that was started last."""
+        return [] if self._server is None else self._server.jobs()
+
+    def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> RunningJob:
+        """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.base.Job`.
+
+        Raises:
+            OSError: if nothing can be started.
+        """
+        if argv[1 : 1 + len(_TORCHRUN)] != _TORCHRUN:
+            return Job(argv, env, folder, output)
+        module = argv[argv.index("-m", 1 + len(_TORCHRUN)) + 1]
+        early = {name: value for name, value in env.items() if not name.startswith(_READ_LATE)}
+        if self._server is None or not self._server.alive() or self._key != (module, early):
+            if self._server is not None:
+                self._server.close()
+            self._server = _Server(IMPORTED.get(module, _TORCH), early | {MARKER: self._marker}, output)
+            self._key = (module, early)
+        arguments = argv[1 + len(_TORCHRUN) :]
+        return ForkedJob(
+            self._server,
+            {"argv": [*arguments], "env": dict(env), "folder": str(folder), "output": str(output)},
+        )
+
+
+class _Server:
+    """The process that has imported a program, and the line to it."""
+
+    def __init__(self, module: str, env: Mapping[str, str], output: Path) -> None:
+        with output.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launchers.local.fork_server", module],
+                # torch asks CUDA's driver how many devices there are, after which a fork could not use them.
+                env={**env, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,
+            )
+        self.answers: Queue[Answer | None] = Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.answers.put(json.loads(line))
+        self.answers.put(None)  # its end
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ask(self, request: "Request") -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def jobs(self) -> list[psutil.Process]:
+        """All that lives below it: one job's processes."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.Error:
+            return []
+        return [process for process in found if _is_running(process)]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.send_signal(signal.SIGSTOP)  # it may be about to fork
+        end_processes(self.jobs, grace_s=0.0)
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+class ForkedJob:
+    """The processes of one job below the process that forks them; like `launchers.base.Job` otherwise."""
+
+    def __init__(self, server: _Server, request: "Request") -> None:
+        self._server = server
+        self._started = self._ended = False
+        self.exit_code: int | None = None
+        with suppress(BrokenPipeError):  # it has died, which its answers tell
+            server.ask(request)
+
+    def ended(self) -> bool:
+        """Whether the agent has ended, or the process that was to fork it."""
+        while not self._ended:
+            try:
+                self._take(self._server.answers.get_nowait())
+            except Empty:
+                break
+        return self._ended
+
+    def end(self, grace_s: float) -> tuple[int, ...]:
+        """End every process: SIGTERM, and SIGKILL after `grace_s`. May be called again.
+
+        Returns:
+            The process ids that even SIGKILL did not end.
+        """
+        self.ended()
+        if not self._started and not self._ended:
+            self._server.close()
+        left = end_processes(self._server.jobs, grace_s)
+        with suppress(Empty):
+            while not self._ended:
+                self._take(self._server.answers.get(timeout=_END_S))
+        return tuple(process.pid for process in left)
+
+    def _take(self, answer: "Answer | None") -> None:
+        if answer is None:
+            self._ended, self.exit_code = True, self._server.process.wait()
+        elif answer["event"] == "started":
+            self._started = True
+        elif answer["event"] == "ended":
+            self._ended, self.exit_code = True, answer["value"]

@@ -1,0 +1,202 @@
+"""Fork torchrun jobs from a process that imported their program once: `python -m launchers.local.fork_server MODULE`.
+
+Importing torch and Megatron takes longer than most trials. Requests come as lines of JSON on the standard input,
+each the torchrun command of a job; answers go as lines to what was the standard output. One job at a time. The job
+is torchrun's own agent, run with the same arguments in a fork, and its ranks are forks of that: they have their own
+processes, process group, device context and output, as cold ones have. Importing initialises no CUDA, so a fork may.
+
+When the input ends, so does everything: whoever asked for the jobs is gone. While it imports, which takes many
+seconds on a busy machine, it cannot look at its input, and dies with the thread that started it.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Literal, NoReturn, TypedDict
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_MS = 500
+
+
+class Request(TypedDict):
+    """One job."""
+
+    argv: list[str]
+    """torchrun's arguments."""
+    env: dict[str, str]
+    """The whole environment."""
+    folder: str
+    """The working directory."""
+    output: str
+    """The file that the agent's output is appended to."""
+
+
+class Answer(TypedDict):
+    """What became of a request: first that its job runs, later how it ended."""
+
+    event: Literal["ready", "started", "ended"]
+    value: int
+    """Process id, or exit code (negative for a signal)."""
+
+
+def main(module: str) -> int:
+    """Import `module`, the expensive part of the programs to come, then serve requests until the input ends."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    # Neither the jobs nor a chatty import may write into the answers.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    # What outlives its parent in a job stays below this process, where it is found and ended.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _has_ended(requests.fileno()):  # before it could be noticed
+        return 0
+    importlib.import_module("torch.distributed.run")
+    importlib.import_module(module)
+    _prctl(_PR_SET_PDEATHSIG, 0)  # from here on its jobs must be ended with it
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page it touches
+    _answer(answers, {"event": "ready", "value": os.getpid()})
+    while line := requests.readline():
+        _reap()
+        pid = os.fork()
+        if not pid:
+            requests.close()
+            os.close(answers)
+            _become_job(json.loads(line))
+        _answer(answers, {"event": "started", "value": pid})
+        code = _exit_code(pid, requests.fileno())
+        if code is None:
+            break
+        _answer(answers, {"event": "ended", "value": code})
+    _end_descendants()
+    return 0
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _has_ended(requests: int) -> bool:
+    poll = select.poll()
+    poll.register(requests, 0)  # a hang-up is told unasked
+    return bool(poll.poll(0))
+
+
+def _answer(answers: int, answer: Answer) -> None:
+    os.write(answers, json.dumps(answer).encode() + b"\n")
+
+
+def _exit_code(pid: int, requests: int) -> int | None:
+    """Wait for a job; None if the input ended before it did."""
+    ended = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        poll.register(requests, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll(_POLL_MS)}
+            if ended in ready:
+                return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if requests in ready:  # nothing is asked for while a job runs, so that this is the end
+                return None
+    finally:
+        os.close(ended)
+
+
+def _reap() -> None:
+    """Take in the orphans of earlier jobs."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def _end_descendants() -> None:
+    # Again and again: a process may be forked while the others are ended.
+    while alive := [process for process in psutil.Process().children(recursive=True) if _is_running(process)]:
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.01)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _become_job(request: Request) -> NoReturn:
+    """Be torchrun's agent, in a fork."""
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(request["folder"])
+        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        os.environ.clear()
+        os.environ.update(request["env"])
+        code = _run(request["argv"])
+    except BaseException:  # whatever it is, this fork must not return into the loop
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(argv: list[str]) -> int:
+    # Imported long ago, but not when this file was.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    arguments: Any = torchrun.parse_args(argv)  # type: ignore[no-untyped-call]
+    config, _, _ = torchrun.config_from_args(arguments)
+    launch = elastic_launch(replace(config, start_method="fork"), _be_rank)
+    try:
+        launch(arguments.training_script, arguments.training_script_args)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _be_rank(module: str, arguments: list[str]) -> None:
+    """Run the program as `python -m MODULE ARGUMENTS...` would; in a fork of the agent."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    sys.argv = [module, *arguments]
+    code: Any = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # multiprocessing would tell the agent, and leave the rank's own log without a word
+        traceback.print_exc()
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,56 @@
+"""Starts the oracle of peak memory: one rank of a trial, in a process of its own, since it patches Torch for good."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from launchers.base import inherited_environment, python_path
+from tuner.errors import MegatuneError
+from tuner.files import read_json, write_json
+from tuner.trial.contract import RankRecord, TrialSpec
+
+PROGRAM = "launchers.programs.megatron_core.probe"
+LIMIT_S = 1800
+
+
+def probe(spec: TrialSpec, rank: int) -> RankRecord:
+    """Return what `rank` of a trial would report of itself: its peak, or how it failed. Takes seconds to minutes.
+
+    Raises:
+        MegatuneError: if the process ended without a word, or took longer than LIMIT_S.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatune-probe-") as folder:
+        given, found = Path(folder) / "spec.json", Path(folder) / "record.json"
+        write_json(given, spec)
+        command = [sys.executable, "-m", PROGRAM, str(given), str(rank), str(found)]
+        try:
+            done = subprocess.run(
+                command,
+                env=_environment(spec),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=LIMIT_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise MegatuneError(
+                f"the probe of rank {rank} took longer than {LIMIT_S} s: the peak is the same with a smaller "
+                "global_batch_size, as long as each stage of the pipeline is filled"
+            ) from None
+        if not found.exists():
+            raise MegatuneError(
+                f"the probe of rank {rank} ended with code {done.returncode}:\n{done.stderr[-4000:]}"
+            )
+        return read_json(RankRecord, found)
+
+
+def _environment(spec: TrialSpec) -> dict[str, str]:
+    # Fake tensors take little memory and one core; a CPU cluster's layout is probed as its ranks would run it.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.cluster.device == "cpu" else {}
+    return (
+        inherited_environment()
+        | hidden
+        | {"PYTHONPATH": os.pathsep.join(python_path()), "OMP_NUM_THREADS": "1"}
+    )

@@ -1,0 +1,122 @@
+"""One rank of a trial, whatever it trains by: its spec, its timed steps, its report, its end."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from math import isfinite
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+
+from launchers.programs.harness.measure import slower_than_ms
+from launchers.programs.harness.memory import GIB, TensorAccount, peak_gib
+from launchers.programs.harness.report import (
+    Monitor,
+    NonFiniteLossError,
+    Steps,
+    rank_record,
+    report_failure,
+    write_completed,
+    write_too_slow,
+)
+from tuner.files import read_json
+from tuner.trial.contract import RankRecord, TrialFolder, TrialSpec
+
+ACCOUNTED_STEPS: Final = 2
+"""On CPU: Adam's state comes with the first step, so the second holds the peak."""
+
+Run = Callable[[TrialSpec, Monitor, TensorAccount | None], None]
+"""Trains and reports; every rank makes the same calls."""
+
+
+def run_rank(arguments: list[str], run: Run) -> int:
+    """Run the trial of this rank, and report a failure; returns the exit code."""
+    spec, folder = read_json(TrialSpec, Path(arguments[0])), TrialFolder(Path(arguments[1]))
+    started_at = float(os.environ.get("MEGATUNE_STARTED_AT", time.time()))
+    monitor = Monitor(folder, int(os.environ["RANK"]), started_at)
+    on_cpu = spec.cluster.device == "cpu"
+    account = TensorAccount(spec.cluster.gpu.memory_gib * GIB) if on_cpu else None
+    try:
+        run(spec, monitor, account)
+    except Exception as error:
+        report_failure(monitor, error, _peak_so_far(account))
+        return 1
+    return 0
+
+
+def end(code: int) -> None:
+    """End the process of this rank, whatever it waits for."""
+    with suppress(OSError):  # the disk may be full
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if code:  # a collective may be pending for ever, and its destructor would wait for it
+        os._exit(code)
+
+
+class TimedSteps:
+    """The steps of a trial: each timed over all ranks, and its loss checked."""
+
+    def __init__(self, spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
+        self.spec, self.monitor, self.account = spec, monitor, account
+        self.times_ms: list[float] = []
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self._started_s = 0.0
+
+    def begin(self) -> None:
+        """All ranks begin a step at once."""
+        torch.cuda.synchronize()
+        dist.barrier()
+        self._started_s = time.perf_counter()
+
+    def stop(self, device: torch.device) -> None:
+        """Keep the slowest rank's time of the step, which every rank then knows, so that all decide the same."""
+        torch.cuda.synchronize()
+        elapsed = torch.tensor(time.perf_counter() - self._started_s, dtype=torch.float64, device=device)
+        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+        self.times_ms.append(float(elapsed) * 1000)
+
+    def keep(self, loss: float, grad_norm: float) -> None:
+        """Keep what the step came to.
+
+        Raises:
+            NonFiniteLossError: on every rank, if the loss or the norm of the gradients is not finite.
+        """
+        self.monitor.finish_step()
+        if not (isfinite(loss) and isfinite(grad_norm)):
+            raise NonFiniteLossError(f"loss {loss}, gradient norm {grad_norm} in step {self.monitor.step}")
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+
+    @property
+    def measured_ms(self) -> list[float]:
+        """The times of the steps behind the least warm-up."""
+        return self.times_ms[self.spec.measurement.warmup_steps :]
+
+    def slower_than_ms(self) -> float | None:
+        """What the step time is above, where that rules the trial out."""
+        return slower_than_ms(self.measured_ms, self.spec)
+
+    def report(self, above_ms: float | None) -> None:
+        """Write the result, while the ranks are still together; of a trial that was given up what it is above."""
+        self.monitor.enter("teardown")
+        own = rank_record(self.monitor, peak_gib(self.account))
+        records: list[RankRecord] = [own] * dist.get_world_size()
+        dist.all_gather_object(records, own)
+        if self.monitor.rank:
+            return
+        if above_ms is None:
+            steps = Steps(tuple(self.times_ms), tuple(self.losses), tuple(self.grad_norms))
+            write_completed(self.spec, self.monitor, steps, records)
+        else:
+            write_too_slow(self.spec, self.monitor, above_ms, records)
+
+
+def _peak_so_far(account: TensorAccount | None) -> tuple[float | None, float | None]:
+    """The peak up to a failure; nothing where not even the device was reached."""
+    reached = account is not None or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return peak_gib(account) if reached else (None, None)

@@ -1,0 +1,114 @@
+"""What pruning removes: exactly the rows it names, and, where everything was measured, none that ran."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.bench.audit import smaller_than_said, wrongly_dominated, wrongly_too_large
+from tests.bench.landscape import LANDSCAPES
+from tests.bench.problems import Problem, problems
+from tests.bench.recorded import STEP_TIMES
+from tests.replay import sweep_of, table_of
+from tests.trials import CLUSTER, completed_row, failed_row
+from tuner.core.cluster import Cluster
+from tuner.core.layout import Layout
+from tuner.explain.audit import DOMINATED, TOO_LARGE, removed
+from tuner.predict.dominance import needs_at_least_as_much_memory
+from tuner.predict.feasibility import MIN_FIT, fit_probabilities
+from tuner.predict.memory.peak import peak_gib
+from tuner.search.sampler import find_row, layout_at
+
+SWEEP = sweep_of()
+TABLE = table_of(SWEEP)
+PEAKS = peak_gib(TABLE, SWEEP.workload, SWEEP.cluster)
+OOM = Layout(tp=2, micro_batch_size=2)
+# Without CUDA's context and workspaces, which are larger than this model.
+CPU_PEAKS = peak_gib(TABLE, SWEEP.workload, CLUSTER, "torch")
+
+
+def cpu(memory_gib: float) -> Cluster:
+    return replace(CLUSTER, device="cpu", gpu=replace(CLUSTER.gpu, memory_gib=memory_gib))
+
+
+def test_with_room_for_all_and_no_trials_nothing_is_removed() -> None:
+    assert removed(TABLE, SWEEP.workload, SWEEP.cluster).empty
+
+
+def test_rows_that_hardly_fit_are_removed_with_their_peak_and_probability() -> None:
+    small = cpu(float(np.median(CPU_PEAKS)))
+    fits = fit_probabilities(TABLE, SWEEP.workload, small)
+    gone = removed(TABLE, SWEEP.workload, small)
+    assert 0 < len(gone) < len(TABLE)
+    assert gone.index.tolist() == np.flatnonzero(fits < MIN_FIT).tolist()
+    assert set(gone["reason"]) == {TOO_LARGE}
+    assert gone["predicted_gib"].tolist() == pytest.approx(CPU_PEAKS[gone.index])
+    assert gone["fit"].tolist() == fits[gone.index].tolist()
+    assert (gone["trial"] == -1).all()
+
+
+def test_rows_above_an_oom_are_removed_with_the_first_trial_that_rules_them_out() -> None:
+    trials = [
+        completed_row(0, 100.0, layout=Layout(tp=4)),
+        replace(failed_row(1), layout=OOM),
+        replace(failed_row(2), layout=replace(OOM, pp=2)),
+    ]
+    gone = removed(TABLE, SWEEP.workload, SWEEP.cluster, trials)
+    assert set(gone["reason"]) == {DOMINATED}
+    told = {
+        layout_at(gone, row): (gone["trial"].iloc[row], gone["along"].iloc[row]) for row in range(len(gone))
+    }
+    assert told[replace(OOM, micro_batch_size=4)] == (1, "micro_batch_size")
+    assert told[replace(OOM, pp=2, micro_batch_size=4)] == (2, "micro_batch_size")
+    expected = np.zeros(len(TABLE), dtype=bool)
+    for trial in trials[1:]:
+        expected |= needs_at_least_as_much_memory(TABLE, trial.layout, SWEEP.workload, SWEEP.cluster)
+    expected &= [layout_at(TABLE, row) not in {trial.layout for trial in trials} for row in range(len(TABLE))]
+    assert gone.index.tolist() == np.flatnonzero(expected).tolist()
+
+
+def test_recompute_that_is_dropped_is_told_as_one_axis() -> None:
+    full = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    gone = removed(TABLE, SWEEP.workload, SWEEP.cluster, [replace(failed_row(0), layout=full)])
+    told = {layout_at(gone, row): gone["along"].iloc[row] for row in range(len(gone))}
+    assert told[Layout()] == "recompute"
+    assert told[Layout(micro_batch_size=2)] == "micro_batch_size, recompute"
+
+
+def test_a_row_that_was_tried_all_the_same_is_not_removed() -> None:
+    none_fit = cpu(CPU_PEAKS.min() / 2)
+    assert len(removed(TABLE, SWEEP.workload, none_fit)) == len(TABLE)
+    gone = removed(TABLE, SWEEP.workload, none_fit, [replace(failed_row(0), layout=OOM)])
+    assert len(gone) == len(TABLE) - 1
+    assert find_row(gone, OOM) is None
+
+
+def test_the_bench_finds_what_is_wrong() -> None:
+    """Held against a problem in which the layouts that ran are those that should not have."""
+    rows = [find_row(TABLE, layout) for layout in (OOM, replace(OOM, micro_batch_size=4))]
+    assert None not in rows
+    small, large = (int(row) for row in rows if row is not None)
+    step_ms = np.full((len(TABLE), 1), 100.0)
+    step_ms[small] = np.nan
+    peaks = PEAKS.copy()
+    wrong = Problem("wrong", SWEEP.workload, SWEEP.cluster, TABLE, step_ms, peaks)
+    assert (small, large) in wrongly_dominated(wrong)
+    assert smaller_than_said(wrong)[0] == []
+    peaks[large] = peaks[find_row(TABLE, replace(OOM, micro_batch_size=1)) or 0] / 2
+    assert any(pair[1] == large for pair in smaller_than_said(wrong)[0])
+    none_fit = cpu(CPU_PEAKS.min() / 2)
+    crowded = Problem("crowded", SWEEP.workload, none_fit, TABLE, step_ms, None)
+    assert wrongly_too_large(crowded).tolist() == np.flatnonzero(np.isfinite(step_ms[:, 0])).tolist()
+
+
+@pytest.mark.skipif(
+    not STEP_TIMES.exists() and not list(LANDSCAPES.glob("*/trials.csv")),
+    reason="neither the recorded step times of ../shared/data nor a published landscape are here",
+)
+def test_where_everything_was_measured_pruning_removes_nothing_that_ran() -> None:
+    found = list(problems())
+    assert found
+    for problem in found:
+        assert wrongly_too_large(problem).tolist() == [], problem.name
+        assert wrongly_dominated(problem) == [], problem.name
+        assert smaller_than_said(problem)[0] == [], problem.name

@@ -1,0 +1,219 @@
+"""A user's own Megatron-LM command as a trial runs it."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.trials import completed_row, spec_of
+from tests.unit.frameworks.test_megatron_lm import GPT
+from tests.unit.layouts import cluster, mixture, workload
+from tuner.core.layout import Layout
+from tuner.core.workload import Workload
+from tuner.errors import InputError
+from tuner.frameworks.export import Format, export
+from tuner.frameworks.megatron_lm.command import read_command
+from tuner.frameworks.megatron_lm.trial_command import replaced, script_words, with_layout
+from tuner.report.pages import figures
+from tuner.search.sampler import layout_at
+from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.trial.program import MegatronLm
+
+COMMAND = ("/home/ann/Megatron-LM/pretrain_gpt.py", *shlex.split(GPT))
+OWN = shlex.split(
+    "--tensor-model-parallel-size=8 --sequence-parallel --pipeline-model-parallel-size 4 "
+    "--num-layers-per-virtual-pipeline-stage 2 --recompute-activations --recompute-modules core_attn mlp "
+    "--use-megatron-fsdp --ckpt-format fsdp_dtensor --cuda-graph-scope attn mlp --moe-enable-deepep "
+    "--rampup-batch-size 16 16 1000 --train-iters 500000 --lr 1.5e-4 --lr-warmup-iters 2000 --save /ckpt "
+    "--load /ckpt --save-interval 500 --eval-iters 32 --log-interval 100 --exit-interval 100 --wandb-project p"
+)
+PLAIN: Workload = read_command(GPT, "gpt.sh", world_size=8).workload
+
+
+def _arguments(words: tuple[str, ...]) -> dict[str, list[str]]:
+    arguments: dict[str, list[str]] = {}
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert word not in arguments, f"{word} is given twice"
+            arguments[word] = []
+        else:
+            arguments[list(arguments)[-1]].append(word)
+    return arguments
+
+
+def test_every_spelling_of_a_knob_gives_way_to_the_layout() -> None:
+    words = replaced((*COMMAND, *OWN), Layout(tp=2), PLAIN, steps=23)
+    arguments = _arguments(words)
+    assert words[0] == COMMAND[0]
+    assert arguments["--tensor-model-parallel-size"] == ["2"]
+    assert read_command(shlex.join(words), "gpt.sh", world_size=8).layout == Layout(tp=2)
+    for flag in ("--num-layers-per-virtual-pipeline-stage", "--recompute-activations", "--recompute-modules"):
+        assert flag not in arguments
+    for flag in ("--use-megatron-fsdp", "--ckpt-format", "--cuda-graph-scope", "--moe-enable-deepep"):
+        assert flag not in arguments
+
+
+def test_a_trial_is_short_and_leaves_nothing_behind() -> None:
+    arguments = _arguments(replaced((*COMMAND, *OWN), Layout(), PLAIN, steps=23))
+    assert arguments["--train-iters"] == ["23"]
+    assert arguments["--log-interval"] == ["1"]
+    assert arguments["--eval-iters"] == ["0"]
+    assert arguments["--global-batch-size"] == ["64"]
+    for flag in ("--save", "--load", "--save-interval", "--exit-interval", "--wandb-project"):
+        assert flag not in arguments
+    assert "--rampup-batch-size" not in arguments
+
+
+def test_the_learning_rate_follows_the_schedule_of_the_whole_training() -> None:
+    arguments = _arguments(replaced((*COMMAND, *OWN), Layout(), PLAIN, steps=23))
+    assert arguments["--lr-decay-iters"] == ["500000"]
+    assert arguments["--lr-warmup-iters"] == ["2000"]
+    assert arguments["--lr"] == ["1.5e-4"]
+
+
+def test_a_schedule_in_samples_becomes_one_in_steps() -> None:
+    samples = ("--train-samples", "6400", "--lr-warmup-samples", "100", "--lr-decay-samples", "3200")
+    arguments = _arguments(replaced((*COMMAND, *samples), Layout(), PLAIN, steps=23))
+    assert (arguments["--lr-decay-iters"], arguments["--lr-warmup-iters"]) == (["50"], ["2"])
+    assert not [flag for flag in arguments if flag.endswith("-samples")]
+    short = _arguments(replaced((*COMMAND, *samples[:2]), Layout(), PLAIN, steps=23))
+    assert short["--lr-decay-iters"] == ["100"]
+
+
+@pytest.mark.parametrize(
+    ("own", "layout", "stated"),
+    [
+        ("torch", Layout(), ["torch"]),
+        ("fsdp_dtensor", Layout(), None),
+        (
+            "torch",
+            Layout(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim"),
+            ["fsdp_dtensor"],
+        ),
+    ],
+)
+def test_the_format_of_checkpoints_is_the_users_unless_fsdp_has_a_say(
+    own: str, layout: Layout, stated: list[str] | None
+) -> None:
+    words = with_layout((*COMMAND, "--ckpt-format", own, "--save", "/ckpt"), layout, PLAIN)
+    assert _arguments(words).get("--ckpt-format") == stated
+    assert _arguments(words)["--save"] == ["/ckpt"]
+
+
+def test_the_export_is_the_users_own_command_with_the_layout() -> None:
+    program = MegatronLm(megatron_lm=(*COMMAND, *OWN))
+    spec = replace(spec_of(1, Layout(pp=2)), workload=PLAIN, program=program)
+    rows = [completed_row(1, 80.0, layout=Layout(pp=2))]
+    facts = figures(rows)
+    assert facts is not None
+    text = export(Format.of(program), spec, facts, "again")
+    words = tuple(shlex.split(text.replace(" \\\n", " "), comments=True))
+    assert words == with_layout(program.megatron_lm, Layout(pp=2), PLAIN)
+    arguments = _arguments(words)
+    assert arguments["--pipeline-model-parallel-size"] == ["2"]
+    assert arguments["--tensor-model-parallel-size"] == ["1"]
+    assert "--sequence-parallel" not in arguments and "--recompute-activations" not in arguments
+    assert (arguments["--train-iters"], arguments["--load"]) == (["500000"], ["/ckpt"])
+
+
+def test_what_is_no_number_is_refused() -> None:
+    with pytest.raises(InputError, match="--train-iters many: must be one whole number"):
+        replaced((*COMMAND, "--train-iters", "many"), Layout(), PLAIN, steps=23)
+
+
+WORKLOAD, CLUSTER = workload(mixture()), cluster(16)
+TABLE = enumerate_layouts(WORKLOAD, CLUSTER, default_domain(WORKLOAD, CLUSTER)).table
+
+
+@given(row=st.integers(0, len(TABLE) - 1), other=st.integers(0, len(TABLE) - 1))
+def test_whatever_layout_the_command_had_it_gets_the_trials(row: int, other: int) -> None:
+    layout = layout_at(TABLE, row)
+    model = (*COMMAND, "--num-experts", "8")
+    before = replaced(model, layout_at(TABLE, other), WORKLOAD, steps=23)
+    words = replaced(before, layout, WORKLOAD, steps=23)
+    assert set(words) == set(replaced(model, layout, WORKLOAD, steps=23)) | {"--lr-decay-iters"}
+    read = read_command(shlex.join(words), "gpt.sh", world_size=16)
+    assert read.layout == layout
+    assert read.workload.global_batch_size == WORKLOAD.global_batch_size
+
+
+SCRIPT = """#!/bin/bash
+set -e
+GPUS_PER_NODE=8   # of each node
+TP=${TP:-2}
+DATA="/data/my corpus"
+python tools/preprocess.py --input "$DATA" --workers 4 && echo done
+GPT_ARGS="
+    --num-layers 24 --hidden-size 1024 \\
+    --num-attention-heads 16
+"
+MODEL_ARGS=(
+    --seq-length 1024   # a comment (with parentheses)
+    --data-path "$DATA/text document"
+)
+torchrun --nproc_per_node $GPUS_PER_NODE pretrain_gpt.py $GPT_ARGS ${MODEL_ARGS[@]} \\
+    --tensor-model-parallel-size $TP --bf16 2>&1 | tee log.txt
+echo finished
+"""
+
+
+def test_a_scripts_command_is_taken_out_with_its_variables_and_arrays_filled_in() -> None:
+    assert script_words(SCRIPT, "train.sh") == (
+        *("pretrain_gpt.py", "--num-layers", "24", "--hidden-size", "1024", "--num-attention-heads", "16"),
+        *("--seq-length", "1024", "--data-path", "/data/my corpus/text document"),
+        *("--tensor-model-parallel-size", "2", "--bf16"),
+    )
+
+
+def _sweep(folder: Path, program: list[str], **other: Any) -> Sweep:
+    file = folder / "sweep.yaml"
+    data = {"name": "night", "cluster": "dgx-h100", "program": {"megatron_lm": program}, **other}
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return load_sweep(file, lambda: cluster(8))
+
+
+def test_a_sweep_needs_no_more_than_the_users_script(tmp_path: Path) -> None:
+    (tmp_path / "pretrain_gpt.py").touch()
+    told = SCRIPT.replace("--bf16", "--bf16 --vocab-size 50257 --max-position-embeddings 1024")
+    (tmp_path / "train.sh").write_text(told, encoding="utf-8")
+    sweep = _sweep(tmp_path, ["train.sh"])
+    assert isinstance(sweep.program, MegatronLm)
+    assert sweep.program.megatron_lm[0] == str(tmp_path / "pretrain_gpt.py")
+    assert (sweep.workload.model.num_layers, sweep.workload.seq_length) == (24, 1024)
+    assert sweep.baseline == Layout(tp=2, use_distributed_optimizer=False)
+    assert 2 in sweep.domain["tp"]
+
+
+def test_what_only_a_run_would_tell_is_stated(tmp_path: Path) -> None:
+    (tmp_path / "train.sh").write_text(SCRIPT, encoding="utf-8")
+    with pytest.raises(InputError, match="the vocabulary is not told"):
+        _sweep(tmp_path, ["train.sh"])
+    stated = {"model": "llama3-8b", "seq_length": 1024, "global_batch_size": 64}
+    sweep = _sweep(tmp_path, ["train.sh"], workload=stated, baseline={"tp": 2})
+    assert sweep.workload.model.name == "llama3-8b"
+
+
+def test_a_script_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"sweep.yaml: key 'program.megatron_lm': .*train.sh cannot be read"):
+        _sweep(tmp_path, ["train.sh"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("echo hello", "no command of a Python script with --num-layers"),
+        ("torchrun pretrain_gpt.py --num-layers $LAYERS", "only a shell could tell"),
+        ("torchrun pretrain_gpt.py --num-layers $(nproc)", "only a shell could tell"),
+        ("A=(1 2\ntorchrun pretrain_gpt.py --num-layers 2", "is not closed"),
+    ],
+)
+def test_a_script_that_only_a_shell_could_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        script_words(text, "train.sh")
+    assert str(caught.value).startswith("train.sh: ")

@@ -1,0 +1,72 @@
+"""What a trial costs: learnt from the trials that completed, and weighed against what it promises."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+
+from tests.trials import completed_row, failed_row
+from tuner.search.cost import TrialCost, trial_cost
+from tuner.search.ranking import Ranking
+from tuner.search.strategy import Observation
+from tuner.trial.contract import Measurement, Outcome, RankRecord
+
+
+def completed(fixed_s: float, steps: int) -> Observation:
+    return Observation(state=TrialState.COMPLETE, step_time_ms=100.0, fixed_s=fixed_s, steps=steps)
+
+
+MEASUREMENT = Measurement(warmup_steps=4, min_steps=5, max_steps=9)
+
+
+def test_before_the_first_trial_only_the_steps_count() -> None:
+    assert trial_cost([], MEASUREMENT) == TrialCost(fixed_s=0.0, steps=9)
+
+
+def test_completed_trials_tell_the_fixed_cost_and_the_steps_by_their_median() -> None:
+    found = trial_cost([completed(10, 9), completed(100, 13), completed(12, 11)], MEASUREMENT)
+    assert found == TrialCost(fixed_s=12, steps=11)
+
+
+def test_trials_that_failed_tell_nothing_of_the_cost() -> None:
+    failed = Observation(state=TrialState.PRUNED, fixed_s=500.0)
+    assert trial_cost([failed], MEASUREMENT) == trial_cost([], MEASUREMENT)
+    assert trial_cost([failed, completed(10, 5)], MEASUREMENT).fixed_s == 10
+
+
+def test_a_result_splits_into_its_steps_and_the_rest() -> None:
+    found = Observation.of(completed_row(0, 100.0).result)
+    assert (found.fixed_s, found.steps) == (15.0 - 2.0 - 3.0, 6)
+    assert Observation.of(failed_row(0).result).out_of_memory
+
+
+def test_a_trial_that_was_given_up_tells_its_bound_and_its_peak() -> None:
+    ranks = tuple(
+        RankRecord(rank=rank, host="here", phase="teardown", step=6, peak_allocated_gib=peak_gib)
+        for rank, peak_gib in enumerate([10.0, 12.5])
+    )
+    failed = failed_row(0, Outcome.TOO_SLOW).result
+    found = Observation.of(replace(failed, ranks=ranks, slower_than_ms=120.0))
+    assert (found.state, found.step_time_ms, found.slower_than_ms) == (TrialState.PRUNED, None, 120.0)
+    assert found.peak_gib == 12.5
+    timed_out = replace(failed, outcome=Outcome.TIMEOUT, ranks=ranks, slower_than_ms=120.0)
+    assert Observation.of(timed_out).peak_gib is None, "it may not have come to its peak"
+
+
+def test_seconds_are_the_fixed_cost_and_the_steps() -> None:
+    assert TrialCost(fixed_s=20.0, steps=10).seconds(np.array([100.0, 2000.0])) == pytest.approx([21, 40])
+
+
+def test_of_two_rows_that_promise_alike_the_cheaper_trial_comes_first_and_a_fixed_cost_levels_them() -> None:
+    """Row 1 may win more, yet its steps take ten times as long as row 2's expected ones."""
+    features = np.array([[0.0], [30.0], [60.0]])
+    ranking = Ranking(features, np.array([100.0, 130.0, 101.0]))
+    ranking.tell(0, 100.0)
+    rows = np.array([1, 2])
+    ranking.cost = TrialCost(fixed_s=0.0, steps=10)
+    by_steps = ranking.score(rows)
+    ranking.cost = TrialCost(fixed_s=1e6, steps=10)
+    by_trial = ranking.score(rows)
+    assert by_steps[0] / by_steps[1] == pytest.approx(by_trial[0] / by_trial[1] * 101 / 130, rel=0.05)
+    assert by_steps[0] / by_steps[1] < by_trial[0] / by_trial[1]

@@ -1,0 +1,172 @@
+"""What a sweep may use: its limits hold to within one trial, the finals' share is kept, a deadline is read right."""
+
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.trials import completed_row
+from tuner.analysis.finals import Plan
+from tuner.core.layout import Layout
+from tuner.errors import InputError
+from tuner.sweep.budget import Clock, Ledger, Stop, deadline_of, shrunk
+from tuner.sweep.configuration import Budget
+from tuner.trial.rows import TrialRow
+
+NOW = datetime(2026, 3, 1, 22, 30)
+TRIAL_S = 15.0
+"""What a row of tests.trials took."""
+
+
+def rows_of(count: int) -> tuple[TrialRow, ...]:
+    return tuple(
+        completed_row(
+            number,
+            100.0 - number,
+            layout=Layout(micro_batch_size=number + 1),
+            source="sampler" if number else "baseline",
+        )
+        for number in range(count)
+    )
+
+
+def ledger(rows: tuple[TrialRow, ...], clock: Clock | None = None, **budget: Any) -> Ledger:
+    return Ledger(budget=Budget(**budget), world_size=8, rows=rows, lost_s=0.0, clock=clock)
+
+
+def finals(rows: tuple[TrialRow, ...], count: int) -> tuple[TrialRow, ...]:
+    layouts = [rows[-1].layout, rows[0].layout]
+    ran = (
+        completed_row(len(rows) + place, 90.0, layout=layouts[place % 2], source="final")
+        for place in range(count)
+    )
+    return (*rows, *ran)
+
+
+def searched(limit: int = 200, clock: Clock | None = None, **budget: Any) -> tuple[int, Stop | None]:
+    """How many trials the search gets, and why it ends."""
+    for count in range(limit):
+        if (reason := ledger(rows_of(count), clock, **budget).search_is_over()) is not None:
+            return count, reason
+    return limit, None
+
+
+@pytest.mark.parametrize(
+    ("budget", "count", "reason"),
+    [
+        ({"trials": 40}, 28, Stop.TRIALS),
+        ({"trials": 8}, 4, Stop.TRIALS),
+        ({"trials": 3}, 3, Stop.TRIALS),
+        ({"trials": 40, "finalists": 0}, 40, Stop.TRIALS),
+        # Twelve finals of 15 s are 180 s: of 400 s the search gets the rest.
+        ({"trials": 100, "hours": 400 / 3600}, 15, Stop.HOURS),
+        ({"trials": 100, "gpu_hours": 8 * 400 / 3600}, 15, Stop.GPU_HOURS),
+        # Of 200 s half is kept: six finals of 15 s.
+        ({"trials": 100, "hours": 200 / 3600}, 8, Stop.HOURS),
+    ],
+)
+def test_the_search_leaves_room_for_the_finals(budget: dict[str, Any], count: int, reason: Stop) -> None:
+    assert searched(**budget) == (count, reason)
+
+
+def test_the_deadline_leaves_room_for_the_next_trial_and_the_finals() -> None:
+    rows = rows_of(5)
+    for left_s, reason in ((13 * TRIAL_S + 1, None), (13 * TRIAL_S - 1, Stop.DEADLINE)):
+        clock = Clock(began_s=0.0, now_s=1000.0 - left_s, deadline_s=1000.0)
+        assert ledger(rows, clock, trials=100).search_is_over() is reason
+
+
+def test_finals_that_are_not_through_keep_the_search_ended_under_a_deadline() -> None:
+    clock = Clock(began_s=0.0, now_s=100.0, deadline_s=1e6)
+    rows = rows_of(5)
+    assert ledger(finals(rows, 3), clock, trials=100).search_is_over() is Stop.DEADLINE
+    assert ledger(finals(rows, 3), None, trials=100).search_is_over() is None
+
+
+def test_a_trial_that_would_end_behind_the_deadline_is_not_begun() -> None:
+    clock = Clock(began_s=0.0, now_s=990.0, deadline_s=1000.0)
+    assert ledger(rows_of(3), clock).used_up(next_s=11.0) is Stop.DEADLINE
+    assert ledger(rows_of(3), clock).used_up(next_s=9.0) is None
+
+
+@given(st.integers(1, 60), st.integers(0, 5), st.integers(2, 4))
+def test_search_and_finals_together_take_the_budget_and_no_more(
+    trials: int, finalists: int, runs: int
+) -> None:
+    count, _ = searched(trials=trials, finalists=finalists, final_runs=runs)
+    books = ledger(rows_of(count), trials=trials, finalists=finalists, final_runs=runs)
+    assert count + books.plan().trials <= trials
+    assert books.plan().trials <= trials / 2
+    assert count >= trials / 2
+
+
+def test_the_finals_do_not_grow_smaller_as_they_run() -> None:
+    rows = rows_of(28)
+    plans = {ledger(finals(rows, count), trials=40).plan() for count in range(12)}
+    assert plans == {Plan(3, 3)}
+    hours = {ledger(finals(rows, count), trials=100, hours=600 / 3600).plan() for count in range(12)}
+    assert hours == {Plan(3, 3)}
+
+
+def test_a_disturbed_trial_is_measured_again_while_the_finals_keep_their_size() -> None:
+    rows = rows_of(27)
+    shared = replace(rows[5], result=replace(rows[5].result, suspicions=("shared",)))
+    rows = (*rows[:5], shared, *rows[6:])
+    assert ledger(rows, trials=40).search_is_over() is Stop.TRIALS
+    assert ledger(rows, trials=40).next_repeat() is shared
+    assert ledger(rows, trials=39).next_repeat() is None
+    assert ledger(finals(rows, 1), trials=40).next_repeat() is None
+    assert ledger(rows, trials=40, finalists=0).next_repeat() is None
+
+
+def test_lost_attempts_are_used_time() -> None:
+    books = replace(ledger(rows_of(2), hours=100 / 3600), lost_s=60.0)
+    assert books.used_s == 90.0
+    assert books.left_s() == pytest.approx(10.0)
+    assert ledger(rows_of(2)).left_s() is None
+
+
+def test_smaller_finals_are_said() -> None:
+    assert shrunk(Plan(3, 3), Plan(3, 3), 9) is None
+    assert shrunk(Plan(3, 3), Plan(1, 3), 1) is None
+    assert shrunk(Plan(0, 0), Plan(0, 0), 9) is None
+    told = shrunk(Plan(3, 3), Plan(1, 2), 9)
+    assert told is not None and "3 finalists and the baseline 3 times each do not fit" in told
+    none = shrunk(Plan(3, 3), Plan(0, 0), 9)
+    assert none is not None and none.startswith("No finals")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("07:00", datetime(2026, 3, 2, 7, 0)),
+        ("23:15", datetime(2026, 3, 1, 23, 15)),
+        ("22:30", datetime(2026, 3, 2, 22, 30)),
+        ("2026-03-01T22:31", datetime(2026, 3, 1, 22, 31)),
+        ("2026-03-03 06:00", datetime(2026, 3, 3, 6, 0)),
+    ],
+)
+def test_a_deadline_is_the_next_such_time_or_a_date(text: str, wanted: datetime) -> None:
+    assert deadline_of(text, NOW) == wanted
+
+
+def test_a_deadline_with_a_zone_is_told_in_local_time() -> None:
+    wanted = datetime(2026, 3, 2, 7, 0).astimezone()
+    assert deadline_of(wanted.isoformat(), NOW) == datetime(2026, 3, 2, 7, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("soon", "is neither a time of day"), ("2026-03-01T22:30", "has passed")]
+)
+def test_a_deadline_that_cannot_be_met_or_read_is_refused(text: str, told: str) -> None:
+    with pytest.raises(InputError, match=f"--deadline {text}: {told}"):
+        deadline_of(text, NOW)
+
+
+@pytest.mark.parametrize("key", ["finalists", "final_runs", "canary_every"])
+def test_finals_and_canaries_that_make_no_sense_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        Budget(**{key: -1})

@@ -1,0 +1,196 @@
+"""A results folder belongs to one sweep, and says so."""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.replay import sweep_of
+from tests.trials import CLUSTER, MODEL, completed_row, write_trial
+from tuner.errors import InputError
+from tuner.files import to_data
+from tuner.predict.calibration import Machine
+from tuner.sweep.folder import SweepFolder
+
+
+def test_a_folder_is_claimed_and_read_back(tmp_path: Path) -> None:
+    folder, sweep = (
+        SweepFolder(tmp_path / "a" / "night"),
+        sweep_of(baseline={"tp": 2}, lift=["tp-inside-nvlink"]),
+    )
+    folder.claim(sweep)
+    assert folder.sweep() == sweep
+    assert folder.trials.is_dir()
+    before = folder.identity.stat().st_mtime_ns
+    folder.claim(sweep)
+    assert folder.identity.stat().st_mtime_ns == before
+    later = sweep_of(budget={"trials": 99}, knobs={"tp": [1]})
+    folder.claim(later)
+    assert folder.sweep() == later
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (sweep_of(seed=1), ["seed was 1234, is now 1"]),
+        (
+            sweep_of(replace(CLUSTER, gpus_per_node=4, name="half")),
+            ["cluster.gpus_per_node was 8, is now 4", "cluster.name was 'test-cluster', is now 'half'"],
+        ),
+        (
+            sweep_of(
+                workload={
+                    "model": to_data(replace(MODEL, num_layers=8)),
+                    "seq_length": 64,
+                    "global_batch_size": 16,
+                }
+            ),
+            ["workload.model.num_layers was 4, is now 8", "workload.seq_length was 128, is now 64"],
+        ),
+    ],
+)
+def test_every_difference_of_another_sweep_is_named(tmp_path: Path, other: object, told: list[str]) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of())
+    before = folder.identity.read_bytes()
+    with pytest.raises(InputError) as caught:
+        folder.claim(other)  # type: ignore[arg-type]  # a sweep: pytest's parameters have no type
+    assert all(line in str(caught.value) for line in told)
+    assert folder.identity.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "is not JSON"), ("[]", "holds the results of another sweep"), ("{}", "another")]
+)
+def test_an_identity_that_is_damaged_is_not_overwritten(tmp_path: Path, text: str, told: str) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.identity.write_text(text)
+    with pytest.raises(InputError, match=told):
+        folder.claim(sweep_of())
+    assert folder.identity.read_text() == text
+    with pytest.raises(InputError, match=r"sweep\.json"):
+        folder.sweep()
+
+
+MACHINE = Machine(
+    device="cpu", name="EPYC", count=2, world_size=2, versions={"torch": "2.13.0", "megatron-core": "0.16.1"}
+)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (
+            replace(MACHINE, versions={"torch": "2.14.0", "transformer-engine": "2.1"}),
+            [
+                "machine.versions.torch was '2.13.0', is now '2.14.0'",
+                "machine.versions.megatron-core was '0.16.1', is now None",
+                "machine.versions.transformer-engine was None, is now '2.1'",
+            ],
+        ),
+        (replace(MACHINE, name="Xeon"), ["machine.name was 'EPYC', is now 'Xeon'"]),
+    ],
+)
+def test_trials_of_other_hardware_or_software_are_not_joined(
+    tmp_path: Path, other: Machine, told: list[str]
+) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of(), replace(MACHINE, count=64))
+    folder.claim(sweep_of(), MACHINE)  # nothing is measured yet
+    write_trial(tmp_path, completed_row(0, 100.0))
+    folder.claim(sweep_of(budget={"trials": 99}), MACHINE)
+    before = folder.machine.read_bytes(), folder.identity.read_bytes()
+    with pytest.raises(InputError) as caught:
+        folder.claim(sweep_of(), other)
+    assert all(line in str(caught.value) for line in told)
+    assert "name, or another folder with --results" in str(caught.value)
+    assert (folder.machine.read_bytes(), folder.identity.read_bytes()) == before
+
+
+def test_an_older_folder_takes_the_machine_of_its_next_run(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of())
+    write_trial(tmp_path, completed_row(0, 100.0))
+    folder.claim(sweep_of(), MACHINE)
+    with pytest.raises(InputError, match="other hardware or software"):
+        folder.claim(sweep_of(), replace(MACHINE, count=3))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"budget": {"trials": 99, "hours": 1.0, "min_gain": 0.5}},
+        {"limits": {"trial_s": 5.0}},
+        {"measurement": {"max_steps": 99}},
+        {"knobs": {"tp": [1, 2], "cp": [1, 2]}},
+        {"sampler": "random"},
+        {"tracking": {"experiment": "other"}},
+        {"baseline": {"tp": 4}},
+        {"lift": ["tp-inside-nvlink"]},
+    ],
+)
+def test_what_leaves_the_measurements_their_meaning_may_change(tmp_path: Path, keys: dict[str, Any]) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of())
+    changed = sweep_of(**keys)
+    assert changed != sweep_of()
+    folder.claim(changed)
+    assert folder.sweep() == changed
+
+
+def test_a_folder_without_a_sweep_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no sweep \(no sweep\.json\)"):
+        SweepFolder(tmp_path).sweep()
+
+
+def test_a_folder_below_a_file_cannot_be_claimed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="the results folder cannot be written: Not a directory"):
+        SweepFolder(tmp_path / "file" / "night").claim(sweep_of())
+
+
+@pytest.mark.parametrize("name", ["a?b", "100%", "{a}"])
+def test_a_path_that_sqlite_cannot_take_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(InputError, match="which the URI of a SQLite file cannot"):
+        SweepFolder(tmp_path / name).claim(sweep_of())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_identity_keeps_the_order_of_what_is_searched(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.claim(sweep_of(knobs={"tp": [4, 1, 2]}))
+    assert json.loads(folder.identity.read_text())["domain"]["tp"] == [4, 1, 2]
+    assert folder.sweep().domain["tp"] == (4, 1, 2)
+
+
+def _hold(path: Path, held: "multiprocessing.synchronize.Event") -> None:
+    with SweepFolder(path).lock():
+        held.set()
+        signal.pause()
+
+
+def test_the_lock_of_a_killed_tuner_is_free(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, held))
+    process.start()
+    try:
+        assert held.wait(60)
+        with (
+            pytest.raises(InputError, match="another megatune is running this sweep"),
+            SweepFolder(tmp_path).lock(),
+        ):
+            pass
+    finally:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(30)
+    with SweepFolder(tmp_path).lock():
+        pass

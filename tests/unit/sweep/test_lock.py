@@ -1,0 +1,124 @@
+"""One tuner a folder, and who it is."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuner.errors import InputError
+from tuner.files import to_data, write_json
+from tuner.sweep.lock import Holder, hold, is_shared, refusal
+
+SOMEONE = Holder(user="ann", host="node7", pid=4321, since="2026-01-01T00:00:00+00:00", started_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("host", "has_flock", "is_shared", "is_alive", "told"),
+    [
+        ("node7", True, False, True, None),  # its id was given to another process
+        ("node7", True, True, True, None),
+        ("node7", True, True, False, None),
+        ("node7", False, True, False, None),
+        ("node7", False, True, True, "another megatune is running this sweep"),
+        ("node8", True, False, False, None),
+        ("node8", True, True, False, "another megatune may be running this sweep"),
+        ("node8", False, True, False, "another megatune may be running this sweep"),
+        ("node8", False, False, False, "another megatune may be running this sweep"),
+    ],
+)
+def test_a_holder_is_stale_only_where_that_is_known(
+    host: str, has_flock: bool, is_shared: bool, is_alive: bool, told: str | None
+) -> None:
+    said = refusal(SOMEONE, host, has_flock=has_flock, is_shared=is_shared, is_alive=is_alive)
+    assert (said is None) == (told is None)
+    if said is not None and told is not None:
+        assert told in said
+        assert "ann on node7, process 4321, since 2026-01-01" in said
+
+
+@given(st.booleans(), st.booleans(), st.booleans())
+def test_without_the_kernels_lock_no_other_host_is_ever_overruled(a: bool, b: bool, c: bool) -> None:
+    if not a:
+        assert refusal(SOMEONE, "node8", has_flock=a, is_shared=b, is_alive=c) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"), [("nfs4", True), ("lustre", True), ("fuse.sshfs", True), ("ext4", False)]
+)
+def test_which_file_systems_hosts_share(name: str, shared: bool) -> None:
+    assert is_shared(name) is shared
+
+
+def test_the_file_names_its_holder_while_it_is_held_and_nobody_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with hold(path):
+        assert f'"pid": {os.getpid()}' in path.read_text()
+        with (
+            pytest.raises(
+                InputError, match=rf"is running this sweep \(.* process {os.getpid()}, since 2"
+            ) as told,
+            hold(path),
+        ):
+            pass
+        assert f"megatune show {tmp_path}" in str(told.value)
+    assert path.read_text() == ""
+    with hold(path):
+        pass
+
+
+def test_a_killed_holder_is_taken_over_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "lock"
+    script = (
+        "import sys, os, signal, pathlib\nfrom tuner.sweep.lock import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", script, str(path)])
+    killed.wait(60)
+    with hold(path):
+        pass
+    assert f"process {killed.pid}, since" in caplog.text
+    assert "was killed: going on in its place" in caplog.text
+
+
+def _no_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As an NFS mount without a lock daemon answers."""
+
+    def fails(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_the_kernel_locks_nothing_the_content_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    _no_flock(monkeypatch, number)
+    path = tmp_path / "lock"
+    with hold(path), pytest.raises(InputError, match="another megatune is running this sweep"), hold(path):
+        pass
+    write_json(path, {**to_data(SOMEONE), "host": os.uname().nodename})
+    with hold(path):  # of this host, and dead
+        pass
+    write_json(path, SOMEONE)
+    with (
+        pytest.raises(InputError, match=r"lock: another megatune may .* end it there and delete this file"),
+        hold(path),
+    ):
+        pass
+    path.write_text('{"user": "a')
+    with hold(path):
+        pass
+
+
+def test_any_other_failure_to_lock_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _no_flock(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output"), hold(tmp_path / "lock"):
+        pass

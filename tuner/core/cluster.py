@@ -1,0 +1,85 @@
+"""The cluster: the GPUs a sweep may use, and what connects them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from tuner.core.workload import Precision
+from tuner.errors import InputError
+from tuner.files import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One accelerator, or one CPU rank that stands for one."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    memory_gib: float
+    """Memory a process can allocate, in GiB (1024^3 bytes)."""
+    peak_tflops: Mapping[Precision, float]
+    """Dense peak (no sparsity) in TFLOP/s, by precision."""
+    memory_bandwidth_gb_per_s: float
+    """HBM bandwidth in GB/s (10^9 bytes)."""
+
+    def __post_init__(self) -> None:
+        if self.memory_gib <= 0 or self.memory_bandwidth_gb_per_s <= 0:
+            raise ValueError("memory_gib and memory_bandwidth_gb_per_s must be above 0")
+        if not self.peak_tflops or any(value <= 0 for value in self.peak_tflops.values()):
+            raise ValueError("peak_tflops needs at least one precision, each above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """`nodes` machines of `gpus_per_node` equal GPUs. Bandwidths are a GPU's, one way, in GB/s (10^9 bytes)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpu: Gpu
+    nodes: int = 1
+    gpus_per_node: int
+    cores: int | None = None
+    """Processor cores that a node's CPU ranks share; None: each has one of its own."""
+    nvlink_domain_gpus: int
+    """GPUs that reach each other at `nvlink_bandwidth_gb_per_s`; may span nodes (NVL72)."""
+    nvlink_bandwidth_gb_per_s: float
+    nvlink_latency_us: float
+    fabric_bandwidth_gb_per_s: float
+    """Between NVLink domains."""
+    fabric_latency_us: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each figure comes from, by field name."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "nvlink_domain_gpus"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.cores is not None and (self.device == "cuda" or self.cores < 1):
+            raise ValueError(f"cores ({self.cores}) must be at least 1, and are stated for device cpu alone")
+
+    @property
+    def world_size(self) -> int:
+        """GPUs in the cluster, each with one rank."""
+        return self.nodes * self.gpus_per_node
+
+
+def with_gpus(cluster: Cluster, gpus: int) -> Cluster:
+    """The cluster with so many GPUs: whole nodes, or a part of one.
+
+    Raises:
+        InputError: if they are neither.
+    """
+    if gpus < 1:
+        raise InputError(f"{gpus} GPUs: give at least 1")
+    each = min(gpus, cluster.gpus_per_node)
+    if gpus % each:
+        raise InputError(
+            f"{gpus} GPUs are no whole nodes of {cluster.name}, {cluster.gpus_per_node} GPUs each"
+        )
+    domain = min(gpus, cluster.nvlink_domain_gpus)
+    return replace(cluster, nodes=gpus // each, gpus_per_node=each, nvlink_domain_gpus=domain)

@@ -1,0 +1,128 @@
+"""The text of `pipeline_model_parallel_layout`: what each chunk of the pipeline holds, in Megatron's letters."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import groupby
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.core.layout import MOST
+
+EMBEDDING: Final = "E"
+DECODER: Final = "t"
+MTP: Final = "m"
+LOSS: Final = "L"
+LETTERS: Final = (EMBEDDING, DECODER, MTP, LOSS)
+
+Chunk = tuple[str, ...]
+
+_REPEATS: Final = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> tuple[Chunk, ...]:
+    """The letters of every chunk, in the model's order: chunk i is virtual stage i // pp of pipeline rank i % pp.
+
+    The grammar is Megatron's (megatron/core/transformer/pipeline_parallel_layer_layout.py, parse_str_to_list): `|`
+    ends a chunk, `t*3` repeats a letter, `(tt|)*4` a group, groups do not nest, commas say nothing.
+
+    Raises:
+        ValueError: if Megatron would not read the text, or it unrolls to more letters than a job can have layers.
+    """
+    unrolled = text.replace(",", "")
+    for repeat in _REPEATS:
+        unrolled = repeat.sub(_unroll, unrolled)
+    if unknown := sorted({*unrolled} - {*LETTERS, "|"}):
+        raise ValueError(
+            f"pipeline_model_parallel_layout '{text}': {' '.join(unknown)} is no part of it; the letters are E "
+            "(embedding), t (decoder layer), m (multi-token prediction) and L (loss), | ends a chunk, *3 repeats a "
+            "letter or a (group)"
+        )
+    return tuple(tuple(chunk) for chunk in unrolled.split("|"))
+
+
+def write(chunks: Iterable[Iterable[str]]) -> str:
+    """The text of the chunks, repeated letters and chunks shortened: `parse(write(chunks))` is `chunks`."""
+    texts = ["".join(_shortened(chunk)) for chunk in chunks]
+    runs = [(text, len(list(run))) for text, run in groupby(texts[:-1])]
+    return "".join(f"({text}|)*{count}" if count > 1 else f"{text}|" for text, count in runs) + texts[-1]
+
+
+def readable(text: str) -> bool:
+    """Whether Megatron can read the text at all."""
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def decoders(text: str) -> NDArray[np.int64]:
+    """Decoder layers a chunk, in the model's order: shape [pp * vpp]."""
+    return np.array([chunk.count(DECODER) for chunk in parse(text)], dtype=np.int64)
+
+
+def mtp_layers(text: str) -> NDArray[np.int64]:
+    """Layers of multi-token prediction a chunk, in the model's order: shape [pp * vpp]."""
+    return np.array([chunk.count(MTP) for chunk in parse(text)], dtype=np.int64)
+
+
+def fault(text: str, num_layers: int, mtp_num_layers: int | None) -> str | None:
+    """What Megatron refuses of the text for a model with so many layers, whatever the pipeline; None for nothing.
+
+    After pipeline_parallel_layer_layout.py, validate_layer_layout. What depends on pp is `mtp_fault`'s.
+    """
+    try:
+        chunks = parse(text)
+    except ValueError as error:
+        return str(error)
+    flat = [letter for chunk in chunks for letter in chunk]
+    count = Counter(flat)
+    mtp = mtp_num_layers or 0
+    if not flat or flat[0] != EMBEDDING or count[EMBEDDING] != 1:
+        return f"the first letter of '{text}' must be E, and the only E"
+    if flat[-1] != LOSS or count[LOSS] != 1:
+        return f"the last letter of '{text}' must be L, and the only L"
+    if count[DECODER] != num_layers:
+        return f"'{text}' places {count[DECODER]} decoder layers (t), but num_layers is {num_layers}"
+    if count[MTP] != mtp:
+        return (
+            f"'{text}' places {count[MTP]} layers of multi-token prediction (m), but mtp_num_layers is {mtp}"
+        )
+    if MTP in flat and DECODER in flat[flat.index(MTP) :]:
+        return f"'{text}' has a decoder layer (t) behind multi-token prediction (m)"
+    if sum(MTP in chunk for chunk in chunks) > 1:
+        return f"'{text}' spreads multi-token prediction (m) over several chunks; it must be in one"
+    return None
+
+
+def mtp_fault(text: str, pp: int) -> str | None:
+    """Where multi-token prediction may not be: it needs the last chunk of its rank; None where it is well placed."""
+    chunks = parse(text)
+    places = [place for place, chunk in enumerate(chunks) if MTP in chunk]
+    if places and places[0] < len(chunks) - pp:
+        return (
+            f"'{text}' has multi-token prediction (m) in chunk {places[0] + 1} of {len(chunks)}; with pp {pp} it must "
+            f"be in one of the last {pp}, the last virtual stage of a rank"
+        )
+    return None
+
+
+def _unroll(match: re.Match[str]) -> str:
+    group, times = match.group(1), int(match.group(2))
+    if len(group) * times > MOST:
+        raise ValueError(
+            f"pipeline_model_parallel_layout: '{match.group(0)}' unrolls to {len(group) * times} letters, more than "
+            f"{MOST}"
+        )
+    return group * times
+
+
+def _shortened(chunk: Iterable[str]) -> Iterable[str]:
+    for letter, run in groupby(chunk):
+        count = len(list(run))
+        yield letter * count if count < 3 else f"{letter}*{count}"

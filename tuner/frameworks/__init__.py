@@ -1,0 +1,3 @@
+"""What other frameworks write and read (scripts, recipes, configs), one room per framework; knows trials, and nothing
+of sweeps.
+"""

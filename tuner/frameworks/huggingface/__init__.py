@@ -1,0 +1,1 @@
+"""Hugging Face model configurations: what reads them; knows nothing of other frameworks."""

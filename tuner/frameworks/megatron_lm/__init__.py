@@ -1,0 +1,1 @@
+"""Megatron-LM's command lines: what reads them and what writes them; knows nothing of other frameworks."""

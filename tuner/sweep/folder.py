@@ -1,0 +1,155 @@
+"""The results folder of a sweep: its paths, and whose it is."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import InputError
+from tuner.files import read_json, read_json_data, refuse_links_out, to_data, write_json
+from tuner.predict.calibration import Calibration, Machine
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.lock import hold
+from tuner.trial.contract import TrialFolder
+from tuner.trial.rows import trial_folder
+
+IDENTITY = ("workload", "cluster", "program", "seed")
+"""What must not change between two runs of a sweep, or its trials could not be compared."""
+
+_UNFIT = frozenset("?%{}")
+"""SQLAlchemy reads ? and % in a path as its own, and Optuna formats braces."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFolder:
+    """The paths of one sweep: no other place spells them."""
+
+    path: Path
+
+    @property
+    def identity(self) -> Path:
+        """The sweep, resolved, as it last ran."""
+        return self.path / "sweep.json"
+
+    @property
+    def study(self) -> Path:
+        """Optuna's SQLite file."""
+        return self.path / "study.db"
+
+    @property
+    def machine(self) -> Path:
+        """The Machine that its trials run on, with the versions they depend on."""
+        return self.path / "machine.json"
+
+    @property
+    def calibration(self) -> Path:
+        """The Calibration that its predictions rest on, as it was at the sweep's start; absent without one."""
+        return self.path / "calibration.json"
+
+    def read_calibration(self) -> Calibration | None:
+        """The Calibration, if there is one; raises InputError if it cannot be read."""
+        return read_json(Calibration, self.calibration) if self.calibration.exists() else None
+
+    @property
+    def trials(self) -> Path:
+        """The folder of the trial folders."""
+        return self.path / "trials"
+
+    def trial(self, number: int) -> TrialFolder:
+        """The folder of one trial."""
+        return trial_folder(self.path, number)
+
+    def claim(self, sweep: Sweep, machine: Machine | None = None) -> None:
+        """Make the folder this sweep's, or find that it already is.
+
+        Args:
+            sweep: Whose it shall be.
+            machine: What its trials run on; None where that is not known, and not compared.
+
+        Raises:
+            InputError: if it cannot be written, holds the results of a sweep of something else, or trials that ran on
+                other hardware or software.
+        """
+        if unfit := sorted(_UNFIT & set(str(self.path.absolute()))):
+            raise InputError(
+                f"{self.path}: the results folder's path holds {' '.join(unfit)}, which the URI of a SQLite file "
+                "cannot; name another with --results"
+            )
+        try:
+            self.trials.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(None, "no permission to write")
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: the results folder cannot be written: {error.strerror or error}; "
+                "name another with --results"
+            ) from None
+        refuse_links_out(self.path)
+        try:
+            recorded = read_json_data(self.identity) if self.identity.exists() else None
+        except InputError as error:
+            raise InputError(f"{error}; move the folder away, or name another with --results") from None
+        wanted = to_data(sweep)
+        if recorded is not None and not isinstance(recorded, dict):
+            recorded = {}
+        differences = [] if recorded is None else _differences(_identity(recorded), _identity(wanted))
+        if differences:
+            raise InputError(
+                f"{self.path}: holds the results of another sweep; different: {'; '.join(differences[:5])}. "
+                "Give this sweep another name, or another folder with --results"
+            )
+        if machine is not None:
+            self._claim_machine(machine)
+        if recorded != wanted:
+            write_json(self.identity, wanted)
+
+    def _claim_machine(self, machine: Machine) -> None:
+        recorded = read_json(Machine, self.machine) if self.machine.exists() else None
+        if recorded == machine:
+            return
+        if recorded is not None and any(self.trials.glob("t*/result.json")):
+            differences = _differences(to_data(recorded), to_data(machine), "machine")
+            raise InputError(
+                f"{self.path}: its trials ran on other hardware or software, and what is measured now could not be "
+                f"compared with them; different: {'; '.join(differences[:5])}. Go back to those, or give this sweep "
+                "another name, or another folder with --results"
+            )
+        write_json(self.machine, machine)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one tuner; the kernel lets go of it however the process ends.
+
+        Raises:
+            InputError: if another tuner holds it, naming it.
+        """
+        with hold(self.path / "lock"):
+            yield
+
+    def sweep(self) -> Sweep:
+        """The sweep that this folder holds.
+
+        Raises:
+            InputError: if it holds none.
+        """
+        if not self.identity.exists():
+            raise InputError(
+                f"{self.path}: holds no sweep (no {self.identity.name}); name a folder that `sweep` wrote"
+            )
+        return read_json(Sweep, self.identity)
+
+
+def _identity(sweep: dict[str, Any]) -> dict[str, Any]:
+    return {key: sweep.get(key) for key in IDENTITY}
+
+
+def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for name in sorted(recorded.keys() | wanted.keys())
+            for line in _differences(recorded.get(name), wanted.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if recorded == wanted else [f"{key} was {recorded!r}, is now {wanted!r}"]

@@ -1,0 +1,218 @@
+"""MLflow as the sweep sees it: a view of the trial folders that a process of its own keeps, and nobody waits for."""
+
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import urlsplit, urlunsplit
+
+from tuner.errors import InputError
+from tuner.tracking import spool
+from tuner.tracking.spool import Status as Status
+from tuner.tracking.spool import SweepEnd
+from tuner.trial.contract import TrialFolder
+from tuner.trial.rows import TrialRow
+
+_log = logging.getLogger(__name__)
+
+FINISH_S = 20.0
+"""How long the end of a sweep waits for what MLflow does not hold yet."""
+
+GAVE_UP = 3
+"""Exit code of the process where MLflow failed at the sweep's end."""
+
+_SCHEMES = frozenset({"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"})
+"""Of tracking URIs that MLflow takes without a plugin; it refuses plain files since 3.7."""
+
+_SQLALCHEMY_ASIDE = "(raised as a result of"
+"""How a first line begins that says nothing of what happened."""
+
+
+def default_uri(results: Path) -> str:
+    """Where MLflow is without a stated URI: MLFLOW_TRACKING_URI, else SQLite in the sweep's folder."""
+    # Absolute, since MLflow takes a relative one from the working directory of whoever asks.
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results.absolute() / 'mlflow.db'}"
+
+
+def check_uri(uri: str) -> None:
+    """Refuse a tracking URI that no MLflow store takes, without asking anything of it.
+
+    Raises:
+        InputError: naming the URI and what to write instead.
+    """
+    scheme = uri.partition(":")[0].partition("+")[0]
+    known = _SCHEMES | {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}
+    if scheme not in known:
+        raise InputError(
+            f"MLflow at {without_password(uri)} cannot be used: a tracking URI begins with one of "
+            f"{', '.join(sorted(known))}. Correct tracking.uri in the sweep file, or the variable MLFLOW_TRACKING_URI; "
+            "with both unset the sweep logs to SQLite in its results folder"
+        )
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be shown; ODBC's holds its password in the query."""
+    parts = urlsplit(uri)
+    if parts.password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        parts = parts._replace(netloc=f"{parts.username}:***@{host}")
+    if parts.query:
+        parts = parts._replace(query="***")
+    # Put together again, sqlite:////tmp/x would lose a slash.
+    return uri if parts == urlsplit(uri) else urlunsplit(parts)
+
+
+def reason(error: BaseException, uri: str) -> str:
+    """What an error of MLflow says, in one line and without a password."""
+    text = (str(error).strip() or type(error).__name__).replace(uri, without_password(uri))
+    lines = [line for line in text.splitlines() if not line.startswith(_SQLALCHEMY_ASIDE)]
+    told = lines[0] if lines else text
+    # The libraries below wrap what happened three times.
+    cause = re.search(r"""Caused by \w+\(["'].*?\): (.*)["']\)+$""", told)
+    return (cause[1] if cause else told).rstrip(".")[:1000]
+
+
+class Tracker:
+    """Keeps MLflow in step with the trial folders while a sweep runs, through a process of its own.
+
+    A process, not a thread: importing MLflow and writing to it takes nothing from the tuner's own time, and a server
+    that never answers can be left at any moment. It ends with the tuner, however the tuner ends. No method waits,
+    `finish` for at most FINISH_S; nothing that MLflow does raises here. Use it as a context manager.
+    """
+
+    def __init__(self, process: "subprocess.Popen[str]", results: Path, uri: str) -> None:
+        """Use `Tracker.open`."""
+        self.uri = without_password(uri)
+        """To show."""
+        self.process_id = process.pid
+        self._process, self._results = process, results
+        self._finished: set[int] = set()
+        self._logged: set[int] = set()
+        self._trouble, self._is_closing = "", False
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def open(cls, results: Path, uri: str | None) -> "Tracker":
+        """Start to log the sweep in the folder `results`, whose sweep.json is there; what is missing comes first.
+
+        Args:
+            results: the sweep's folder.
+            uri: an MLflow tracking URI; None takes the default one.
+
+        Raises:
+            InputError: where no MLflow store takes the URI.
+        """
+        chosen = uri or default_uri(results)
+        check_uri(chosen)
+        spool.begin(results)
+        with (results / "mlflow.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tuner.tracking.follow", str(results)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                # Ctrl-C is the tuner's: the end of the sweep is still to be logged.
+                start_new_session=True,
+                # Not an argument, which every user of the machine may read: a URI may hold a password.
+                env=os.environ | {"MLFLOW_TRACKING_URI": chosen},
+            )
+        return cls(process, results, chosen)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def sync(self, rows: Iterable[TrialRow]) -> None:
+        """Have every one of these finished trials logged that MLflow misses, or has with another result."""
+        self._finished |= {row.number for row in rows}
+        self._wake()
+
+    def log_trial(self, row: TrialRow, folder: TrialFolder) -> None:
+        """Have a finished trial logged from its folder; another result than before replaces the trial's run."""
+        self._logged.discard(row.number)
+        self._finished.add(row.number)
+        self._wake()
+
+    def finish(self, summary: str, status: Status) -> None:
+        """End the sweep's run with its summary in Markdown; tells what MLflow has not taken within FINISH_S."""
+        try:
+            spool.end(
+                self._results, SweepEnd(status=status, ended_ms=round(time.time() * 1000), summary=summary)
+            )
+        except OSError as error:
+            self._trouble = f"the sweep's end cannot be noted: {error}"
+        else:
+            self._wake()
+            # The process ends by itself once MLflow holds everything.
+            self._reader.join(FINISH_S / 10)
+            if self._reader.is_alive():
+                _log.warning("logging the rest to MLflow at %s, for at most %g s", self.uri, FINISH_S)
+                self._reader.join(FINISH_S * 0.9)
+        self.close()
+        missing = len(self._finished - self._logged)
+        if missing or self._process.returncode != 0:
+            what = f"{missing} of {len(self._finished)} trials are" if missing else "the sweep's end is"
+            _log.warning(
+                "%s not known to be in MLflow at %s (%s); `%s` logs what is missing",
+                what,
+                self.uri,
+                self._trouble or f"it took longer than {FINISH_S:g} s",
+                f"megatune sync {shlex.quote(str(self._results))}",
+            )
+
+    def close(self) -> None:
+        """End the process, whatever it is doing: a run that is cut short is replaced by whoever logs next."""
+        self._is_closing = True
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        if self._process.stdin:
+            with suppress(OSError):
+                self._process.stdin.close()
+
+    def _wake(self) -> None:
+        assert self._process.stdin is not None
+        # A process that has ended has been told of.
+        with suppress(OSError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+
+    def _listen(self) -> None:
+        """Follow what the process says, until it ends."""
+        assert self._process.stdout is not None
+        with self._process.stdout as answers:
+            for line in answers:
+                answer = json.loads(line)
+                self._logged |= set(answer["logged"])
+                if answer["trouble"] is not None:
+                    self._tell(answer["trouble"])
+        code = self._process.wait()
+        if code not in (0, GAVE_UP) and not self._is_closing:
+            self._tell(f"its process ended with exit code {code}, see {self._results / 'mlflow.log'}")
+
+    def _tell(self, trouble: str) -> None:
+        if trouble and not self._trouble:
+            _log.warning(
+                "MLflow at %s cannot be used now (%s); the sweep goes on, and what is missing there is logged later",
+                self.uri,
+                trouble,
+            )
+        elif self._trouble and not trouble:
+            _log.warning("MLflow at %s answers again", self.uri)
+        self._trouble = trouble
