@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from launchers.base import end_marked, marked_processes
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.machine.detect import measuring_machine
+from launchers.processes import end_marked, marked_processes
 from search_spaces.loader import load_cluster
 from tests.integration.programs import formula
 from tuner.files import parse, read_json_lines

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from launchers.base import LaunchPlan
 from launchers.local.torchrun import TorchrunLauncher
 from tests.trials import CLUSTER, WORKLOAD, metrics_of
 from tuner.core.cluster import Cluster
@@ -18,11 +17,13 @@ from tuner.core.layout import Layout
 from tuner.files import parse, to_data, write_json, write_text
 from tuner.search.refinement import first_stage
 from tuner.space.heuristics import seeds
+from tuner.space.table import with_row
 from tuner.sweep.configuration import Sweep, SweepFile, resolve
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.loop import Progress, SweepLoop, queue_of, with_row
+from tuner.sweep.loop import Progress, SweepLoop, queue_of
 from tuner.tracking.tracker import Status, Tracker
 from tuner.trial.contract import Durations, Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.launcher import LaunchPlan
 from tuner.trial.rows import TrialRow, TrialSource
 
 SEARCHED: Mapping[str, Any] = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launchers.base import MARKER, STARTED_AT, Job, RunningJob, end_processes
+from launchers.processes import MARKER, STARTED_AT, Job, RunningJob, end_processes
 
 if TYPE_CHECKING:  # importing it would import torch into the tuner
     from launchers.local.fork_server import Answer, Request
@@ -63,7 +63,7 @@ class Preload:
         return [] if self._server is None else self._server.jobs()
 
     def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> RunningJob:
-        """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.base.Job`.
+        """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.processes.Job`.
 
         Raises:
             OSError: if nothing can be started.
@@ -141,7 +141,7 @@ def _is_running(process: psutil.Process) -> bool:
 
 
 class ForkedJob:
-    """The processes of one job below the process that forks them; like `launchers.base.Job` otherwise."""
+    """The processes of one job below the process that forks them; like `launchers.processes.Job` otherwise."""
 
     def __init__(self, server: _Server, request: "Request") -> None:
         self._server = server

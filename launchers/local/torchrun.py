@@ -13,22 +13,20 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launchers.base import (
+from launchers.machine import gpus
+from launchers.machine.recipes import recorded
+from launchers.processes import (
     MARKER,
     STARTED_AT,
-    Clock,
-    Ending,
     Job,
-    LaunchPlan,
     RunningJob,
     end_marked,
     inherited_environment,
     python_path,
 )
-from launchers.machine import gpus
-from launchers.machine.recipes import recorded
 from launchers.watch import logs
 from launchers.watch.classify import Evidence, Verdict, classify, failed_ranks
+from launchers.watch.limits import Clock, Ending
 from launchers.watch.telemetry import Sample, Sampler, summarise, suspicions
 from tuner.core.environment import cuda_environment, recorded_environment
 from tuner.core.layout import KNOBS, data_parallel_size, num_microbatches
@@ -38,6 +36,7 @@ from tuner.frameworks.export import bridge_words
 from tuner.frameworks.megatron_fields import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.trial_command import replaced
 from tuner.trial.contract import Heartbeat, Outcome, RankRecord, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.launcher import LaunchPlan
 from tuner.trial.program import BridgeRecipe, Command, MegatronLm, fill
 
 PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pynvml
 
-from launchers.base import MARKER, Job, inherited_environment, python_path
+from launchers.processes import MARKER, Job, inherited_environment, python_path
 from launchers.watch import logs
 from launchers.watch.classify import failed_ranks
 from tuner.core.cluster import Cluster

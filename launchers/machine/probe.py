@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launchers.base import inherited_environment, python_path
+from launchers.processes import inherited_environment, python_path
 from tuner.errors import MegatuneError
 from tuner.files import read_json, write_json
 from tuner.trial.contract import RankRecord, TrialSpec

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launchers.base import python_path
+from launchers.processes import python_path
 from tuner.errors import InputError
 from tuner.files import parse, read_json_lines, to_data, write_text
 from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request, lacking_here

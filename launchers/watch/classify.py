@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 
-from launchers.base import LEAST_SILENCE_S, SILENT_STEPS, Ending
+from launchers.watch.limits import LEAST_SILENCE_S, SILENT_STEPS, Ending
 from tuner.trial.contract import Heartbeat, Limits, Outcome, Phase, RankRecord, TrialResult
 from tuner.trial.outcomes import cause_of, outcome_of_failure
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tests.bench.problems import Problem, problems
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
-from tuner.search.sampler import layout_at
+from tuner.space.table import layout_at
 
 ROUNDED = 1e-6
 """Peaks are published in GiB with six digits."""

@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launchers.base import marked_processes
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
+from launchers.processes import marked_processes
 from tests.bench import kill
 from tests.faults import FAULTS, Fault, Programs, lost, small_disk, spec_for, wrong
 from tuner.trial.contract import Outcome, TrialFolder

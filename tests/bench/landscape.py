@@ -30,8 +30,8 @@ from launchers.local.torchrun import TorchrunLauncher
 from launchers.machine.detect import detect_cluster
 from tuner.core.layout import KNOBS
 from tuner.files import write_text
-from tuner.search.sampler import layout_at
 from tuner.space.enumeration import enumerate_layouts
+from tuner.space.table import layout_at
 from tuner.sweep.configuration import Sweep, load_sweep
 from tuner.sweep.loop import trial_spec
 from tuner.trial.contract import Outcome, TrialFolder, TrialResult

@@ -12,8 +12,8 @@ from tests.bench.recorded import STEP_TIMES, Group, groups
 from tuner.core.cluster import Cluster
 from tuner.core.workload import Workload
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
-from tuner.search.sampler import find_row
 from tuner.space.heuristics import seeds
+from tuner.space.table import find_row
 from tuner.sweep.loop import queue_of
 
 

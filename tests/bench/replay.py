@@ -24,8 +24,8 @@ from tests.bench.problems import Problem, measured, recorded, searched
 from tests.bench.recorded import LARGE_GROUP
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.time.step import step_time_ms
-from tuner.search.sampler import layout_at
-from tuner.search.strategy import Observation
+from tuner.search.observation import Observation
+from tuner.space.table import layout_at
 
 SEEDS: Final = 20
 """Runs of a policy that draws at random; and of any, where a layout was measured more than once."""

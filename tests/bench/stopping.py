@@ -22,9 +22,10 @@ from tests.bench.recorded import LARGE_GROUP, STEP_TIMES, Group, groups
 from tuner.predict.feasibility import MIN_FIT, Feasibility
 from tuner.predict.implementation import implementation_of
 from tuner.predict.time.step import step_time_ms
+from tuner.search.observation import Observation
 from tuner.search.predicted_rows import PredictedRows
 from tuner.search.ranking import encode
-from tuner.search.strategy import Mask, Observation
+from tuner.search.strategy import Mask
 
 GAINS: Final = (0.005, 0.01, 0.02, 0.05)
 CONFIDENCES: Final = (0.9, 0.95)

@@ -17,7 +17,6 @@ from typing import Final
 
 import pandas as pd
 
-from launchers.base import Launcher, LaunchPlan
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from tuner.cli.common import load, prepare, stderr
@@ -26,6 +25,7 @@ from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import SweepLoop
 from tuner.tracking.tracker import Tracker
 from tuner.trial.contract import Heartbeat, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.launcher import Launcher, LaunchPlan
 
 SWEEP: Final = Path(__file__).parents[2] / "search_spaces" / "sweeps" / "tiny-gpt.yaml"
 TRIALS: Final = 12

@@ -1,9 +1,10 @@
 """Exports for tests that look at the override alone."""
 
+from tuner.analysis.figures import Figures
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.frameworks.export import Figures, Format, export
+from tuner.frameworks.export import Format, export
 from tuner.trial.contract import Metrics, TrialSpec
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.base import marked_processes
 from launchers.machine import calibrate
+from launchers.processes import marked_processes
 from launchers.programs.calibration import CALLS, group_sizes, groups_of
 from search_spaces.loader import load_cluster
 from tuner.cli.app import run

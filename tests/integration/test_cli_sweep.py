@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from launchers.base import marked_processes
+from launchers.processes import marked_processes
 from tuner.files import read_json
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import Outcome, TrialResult

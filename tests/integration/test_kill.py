@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launchers.base import marked_processes
+from launchers.processes import marked_processes
 from tests.kills import kill_and_resume
 from tuner.files import read_json
 from tuner.sweep.folder import SweepFolder

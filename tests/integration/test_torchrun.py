@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launchers.base import marked_processes
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
+from launchers.processes import marked_processes
 from tests.faults import FAULTS, LIMITS, Fault, Programs, lost, small_disk, spec_for, wrong
 from tuner.files import read_json
 from tuner.trial.contract import Heartbeat, Limits, Outcome, TrialFolder, TrialResult, TrialSpec

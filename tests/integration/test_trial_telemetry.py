@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launchers.base import MARKER
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
+from launchers.processes import MARKER
 from launchers.watch.telemetry import FOREIGN_LOAD, CpuMeter, Ours
 from tests.integration.programs.measures import TIMED_S
 from tests.trials import CLUSTER, spec_of

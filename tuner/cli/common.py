@@ -164,7 +164,8 @@ def prepare(loaded: Loaded, source: Path) -> Prepared:
         NothingFeasibleError: if every valid layout is predicted to run out of memory.
     """
     from tuner.predict.feasibility import MIN_FIT, fit_probabilities
-    from tuner.sweep.loop import queue_of, with_row
+    from tuner.space.table import with_row
+    from tuner.sweep.loop import queue_of
 
     check_not_empty(loaded, source)
     check_baseline(loaded.sweep, source)

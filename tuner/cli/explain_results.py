@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from tuner.analysis.figures import best
 from tuner.cli.common import print_json, stdout
 from tuner.cli.explain import print_head
 from tuner.core.layout import Layout
@@ -25,7 +26,6 @@ from tuner.explain.neighbours import Known, Neighbour
 from tuner.files import to_data
 from tuner.predict.memory import peak as memory
 from tuner.predict.time import step as time
-from tuner.report.pages import best
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.rows import TrialRow, read_trials
 

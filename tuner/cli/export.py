@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
+from tuner.analysis.figures import figures
 from tuner.cli.common import ResultsFolder, results_folder, stderr
 from tuner.errors import InputError, NothingFeasibleError
 from tuner.files import read_json, read_json_data, write_text
 from tuner.frameworks.export import Format
 from tuner.frameworks.export import export as write_override
-from tuner.report.pages import figures
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import TrialSpec
 from tuner.trial.rows import TrialRow, read_trials

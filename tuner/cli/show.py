@@ -6,11 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from tuner.analysis.answer import Answer, answer
+from tuner.analysis.verdict import verdict
 from tuner.cli.common import AsJson, ResultsFolder, print_json, results_folder, stderr, stdout
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
-from tuner.report.pages import html_page, summary, terminal_table, verdict
+from tuner.report.pages import html_page, summary, terminal_table
 from tuner.search.refinement import searched_table
 from tuner.trial.rows import read_trials
 

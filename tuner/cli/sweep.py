@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from tuner.analysis.figures import best, figures
+from tuner.analysis.verdict import verdict
 from tuner.cli.common import Gpus, OnCluster, RecipeName, ResultsRoot, load, prepare, stderr, stdout
 from tuner.cli.export import override
 from tuner.cli.init import recipe_name, recipe_sweep
@@ -17,7 +19,7 @@ from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
 from tuner.files import make_folder, write_json, write_text
-from tuner.report.pages import best, figures, summary, terminal_table, time_shares, verdict
+from tuner.report.pages import summary, terminal_table, time_shares
 from tuner.sweep.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.rows import TrialRow
@@ -27,13 +29,13 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from launchers.base import Launcher
     from tuner.cli.common import Loaded
     from tuner.core.layout import Layout
     from tuner.predict.calibration import Calibration
     from tuner.search.stopping import Certainty
     from tuner.sweep.configuration import Sweep
     from tuner.tracking.tracker import Status, Tracker
+    from tuner.trial.launcher import Launcher
     from tuner.trial.rows import TrialSource
 
 
@@ -141,7 +143,7 @@ def _run(
     sweep_file: Path,
     deadline: datetime | None,
 ) -> int:
-    from launchers.base import end_marked
+    from launchers.processes import end_marked
     from tuner.sweep.loop import SweepLoop
 
     end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running

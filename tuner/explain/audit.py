@@ -15,7 +15,7 @@ from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import peak_gib
-from tuner.search.sampler import find_row
+from tuner.space.table import find_row
 from tuner.trial.contract import Outcome
 from tuner.trial.rows import TrialRow
 

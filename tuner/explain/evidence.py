@@ -13,12 +13,11 @@ from tuner.predict.feasibility import Feasibility
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import peak_gib
 from tuner.predict.time.step import step_time_ms
+from tuner.search.observation import Observation
 from tuner.search.ranking import Ranking, encode
 from tuner.search.refinement import searched_table
-from tuner.search.sampler import find_row
-from tuner.search.strategy import Observation
+from tuner.space.table import find_row, with_row
 from tuner.sweep.configuration import Sweep
-from tuner.sweep.loop import with_row
 from tuner.trial.rows import TrialRow
 
 Floats = NDArray[np.float64]

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tuner.analysis.figures import best
 from tuner.core.choices import CHOICES, codes_of, one_step, value_of
 from tuner.core.layout import DEFAULTS, Layout
 from tuner.explain.evidence import Evidence
@@ -18,8 +19,7 @@ from tuner.predict.memory.peak import StageMemory
 from tuner.predict.memory.peak import breakdown as memory_breakdown
 from tuner.predict.time.step import StepTime
 from tuner.predict.time.step import breakdown as time_breakdown
-from tuner.report.pages import best
-from tuner.search.sampler import find_row, layout_at
+from tuner.space.table import find_row, layout_at
 from tuner.trial.rows import TrialRow
 
 Floats = NDArray[np.float64]

@@ -4,12 +4,13 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Any
 
 import yaml
 
+from tuner.analysis.figures import Figures
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
 from tuner.files import to_data
@@ -20,7 +21,7 @@ from tuner.frameworks.megatron_fields import (
     megatron_lm_arguments,
 )
 from tuner.frameworks.megatron_lm.trial_command import by_argument, with_layout
-from tuner.trial.contract import Metrics, TrialSpec
+from tuner.trial.contract import TrialSpec
 from tuner.trial.program import MegatronLm, Program
 
 
@@ -37,71 +38,6 @@ class Format(StrEnum):
     def of(cls, program: Program) -> "Format":
         """What fits the program that was measured."""
         return cls.MEGATRON_LM if isinstance(program, MegatronLm) else cls.BRIDGE_CLI
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Another trial against ours: its step time over ours, above 1 where ours is faster."""
-
-    trial: int
-    label: str
-    ratio: float
-    ratio_low: float
-    """Lower end of its 95% interval; without finals from the near ends of both step times' intervals, so wider."""
-    ratio_high: float
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether noise cannot tell the two apart."""
-        return self.ratio_low <= 1 <= self.ratio_high
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figures:
-    """What was measured of the exported layout, and how sure it is."""
-
-    trial: int
-    metrics: Metrics
-    rival: Comparison | None
-    """The fastest trial of another layout; None where no other completed."""
-    baseline: Comparison | None
-    """None where no baseline completed."""
-    versions: Mapping[str, str]
-    device_name: str
-    final_runs: int = 0
-    """Runs in the finals that the metrics hold together; 0 where they are one measurement of the search."""
-
-    def gain_sentence(self) -> str:
-        """The gain over the baseline, with its noise."""
-        start = self.baseline
-        if start is None:
-            return "No baseline completed: the gain is unknown."
-        if start.trial == self.trial:
-            return "This is the baseline itself."
-        noise = "; within noise" if start.is_tie else ""
-        between = f"{start.ratio_low:.3f}x to {start.ratio_high:.3f}x"
-        interval = (
-            f"95% interval {between}" if self.final_runs else f"{between} by the ends of both 95% intervals"
-        )
-        return (
-            f"{start.ratio:.3f}x the throughput of the baseline, t{start.trial:04d} {start.label} "
-            f"({interval}{noise})."
-        )
-
-    def certainty_sentence(self) -> str:
-        """How sure the ranking is."""
-        steps = f"{len(self.metrics.step_times_ms)} timed steps"
-        if self.final_runs:
-            steps += f" in {self.final_runs} interleaved runs"
-        if self.rival is None:
-            return f"{steps}; no other layout completed, so there is nothing to compare with."
-        rival = self.rival
-        other = f"the fastest other layout, t{rival.trial:04d} {rival.label}"
-        if rival.is_tie:
-            verdict = f"tie within {max(rival.ratio_high - 1, 1 - rival.ratio_low):.1%}"
-        else:
-            verdict = f"clear, by {rival.ratio_low - 1:.1%} at least"
-        return f"{steps}; {other}, differs by {rival.ratio - 1:+.1%} in step time: {verdict}."
 
 
 _PLACEMENT = "model.pipeline_model_parallel_layout"

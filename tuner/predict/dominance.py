@@ -7,13 +7,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns
 from tuner.core.layout import KNOBS, Layout, data_parallel_size, num_microbatches
 from tuner.core.parameters import attention, dense_mlp, norm
 from tuner.core.pipeline_layout import decoders
+from tuner.core.stages import stage_slots
 from tuner.core.workload import Workload
 from tuner.predict.implementation import implementation_of
-from tuner.rules.base import Columns
-from tuner.rules.pipeline import stage_slots
 
 _RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 MESSAGE_STATES: Final = 4

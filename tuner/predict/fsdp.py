@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.core.columns import Bools, Columns, Ints
 from tuner.predict.nccl import registered_factor
 from tuner.predict.time.collectives import Group
 from tuner.predict.time.rates import Rates
-from tuner.rules.base import Bools, Columns, Ints
 
 Floats = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.rules.base import Bools, Columns
+from tuner.core.columns import Bools, Columns
 
 Floats = NDArray[np.float64]
 

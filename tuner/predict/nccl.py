@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Bools, Columns, Ints
 from tuner.predict.time.collectives import NVLINK_EFFICIENCY, Group
-from tuner.rules.base import Bools, Columns, Ints
 
 Floats = NDArray[np.float64]
 

@@ -11,11 +11,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.core.columns import Columns, Ints
 from tuner.core.workload import Model, Workload
 from tuner.predict.implementation import Implementation
 from tuner.predict.memory.activations import Layers
 from tuner.predict.memory.stages import DENSE, MOE, Stages
-from tuner.rules.base import Columns, Ints
 
 Floats = NDArray[np.float64]
 

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri  # type: ignore[import-untyped]
 
+from tuner.core.columns import Columns
 from tuner.core.workload import Workload
-from tuner.rules.base import Columns
 
 Floats = NDArray[np.float64]
 

@@ -11,141 +11,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tuner.analysis.answer import Answer, Standing, answer, ruled_out
-from tuner.analysis.drift import drift
+from tuner.analysis.answer import Answer, Standing, answer
+from tuner.analysis.figures import Figures, figures
+from tuner.analysis.verdict import verdict
 from tuner.core.layout import KNOBS, Layout
-from tuner.frameworks.export import Comparison, Figures
 from tuner.frameworks.megatron_fields import megatron_fields
-from tuner.search.refinement import stage_sentence
 from tuner.trial.contract import Metrics, Outcome
 from tuner.trial.rows import TrialRow, completed
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-
-def best(rows: Iterable[TrialRow]) -> TrialRow | None:
-    """The trial that stands for the fastest layout: its final in the middle, before finals its one measurement."""
-    found = answer(tuple(rows))
-    return found.best.row if found else None
-
-
-def tie(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """The trials of the layouts that noise cannot tell from the best, itself included, fastest first."""
-    found = answer(rows)
-    return [standing.row for standing in found.tied] if found else []
-
-
-def figures(rows: Sequence[TrialRow], number: int | None = None) -> Figures | None:
-    """The measured facts of the best layout, or of one trial alone, beside its rival and the baseline.
-
-    Returns None where nothing completed, or that trial did not. The rival is the fastest other layout.
-    """
-    found = answer(rows)
-    if number is not None:
-        row = next((row for row in rows if row.number == number), None)
-        return _figures_of_trial(row, found) if row else None
-    if found is None:
-        return None
-    rival = found.ranking[1] if len(found.ranking) > 1 else None
-    return Figures(
-        trial=found.best.row.number,
-        metrics=found.best.metrics,
-        rival=_compared(rival) if rival else None,
-        baseline=_compared(found.baseline) if found.baseline else None,
-        versions=found.best.row.result.versions,
-        device_name=found.best.row.result.device_name,
-        final_runs=len(found.best.runs) if found.is_final else 0,
-    )
-
-
-def _compared(other: Standing) -> Comparison:
-    return Comparison(
-        trial=other.row.number,
-        label=other.layout.label(),
-        ratio=other.over_best.value,
-        ratio_low=other.over_best.low,
-        ratio_high=other.over_best.high,
-    )
-
-
-def _figures_of_trial(row: TrialRow, found: Answer | None) -> Figures | None:
-    """One trial as it measured, beside the answer's standings by the ends of their intervals."""
-    metrics = row.result.metrics
-    if metrics is None:
-        return None
-    others = [one for one in found.ranking if one.layout != row.layout] if found else []
-    start = found.baseline if found else None
-    return Figures(
-        trial=row.number,
-        metrics=metrics,
-        rival=_beside(others[0], metrics) if others else None,
-        baseline=_beside(start, metrics) if start else None,
-        versions=row.result.versions,
-        device_name=row.result.device_name,
-    )
-
-
-def _beside(other: Standing, ours: Metrics) -> Comparison:
-    theirs = other.metrics
-    return Comparison(
-        trial=other.row.number,
-        label=other.layout.label(),
-        ratio=theirs.step_time_ms / ours.step_time_ms,
-        ratio_low=theirs.step_time_low_ms / ours.step_time_high_ms,
-        ratio_high=theirs.step_time_high_ms / ours.step_time_low_ms,
-    )
-
-
-def verdict(rows: Sequence[TrialRow]) -> list[str]:
-    """What to believe of the answer, a sentence each: ties, who is out, the machine's drift, what was disturbed."""
-    found = answer(rows)
-    told = []
-    if found is None:
-        known = drift(sorted(rows, key=lambda row: row.number))
-        return [
-            *_outs(ruled_out(sorted(rows, key=lambda row: row.number))),
-            *([known.sentence()] if known else []),
-        ]
-    if not found.is_final:
-        told.append("By single measurements of the search: no finals ran.")
-    if len(found.tied) > 1:
-        told.append(_tie_sentence(found))
-    told += _outs(found.out)
-    if any(row.routes_at_random for row in rows):
-        told.append(
-            "Losses were not compared: forced balance of experts routes at random, differently in every layout."
-        )
-    if (stages := stage_sentence(rows)) is not None:
-        told.append(stages)
-    if found.drift is not None:
-        told.append(found.drift.sentence())
-    again = sum(row.source == "repeat" for row in rows)
-    if again:
-        told.append(f"{again} trials that the machine had disturbed were measured again.")
-    if found.doubts:
-        more = f" ({len(found.doubts)} such lines)" if len(found.doubts) > 1 else ""
-        told.append(f"Measured on a disturbed machine, so less sure: {found.doubts[0]}{more}.")
-    return told
-
-
-def _tie_sentence(found: Answer) -> str:
-    tied = found.tied
-    apart = max(max(one.over_best.high - 1, 1 - one.over_best.low) for one in tied[1:])
-    names = ", ".join(
-        f"{one.layout.label()} ({one.over_best.value - 1:+.1%}, {one.metrics.peak_allocated_gib:.3g} GiB)"
-        for one in tied[1:]
-    )
-    least = min(tied, key=lambda one: one.metrics.peak_allocated_gib)
-    memory = "it" if least is tied[0] else least.layout.label()
-    return (
-        f"Tie within {apart:.1%}: noise cannot tell the best, {tied[0].layout.label()}, from {names}; "
-        f"of these {memory} takes the least memory."
-    )
-
-
-def _outs(out: Mapping[Layout, str]) -> list[str]:
-    return [f"Out: {layout.label()} {why}." for layout, why in out.items()]
 
 
 _SHORT_S = 600

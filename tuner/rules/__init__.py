@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Bools, Columns, Texts
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError, did_you_mean
@@ -26,7 +27,7 @@ from tuner.rules import (
     recompute,
     shapes,
 )
-from tuner.rules.base import Bools, Columns, Kind, Rule, Texts, Violation
+from tuner.rules.base import Kind, Rule, Violation
 
 __all__ = [
     "RULES",

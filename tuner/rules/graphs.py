@@ -1,8 +1,9 @@
 """CUDA graphs: what a graph can capture of a layer, and what it excludes."""
 
+from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout, module_names
 from tuner.core.workload import Workload
-from tuner.rules.base import Bools, Columns, Rule, rule
+from tuner.rules.base import Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
 
 SCOPES: tuple[str, ...] = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess")

@@ -1,9 +1,10 @@
 """Mixtures of experts: the expert grid's knobs, the dispatchers, and what Megatron asks of the router."""
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
-from tuner.rules.base import Bools, Columns, Rule, remainder, rule
+from tuner.rules.base import Rule, remainder, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_moe_layers
 
 MOE_LAYER = "megatron/core/transformer/moe/moe_layer.py"

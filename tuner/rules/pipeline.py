@@ -1,12 +1,12 @@
 """How the layers spread over pipeline stages and their chunks."""
 
-from typing import NamedTuple
-
 import numpy as np
 
+from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
+from tuner.core.stages import accounted_slots, stage_slots, unstated_stages
 from tuner.core.workload import Workload
-from tuner.rules.base import Bools, Columns, Ints, Rule, remainder, rule
+from tuner.rules.base import Rule, remainder, rule
 from tuner.rules.placement import TEXT
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 
@@ -14,53 +14,6 @@ BLOCK = "megatron/core/transformer/transformer_block.py, get_num_layers_to_build
 UNEVEN = "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage"
 ACCOUNT = "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split"
 SPLIT = f"pp {UNEVEN} {ACCOUNT}"
-
-
-class StageLayers(NamedTuple):
-    """Slots of layers on the first, a middle and the last pipeline rank, all chunks together.
-
-    A slot is a layer, or the embedding or the loss where the split counts them as one, at the cost of a
-    layer.
-    Meaningful where the split rules hold; `middle` also where there is no middle rank.
-    """
-
-    first: Ints
-    middle: Ints
-    last: Ints
-
-
-def stage_slots(c: Columns, w: Workload) -> StageLayers:
-    """Slots a pipeline rank, as Megatron's get_num_layers_to_build spreads them."""
-    first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    spread = w.model.num_layers - first - last + _accounted(c)
-    middle = spread // np.maximum(_stages_left(c), 1)
-    return StageLayers(np.where(first > 0, first, middle), middle, np.where(last > 0, last, middle))
-
-
-def chunk_layers(c: Columns, w: Workload) -> StageLayers:
-    """Layers in the very first chunk, in one between, and in the very last chunk of the model.
-
-    Of layouts whose layers no text places: tuner.core.pipeline_layout counts those.
-    """
-    slots = stage_slots(c, w)
-    emb = c.on("account_for_embedding_in_pipeline_split") & (c["pp"] > 1)
-    loss = c.on("account_for_loss_in_pipeline_split") & (c["pp"] > 1)
-    vpp = c["vpp"]
-    return StageLayers(slots.first // vpp - emb, slots.middle // vpp, slots.last // vpp - loss)
-
-
-def _accounted(c: Columns) -> Ints:
-    """Slots that embedding and loss take; on a single stage they take one and give it back."""
-    both = c.on("account_for_embedding_in_pipeline_split").astype(np.int64)
-    both += c.on("account_for_loss_in_pipeline_split")
-    return np.where(c["pp"] > 1, both, 0)
-
-
-def _stages_left(c: Columns) -> Ints:
-    """Stages whose layers are not stated."""
-    first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    left: Ints = c["pp"] - (first > 0) - (last > 0)
-    return left
 
 
 def _uneven(c: Columns) -> Bools:
@@ -73,7 +26,7 @@ def _accounts(c: Columns) -> Bools:
 
 
 def _even_split(c: Columns, w: Workload) -> Bools:
-    even = (w.model.num_layers + _accounted(c)) % c["pp"] == 0
+    even = (w.model.num_layers + accounted_slots(c)) % c["pp"] == 0
     holds: Bools = _uneven(c) | even | ~c.among(TEXT, "none")
     return holds
 
@@ -81,7 +34,7 @@ def _even_split(c: Columns, w: Workload) -> Bools:
 def _rest_fits(c: Columns, w: Workload) -> Bools:
     """The layers left go evenly, and at least one a stage, onto the stages left, or both are none."""
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    rest, stages = w.model.num_layers - first - last, _stages_left(c)
+    rest, stages = w.model.num_layers - first - last, unstated_stages(c)
     spread = (stages > 0) & (rest > 0) & (rest % np.maximum(stages, 1) == 0)
     holds: Bools = ~_uneven(c) | spread | ((stages == 0) & (rest == 0))
     return holds
@@ -89,7 +42,7 @@ def _rest_fits(c: Columns, w: Workload) -> Bools:
 
 def _chunks_even(c: Columns, w: Workload) -> Bools:
     slots = stage_slots(c, w)
-    middle = np.where(_stages_left(c) > 0, slots.middle % c["vpp"], 0)
+    middle = np.where(unstated_stages(c) > 0, slots.middle % c["vpp"], 0)
     whole = slots.first % c["vpp"] + slots.last % c["vpp"] + middle == 0
     holds: Bools = (c["pp"] == 1) | whole | ~c.among(TEXT, "none")
     return holds
@@ -98,7 +51,7 @@ def _chunks_even(c: Columns, w: Workload) -> Bools:
 def _says_something(c: Columns, w: Workload) -> Bools:
     """A stated stage differs from what it would get unstated; of two stages only the first is stated."""
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    middle, stages = stage_slots(c, w).middle, _stages_left(c)
+    middle, stages = stage_slots(c, w).middle, unstated_stages(c)
     repeats = (stages > 0) & ((first == middle) | (last == middle))
     holds: Bools = ~_uneven(c) | ~(repeats | ((c["pp"] == 2) & (last > 0)))
     return holds
@@ -111,7 +64,7 @@ def _not_as_accounted(c: Columns, w: Workload) -> Bools:
     # With two stages the stated first one leaves `middle` to the last: one less here is one more there.
     outer = np.isin(first, (0, 1)) & np.isin(last, (0, 1)) & (first + last > 0)
     two = (c["pp"] == 2) & (np.abs(first) == 1)
-    holds: Bools = ~_uneven(c) | (c["vpp"] > 1) | (c["pp"] == 1) | (_stages_left(c) == 0) | ~(outer | two)
+    holds: Bools = ~_uneven(c) | (c["vpp"] > 1) | (c["pp"] == 1) | (unstated_stages(c) == 0) | ~(outer | two)
     return holds
 
 

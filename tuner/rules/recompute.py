@@ -3,11 +3,13 @@
 import numpy as np
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Bools, Columns
 from tuner.core.layout import MOST, Layout, module_names
 from tuner.core.pipeline_layout import decoders, readable
+from tuner.core.stages import chunk_layers
 from tuner.core.workload import Model, Workload
-from tuner.rules.base import Bools, Columns, Rule, rule
-from tuner.rules.pipeline import SPLIT, chunk_layers
+from tuner.rules.base import Rule, rule
+from tuner.rules.pipeline import SPLIT
 from tuner.rules.placement import TEXT
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
 

@@ -7,7 +7,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.search.strategy import Observation
+from tuner.search.observation import Observation
 from tuner.trial.contract import Measurement
 
 

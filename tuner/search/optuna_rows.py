@@ -12,8 +12,9 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tuner.core.layout import KNOBS
+from tuner.search.observation import Observation
 from tuner.search.ranking import doublings
-from tuner.search.strategy import Mask, Observation, Strategy
+from tuner.search.strategy import Mask, Strategy
 
 STARTUP_TRIALS: Final = 5
 """Random trials before the Gaussian process: Optuna's ten are half of many a space."""

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from tuner.predict.feasibility import Feasibility
 from tuner.search.cost import trial_cost
+from tuner.search.observation import Observation
 from tuner.search.ranking import Ranking, encode
 from tuner.search.stopping import Certainty
-from tuner.search.strategy import Mask, Observation, Strategy
+from tuner.search.strategy import Mask, Strategy
 from tuner.trial.contract import Measurement
 
 PROMISING: Final = 0.5

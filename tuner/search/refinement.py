@@ -22,13 +22,13 @@ from tuner.analysis.drift import drift
 from tuner.core.choices import CHOICES
 from tuner.core.cluster import Cluster
 from tuner.core.layout import DEFAULTS, KNOBS, Layout, layout_from
+from tuner.core.stages import chunk_layers
 from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.predict.feasibility import fit_probabilities
 from tuner.predict.implementation import implementation_of
 from tuner.predict.time.step import step_time_ms
 from tuner.rules import Columns, Rule, Texts, active_rules
-from tuner.rules.pipeline import chunk_layers
 from tuner.rules.recompute import MODULES
 from tuner.space.enumeration import Domain, Space, Value, enumerate_layouts, layer_placements, refined_domain
 from tuner.trial.rows import TrialRow, TrialSource

@@ -11,23 +11,11 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.core.layout import KNOBS, Layout, layout_from
+from tuner.core.layout import KNOBS, Layout
+from tuner.search.observation import Observation
 from tuner.search.stopping import Certainty
-from tuner.search.strategy import Mask, Observation, Strategy
-
-
-def find_row(table: pd.DataFrame, layout: Layout) -> int | None:
-    """The position of a layout in the table, or None."""
-    mask = np.ones(len(table), dtype=bool)
-    for knob in KNOBS:
-        mask &= table[knob].to_numpy() == getattr(layout, knob)
-    rows = np.flatnonzero(mask)
-    return int(rows[0]) if len(rows) else None
-
-
-def layout_at(table: pd.DataFrame, row: int) -> Layout:
-    """The layout at a position of the table."""
-    return layout_from({knob: table[knob].iloc[row] for knob in KNOBS})
+from tuner.search.strategy import Mask, Strategy
+from tuner.space.table import layout_at
 
 
 def distributions(table: pd.DataFrame, tried: Sequence[Layout] = ()) -> dict[str, BaseDistribution]:

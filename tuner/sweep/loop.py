@@ -11,6 +11,7 @@ import pandas as pd
 
 from tuner.analysis.answer import candidates, counting, ruled_out
 from tuner.analysis.drift import canary_due, drift
+from tuner.analysis.figures import best
 from tuner.analysis.finals import expected_s, next_final, standing_for_finals
 from tuner.core.layout import Layout
 from tuner.errors import InputError
@@ -18,23 +19,23 @@ from tuner.files import make_folder, read_json, write_json
 from tuner.predict.calibration import Calibration
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT
-from tuner.report.pages import best
+from tuner.search.observation import STATES, Observation
 from tuner.search.refinement import FIRST_SHARE, best_trials, middles, recorded, with_refinements
-from tuner.search.sampler import TableSampler, find_row, layout_at
+from tuner.search.sampler import TableSampler
 from tuner.search.stopping import Certainty
 from tuner.search.strategies import strategy_of
-from tuner.search.strategy import Observation
 from tuner.space.heuristics import Seed
+from tuner.space.table import find_row, layout_at
 from tuner.sweep.budget import FAILURES_TO_STOP, Clock, Ledger, Stop, shrunk
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.study import STATES, StudyTrial, open_study
+from tuner.sweep.study import StudyTrial, open_study
 from tuner.trial.contract import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
 from tuner.trial.rows import SEARCHED, TrialRow, TrialSource, draws_weights, read_trials
 
 if TYPE_CHECKING:
-    from launchers.base import Launcher
     from tuner.tracking.tracker import Tracker
+    from tuner.trial.launcher import Launcher
 
 RETRIED = frozenset({Outcome.HANG, Outcome.COMMUNICATION, Outcome.INFRASTRUCTURE})
 """Outcomes that a second attempt may change: the machine's fault, not the layout's."""
@@ -487,14 +488,3 @@ def queue_of(baseline: Layout | None, seeds: Sequence[Seed]) -> list[tuple[Layou
         note = f"{seed.source}; {seed.note}" if seed.note else seed.source
         queue.append((seed.layout, TrialSource(source="seed" if queue else "baseline", note=note)))
     return queue
-
-
-def with_row(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
-    """The table with a layout's row, appended where the layout lies outside the searched values."""
-    if find_row(table, layout) is not None:
-        return table
-    row = pd.DataFrame([{knob: getattr(layout, knob) for knob in table.columns}])
-    joined = pd.concat([table, row], ignore_index=True)
-    return joined.astype(
-        {name: kind for name, kind in table.dtypes.items() if not isinstance(kind, pd.CategoricalDtype)}
-    )

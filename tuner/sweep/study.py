@@ -12,21 +12,8 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tuner.trial.contract import Outcome, TrialResult
-
-STATES: Mapping[Outcome, TrialState] = {
-    Outcome.COMPLETED: TrialState.COMPLETE,
-    Outcome.OOM: TrialState.PRUNED,
-    Outcome.INVALID: TrialState.PRUNED,
-    Outcome.HANG: TrialState.PRUNED,
-    Outcome.TIMEOUT: TrialState.PRUNED,
-    Outcome.TOO_SLOW: TrialState.PRUNED,
-    Outcome.COMMUNICATION: TrialState.FAIL,
-    Outcome.NAN: TrialState.FAIL,
-    Outcome.INFRASTRUCTURE: TrialState.WAITING,
-    Outcome.INTERRUPTED: TrialState.WAITING,
-}
-"""What each outcome is to Optuna. WAITING trials are run again, with the same number and layout."""
+from tuner.search.observation import STATES
+from tuner.trial.contract import TrialResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

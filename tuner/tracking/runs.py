@@ -33,9 +33,9 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.git_utils import get_git_commit
 
+from tuner.analysis.figures import best
 from tuner.errors import InputError
 from tuner.files import read_json, to_data, write_text
-from tuner.report.pages import best
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.tracking.names import (

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.trials import completed_row, failed_row
 from tuner.analysis import answer as module
 from tuner.analysis.answer import LOSS_TOLERANCE, answer, counting, pooled, trains_differently
+from tuner.analysis.verdict import verdict
 from tuner.core.layout import Layout
 from tuner.core.workload import Precision
-from tuner.report.pages import verdict
 from tuner.trial.contract import Outcome
 from tuner.trial.rows import TrialRow
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from tests.replay import NoTracker, ReplayLauncher, loop_of, run_to_end, sweep_of
+from tuner.analysis.figures import best
 from tuner.cli.app import run
 from tuner.files import to_data
 from tuner.frameworks.export import Format
-from tuner.report.pages import best
 from tuner.rules import RULES
 from tuner.space.enumeration import REFINED
 from tuner.sweep.folder import SweepFolder

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.unit.layouts import cluster, mixture, workload
 from tuner.core.choices import CHOICES, FOLLOWERS, codes_of, one_step, value_of
 from tuner.core.layout import KNOBS, Layout
-from tuner.search.sampler import find_row, layout_at
 from tuner.space.enumeration import enumerate_layouts
+from tuner.space.table import find_row, layout_at
 
 TABLE = enumerate_layouts(
     workload(mixture()),

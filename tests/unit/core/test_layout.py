@@ -21,7 +21,7 @@ from tuner.core.layout import (
     num_microbatches,
 )
 from tuner.files import parse, to_data
-from tuner.search.sampler import layout_at
+from tuner.space.table import layout_at
 
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
 

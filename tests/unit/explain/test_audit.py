@@ -17,7 +17,7 @@ from tuner.explain.audit import DOMINATED, TOO_LARGE, removed
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.predict.memory.peak import peak_gib
-from tuner.search.sampler import find_row, layout_at
+from tuner.space.table import find_row, layout_at
 
 SWEEP = sweep_of()
 TABLE = table_of(SWEEP)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.replay import ReplayLauncher, loop_of, step_time_ms, sweep_of, table_of
 from tests.trials import CLUSTER, completed_row, failed_row
+from tuner.analysis.figures import best
 from tuner.core.layout import Layout
 from tuner.explain.evidence import Evidence, gather
 from tuner.explain.findings import Findings, accuracy, compared, effects, findings, predict
@@ -19,9 +20,8 @@ from tuner.explain.importance import FEWEST_TRIALS, importances
 from tuner.explain.neighbours import Known, Neighbour
 from tuner.predict.memory.peak import peak_gib
 from tuner.predict.time.step import step_time_ms as predicted_step_time_ms
-from tuner.report.pages import best
 from tuner.rules import broken_rules
-from tuner.search.sampler import find_row, layout_at
+from tuner.space.table import find_row, layout_at
 from tuner.sweep.configuration import Sweep
 from tuner.trial.contract import Outcome
 from tuner.trial.rows import TrialRow, read_trials

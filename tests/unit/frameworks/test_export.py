@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trials import CLUSTER, MODEL, WORKLOAD, completed_row, spec_of
+from tuner.analysis.figures import Figures, figures
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
-from tuner.frameworks.export import Figures, Format, bridge_settings, export
+from tuner.frameworks.export import Format, bridge_settings, export
 from tuner.frameworks.megatron_fields import megatron_lm_arguments
-from tuner.report.pages import figures
 
 _CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "recompute_granularity": st.sampled_from(["none", "selective", "full"]),

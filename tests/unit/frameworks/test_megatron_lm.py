@@ -13,8 +13,8 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.frameworks.megatron_fields import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.command import read_command
-from tuner.search.sampler import layout_at
 from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.table import layout_at
 
 GPT = (
     "--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --max-position-embeddings 1024 "

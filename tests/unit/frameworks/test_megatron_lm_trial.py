@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from tests.trials import completed_row, spec_of
 from tests.unit.frameworks.test_megatron_lm import GPT
 from tests.unit.layouts import cluster, mixture, workload
+from tuner.analysis.figures import figures
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.frameworks.export import Format, export
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import replaced, script_words, with_layout
-from tuner.report.pages import figures
-from tuner.search.sampler import layout_at
 from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.table import layout_at
 from tuner.sweep.configuration import Sweep, load_sweep
 from tuner.trial.program import MegatronLm
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.base import Ending
 from launchers.watch.classify import Evidence, classify, failed_ranks
+from launchers.watch.limits import Ending
 from tests.trials import metrics_of
 from tuner.trial.contract import Failure, Heartbeat, Limits, Outcome, Phase, RankRecord, TrialResult
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.base import LEAST_SILENCE_S, SILENT_STEPS, Clock, Ending, inherited_environment
 from launchers.local.torchrun import TorchrunLauncher
+from launchers.processes import inherited_environment
 from launchers.watch import logs
+from launchers.watch.limits import LEAST_SILENCE_S, SILENT_STEPS, Clock, Ending
 from tests.trials import CLUSTER, spec_of
 from tuner.core.cluster import Cluster
 from tuner.core.environment import cuda_environment

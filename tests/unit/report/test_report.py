@@ -13,19 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tests.trials import completed_row, failed_row, write_trial
+from tuner.analysis.figures import best, figures, tie
+from tuner.analysis.verdict import verdict
 from tuner.core.layout import KNOBS, Layout
 from tuner.errors import InputError
-from tuner.report.pages import (
-    best,
-    figures,
-    html_page,
-    summary,
-    terminal_table,
-    tie,
-    time_shares,
-    trial_table,
-    verdict,
-)
+from tuner.report.pages import html_page, summary, terminal_table, time_shares, trial_table
 from tuner.trial.contract import Outcome
 from tuner.trial.rows import TrialRow, read_trials, trial_folder
 

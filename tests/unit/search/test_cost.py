@@ -8,8 +8,8 @@ from optuna.trial import TrialState
 
 from tests.trials import completed_row, failed_row
 from tuner.search.cost import TrialCost, trial_cost
+from tuner.search.observation import Observation
 from tuner.search.ranking import Ranking
-from tuner.search.strategy import Observation
 from tuner.trial.contract import Measurement, Outcome, RankRecord
 
 

@@ -9,9 +9,9 @@ from optuna.trial import TrialState
 
 from tests.replay import step_time_ms, sweep_of, table_of
 from tuner.search import optuna_rows
+from tuner.search.observation import Observation
 from tuner.search.optuna_rows import OptunaRows
-from tuner.search.sampler import layout_at
-from tuner.search.strategy import Observation
+from tuner.space.table import layout_at
 
 TABLE = table_of(sweep_of())
 TRUTH_MS = np.array([step_time_ms(layout_at(TABLE, row)) for row in range(len(TABLE))])

@@ -25,13 +25,14 @@ from tests.replay import (
     table_of,
 )
 from tests.trials import CLUSTER, completed_row
+from tuner.analysis.figures import best
+from tuner.analysis.verdict import verdict
 from tuner.core.choices import codes_of
 from tuner.core.cluster import Cluster
 from tuner.core.layout import KNOBS, Layout
 from tuner.errors import InputError
 from tuner.explain.evidence import gather
 from tuner.predict.time.step import step_time_ms as predicted_ms
-from tuner.report.pages import best, verdict
 from tuner.rules import valid_mask
 from tuner.search import refinement as stages
 from tuner.search.refinement import (
@@ -45,8 +46,8 @@ from tuner.search.refinement import (
     refinements,
     with_refinements,
 )
-from tuner.search.sampler import find_row, layout_at
 from tuner.space.enumeration import REFINED, enumerate_layouts
+from tuner.space.table import find_row, layout_at
 from tuner.sweep.budget import Clock, Ledger, Stop
 from tuner.sweep.configuration import Budget, Sweep
 from tuner.sweep.folder import SweepFolder

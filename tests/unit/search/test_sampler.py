@@ -20,11 +20,12 @@ from tuner.predict.feasibility import Feasibility
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import peak_gib
 from tuner.search import optuna_rows
+from tuner.search.observation import Observation
 from tuner.search.optuna_rows import OptunaRows
 from tuner.search.predicted_rows import PredictedRows
-from tuner.search.sampler import TableSampler, distributions, find_row, layout_at
-from tuner.search.strategy import GridRows, Observation, RandomRows, Strategy
-from tuner.sweep.loop import with_row
+from tuner.search.sampler import TableSampler, distributions
+from tuner.search.strategy import GridRows, RandomRows, Strategy
+from tuner.space.table import find_row, layout_at, with_row
 
 TABLE = table_of(sweep_of())
 

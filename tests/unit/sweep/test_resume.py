@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launchers.base import LaunchPlan
 from tests.replay import ReplayLauncher, loop_of, sweep_of
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import attempts_spent
 from tuner.trial.contract import Heartbeat, Outcome, TrialResult
+from tuner.trial.launcher import LaunchPlan
 from tuner.trial.rows import read_trials
 
 _CHANGES = frozenset({"os.mkdir", "os.rename", "os.remove"})

@@ -10,7 +10,8 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from tests.trials import metrics_of
-from tuner.sweep.study import STATES, StudyTrial, open_study
+from tuner.search.observation import STATES
+from tuner.sweep.study import StudyTrial, open_study
 from tuner.trial.contract import Outcome, TrialResult
 
 SPACE: dict[str, BaseDistribution] = {

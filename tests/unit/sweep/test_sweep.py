@@ -28,18 +28,18 @@ from tests.replay import (
     table_of,
 )
 from tests.trials import CLUSTER, metrics_of
+from tuner.analysis.figures import best
 from tuner.core.layout import KNOBS, Layout
 from tuner.errors import InputError
 from tuner.files import read_json
 from tuner.predict.dominance import needs_at_least_as_much_memory
-from tuner.report.pages import best
 from tuner.rules import broken_rules
-from tuner.search.sampler import find_row, layout_at
+from tuner.search.observation import STATES
+from tuner.space.table import find_row, layout_at
 from tuner.sweep.budget import FAILURES_TO_STOP, Stop
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import SweepLoop
-from tuner.sweep.study import STATES
 from tuner.trial.contract import Outcome, TrialResult, TrialSpec
 from tuner.trial.rows import read_trials
 

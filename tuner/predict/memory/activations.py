@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.core.columns import Bools, Columns
 from tuner.core.parameters import attention, expert
 from tuner.core.workload import Model, Precision, Workload
 from tuner.predict.implementation import Implementation
 from tuner.predict.routing import Load, load_of_busiest
-from tuner.rules.base import Bools, Columns
 
 Floats = NDArray[np.float64]
 LINEAR_INPUT_BYTES: Mapping[Precision, float] = {

@@ -11,10 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns
 from tuner.core.layout import data_parallel_size, expert_data_parallel_size
 from tuner.core.workload import Model, Workload
 from tuner.predict import nccl
-from tuner.rules.base import Columns
 
 Floats = NDArray[np.float64]
 GIB: Final = 1024**3

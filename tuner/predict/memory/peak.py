@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from tuner.core import parameters
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns
 from tuner.core.layout import Layout, data_parallel_size, expert_data_parallel_size
 from tuner.core.workload import Model, Precision, Workload
 from tuner.predict import fsdp, graphs, offload
 from tuner.predict.implementation import Implementation
 from tuner.predict.memory.activations import Layers, Part
 from tuner.predict.memory.stages import CHECKPOINTS, DENSE, MOE, Stages, stages_of
-from tuner.rules.base import Columns
 
 Floats = NDArray[np.float64]
 Moment = Literal["layer", "loss", "embedding", "optimizer", "build"]

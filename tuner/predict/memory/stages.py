@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.core.columns import Columns
 from tuner.core.layout import num_microbatches
 from tuner.core.pipeline_layout import decoders, mtp_layers
+from tuner.core.stages import stage_slots
 from tuner.core.workload import Model, Workload
-from tuner.rules.base import Columns
-from tuner.rules.pipeline import stage_slots
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
-from tuner.rules.base import Ints
+from tuner.core.columns import Ints
 
 Floats: TypeAlias = NDArray[np.float64]
 

@@ -4,10 +4,10 @@ from typing import Final
 
 import numpy as np
 
+from tuner.core.columns import Columns
 from tuner.core.workload import Model
 from tuner.predict.time.collectives import Floats, group
 from tuner.predict.time.rates import Rates
-from tuner.rules.base import Columns
 
 RING_KERNELS: Final = 8
 """Kernels of one step of ring attention beside those that move its data."""

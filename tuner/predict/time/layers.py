@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.core.columns import Columns, Ints, Texts
 from tuner.core.flops import core_attention_macs
 from tuner.core.workload import Workload
 from tuner.predict import nccl
@@ -16,7 +17,6 @@ from tuner.predict.time.collectives import FABRIC_EFFICIENCY, NVLINK_EFFICIENCY,
 from tuner.predict.time.context import ContextRanks
 from tuner.predict.time.rates import FLEX_EFFICIENCY, Rates
 from tuner.predict.time.stages import Kind
-from tuner.rules.base import Columns, Ints, Texts
 
 ATTENTION_EFFICIENCY: Final = 2 / 3
 """Fused attention's rate over that of large products: of the peak, FlashAttention-2 gives 0.5 to 0.6 on A100 and -3

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tuner.core.columns import Columns
 from tuner.core.flops import slides
 from tuner.core.pipeline_layout import EMBEDDING, LOSS, decoders, mtp_layers, parse
+from tuner.core.stages import chunk_layers, stage_slots
 from tuner.core.workload import Model, Workload
 from tuner.predict.time.collectives import Floats
-from tuner.rules.base import Columns
-from tuner.rules.pipeline import chunk_layers, stage_slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns, Ints
 from tuner.core.layout import Layout, data_parallel_size, expert_data_parallel_size, num_microbatches
 from tuner.core.parameters import attention, dense_mlp, expert, layer_norms, router, shared_experts
+from tuner.core.stages import stage_slots
 from tuner.core.workload import Model, Workload
 from tuner.predict import fsdp, graphs, nccl, offload
 from tuner.predict.calibration import Calibration
@@ -33,8 +35,6 @@ from tuner.predict.time.context import kernels
 from tuner.predict.time.layers import Layers, Module, Pass
 from tuner.predict.time.rates import MeasuredRates, Rates
 from tuner.predict.time.stages import Stages, stages
-from tuner.rules.base import Columns, Ints
-from tuner.rules.pipeline import stage_slots
 
 FORWARD_LAUNCHES: Final = 80
 """Operations of a dense layer's forward pass that the host launches, or that make a view."""
