@@ -210,7 +210,7 @@ def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
 
 def table_of(sweep: Sweep) -> pd.DataFrame:
     """Its valid layouts, the baseline's included."""
-    table = first_stage(sweep).table
+    table = first_stage(sweep.problem).table
     return table if sweep.baseline is None else with_row(table, sweep.baseline)
 
 

@@ -32,8 +32,8 @@ from tuner.core.environment import cuda_environment, recorded_environment
 from tuner.core.layout import KNOBS, data_parallel_size, num_microbatches
 from tuner.errors import InputError, did_you_mean
 from tuner.files import read_json, to_data, write_json, write_text
-from tuner.frameworks.export import bridge_words
-from tuner.frameworks.megatron_fields import megatron_lm_arguments
+from tuner.frameworks.megatron_bridge.override import bridge_words
+from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.trial_command import replaced
 from tuner.trial.contract import Heartbeat, Outcome, RankRecord, TrialFolder, TrialResult, TrialSpec
 from tuner.trial.launcher import LaunchPlan

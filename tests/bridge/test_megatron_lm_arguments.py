@@ -12,9 +12,9 @@ from tests.bridge.megatron_lm import command, layout_of, parsed
 from tests.bridge.writing import written
 from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
 from tuner.core.workload import Workload
-from tuner.frameworks.export import Format
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import replaced
+from tuner.report.export import Format
 from tuner.space.enumeration import refined_domain
 
 CLUSTER = load_cluster("dgx-h100", nodes=4)

@@ -22,7 +22,7 @@ from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
 from tuner.errors import InputError
 from tuner.files import read_json, write_json
-from tuner.frameworks.export import bridge_words
+from tuner.frameworks.megatron_bridge.override import bridge_words
 from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
 from tuner.trial.program import BridgeRecipe
 

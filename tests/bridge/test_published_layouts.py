@@ -28,9 +28,9 @@ from tuner.core.cluster import Cluster
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.frameworks.export import Format
 from tuner.frameworks.megatron_bridge import recipe
 from tuner.frameworks.megatron_lm.command import read_command
+from tuner.report.export import Format
 from tuner.rules import broken_rules
 from tuner.space.enumeration import enumerate_layouts, search_domain
 from tuner.space.guide import read_guide

@@ -4,7 +4,7 @@ from tuner.analysis.figures import Figures
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.frameworks.export import Format, export
+from tuner.report.export import Format, export
 from tuner.trial.contract import Metrics, TrialSpec
 
 

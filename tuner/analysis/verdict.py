@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tuner.analysis.answer import Answer, answer, ruled_out
+from tuner.analysis.centres import refinement_sentence
 from tuner.analysis.drift import drift
 from tuner.core.layout import Layout
-from tuner.search.refinement import stage_sentence
 from tuner.trial.rows import TrialRow
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def verdict(rows: Sequence[TrialRow]) -> list[str]:
         told.append(
             "Losses were not compared: forced balance of experts routes at random, differently in every layout."
         )
-    if (stages := stage_sentence(rows)) is not None:
+    if (stages := refinement_sentence(rows)) is not None:
         told.append(stages)
     if found.drift is not None:
         told.append(found.drift.sentence())

@@ -84,7 +84,7 @@ def load(path: Path) -> Loaded:
     from tuner.search.refinement import first_stage
 
     sweep = load_sweep(path, detect, read_recipe)
-    return Loaded(sweep, first_stage(sweep))
+    return Loaded(sweep, first_stage(sweep.problem))
 
 
 def results_folder(folder: Path) -> SweepFolder:

@@ -10,8 +10,8 @@ from tuner.analysis.figures import figures
 from tuner.cli.common import ResultsFolder, results_folder, stderr
 from tuner.errors import InputError, NothingFeasibleError
 from tuner.files import read_json, read_json_data, write_text
-from tuner.frameworks.export import Format
-from tuner.frameworks.export import export as write_override
+from tuner.report.export import Format
+from tuner.report.export import export as write_override
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import TrialSpec
 from tuner.trial.rows import TrialRow, read_trials

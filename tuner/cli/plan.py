@@ -88,10 +88,10 @@ def _stages(sweep: "Sweep", prepared: "Prepared", trials: int) -> list[dict[str,
     if not sweep.refined:
         return [_stage(table, min(trials, len(table)))]
     first = _stage(table, min(ceil(FIRST_SHARE * trials), len(table)))
-    middles = predicted_best(table, sweep)
-    later = with_refinements(table, middles, sweep, MIN_FIT).iloc[len(table) :]
+    middles = predicted_best(table, sweep.problem)
+    later = with_refinements(table, middles, sweep.problem, MIN_FIT).iloc[len(table) :]
     second = _stage(later[list(sweep.refined)], trials - first["trials"])
-    changes = [around(layout, sweep).changes for layout in middles]
+    changes = [around(layout, sweep.problem).changes for layout in middles]
     return [
         first,
         {

@@ -29,7 +29,7 @@ def show(
 
     folder = results_folder(results)
     sweep, rows = folder.sweep(), read_trials(folder.path)
-    valid = searched_table(sweep, rows) if pruned else None
+    valid = searched_table(sweep.problem, rows) if pruned else None
     gone = None if valid is None else removed(valid, sweep.workload, sweep.cluster, rows)
     if html is not None:
         page = html_page(rows, sweep.name, summary(rows, sweep.name, "", {}))

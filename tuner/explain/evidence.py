@@ -55,7 +55,7 @@ def gather(
 ) -> Evidence:
     """Gather the evidence of a sweep's finished trials; `layouts` are further rows to judge."""
     workload, cluster = sweep.workload, sweep.cluster
-    table = searched_table(sweep, trials)
+    table = searched_table(sweep.problem, trials)
     for layout in (*(trial.layout for trial in trials), *layouts):
         table = with_row(table, layout)
     rows = np.array([find_row(table, trial.layout) for trial in trials], dtype=np.intp)

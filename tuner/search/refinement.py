@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pandas.api.types import union_categoricals
 
 from tuner.analysis.answer import candidates, ruled_out
+from tuner.analysis.centres import refinement_centres
 from tuner.analysis.drift import drift
 from tuner.core.choices import CHOICES
 from tuner.core.cluster import Cluster
@@ -30,11 +31,9 @@ from tuner.predict.implementation import implementation_of
 from tuner.predict.time.step import step_time_ms
 from tuner.rules import Columns, Rule, Texts, active_rules
 from tuner.rules.recompute import MODULES
+from tuner.search.problem import Problem
 from tuner.space.enumeration import Domain, Space, Value, enumerate_layouts, layer_placements, refined_domain
-from tuner.trial.rows import TrialRow, TrialSource
-
-if TYPE_CHECKING:
-    from tuner.sweep.configuration import Sweep
+from tuner.trial.rows import TrialRow
 
 FIRST_SHARE: Final = 0.6
 """Of what the search may use, for the first stage: a wrong grid costs more than a wrong detail."""
@@ -46,30 +45,30 @@ MOST_CHANGES: Final = 3
 """Where there are more: choices in which a layout differs from the one that it lies around."""
 
 
-def first_stage(sweep: "Sweep") -> Space:
+def first_stage(problem: Problem) -> Space:
     """The valid layouts of a sweep's domain, with the baseline's details where a second stage would refine these.
 
     Without them a recipe's own grid alone would have what the recipe was polished with, and win by that.
     """
-    space = enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted)
+    space = enumerate_layouts(problem.workload, problem.cluster, problem.domain, lifted=problem.lifted)
     table = space.table
-    if sweep.baseline is None:
+    if problem.baseline is None:
         return space
     for knobs in CHOICES.values():
-        own = [knob for knob in knobs if knob in sweep.refined and knob not in sweep.domain]
-        details = {knob: getattr(sweep.baseline, knob) for knob in own}
+        own = [knob for knob in knobs if knob in problem.refined and knob not in problem.domain]
+        details = {knob: getattr(problem.baseline, knob) for knob in own}
         if any(value != DEFAULTS[knob] for knob, value in details.items()):
-            table = _where_valid(table, details, sweep)
+            table = _where_valid(table, details, problem)
     return replace(space, table=table)
 
 
-def _where_valid(table: pd.DataFrame, details: Mapping[str, Value], sweep: "Sweep") -> pd.DataFrame:
+def _where_valid(table: pd.DataFrame, details: Mapping[str, Value], problem: Problem) -> pd.DataFrame:
     """The valid layouts with these values, each as it was where it would not be valid with them."""
     changed = table.assign(**{knob: np.full(len(table), value) for knob, value in details.items()})
     columns, kept = Columns.of(changed), np.ones(len(table), dtype=np.bool_)
-    for rule in active_rules(sweep.lifted):
+    for rule in active_rules(problem.lifted):
         if not rule.knobs.isdisjoint(details):
-            kept &= rule.mask(columns, sweep.workload, sweep.cluster, len(table))
+            kept &= rule.mask(columns, problem.workload, problem.cluster, len(table))
     found = {knob: np.where(kept, value, table[knob].to_numpy()) for knob, value in details.items()}
     return table.assign(**{knob: _column(values, table[knob].dtype) for knob, values in found.items()})
 
@@ -101,17 +100,17 @@ class Around:
     """In how many choices they differ from it at most; None where every combination was looked at."""
 
 
-def around(layout: Layout, sweep: "Sweep") -> Around:
+def around(layout: Layout, problem: Problem) -> Around:
     """The valid layouts that keep a layout's grid, and differ from it in the knobs that the sweep refines."""
-    domain = refinements(layout, sweep.workload, sweep.cluster, sweep.refined)
-    rules = active_rules(sweep.lifted)
+    domain = refinements(layout, problem.workload, problem.cluster, problem.refined)
+    rules = active_rules(problem.lifted)
     together = [[knob for knob in knobs if knob in domain] for knobs in CHOICES.values()]
-    options = [_options(knobs, domain, layout, sweep, rules) for knobs in together if knobs]
+    options = [_options(knobs, domain, layout, problem, rules) for knobs in together if knobs]
     options = [own for own in options if len(own) > 1]
     counts = [len(own) for own in options]
     changes = None if prod(counts) <= MOST_PRODUCTS else MOST_CHANGES
     chosen = _chosen(counts, changes or len(counts))
-    chosen = chosen[_keeping(_arrays(chosen, options, layout), rules, sweep)]
+    chosen = chosen[_keeping(_arrays(chosen, options, layout), rules, problem)]
     table = {
         knob: pd.Categorical(values) if values.dtype.kind == "U" else values
         for knob, values in _arrays(chosen, options, layout).items()
@@ -119,69 +118,60 @@ def around(layout: Layout, sweep: "Sweep") -> Around:
     return Around(pd.DataFrame(table), changes)
 
 
-def refined_rows(table: pd.DataFrame, layouts: Sequence[Layout], sweep: "Sweep") -> pd.DataFrame:
+def refined_rows(table: pd.DataFrame, layouts: Sequence[Layout], problem: Problem) -> pd.DataFrame:
     """The valid layouts around some, each once, that the table does not hold."""
-    fresh = [_new(around(layout, sweep).table, table, layout, sweep.refined) for layout in layouts]
+    fresh = [_new(around(layout, problem).table, table, layout, problem.refined) for layout in layouts]
     return _joined(fresh).drop_duplicates(ignore_index=True) if fresh else table.iloc[:0]
 
 
 def with_refinements(
-    table: pd.DataFrame, layouts: Sequence[Layout], sweep: "Sweep", least_fit: float = 0.0
+    table: pd.DataFrame, layouts: Sequence[Layout], problem: Problem, least_fit: float = 0.0
 ) -> pd.DataFrame:
     """The table and, behind it, the layouts around some that it does not hold; itself where there are none.
 
     Args:
         table: valid layouts, columns as KNOBS.
         layouts: what the second stage lies around.
-        sweep: whose.
+        problem: what the search varies.
         least_fit: the least probability that a layout fits, before any trial.
     """
-    rows = refined_rows(table, layouts, sweep)
+    rows = refined_rows(table, layouts, problem)
     if least_fit and len(rows):
-        rows = rows[fit_probabilities(rows, sweep.workload, sweep.cluster) >= least_fit]
+        rows = rows[fit_probabilities(rows, problem.workload, problem.cluster) >= least_fit]
     if rows.empty:
         return table
     numbers = {name: kind for name, kind in table.dtypes.items() if pd.api.types.is_numeric_dtype(kind)}
     return _joined([table, rows.astype(numbers)])
 
 
-def searched_table(sweep: "Sweep", trials: Sequence[TrialRow]) -> pd.DataFrame:
+def searched_table(problem: Problem, trials: Sequence[TrialRow]) -> pd.DataFrame:
     """Every valid layout of the stages that a sweep's trials came to, whether it fits or not."""
-    table = first_stage(sweep).table
+    table = first_stage(problem).table
     layouts = {trial.number: trial.layout for trial in trials}
     return with_refinements(
-        table, [layouts[number] for number in recorded(trials) if number in layouts], sweep
+        table, [layouts[number] for number in refinement_centres(trials) if number in layouts], problem
     )
 
 
-def predicted_best(table: pd.DataFrame, sweep: "Sweep") -> list[Layout]:
+def predicted_best(table: pd.DataFrame, problem: Problem) -> list[Layout]:
     """What the second stage would lie around, if every trial measured what is predicted."""
-    workload, cluster = sweep.workload, sweep.cluster
+    workload, cluster = problem.workload, problem.cluster
     predicted_ms = step_time_ms(table, workload, cluster, implementation_of(cluster))
     # A row that fits every other time costs two launches.
     expected_ms = predicted_ms / np.maximum(fit_probabilities(table, workload, cluster), 1e-12)
-    grid = [knob for knob in KNOBS if knob not in sweep.refined]
+    grid = [knob for knob in KNOBS if knob not in problem.refined]
     ordered = table.iloc[np.argsort(expected_ms, kind="stable")].drop_duplicates(grid)
     best = ordered.head(AROUND)
     return [layout_from({knob: best[knob].iloc[row] for knob in KNOBS}) for row in range(len(best))]
 
 
-def best_trials(rows: Sequence[TrialRow], sweep: "Sweep") -> tuple[int, ...]:
+def best_trials(rows: Sequence[TrialRow], problem: Problem) -> tuple[int, ...]:
     """The trials that the second stage is to vary: of the fastest grids measured, each one's fastest layout."""
     found: dict[tuple[Value, ...], int] = {}
     for one in candidates(rows, drift(rows), ruled_out(rows)):
-        grid = tuple(getattr(one.row.layout, knob) for knob in KNOBS if knob not in sweep.refined)
+        grid = tuple(getattr(one.row.layout, knob) for knob in KNOBS if knob not in problem.refined)
         found.setdefault(grid, one.row.number)
     return tuple(found.values())[:AROUND]
-
-
-def recorded(sources: Sequence[TrialSource | TrialRow]) -> tuple[int, ...]:
-    """The trials that the second stage varies, as the trials of a sweep say it; empty in the first.
-
-    Args:
-        sources: of all trials, or the trials themselves, by number.
-    """
-    return next((one.around for one in reversed(sources) if one.around), ())
 
 
 def middles(numbers: Sequence[int], layouts: Sequence[Layout]) -> list[Layout]:
@@ -192,15 +182,6 @@ def middles(numbers: Sequence[int], layouts: Sequence[Layout]) -> list[Layout]:
             "were folders removed?"
         )
     return [layouts[number] for number in numbers]
-
-
-def stage_sentence(rows: Sequence[TrialRow]) -> str | None:
-    """Where the second stage began and what it lies around; None where there was none."""
-    second = sorted(row.number for row in rows if row.around)
-    if not second:
-        return None
-    names = ", ".join(f"t{number:04d}" for number in recorded(rows))
-    return f"From t{second[0]:04d} on a second stage varied the other knobs around the best of the first: {names}."
 
 
 def _own_values(layout: Layout, workload: Workload) -> Mapping[str, tuple[Value, ...]]:
@@ -215,7 +196,7 @@ def _own_values(layout: Layout, workload: Workload) -> Mapping[str, tuple[Value,
 
 
 def _options(
-    knobs: Sequence[str], domain: Domain, layout: Layout, sweep: "Sweep", rules: Sequence[Rule]
+    knobs: Sequence[str], domain: Domain, layout: Layout, problem: Problem, rules: Sequence[Rule]
 ) -> list[dict[str, Value]]:
     """What a choice may take: its knobs' values by name, the layout's own first.
 
@@ -224,19 +205,21 @@ def _options(
     found = [dict(zip(knobs, values, strict=True)) for values in product(*(domain[knob] for knob in knobs))]
     others = domain.keys() - set(knobs)
     own = [rule for rule in rules if rule.knobs.isdisjoint(others)]
-    kept = _keeping(_arrays(np.arange(len(found))[:, None], [found], layout), own, sweep)
+    kept = _keeping(_arrays(np.arange(len(found))[:, None], [found], layout), own, problem)
     kept[0] = True
     return [option for option, keeps in zip(found, kept, strict=True) if keeps]
 
 
-def _keeping(arrays: Mapping[str, NDArray[Any]], rules: Sequence[Rule], sweep: "Sweep") -> NDArray[np.bool_]:
+def _keeping(
+    arrays: Mapping[str, NDArray[Any]], rules: Sequence[Rule], problem: Problem
+) -> NDArray[np.bool_]:
     """Which of the layouts keep these rules."""
     texts = {knob: values for knob, values in arrays.items() if values.dtype.kind == "U"}
     columns = Columns({**arrays, **{knob: _texts(values) for knob, values in texts.items()}})
     rows = len(next(iter(arrays.values())))
     kept = np.ones(rows, dtype=np.bool_)
     for rule in rules:
-        kept &= rule.mask(columns, sweep.workload, sweep.cluster, rows)
+        kept &= rule.mask(columns, problem.workload, problem.cluster, rows)
     return kept
 
 

@@ -9,25 +9,25 @@ from tuner.predict.time.step import step_time_ms
 from tuner.search import optuna_rows
 from tuner.search.optuna_rows import OptunaRows
 from tuner.search.predicted_rows import PredictedRows
+from tuner.search.problem import Problem
 from tuner.search.strategy import GridRows, RandomRows, Strategy
-from tuner.sweep.configuration import Sweep
 
 
-def strategy_of(sweep: Sweep, table: pd.DataFrame, calibration: Calibration | None = None) -> Strategy:
-    """How a sweep chooses the rows behind its queue."""
-    match sweep.sampler:
+def strategy_of(problem: Problem, table: pd.DataFrame, calibration: Calibration | None = None) -> Strategy:
+    """How a search chooses the rows behind its queue."""
+    match problem.sampler:
         case "random":
-            return RandomRows(sweep.seed)
+            return RandomRows(problem.seed)
         case "grid":
             return GridRows()
         case "tpe":
-            return OptunaRows(table, optuna_rows.tpe, sweep.seed)
+            return OptunaRows(table, optuna_rows.tpe, problem.seed)
         case "gp":
-            return OptunaRows(table, optuna_rows.gaussian_process, sweep.seed)
+            return OptunaRows(table, optuna_rows.gaussian_process, problem.seed)
         case "predicted":
-            workload, cluster = sweep.workload, sweep.cluster
+            workload, cluster = problem.workload, problem.cluster
             implementation = implementation_of(cluster)
             predicted_ms = step_time_ms(table, workload, cluster, implementation, calibration)
             return PredictedRows(
-                table, predicted_ms, Feasibility(table, workload, cluster), sweep.measurement
+                table, predicted_ms, Feasibility(table, workload, cluster), problem.measurement
             )

@@ -21,6 +21,7 @@ from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, layout_of, unst
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import resolved
 from tuner.rules import active_rules, gone_rules
+from tuner.search.problem import Problem, SamplerName
 from tuner.space.enumeration import REFINED, Domain, default_domain, search_domain
 from tuner.trial.contract import Limits, Measurement
 from tuner.trial.program import (
@@ -34,7 +35,6 @@ from tuner.trial.program import (
 )
 
 Value = bool | int | str
-SamplerName = Literal["predicted", "random", "tpe", "gp", "grid"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,6 +196,21 @@ class Sweep:
     sampler: SamplerName = "predicted"
     seed: int
     tracking: Tracking
+
+    @property
+    def problem(self) -> Problem:
+        """The part that the search depends on."""
+        return Problem(
+            workload=self.workload,
+            cluster=self.cluster,
+            domain=self.domain,
+            refined=self.refined,
+            lifted=self.lifted,
+            baseline=self.baseline,
+            sampler=self.sampler,
+            seed=self.seed,
+            measurement=self.measurement,
+        )
 
     @property
     def experiment(self) -> str:

@@ -10,6 +10,7 @@ import optuna
 import pandas as pd
 
 from tuner.analysis.answer import candidates, counting, ruled_out
+from tuner.analysis.centres import refinement_centres
 from tuner.analysis.drift import canary_due, drift
 from tuner.analysis.figures import best
 from tuner.analysis.finals import expected_s, next_final, standing_for_finals
@@ -20,7 +21,7 @@ from tuner.predict.calibration import Calibration
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT
 from tuner.search.observation import STATES, Observation
-from tuner.search.refinement import FIRST_SHARE, best_trials, middles, recorded, with_refinements
+from tuner.search.refinement import FIRST_SHARE, best_trials, middles, with_refinements
 from tuner.search.sampler import TableSampler
 from tuner.search.stopping import Certainty
 from tuner.search.strategies import strategy_of
@@ -135,7 +136,9 @@ class SweepLoop:
         self.rows = [row for row in self.rows if row.number not in self._waiting]
         self._tried = [layout for layout, _, _, _ in begun]
         self._around: tuple[int, ...] = ()
-        self._begin_stage(recorded([origin for _, origin, _, _ in begun]) if sweep.refined else (), begun)
+        self._begin_stage(
+            refinement_centres([origin for _, origin, _, _ in begun]) if sweep.refined else (), begun
+        )
 
     def run(self, stop: threading.Event) -> Stop:
         """Run trials until the budget is used, nothing is left, `stop` is set, or the machine keeps failing."""
@@ -228,7 +231,7 @@ class SweepLoop:
             reason = Stop.DEADLINE
         first_is_over = reason is None and self._stage == 1 and self._stage_is_over(ledger)
         # Where nothing is measured yet, there is nothing to refine.
-        if first_is_over and (best_of_first := best_trials(self.rows, self._sweep)):
+        if first_is_over and (best_of_first := best_trials(self.rows, self._sweep.problem)):
             self._begin_stage(best_of_first, self._begun())
         if not self._sampler.remaining:
             return Stop.EXHAUSTED
@@ -362,7 +365,9 @@ class SweepLoop:
         The study is opened for each: its distributions hold every value that a row may take.
         """
         self._around = around
-        self._table = with_refinements(self._table, middles(around, self._tried), self._sweep, MIN_FIT)
+        self._table = with_refinements(
+            self._table, middles(around, self._tried), self._sweep.problem, MIN_FIT
+        )
         self._relearn()
         trials = [
             StudyTrial(
@@ -379,7 +384,7 @@ class SweepLoop:
 
     def _relearn(self) -> None:
         """Learn from all trials anew: what counts as measured has changed."""
-        strategy = strategy_of(self._sweep, self._table, self._calibration)
+        strategy = strategy_of(self._sweep.problem, self._table, self._calibration)
         self._sampler = TableSampler(self._table, strategy, self._tried)
         self._pruned = 0
         by_number = {row.number: row for row in sorted(self.rows, key=lambda row: row.number)}

@@ -13,7 +13,7 @@ from typing import Any
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import ENVIRONMENT_KNOBS, KNOBS, MOE_KNOBS, Layout
 from tuner.core.workload import Workload
-from tuner.frameworks.export import bridge_words
+from tuner.frameworks.megatron_bridge.override import bridge_words
 from tuner.frameworks.megatron_bridge.recipe import layout_of, values_of, workload_of
 from tuner.trial.contract import TrialSpec
 

@@ -13,7 +13,7 @@ from tests.replay import NoTracker, ReplayLauncher, loop_of, run_to_end, sweep_o
 from tuner.analysis.figures import best
 from tuner.cli.app import run
 from tuner.files import to_data
-from tuner.frameworks.export import Format
+from tuner.report.export import Format
 from tuner.rules import RULES
 from tuner.space.enumeration import REFINED
 from tuner.sweep.folder import SweepFolder

@@ -17,8 +17,9 @@ from tests.trials import CLUSTER, MODEL, WORKLOAD, completed_row, spec_of
 from tuner.analysis.figures import Figures, figures
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
-from tuner.frameworks.export import Format, bridge_settings, export
-from tuner.frameworks.megatron_fields import megatron_lm_arguments
+from tuner.frameworks.megatron_bridge.override import bridge_settings
+from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
+from tuner.report.export import Format, export
 
 _CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "recompute_granularity": st.sampled_from(["none", "selective", "full"]),

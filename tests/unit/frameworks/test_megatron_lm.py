@@ -11,7 +11,7 @@ from tests.unit.layouts import cluster, mixture, workload
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
 from tuner.errors import InputError
-from tuner.frameworks.megatron_fields import megatron_lm_arguments
+from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.space.enumeration import default_domain, enumerate_layouts
 from tuner.space.table import layout_at

@@ -17,9 +17,9 @@ from tuner.analysis.figures import figures
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError
-from tuner.frameworks.export import Format, export
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import replaced, script_words, with_layout
+from tuner.report.export import Format, export
 from tuner.space.enumeration import default_domain, enumerate_layouts
 from tuner.space.table import layout_at
 from tuner.sweep.configuration import Sweep, load_sweep

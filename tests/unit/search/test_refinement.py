@@ -25,6 +25,7 @@ from tests.replay import (
     table_of,
 )
 from tests.trials import CLUSTER, completed_row
+from tuner.analysis.centres import refinement_centres
 from tuner.analysis.figures import best
 from tuner.analysis.verdict import verdict
 from tuner.core.choices import codes_of
@@ -42,7 +43,6 @@ from tuner.search.refinement import (
     around,
     first_stage,
     middles,
-    recorded,
     refinements,
     with_refinements,
 )
@@ -92,7 +92,7 @@ def whole(layout: Layout, sweep: Sweep) -> Around:
     """Around a layout, however many combinations there are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "MOST_PRODUCTS", 10**9)
-        return around(layout, sweep)
+        return around(layout, sweep.problem)
 
 
 @settings(max_examples=20)
@@ -122,7 +122,7 @@ def test_where_the_combinations_are_too_many_only_few_choices_change_at_once(dat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "MOST_PRODUCTS", 1)
         patch.setattr(stages, "MOST_CHANGES", 2)
-        few = around(layout, sweep)
+        few = around(layout, sweep.problem)
     codes = codes_of(pd.concat([pd.DataFrame([dict(zip(KNOBS, key_of(layout), strict=True))]), every]))
     changes = (codes[1:] != codes[0]).sum(axis=1)
     assert few.changes == 2
@@ -132,26 +132,28 @@ def test_where_the_combinations_are_too_many_only_few_choices_change_at_once(dat
 def test_on_many_gpus_the_second_stage_stays_small() -> None:
     sweep, table = given_sweep("qwen3-30b-a3b"), given_table("qwen3-30b-a3b")
     for row in range(0, len(table), len(table) // 20):
-        assert len(around(layout_at(table, row), sweep).table) < 30_000
+        assert len(around(layout_at(table, row), sweep.problem).table) < 30_000
 
 
 def test_the_table_grows_at_its_end_by_layouts_that_it_does_not_hold() -> None:
     sweep, table = given_sweep("tiny-gpt"), given_table("tiny-gpt")
     found = [layout_at(table, row) for row in (0, 1, 2)]
-    grown = with_refinements(table, found, sweep)
+    grown = with_refinements(table, found, sweep.problem)
     assert len(keys_of(grown)) == len(grown) > len(table)
     pd.testing.assert_frame_equal(grown.head(len(table)), table, check_categorical=False)
-    assert keys_of(grown) == keys_of(table).union(*(keys_of(around(one, sweep).table) for one in found))
-    assert with_refinements(table, [], sweep) is table
-    assert with_refinements(table, found, replace(sweep, refined=())) is table
+    assert keys_of(grown) == keys_of(table).union(
+        *(keys_of(around(one, sweep.problem).table) for one in found)
+    )
+    assert with_refinements(table, [], sweep.problem) is table
+    assert with_refinements(table, found, replace(sweep, refined=()).problem) is table
 
 
 def test_what_is_predicted_not_to_fit_is_left_out() -> None:
     sweep = given_sweep("tiny-gpt")
     small = replace(sweep, cluster=replace(sweep.cluster, gpu=replace(sweep.cluster.gpu, memory_gib=0.02)))
     table, found = given_table("tiny-gpt"), [layout_at(given_table("tiny-gpt"), 0)]
-    every = with_refinements(table, found, small)
-    assert len(table) <= len(with_refinements(table, found, small, least_fit=0.01)) < len(every)
+    every = with_refinements(table, found, small.problem)
+    assert len(table) <= len(with_refinements(table, found, small.problem, least_fit=0.01)) < len(every)
 
 
 def test_only_a_sweep_that_names_no_knobs_has_a_second_stage_and_what_is_fixed_stays() -> None:
@@ -163,13 +165,13 @@ def test_only_a_sweep_that_names_no_knobs_has_a_second_stage_and_what_is_fixed_s
         *NOT_BUILT_IN,
     }
     layout = Layout(tp=2, sp=True)
-    assert not set(around(layout, sweep).table["overlap_grad_reduce"]) - {False}
+    assert not set(around(layout, sweep.problem).table["overlap_grad_reduce"]) - {False}
 
 
 def test_which_layouts_the_stage_lies_around_is_what_the_last_trials_say() -> None:
     none, some = TrialSource(source="sampler"), TrialSource(source="sampler", around=(2, 0))
-    assert recorded([none, none]) == ()
-    assert recorded([none, some, none]) == (2, 0)
+    assert refinement_centres([none, none]) == ()
+    assert refinement_centres([none, some, none]) == (2, 0)
     assert middles((2, 0), [Layout(tp=1), Layout(tp=2), Layout(tp=4)]) == [Layout(tp=4), Layout(tp=1)]
     with pytest.raises(InputError, match=r"around trial 7, but there are 1 trials"):
         middles((7,), [Layout()])
@@ -178,7 +180,7 @@ def test_which_layouts_the_stage_lies_around_is_what_the_last_trials_say() -> No
 def test_the_first_stage_has_the_baselines_details_wherever_they_are_valid() -> None:
     details = {"tp_comm_overlap": True, "expandable_segments": True, "overlap_grad_reduce": False}
     sweep = staged(baseline={"tp": 2, "sp": True, **details})
-    plain, table = first_stage(staged()).table, first_stage(sweep).table
+    plain, table = first_stage(staged().problem).table, first_stage(sweep.problem).table
     assert len(table) == len(plain)
     assert valid_mask(table, sweep.workload, sweep.cluster).all()
     # Only with sequence parallelism do tensor-parallel messages overlap.
@@ -191,13 +193,13 @@ def test_the_first_stage_has_the_baselines_details_wherever_they_are_valid() -> 
     pd.testing.assert_frame_equal(table[same], plain[same])
     assert list(table.dtypes) == list(plain.dtypes)
     one_stage = sweep_of(baseline={"tp": 2, "sp": True, "tp_comm_overlap": True})
-    assert not first_stage(one_stage).table["tp_comm_overlap"].any()
+    assert not first_stage(one_stage.problem).table["tp_comm_overlap"].any()
 
 
 def test_a_stated_text_is_carried_too() -> None:
     choice = {"model": "llama3-8b", "seq_length": 8192, "global_batch_size": 128}
     baseline = {"cp": 2, "cp_comm_type": "all_gather"}
-    table = first_stage(staged(load_cluster("dgx-h100"), workload=choice, baseline=baseline)).table
+    table = first_stage(staged(load_cluster("dgx-h100"), workload=choice, baseline=baseline).problem).table
     assert set(table["cp_comm_type"][table["cp"] > 1]) == {"all_gather"}
     assert set(table["cp_comm_type"][table["cp"] == 1]) == {"p2p"}
 
@@ -253,7 +255,7 @@ def test_the_grid_comes_first_then_the_rest_around_the_best_few(results: Path) -
     assert set(numbers) == set(list(fastest.values())[:AROUND])
     table = table_of(sweep)
     assert all(find_row(table, row.layout) is not None for row in loop.rows[:FIRST])
-    grown = with_refinements(table, [loop.rows[number].layout for number in numbers], sweep)
+    grown = with_refinements(table, [loop.rows[number].layout for number in numbers], sweep.problem)
     assert all(find_row(grown, row.layout) is not None for row in loop.rows)
     assert any(find_row(table, row.layout) is None for row in loop.rows[FIRST:])
     assert len({row.layout for row in loop.rows}) == TRIALS
@@ -364,7 +366,7 @@ def test_the_evidence_of_a_sweep_holds_what_its_second_stage_could_try(
     evidence = gather(night(), uninterrupted)
     sweep = night()
     found = [uninterrupted[number].layout for number in uninterrupted[-1].around]
-    assert keys_of(evidence.table) >= keys_of(with_refinements(table_of(sweep), found, sweep))
+    assert keys_of(evidence.table) >= keys_of(with_refinements(table_of(sweep), found, sweep.problem))
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])

@@ -13,7 +13,7 @@ from typing import Final
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError
-from tuner.frameworks.megatron_fields import megatron_lm_words
+from tuner.frameworks.megatron_lm.arguments import megatron_lm_words
 from tuner.trial.program import MegatronLm
 
 _LAYOUT_FLAGS: Final = frozenset(

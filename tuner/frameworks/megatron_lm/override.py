@@ -1,0 +1,44 @@
+"""What selects a layout in Megatron-LM: its arguments, or the user's own command with them replaced."""
+
+import shlex
+
+from tuner.core.layout import Layout
+from tuner.frameworks.megatron_fields import expert_metadata
+from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
+from tuner.frameworks.megatron_lm.trial_command import by_argument, with_layout
+from tuner.trial.contract import TrialSpec
+from tuner.trial.program import MegatronLm
+
+
+def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
+    """Where the text of `megatron_lm_override` goes, and which arguments of the layout `base` must be removed."""
+    if isinstance(spec.program, MegatronLm):
+        return ["behind torchrun and its arguments: the command with the layout in the place of its own"]
+    wanted = megatron_lm_arguments(spec.layout)
+    removed_flags = set() if base is None else megatron_lm_arguments(base).keys() - wanted.keys()
+    return [
+        "append to the arguments of pretrain_gpt.py",
+        *(f"and remove: {flag}" for flag in sorted(removed_flags)),
+    ]
+
+
+def megatron_lm_override(spec: TrialSpec, base: Layout | None) -> str:
+    """The arguments that select a trial's layout, one per line with a continuation; ends with a newline.
+
+    Args:
+        spec: the measured trial's; if its program is a Megatron-LM command, the whole command is written.
+        base: the layout that the command has now: only what differs is written; None writes all.
+    """
+    if isinstance(spec.program, MegatronLm):
+        words = with_layout(spec.program.megatron_lm, spec.layout, spec.workload)
+        return " \\\n".join(map(shlex.join, by_argument(words))) + "\n"
+    present = {} if base is None else megatron_lm_arguments(base)
+    wanted = {
+        flag: values
+        for flag, values in megatron_lm_arguments(spec.layout).items()
+        if present.get(flag) != values
+    }
+    if base is None and not spec.workload.model.is_moe:
+        wanted = {flag: values for flag, values in wanted.items() if flag not in expert_metadata("flag")}
+    wanted["--global-batch-size"] = [str(spec.workload.global_batch_size)]
+    return " \\\n".join(shlex.join([flag, *values]) for flag, values in wanted.items()) + "\n"

@@ -1,0 +1,151 @@
+"""The override: a measured layout in the form that a launcher takes, with the evidence on top. Pure."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Any
+
+import yaml
+
+from tuner.analysis.figures import Figures
+from tuner.core.environment import cuda_environment
+from tuner.core.layout import Layout
+from tuner.files import to_data
+from tuner.frameworks.megatron_bridge.override import (
+    bridge_overrides,
+    bridge_python,
+    bridge_words,
+    nested,
+    with_class,
+)
+from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
+from tuner.frameworks.megatron_lm.override import megatron_lm_override, megatron_lm_usage
+from tuner.trial.contract import TrialSpec
+from tuner.trial.program import MegatronLm, Program
+
+
+class Format(StrEnum):
+    """What an override is written for."""
+
+    BRIDGE_CLI = "bridge-cli"
+    BRIDGE_PYTHON = "bridge-python"
+    BRIDGE_YAML = "bridge-yaml"
+    MEGATRON_LM = "megatron-lm"
+    JSON = "json"
+
+    @classmethod
+    def of(cls, program: Program) -> "Format":
+        """What fits the program that was measured."""
+        return cls.MEGATRON_LM if isinstance(program, MegatronLm) else cls.BRIDGE_CLI
+
+
+def export(
+    format: Format, spec: TrialSpec, figures: Figures, rerun_command: str, recipe_layout: Layout | None = None
+) -> str:
+    """Write the override that selects a measured layout, ending with a newline.
+
+    Args:
+        format: what it is for.
+        spec: the measured trial's.
+        figures: its measurements; they head the text as comments (in JSON as fields).
+        rerun_command: the shell command that runs the trial again.
+        recipe_layout: the layout that the recipe has now: only what differs is written; None writes all.
+    """
+    environment = _environment(format, spec)
+    changes = bridge_overrides(spec, recipe_layout)
+    if format is Format.JSON:
+        return _json(spec, figures, rerun_command, changes, environment)
+    header = _evidence(spec, figures, rerun_command)
+    if format is Format.MEGATRON_LM:
+        lines = [*header, *_environment_block(environment), *megatron_lm_usage(spec, recipe_layout)]
+        return _comments(lines) + megatron_lm_override(spec, recipe_layout)
+    if format is Format.BRIDGE_PYTHON:
+        return _comments(header) + bridge_python(changes, environment)
+    lines = [*header, *_environment_block(environment)]
+    if format is Format.BRIDGE_YAML:
+        lines.append("for process_config_with_overrides(config, config_filepath=<this file>)")
+        return _comments(lines) + yaml.safe_dump(nested(with_class(changes)), sort_keys=False)
+    lines += [
+        "append to the command line of run_recipe.py",
+        "++ and not the plain form: it also works where the recipe's model config is nested or lacks the key",
+    ]
+    return _comments(lines) + _continued(bridge_words(spec, recipe_layout))
+
+
+def _environment(format: Format, spec: TrialSpec) -> dict[str, str]:
+    """A recipe of Bridge may state any of the variables, so that all are stated over it."""
+    if spec.cluster.device != "cuda":
+        return {}
+    return cuda_environment(spec.layout, spec.cluster, complete=format is not Format.MEGATRON_LM)
+
+
+def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
+    metrics, workload, cluster = figures.metrics, spec.workload, spec.cluster
+    mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
+    reserved = "" if metrics.peak_reserved_gib is None else f", {metrics.peak_reserved_gib:.4g} GiB reserved"
+    versions = ", ".join(f"{name} {text}" for name, text in figures.versions.items())
+    return [
+        f"megatune: trial t{figures.trial:04d} of sweep {spec.sweep}",
+        f"{workload.model.name}, {workload.seq_length} tokens a sample, "
+        f"global batch {workload.global_batch_size}, {workload.precision}, "
+        f"on {cluster.world_size} GPUs of {cluster.name}",
+        f"layout: {spec.layout.label()}",
+        f"step time: {metrics.step_time_ms:,.2f} ms (median; 95% interval {metrics.step_time_low_ms:,.2f} to "
+        f"{metrics.step_time_high_ms:,.2f} ms)",
+        f"throughput: {metrics.tokens_per_s_per_gpu:,.1f} tokens/s/GPU, "
+        f"{metrics.model_tflops_per_s_per_gpu:.4g} model TFLOP/s/GPU{mfu}",
+        f"peak memory: {metrics.peak_allocated_gib:.4g} GiB allocated{reserved} (worst rank)",
+        f"how sure: {figures.certainty_sentence()}",
+        f"gain: {figures.gain_sentence()}",
+        f"measured on {figures.device_name or cluster.gpu.name} with {versions or 'unrecorded versions'}",
+        f"run it again: {rerun_command}",
+    ]
+
+
+def _environment_block(environment: Mapping[str, str]) -> list[str]:
+    """Bridge and Megatron-LM take variables from the shell, where they win over those of a recipe."""
+    lines = [f"    export {name}={value}" for name, value in environment.items()]
+    return ["the job's environment, which wins over a recipe's env_vars:", *lines] if lines else []
+
+
+def _comments(lines: list[str]) -> str:
+    # A line break of any kind in a name must not turn the rest of it into code.
+    clean = ("".join(letter if letter.isprintable() else " " for letter in line) for line in lines)
+    return "".join(f"# {line}\n" for line in clean)
+
+
+def _continued(arguments: list[str]) -> str:
+    return " \\\n".join(shlex.quote(argument) for argument in arguments) + "\n"
+
+
+def _json(
+    spec: TrialSpec,
+    figures: Figures,
+    rerun_command: str,
+    changes: Mapping[str, Any],
+    environment: Mapping[str, str],
+) -> str:
+    comparisons = {"fastest_other_layout": figures.rival, "baseline": figures.baseline}
+    data = {
+        "sweep": spec.sweep,
+        "trial": figures.trial,
+        "workload": to_data(spec.workload),
+        "cluster": spec.cluster.name,
+        "world_size": spec.cluster.world_size,
+        "layout": to_data(spec.layout),
+        "bridge": changes,
+        "megatron_lm": megatron_lm_arguments(spec.layout),
+        "environment": environment,
+        "metrics": to_data(figures.metrics),
+        "timed_steps": len(figures.metrics.step_times_ms),
+        **{
+            name: asdict(other) | {"is_tie": other.is_tie} if other else None
+            for name, other in comparisons.items()
+        },
+        "device_name": figures.device_name,
+        "versions": dict(figures.versions),
+        "rerun_command": rerun_command,
+    }
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
