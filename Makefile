@@ -47,6 +47,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 oracle: $(READY)
 	MEGATUNE_ORACLE_DRAWS=2000 $(VENV)/bin/python -m pytest tests/integration/test_rules_against_megatron.py --timeout 7200

@@ -26,7 +26,7 @@ from tuner.space.enumeration import enumerate_layouts
 from tuner.space.heuristics import seeds
 from tuner.sweep.configuration import SweepFile, resolve
 from tuner.sweep.folder import SweepFolder
-from tuner.trial.rows import TrialRow, read_trials
+from tuner.trial.finished import FinishedTrial, read_trials
 
 ORPHANS_S = 5.0
 """What a killed tuner started must have ended by itself within."""
@@ -50,10 +50,10 @@ TRIALS = 15
 class Nowhere:
     """No tracker: MLflow takes longer to import than most of these tuners live."""
 
-    def sync(self, rows: list[TrialRow]) -> None:
+    def sync(self, rows: list[FinishedTrial]) -> None:
         """See Tracker."""
 
-    def log_trial(self, row: TrialRow, folder: object) -> bool:
+    def log_trial(self, row: FinishedTrial, folder: object) -> bool:
         """See Tracker."""
         return True
 
@@ -73,8 +73,8 @@ class Unseen:
 
 def tune(path: Path, trials: int) -> None:
     """Run the sweep, or go on with it, to its end: as `megatune sweep` does."""
+    from launchers.tracking import Tracker
     from tuner.sweep.loop import SweepLoop, queue_of
-    from tuner.tracking.tracker import Tracker
 
     budget = {"trials": trials, "min_gain": None, "finalists": 1, "final_runs": 2, "canary_every": 4}
     file = parse(SweepFile, {**SWEEP, "budget": budget}, "night")

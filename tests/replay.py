@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from launchers.local.torchrun import TorchrunLauncher
+from launchers.tracking import Status, Tracker
 from tests.trials import CLUSTER, WORKLOAD, metrics_of
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
@@ -21,10 +22,9 @@ from tuner.space.table import with_row
 from tuner.sweep.configuration import Sweep, SweepFile, resolve
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import Progress, SweepLoop, queue_of
-from tuner.tracking.tracker import Status, Tracker
 from tuner.trial.contract import Durations, Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.finished import FinishedTrial, TrialSource
 from tuner.trial.launcher import LaunchPlan
-from tuner.trial.rows import TrialRow, TrialSource
 
 SEARCHED: Mapping[str, Any] = {
     "tp": [1, 2, 4],
@@ -154,7 +154,7 @@ class NoTracker(Tracker):
     def sync(self, rows: Any) -> None:
         self.logged += [row.number for row in rows]
 
-    def log_trial(self, row: TrialRow, folder: TrialFolder) -> None:
+    def log_trial(self, row: FinishedTrial, folder: TrialFolder) -> None:
         self.logged.append(row.number)
 
     def finish(self, summary: str, status: Status) -> None:
@@ -184,7 +184,7 @@ class Watching:
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
         self.beats += 1
 
-    def finished(self, row: TrialRow, pruned: int, progress: Progress) -> None:
+    def finished(self, row: FinishedTrial, pruned: int, progress: Progress) -> None:
         self.ended.append((row.number, pruned))
         self.progress.append(progress)
 

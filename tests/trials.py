@@ -7,7 +7,7 @@ from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
 from tuner.files import write_json
 from tuner.trial.contract import Durations, Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.trial.rows import TrialRow, TrialSource, trial_folder
+from tuner.trial.finished import FinishedTrial, TrialSource, trial_folder
 
 MODEL = Model(
     name="test-gpt",
@@ -70,7 +70,7 @@ def completed_row(
     note: str = "",
     half_interval_ms: float = 1.0,
     peak_gib: float = 10.0,
-) -> TrialRow:
+) -> FinishedTrial:
     result = TrialResult(
         outcome=Outcome.COMPLETED,
         reason="3 steps measured",
@@ -80,7 +80,7 @@ def completed_row(
         device_name="NVIDIA H100 80GB HBM3",
         finished_at=f"2026-03-01T02:{number:02d}:00+00:00",
     )
-    return TrialRow(
+    return FinishedTrial(
         number=number,
         source=source,
         note=note,
@@ -96,7 +96,7 @@ def failed_row(
     reason: str = "rank 3 ran out of memory",
     *,
     source: str = "sampler",
-) -> TrialRow:
+) -> FinishedTrial:
     result = TrialResult(
         outcome=outcome,
         reason=reason,
@@ -106,7 +106,7 @@ def failed_row(
         versions={"torch": "2.13.0"},
         finished_at=f"2026-03-01T02:{number:02d}:00+00:00",
     )
-    return TrialRow(
+    return FinishedTrial(
         number=number,
         source=source,
         note="",
@@ -116,7 +116,7 @@ def failed_row(
     )
 
 
-def write_trial(results: Path, row: TrialRow) -> TrialFolder:
+def write_trial(results: Path, row: FinishedTrial) -> TrialFolder:
     """Write a trial's folder as the sweep, the launcher and the program leave it."""
     folder = trial_folder(results, row.number)
     folder.log.mkdir(parents=True, exist_ok=True)

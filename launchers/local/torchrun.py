@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launchers.machine import gpus
-from launchers.machine.recipes import recorded
 from launchers.processes import (
     MARKER,
     STARTED_AT,
@@ -24,7 +22,7 @@ from launchers.processes import (
     inherited_environment,
     python_path,
 )
-from launchers.watch import logs
+from launchers.watch import gpus, logs
 from launchers.watch.classify import Evidence, Verdict, classify, failed_ranks
 from launchers.watch.limits import Clock, Ending
 from launchers.watch.telemetry import Sample, Sampler, summarise, suspicions
@@ -33,6 +31,7 @@ from tuner.core.layout import KNOBS, data_parallel_size, num_microbatches
 from tuner.errors import InputError, did_you_mean
 from tuner.files import read_json, to_data, write_json, write_text
 from tuner.frameworks.megatron_bridge.override import bridge_words
+from tuner.frameworks.megatron_bridge.recipe_file import recorded
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.trial_command import replaced
 from tuner.trial.contract import Heartbeat, Outcome, RankRecord, TrialFolder, TrialResult, TrialSpec

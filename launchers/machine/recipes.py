@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,20 +73,6 @@ def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFa
             f"recipe {facts.name}: Megatron Bridge refuses it on {gpus} GPUs: {facts.error}{where}"
         )
     return facts
-
-
-def recorded(program: BridgeRecipe) -> BridgeRecipe:
-    """The same recipe with the text of its Python file, read now unless it already was.
-
-    Raises:
-        InputError: if the file cannot be read.
-    """
-    if program.text or not program.recipe.endswith(".py"):
-        return program
-    try:
-        return replace(program, text=Path(program.recipe).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"key 'program.recipe': {program.recipe} cannot be read: {error}") from None
 
 
 def _asked(request: Request) -> list[Any]:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import p2p_communication
 from torch import Tensor, nn
 
-from launchers.programs.megatron_core.cpu import enable_cpu
+from launchers.programs.harness.cpu import enable_cpu
 from tuner.core.workload import Precision
 from tuner.files import read_json, write_json
 from tuner.predict.calibration import Calibration, CalibrationPlan, Collective, Times

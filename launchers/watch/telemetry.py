@@ -18,8 +18,8 @@ from typing import Any, Protocol, TypeVar
 import psutil
 import pynvml
 
-from launchers.machine import gpus
 from launchers.processes import MARKER
+from launchers.watch import gpus
 from tuner.files import to_data
 from tuner.trial.contract import Phase, Telemetry, TrialFolder
 

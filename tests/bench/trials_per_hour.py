@@ -19,11 +19,11 @@ import pandas as pd
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
+from launchers.tracking import Tracker
 from tuner.cli.common import load, prepare, stderr
 from tuner.cli.progress import PlainProgress
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import SweepLoop
-from tuner.tracking.tracker import Tracker
 from tuner.trial.contract import Heartbeat, TrialFolder, TrialResult, TrialSpec
 from tuner.trial.launcher import Launcher, LaunchPlan
 

@@ -30,7 +30,7 @@ from megatron.training.argument_utils import (  # noqa: E402
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
-from launchers.programs.megatron_core.cpu import enable_cpu  # noqa: E402
+from launchers.programs.harness.cpu import enable_cpu  # noqa: E402
 
 
 def model_provider(

@@ -16,7 +16,7 @@ from launchers.processes import marked_processes
 from tuner.files import read_json
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import Outcome, TrialResult
-from tuner.trial.rows import read_trials
+from tuner.trial.finished import read_trials
 
 SWEEP = """
 name: {name}

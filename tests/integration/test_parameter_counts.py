@@ -100,8 +100,8 @@ def count_on_rank_0(model: Model, layout: Layout, world_size: int) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from launchers.programs.harness.cpu import enable_cpu
     from launchers.programs.megatron_core.config import transformer_config
-    from launchers.programs.megatron_core.cpu import enable_cpu
     from launchers.programs.megatron_core.model import build_model, initialize_grids
 
     torch.set_num_threads(1)

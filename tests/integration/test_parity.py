@@ -232,8 +232,8 @@ def _train(cases: list[tuple[Model, Layout]], output: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from launchers.programs.harness.cpu import enable_cpu
     from launchers.programs.harness.memory import TensorAccount
-    from launchers.programs.megatron_core.cpu import enable_cpu
     from launchers.programs.megatron_core.train import Job
 
     torch.set_num_threads(1)

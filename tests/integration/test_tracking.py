@@ -19,13 +19,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from launchers import tracking as tracking
+from launchers.tracking import Tracker
 from tests.replay import sweep_of
 from tests.trials import completed_row, failed_row, spec_of, write_trial
 from tuner.cli.app import run as megatune
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.sweep.folder import SweepFolder
-from tuner.tracking import tracker as tracking
 from tuner.tracking.names import (
     BEST_METRICS,
     PARAMETERS,
@@ -38,9 +39,9 @@ from tuner.tracking.names import (
 )
 from tuner.tracking.runs import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, MlflowRuns, log_tails
 from tuner.tracking.spool import Entry, Spool, SweepEnd, begin, end
-from tuner.tracking.tracker import Tracker, default_uri
+from tuner.tracking.uri import default_uri
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 NIGHT = [
     completed_row(0, 100.0, layout=Layout(tp=8), source="baseline"),
@@ -110,7 +111,7 @@ def shared(first: _First, in_memory: Path) -> str:
     return f"sqlite:///{shutil.copy(first.store, in_memory / 'shared.db')}"
 
 
-def _night(path: Path, rows: list[TrialRow] = NIGHT, experiment: str = "night shift") -> Path:
+def _night(path: Path, rows: list[FinishedTrial] = NIGHT, experiment: str = "night shift") -> Path:
     """A sweep's folder with these trials in it."""
     SweepFolder(path).claim(sweep_of(tracking={"experiment": experiment}))
     for row in rows:
@@ -152,7 +153,7 @@ def _trials(results: Path, uri: str) -> dict[int, Run]:
     return dict(zip(numbers, trials, strict=True))
 
 
-def _assert_every_trial_is_there_once(results: Path, uri: str, rows: list[TrialRow] = NIGHT) -> None:
+def _assert_every_trial_is_there_once(results: Path, uri: str, rows: list[FinishedTrial] = NIGHT) -> None:
     runs, client = _trials(results, uri), _client(uri)
     assert sorted(runs) == [row.number for row in rows]
     for row in rows:
@@ -509,7 +510,7 @@ def _wait_until(condition: Callable[[], bool], told: Callable[[], str] = str, ti
         time.sleep(0.05)
 
 
-def _log_trial(tracker: Tracker, results: Path, row: TrialRow) -> None:
+def _log_trial(tracker: Tracker, results: Path, row: FinishedTrial) -> None:
     """Log a trial, and hold the tracker to its word that nobody waits for it."""
     folder = write_trial(results, row)
     begun_s = time.monotonic()
@@ -620,7 +621,7 @@ def test_a_full_disk_costs_nothing_and_gets_everything_once_there_is_room(
 TUNER = """
 import sys, time
 from pathlib import Path
-from tuner.tracking.tracker import Tracker
+from launchers.tracking import Tracker
 print(Tracker.open(Path(sys.argv[1]), sys.argv[2]).process_id, flush=True)
 time.sleep(60)
 """

@@ -23,8 +23,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launchers.programs.harness.cpu import enable_cpu
 from launchers.programs.megatron_core.config import transformer_config
-from launchers.programs.megatron_core.cpu import enable_cpu
 from launchers.programs.megatron_core.train import Job
 from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload

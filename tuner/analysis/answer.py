@@ -18,7 +18,7 @@ from tuner.analysis.drift import Drift, drift
 from tuner.core.layout import Layout
 from tuner.core.workload import Precision
 from tuner.trial.contract import Metrics, Outcome
-from tuner.trial.rows import SEARCHED, UNFINISHED, TrialRow
+from tuner.trial.finished import SEARCHED, UNFINISHED, FinishedTrial
 
 Floats = NDArray[np.float64]
 
@@ -65,7 +65,7 @@ class Standing:
     """One layout in the ranking."""
 
     layout: Layout
-    runs: tuple[TrialRow, ...]
+    runs: tuple[FinishedTrial, ...]
     """What it stands by: its finals, or its one measurement in the search."""
     metrics: Metrics
     """Of these runs together."""
@@ -74,7 +74,7 @@ class Standing:
     its own, and with the machine's drift taken out."""
 
     @property
-    def row(self) -> TrialRow:
+    def row(self) -> FinishedTrial:
         """The run that stands for all: the one in the middle."""
         return _middle(self.runs)
 
@@ -116,7 +116,7 @@ class Answer:
         )
 
 
-def answer(rows: Sequence[TrialRow]) -> Answer | None:
+def answer(rows: Sequence[FinishedTrial]) -> Answer | None:
     """What the finished trials answer; None where no layout is measured, or all of them are out."""
     rows = sorted(rows, key=lambda row: row.number)
     known, out = drift(rows), ruled_out(rows)
@@ -130,18 +130,18 @@ def answer(rows: Sequence[TrialRow]) -> Answer | None:
     return Answer(ranking=tuple(ranking), is_final=is_final, baseline=baseline, out=out, drift=known)
 
 
-def finals_of(rows: Sequence[TrialRow]) -> list[TrialRow]:
+def finals_of(rows: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """The finals that count, of rows by number: those behind every other trial."""
     searched = max((place for place, row in enumerate(rows) if row.source != "final"), default=-1)
     return list(rows[searched + 1 :])
 
 
-def baseline_layout(rows: Sequence[TrialRow]) -> Layout | None:
+def baseline_layout(rows: Sequence[FinishedTrial]) -> Layout | None:
     """The layout to beat; None before its trial."""
     return next((row.layout for row in rows if row.source == "baseline"), None)
 
 
-def ruled_out(rows: Sequence[TrialRow]) -> dict[Layout, str]:
+def ruled_out(rows: Sequence[FinishedTrial]) -> dict[Layout, str]:
     """The layouts that measured and yet cannot win: they failed in a final, or train differently. Why."""
     failed = {
         row.layout: f"failed in the final t{row.number:04d}: {row.result.outcome}: {row.result.reason}"
@@ -151,7 +151,7 @@ def ruled_out(rows: Sequence[TrialRow]) -> dict[Layout, str]:
     return {**trains_differently(rows), **failed}
 
 
-def trains_differently(rows: Sequence[TrialRow]) -> dict[Layout, str]:
+def trains_differently(rows: Sequence[FinishedTrial]) -> dict[Layout, str]:
     """The layouts whose losses differ from the baseline's in the same step by more than rounding explains.
 
     Every trial trains on the same batches, and from the same weights unless its program draws them. Nothing is out
@@ -194,7 +194,7 @@ def _apart(losses: Sequence[float], others: Sequence[float]) -> tuple[float, int
 class Candidate:
     """A layout that the search measured."""
 
-    row: TrialRow
+    row: FinishedTrial
     metrics: Metrics
     """As measured."""
     factor: float
@@ -206,7 +206,9 @@ class Candidate:
         return self.metrics.step_time_ms / self.factor
 
 
-def candidates(rows: Sequence[TrialRow], drifted: Drift | None, out: Mapping[Layout, str]) -> list[Candidate]:
+def candidates(
+    rows: Sequence[FinishedTrial], drifted: Drift | None, out: Mapping[Layout, str]
+) -> list[Candidate]:
     """The layouts that the search measured, fastest first; the earlier one where two are equal."""
     found = [
         Candidate(row=row, metrics=row.result.metrics, factor=drifted.factor(row) if drifted else 1.0)
@@ -218,12 +220,12 @@ def candidates(rows: Sequence[TrialRow], drifted: Drift | None, out: Mapping[Lay
     return [one for one in found if first[one.row.layout] is one]
 
 
-def counting(rows: Sequence[TrialRow]) -> dict[int, TrialRow]:
+def counting(rows: Sequence[FinishedTrial]) -> dict[int, FinishedTrial]:
     """The run that counts for each trial of the search: its repeat, where the machine had disturbed it.
 
     Of two disturbed ones the faster counts: a disturbance only slows down.
     """
-    found: dict[int, TrialRow] = {}
+    found: dict[int, FinishedTrial] = {}
     for row in sorted(rows, key=lambda row: row.number):
         if row.source in SEARCHED:
             found[row.number] = row
@@ -234,7 +236,7 @@ def counting(rows: Sequence[TrialRow]) -> dict[int, TrialRow]:
     return found
 
 
-def _undisturbed(first: TrialRow, again: TrialRow) -> TrialRow:
+def _undisturbed(first: FinishedTrial, again: FinishedTrial) -> FinishedTrial:
     if again.result.outcome is Outcome.TOO_SLOW and not again.result.suspicions:
         return again
     ours, theirs = first.result.metrics, again.result.metrics
@@ -262,21 +264,21 @@ def _search_ranking(found: Sequence[Candidate]) -> list[Standing]:
     ]
 
 
-def _first_round_is_over(rows: Sequence[TrialRow]) -> bool:
+def _first_round_is_over(rows: Sequence[FinishedTrial]) -> bool:
     """Whether every finalist has run: in each round the baseline does first, or last, and in the first one last."""
     start = next((row for row in rows if row.source == "baseline" and row.result.metrics), None)
     return start is None or any(row.layout == start.layout for row in finals_of(rows))
 
 
-def _by_layout(finals: Sequence[TrialRow]) -> dict[Layout, list[TrialRow]]:
-    found: dict[Layout, list[TrialRow]] = {}
+def _by_layout(finals: Sequence[FinishedTrial]) -> dict[Layout, list[FinishedTrial]]:
+    found: dict[Layout, list[FinishedTrial]] = {}
     for row in finals:
         if row.result.metrics is not None:
             found.setdefault(row.layout, []).append(row)
     return found
 
 
-def _final_ranking(finals: Mapping[Layout, Sequence[TrialRow]]) -> list[Standing]:
+def _final_ranking(finals: Mapping[Layout, Sequence[FinishedTrial]]) -> list[Standing]:
     steps = [[_metrics(row).step_times_ms for row in runs] for runs in finals.values()]
     logs, draws = pooled(steps)
     best = int(logs.argmin())
@@ -340,7 +342,7 @@ def _resampled(steps_ms: Sequence[float], random: np.random.Generator) -> Floats
     return found
 
 
-def _together(runs: Sequence[TrialRow], step_ms: float, low_ms: float, high_ms: float) -> Metrics:
+def _together(runs: Sequence[FinishedTrial], step_ms: float, low_ms: float, high_ms: float) -> Metrics:
     """The metrics of several runs of one layout; what is not pooled is the middle run's."""
     middle, every = _metrics(_middle(runs)), [_metrics(row) for row in runs]
     faster = middle.step_time_ms / step_ms
@@ -364,11 +366,11 @@ def _together(runs: Sequence[TrialRow], step_ms: float, low_ms: float, high_ms: 
     )
 
 
-def _middle(runs: Sequence[TrialRow]) -> TrialRow:
+def _middle(runs: Sequence[FinishedTrial]) -> FinishedTrial:
     ordered = sorted(runs, key=lambda row: (_metrics(row).step_time_ms, row.number))
     return ordered[(len(ordered) - 1) // 2]
 
 
-def _metrics(row: TrialRow) -> Metrics:
+def _metrics(row: FinishedTrial) -> Metrics:
     assert row.result.metrics is not None, "only completed runs are pooled"
     return row.result.metrics

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tuner.trial.rows import TrialRow, TrialSource
+from tuner.trial.finished import FinishedTrial, TrialSource
 
 if TYPE_CHECKING:
     pass
 
 
-def refinement_centres(sources: Sequence[TrialSource | TrialRow]) -> tuple[int, ...]:
+def refinement_centres(sources: Sequence[TrialSource | FinishedTrial]) -> tuple[int, ...]:
     """The trials that the second stage varies, as the trials of a sweep say it; empty in the first.
 
     Args:
@@ -18,7 +18,7 @@ def refinement_centres(sources: Sequence[TrialSource | TrialRow]) -> tuple[int, 
     return next((one.around for one in reversed(sources) if one.around), ())
 
 
-def refinement_sentence(rows: Sequence[TrialRow]) -> str | None:
+def refinement_sentence(rows: Sequence[FinishedTrial]) -> str | None:
     """Where the second stage began and what it lies around; None where there was none."""
     second = sorted(row.number for row in rows if row.around)
     if not second:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from tuner.core.layout import Layout
-from tuner.trial.rows import SEARCHED, TrialRow
+from tuner.trial.finished import SEARCHED, FinishedTrial
 
 FEWEST: Final = 3
 """Runs from which a straight line has an error."""
@@ -34,7 +34,7 @@ class Drift:
         """Whether the interval leaves out that nothing changed."""
         return not self.change_low <= 0 <= self.change_high
 
-    def factor(self, row: TrialRow) -> float:
+    def factor(self, row: FinishedTrial) -> float:
         """How much longer a step took when this trial ran than at the first run; 1 where no drift is shown.
 
         The line is not followed beyond its runs.
@@ -57,7 +57,7 @@ class Drift:
         return f"No drift of the machine is shown: {told}."
 
 
-def drift(rows: Sequence[TrialRow]) -> Drift | None:
+def drift(rows: Sequence[FinishedTrial]) -> Drift | None:
     """The drift that the baseline's first run and its canaries show; None of fewer than three at different times.
 
     Runs on a disturbed machine say nothing of the undisturbed one and are left out.
@@ -90,12 +90,12 @@ def drift(rows: Sequence[TrialRow]) -> Drift | None:
     )
 
 
-def ended_s(row: TrialRow) -> float | None:
+def ended_s(row: FinishedTrial) -> float | None:
     """When a trial ended, in seconds since the epoch; None where it is not recorded."""
     return datetime.fromisoformat(row.result.finished_at).timestamp() if row.result.finished_at else None
 
 
-def canary_due(rows: Sequence[TrialRow], every: int | None) -> Layout | None:
+def canary_due(rows: Sequence[FinishedTrial], every: int | None) -> Layout | None:
     """The baseline's layout, where `every` trials of the search have ended since its last run and it ever completed."""
     baseline = next(
         (row.layout for row in rows if row.source == "baseline" and row.result.metrics is not None), None

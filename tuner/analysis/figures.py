@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tuner.analysis.answer import Answer, Standing, answer
 from tuner.trial.contract import Metrics
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 if TYPE_CHECKING:
     pass
@@ -77,19 +77,19 @@ class Figures:
         return f"{steps}; {other}, differs by {rival.ratio - 1:+.1%} in step time: {verdict}."
 
 
-def best(rows: Iterable[TrialRow]) -> TrialRow | None:
+def best(rows: Iterable[FinishedTrial]) -> FinishedTrial | None:
     """The trial that stands for the fastest layout: its final in the middle, before finals its one measurement."""
     found = answer(tuple(rows))
     return found.best.row if found else None
 
 
-def tie(rows: Sequence[TrialRow]) -> list[TrialRow]:
+def tie(rows: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """The trials of the layouts that noise cannot tell from the best, itself included, fastest first."""
     found = answer(rows)
     return [standing.row for standing in found.tied] if found else []
 
 
-def figures(rows: Sequence[TrialRow], number: int | None = None) -> Figures | None:
+def figures(rows: Sequence[FinishedTrial], number: int | None = None) -> Figures | None:
     """The measured facts of the best layout, or of one trial alone, beside its rival and the baseline.
 
     Returns None where nothing completed, or that trial did not. The rival is the fastest other layout.
@@ -122,7 +122,7 @@ def _compared(other: Standing) -> Comparison:
     )
 
 
-def _figures_of_trial(row: TrialRow, found: Answer | None) -> Figures | None:
+def _figures_of_trial(row: FinishedTrial, found: Answer | None) -> Figures | None:
     """One trial as it measured, beside the answer's standings by the ends of their intervals."""
     metrics = row.result.metrics
     if metrics is None:

@@ -12,7 +12,7 @@ from tuner.analysis.answer import baseline_layout, candidates, finals_of, ruled_
 from tuner.analysis.drift import drift
 from tuner.core.layout import Layout
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import SEARCHED, TrialRow
+from tuner.trial.finished import SEARCHED, FinishedTrial
 
 FEWEST_RUNS: Final = 2
 """Of one layout: a single run says nothing of how runs differ."""
@@ -55,7 +55,7 @@ def fitting(wanted: Plan, finalists: int, trials: float, seconds: float, trial_s
     return plan
 
 
-def standing_for_finals(rows: Sequence[TrialRow]) -> list[Layout]:
+def standing_for_finals(rows: Sequence[FinishedTrial]) -> list[Layout]:
     """The layouts that may come into the finals, the fastest first, the baseline left out."""
     rows = sorted(rows, key=lambda row: row.number)
     start = baseline_layout(rows)
@@ -63,7 +63,7 @@ def standing_for_finals(rows: Sequence[TrialRow]) -> list[Layout]:
     return [one.row.layout for one in found if one.row.layout != start]
 
 
-def next_final(rows: Sequence[TrialRow], plan: Plan) -> Layout | None:
+def next_final(rows: Sequence[FinishedTrial], plan: Plan) -> Layout | None:
     """The layout that runs next in the finals; None once they are through, or where there is nothing to compare.
 
     Round by round, the fastest first and the baseline last, and every other round the other way, so that a drift
@@ -85,11 +85,11 @@ def next_final(rows: Sequence[TrialRow], plan: Plan) -> Layout | None:
     return next(layout for layout in ordered if ran.count(layout) == fewest)
 
 
-def _completed(rows: Sequence[TrialRow], layout: Layout) -> bool:
+def _completed(rows: Sequence[FinishedTrial], layout: Layout) -> bool:
     return any(row.layout == layout and row.result.metrics is not None for row in rows)
 
 
-def to_repeat(rows: Sequence[TrialRow]) -> list[TrialRow]:
+def to_repeat(rows: Sequence[FinishedTrial]) -> list[FinishedTrial]:
     """The trials of the search that the machine disturbed and that were not measured again yet, the fastest first."""
     again = {row.layout for row in rows if row.source == "repeat"}
     found = [
@@ -103,7 +103,7 @@ def to_repeat(rows: Sequence[TrialRow]) -> list[TrialRow]:
     return [row for _, _, row in sorted(found, key=lambda one: one[:2])]
 
 
-def expected_s(rows: Sequence[TrialRow], layouts: Sequence[Layout] = ()) -> float:
+def expected_s(rows: Sequence[FinishedTrial], layouts: Sequence[Layout] = ()) -> float:
     """What the next trial, of one of these layouts, is expected to take: the longest of their medians.
 
     Of a layout that never completed, and without one, the median of all completed trials; 0 before the first.

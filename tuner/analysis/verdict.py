@@ -7,13 +7,13 @@ from tuner.analysis.answer import Answer, answer, ruled_out
 from tuner.analysis.centres import refinement_sentence
 from tuner.analysis.drift import drift
 from tuner.core.layout import Layout
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 if TYPE_CHECKING:
     pass
 
 
-def verdict(rows: Sequence[TrialRow]) -> list[str]:
+def verdict(rows: Sequence[FinishedTrial]) -> list[str]:
     """What to believe of the answer, a sentence each: ties, who is out, the machine's drift, what was disturbed."""
     found = answer(rows)
     told = []

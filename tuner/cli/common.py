@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tuner.frameworks.megatron_bridge.recipe import RecipeFacts
+    from tuner.trial.finished import TrialSource
     from tuner.trial.program import BridgeRecipe
-    from tuner.trial.rows import TrialSource
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
 ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]

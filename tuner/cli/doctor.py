@@ -99,13 +99,9 @@ def _calibration() -> Check:
 
 
 def _gloo() -> str:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but in no __all__
+    from launchers.machine.rendezvous import check_store
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store.set("megatune", "here")
-    if store.get("megatune") != b"here":
-        raise OSError("the rendezvous store forgets what it is told")
-    return f"a rendezvous store answers on 127.0.0.1:{store.port}"
+    return f"a rendezvous store answers on 127.0.0.1:{check_store()}"
 
 
 def _writable(results: Path) -> str:

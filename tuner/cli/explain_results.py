@@ -27,7 +27,7 @@ from tuner.files import to_data
 from tuner.predict.memory import peak as memory
 from tuner.predict.time import step as time
 from tuner.sweep.folder import SweepFolder
-from tuner.trial.rows import TrialRow, read_trials
+from tuner.trial.finished import FinishedTrial, read_trials
 
 
 def explain_results(folder: SweepFolder, json: bool) -> None:
@@ -76,7 +76,7 @@ def explain_prediction(folder: SweepFolder, layout: Layout, derived: dict[str, i
     _print_breakdown(expected, "Where its step and memory go, as predicted")
 
 
-def _ended(trial: TrialRow) -> str:
+def _ended(trial: FinishedTrial) -> str:
     metrics = trial.result.metrics
     if metrics is None:
         return f"{trial.result.outcome}: {trial.result.reason}"
@@ -135,7 +135,7 @@ def _effect(effect: Effect) -> str:
     return f"{effect.before} to {effect.after} {effect.change:+.1%}{pairs}"
 
 
-def _print_neighbours(near: Sequence[Neighbour], fastest: TrialRow | None) -> None:
+def _print_neighbours(near: Sequence[Neighbour], fastest: FinishedTrial | None) -> None:
     table = _table("choice value", "cost")
     for heading in ("known", "why", "forced with it"):
         table.add_column(heading)
@@ -194,7 +194,7 @@ def _table(left: str, right: str) -> Table:
     return table
 
 
-def _findings_data(found: Findings, fastest: TrialRow | None) -> dict[str, Any]:
+def _findings_data(found: Findings, fastest: FinishedTrial | None) -> dict[str, Any]:
     return {
         "trials": [_compared_data(one) for one in found.compared],
         "step_time": None if found.time is None else to_data(found.time),

@@ -14,7 +14,7 @@ from tuner.report.export import Format
 from tuner.report.export import export as write_override
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import TrialSpec
-from tuner.trial.rows import TrialRow, read_trials
+from tuner.trial.finished import FinishedTrial, read_trials
 
 
 def export(
@@ -40,7 +40,7 @@ def export(
 
 
 def override(
-    folder: SweepFolder, rows: list[TrialRow], format: Format | None = None, number: int | None = None
+    folder: SweepFolder, rows: list[FinishedTrial], format: Format | None = None, number: int | None = None
 ) -> str:
     """The override that selects a trial's layout, the best one's by default.
 

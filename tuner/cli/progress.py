@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tuner.core.layout import Layout
 from tuner.trial.contract import Heartbeat
-from tuner.trial.rows import TrialRow, TrialSource
+from tuner.trial.finished import FinishedTrial, TrialSource
 
 if TYPE_CHECKING:
     from tuner.sweep.loop import Progress
@@ -58,7 +58,7 @@ def standing(progress: "Progress") -> str:
     return " | ".join(parts)
 
 
-def outcome_line(row: TrialRow, pruned: int) -> str:
+def outcome_line(row: FinishedTrial, pruned: int) -> str:
     """One line about an ended trial."""
     metrics = row.result.metrics
     if metrics is None:
@@ -75,7 +75,7 @@ def outcome_line(row: TrialRow, pruned: int) -> str:
     return f"trial {row.number} [{_shown(row)}] {row.layout.label()}: {told}{ruled_out}{doubt} ({took})"
 
 
-def _shown(origin: TrialRow | TrialSource) -> str:
+def _shown(origin: FinishedTrial | TrialSource) -> str:
     """Why a trial runs, as a line names it."""
     return f"{origin.source}, stage 2" if origin.around else origin.source
 
@@ -105,7 +105,7 @@ class PlainProgress:
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
         """Nothing: a log wants no heartbeats."""
 
-    def finished(self, row: TrialRow, pruned: int, progress: "Progress") -> None:
+    def finished(self, row: FinishedTrial, pruned: int, progress: "Progress") -> None:
         """The trial's line, and where the sweep stands."""
         self._console.print(outcome_line(row, pruned), markup=False)
         self._console.print(f"    {standing(progress)}", markup=False)
@@ -142,7 +142,7 @@ class LiveProgress(PlainProgress):
         """The running trial's phase and step."""
         self._phase = f"{heartbeat.phase}, step {heartbeat.step}"
 
-    def finished(self, row: TrialRow, pruned: int, progress: "Progress") -> None:
+    def finished(self, row: FinishedTrial, pruned: int, progress: "Progress") -> None:
         """The trial's line goes above the live one."""
         self._standing = standing(progress)
         self._console.print(outcome_line(row, pruned), markup=False)

@@ -13,7 +13,7 @@ from tuner.errors import InputError
 from tuner.files import to_data, write_text
 from tuner.report.pages import html_page, summary, terminal_table
 from tuner.search.refinement import searched_table
-from tuner.trial.rows import read_trials
+from tuner.trial.finished import read_trials
 
 
 def show(

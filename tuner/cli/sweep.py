@@ -22,21 +22,22 @@ from tuner.files import make_folder, write_json, write_text
 from tuner.report.pages import summary, terminal_table, time_shares
 from tuner.sweep.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
 from tuner.sweep.folder import SweepFolder
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
 
+    from launchers.tracking import Tracker
     from tuner.cli.common import Loaded
     from tuner.core.layout import Layout
     from tuner.predict.calibration import Calibration
     from tuner.search.stopping import Certainty
     from tuner.sweep.configuration import Sweep
-    from tuner.tracking.tracker import Status, Tracker
+    from tuner.tracking.spool import Status
+    from tuner.trial.finished import TrialSource
     from tuner.trial.launcher import Launcher
-    from tuner.trial.rows import TrialSource
 
 
 _STATUS: Mapping[str, "Status"] = {"INTERRUPTED": "KILLED", "BREAKER": "FAILED"}
@@ -73,8 +74,8 @@ def sweep(
     from launchers.local.fork_client import Preload
     from launchers.local.torchrun import TorchrunLauncher
     from launchers.machine.detect import check_machine, measuring_machine
+    from launchers.tracking import Tracker
     from tuner.sweep.loop import trial_spec
-    from tuner.tracking.tracker import Tracker
 
     sweep_file = _recipes_file(sweep_file, recipe, gpus, cluster, results)
     until = None if deadline is None else deadline_of(deadline, datetime.now())
@@ -201,7 +202,7 @@ def _calibration(config: "Sweep", folder: SweepFolder) -> "Calibration | None":
     return folder.read_calibration()
 
 
-def _exit_code(reason: Stop, rows: list[TrialRow], folder: SweepFolder) -> int:
+def _exit_code(reason: Stop, rows: list[FinishedTrial], folder: SweepFolder) -> int:
     if reason is Stop.INTERRUPTED:
         return 130
     if reason is Stop.BREAKER:
@@ -241,7 +242,7 @@ def _next_commands(folder: SweepFolder, sweep_file: Path, is_finished: bool) -> 
 
 
 def _print_end(
-    rows: list[TrialRow], folder: SweepFolder, title: str, shares: str, commands: Mapping[str, str]
+    rows: list[FinishedTrial], folder: SweepFolder, title: str, shares: str, commands: Mapping[str, str]
 ) -> None:
     stdout.print(terminal_table(rows, title))
     for sentence in (shares, *verdict(rows)):

@@ -17,7 +17,7 @@ def sync(
 ) -> None:
     """Log what MLflow misses of a sweep, running or finished; what it holds already stays as it is."""
     from tuner.tracking.spool import Entry, Spool
-    from tuner.tracking.tracker import check_uri, default_uri, reason, without_password
+    from tuner.tracking.uri import check_uri, default_uri, reason, without_password
 
     folder = results_folder(results)
     chosen = uri or folder.sweep().tracking.uri or default_uri(folder.path)

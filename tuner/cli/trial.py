@@ -24,7 +24,7 @@ from tuner.errors import InputError
 from tuner.files import to_data, write_json
 from tuner.sweep.configuration import load_sweep
 from tuner.trial.contract import Outcome, TrialFolder
-from tuner.trial.rows import TrialRow, TrialSource
+from tuner.trial.finished import FinishedTrial, TrialSource
 
 EXIT_CODES = {Outcome.COMPLETED: 0, Outcome.INTERRUPTED: 130}
 """Every other outcome is 3: nothing feasible ran."""
@@ -72,7 +72,7 @@ def trial(
     if json:
         print_json(to_data(result))
     else:
-        row = TrialRow(
+        row = FinishedTrial(
             number=0,
             source="manual",
             note="",

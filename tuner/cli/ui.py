@@ -15,7 +15,7 @@ def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to serve on.")] = 5000,
 ) -> None:
     """Serve the MLflow UI of a sweep on 127.0.0.1 until Ctrl-C."""
-    from tuner.tracking.tracker import default_uri
+    from tuner.tracking.uri import default_uri
 
     folder = results_folder(results)
     configured = folder.sweep().tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")

@@ -17,7 +17,7 @@ from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import peak_gib
 from tuner.space.table import find_row
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 TOO_LARGE: Final = "predicted too large"
 DOMINATED: Final = "needs as much as an OOM"
@@ -26,7 +26,7 @@ AXES: Final = ("micro_batch_size", "recompute", "use_distributed_optimizer", "pp
 
 
 def removed(
-    table: pd.DataFrame, workload: Workload, cluster: Cluster, trials: Sequence[TrialRow] = ()
+    table: pd.DataFrame, workload: Workload, cluster: Cluster, trials: Sequence[FinishedTrial] = ()
 ) -> pd.DataFrame:
     """The rows of a table of valid layouts that pruning removes, in the table's order and under its index.
 
@@ -57,7 +57,7 @@ def removed(
     )
 
 
-def _tried(table: pd.DataFrame, trials: Sequence[TrialRow]) -> NDArray[np.bool_]:
+def _tried(table: pd.DataFrame, trials: Sequence[FinishedTrial]) -> NDArray[np.bool_]:
     mask = np.zeros(len(table), dtype=np.bool_)
     rows = [row for trial in trials if (row := find_row(table, trial.layout)) is not None]
     mask[rows] = True

@@ -18,7 +18,7 @@ from tuner.search.ranking import Ranking, encode
 from tuner.search.refinement import searched_table
 from tuner.space.table import find_row, with_row
 from tuner.sweep.configuration import Sweep
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +30,7 @@ class Evidence:
     sweep: Sweep
     calibration: Calibration | None
     """What the predicted step times rest on."""
-    trials: tuple[TrialRow, ...]
+    trials: tuple[FinishedTrial, ...]
     """The finished ones."""
     table: pd.DataFrame
     """The valid layouts, those of the trials among them."""
@@ -49,7 +49,7 @@ class Evidence:
 
 def gather(
     sweep: Sweep,
-    trials: Sequence[TrialRow],
+    trials: Sequence[FinishedTrial],
     layouts: Sequence[Layout] = (),
     calibration: Calibration | None = None,
 ) -> Evidence:

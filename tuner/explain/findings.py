@@ -20,7 +20,7 @@ from tuner.predict.memory.peak import breakdown as memory_breakdown
 from tuner.predict.time.step import StepTime
 from tuner.predict.time.step import breakdown as time_breakdown
 from tuner.space.table import find_row, layout_at
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 Floats = NDArray[np.float64]
 
@@ -32,7 +32,7 @@ RANKED: Final = 5
 class Compared:
     """A trial beside what was predicted of it before any trial."""
 
-    trial: TrialRow
+    trial: FinishedTrial
     predicted_ms: float
     predicted_gib: float
     predicted_fit: float

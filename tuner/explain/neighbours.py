@@ -15,7 +15,7 @@ from tuner.predict.feasibility import MIN_FIT
 from tuner.rules import broken_rules
 from tuner.space.table import find_row, layout_at
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import SEARCHED, TrialRow, completed
+from tuner.trial.finished import SEARCHED, FinishedTrial, completed
 
 
 class Known(StrEnum):
@@ -53,7 +53,7 @@ class Neighbour:
     """The trial that measured it or how that ended, or what is in its way."""
 
 
-def neighbours(evidence: Evidence, best: TrialRow) -> tuple[Neighbour, ...]:
+def neighbours(evidence: Evidence, best: FinishedTrial) -> tuple[Neighbour, ...]:
     """The neighbours of a completed trial's layout: the fastest first, then those that cannot run."""
     assert best.result.metrics is not None, "only a completed trial is the best"
     # Its neighbours were measured in the search: beside them stands what it measured there, not its finals.

@@ -17,7 +17,7 @@ from tuner.analysis.verdict import verdict
 from tuner.core.layout import KNOBS, Layout
 from tuner.frameworks.megatron_fields import megatron_fields
 from tuner.trial.contract import Metrics, Outcome
-from tuner.trial.rows import TrialRow, completed
+from tuner.trial.finished import FinishedTrial, completed
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -27,7 +27,7 @@ _SHORT_S = 600
 """Below, a span of time is told in seconds."""
 
 
-def time_shares(rows: Sequence[TrialRow], own_s: float = 0.0, run_s: float = 0.0) -> str:
+def time_shares(rows: Sequence[FinishedTrial], own_s: float = 0.0, run_s: float = 0.0) -> str:
     """Where the trials' time went, as one sentence.
 
     Args:
@@ -55,7 +55,7 @@ def time_shares(rows: Sequence[TrialRow], own_s: float = 0.0, run_s: float = 0.0
     return f"Of {span} of trials: {told}.{own}"
 
 
-def trial_table(rows: Sequence[TrialRow]) -> pd.DataFrame:
+def trial_table(rows: Sequence[FinishedTrial]) -> pd.DataFrame:
     """The trials as a table, a row each in the order given: facts, measurements (or NaN), every knob."""
     records = []
     for row in rows:
@@ -101,7 +101,7 @@ _MEASURED = (
 )
 
 
-def terminal_table(rows: Sequence[TrialRow], title: str = "") -> Group:
+def terminal_table(rows: Sequence[FinishedTrial], title: str = "") -> Group:
     """The trials for a terminal of 80 columns and more: finals, search, the failed ones and why.
 
     Fastest first, the best layout highlighted; the step time's interval is given as the larger of its two arms, in
@@ -156,7 +156,7 @@ def _finals_table(finals: Sequence[Standing]) -> Table:
     return table
 
 
-def _completed_table(ranked: Sequence[tuple[TrialRow, Metrics]], found: Answer | None) -> Table:
+def _completed_table(ranked: Sequence[tuple[FinishedTrial, Metrics]], found: Answer | None) -> Table:
     table = _measured_table("trial")
     best_row = found.best.row if found else None
     layout = found.best.layout if found else None
@@ -180,7 +180,7 @@ def _completed_table(ranked: Sequence[tuple[TrialRow, Metrics]], found: Answer |
     return table
 
 
-def _failed_table(failed: Sequence[TrialRow]) -> Table:
+def _failed_table(failed: Sequence[FinishedTrial]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "outcome"):
         table.add_column(heading, no_wrap=True)
@@ -203,7 +203,7 @@ def _add(table: Table, cells: Iterable[str], style: str) -> None:
 
 
 def summary(
-    rows: Sequence[TrialRow], sweep: str, stopped: str, commands: Mapping[str, str], shares: str = ""
+    rows: Sequence[FinishedTrial], sweep: str, stopped: str, commands: Mapping[str, str], shares: str = ""
 ) -> str:
     """The morning's summary in Markdown.
 
@@ -230,7 +230,7 @@ def summary(
     return "\n".join(lines)
 
 
-def _counts(rows: Sequence[TrialRow]) -> str:
+def _counts(rows: Sequence[FinishedTrial]) -> str:
     counts = Counter(row.result.outcome for row in rows)
     hours = sum(row.result.durations.total_s for row in rows) / 3600
     parts = [f"{count} {outcome.value}" for outcome, count in counts.most_common()]
@@ -265,7 +265,7 @@ def _best_section(found: Answer, facts: Figures) -> list[str]:
     return [*lines, "```", ""]
 
 
-def _failures(rows: Sequence[TrialRow]) -> list[str]:
+def _failures(rows: Sequence[FinishedTrial]) -> list[str]:
     failed = [row for row in rows if row.result.outcome not in (Outcome.COMPLETED, Outcome.TOO_SLOW)]
     if not failed:
         return []
@@ -281,7 +281,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
-def html_page(rows: Sequence[TrialRow], sweep: str, summary_text: str) -> str:
+def html_page(rows: Sequence[FinishedTrial], sweep: str, summary_text: str) -> str:
     """One self-contained page: the summary, the history, throughput against memory, and every trial.
 
     plotly.js (about 5 MB) is inlined once, so that the page opens on a machine without a network.
@@ -304,7 +304,7 @@ def html_page(rows: Sequence[TrialRow], sweep: str, summary_text: str) -> str:
     )
 
 
-def _history(rows: Sequence[TrialRow]) -> "Figure":
+def _history(rows: Sequence[FinishedTrial]) -> "Figure":
     from plotly import graph_objects as go
 
     measured = sorted(completed(rows), key=lambda pair: pair[0].number)
@@ -333,7 +333,7 @@ def _history(rows: Sequence[TrialRow]) -> "Figure":
     return figure
 
 
-def _throughput_against_memory(rows: Sequence[TrialRow]) -> "Figure":
+def _throughput_against_memory(rows: Sequence[FinishedTrial]) -> "Figure":
     from plotly import graph_objects as go
 
     measured = completed(rows)

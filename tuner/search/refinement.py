@@ -33,7 +33,7 @@ from tuner.rules import Columns, Rule, Texts, active_rules
 from tuner.rules.recompute import MODULES
 from tuner.search.problem import Problem
 from tuner.space.enumeration import Domain, Space, Value, enumerate_layouts, layer_placements, refined_domain
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 FIRST_SHARE: Final = 0.6
 """Of what the search may use, for the first stage: a wrong grid costs more than a wrong detail."""
@@ -144,7 +144,7 @@ def with_refinements(
     return _joined([table, rows.astype(numbers)])
 
 
-def searched_table(problem: Problem, trials: Sequence[TrialRow]) -> pd.DataFrame:
+def searched_table(problem: Problem, trials: Sequence[FinishedTrial]) -> pd.DataFrame:
     """Every valid layout of the stages that a sweep's trials came to, whether it fits or not."""
     table = first_stage(problem).table
     layouts = {trial.number: trial.layout for trial in trials}
@@ -165,7 +165,7 @@ def predicted_best(table: pd.DataFrame, problem: Problem) -> list[Layout]:
     return [layout_from({knob: best[knob].iloc[row] for knob in KNOBS}) for row in range(len(best))]
 
 
-def best_trials(rows: Sequence[TrialRow], problem: Problem) -> tuple[int, ...]:
+def best_trials(rows: Sequence[FinishedTrial], problem: Problem) -> tuple[int, ...]:
     """The trials that the second stage is to vary: of the fastest grids measured, each one's fastest layout."""
     found: dict[tuple[Value, ...], int] = {}
     for one in candidates(rows, drift(rows), ruled_out(rows)):

@@ -11,7 +11,7 @@ from tuner.analysis.answer import finals_of
 from tuner.analysis.finals import Plan, expected_s, fitting, next_final, standing_for_finals, to_repeat
 from tuner.errors import InputError
 from tuner.sweep.configuration import Budget
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 FAILURES_TO_STOP: Final = 3
 """Infrastructure failures in a row that stop the sweep."""
@@ -64,7 +64,7 @@ class Ledger:
 
     budget: Budget
     world_size: int
-    rows: tuple[TrialRow, ...]
+    rows: tuple[FinishedTrial, ...]
     """The finished trials, by number."""
     lost_s: float
     """Wall clock of attempts that came to nothing; it is used too."""
@@ -77,7 +77,7 @@ class Ledger:
         return self.lost_s + sum(row.result.durations.total_s for row in self.rows)
 
     @property
-    def finals(self) -> list[TrialRow]:
+    def finals(self) -> list[FinishedTrial]:
         """The finals that count."""
         return finals_of(self.rows)
 
@@ -167,7 +167,7 @@ class Ledger:
         left = self.budget.trials - len(before.rows)
         return fitting(wanted, len(layouts), left - more, seconds - more * expected_s(self.rows), trial_s)
 
-    def next_repeat(self) -> TrialRow | None:
+    def next_repeat(self) -> FinishedTrial | None:
         """The disturbed trial that is measured again next: while that makes the finals no smaller."""
         waiting = to_repeat(self.rows)
         if not waiting or self.finals or not self.wanted.finalists:

@@ -13,7 +13,7 @@ from tuner.predict.calibration import Calibration, Machine
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.lock import hold
 from tuner.trial.contract import TrialFolder
-from tuner.trial.rows import trial_folder
+from tuner.trial.finished import trial_folder
 
 IDENTITY = ("workload", "cluster", "program", "seed")
 """What must not change between two runs of a sweep, or its trials could not be compared."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,10 +32,9 @@ from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.study import StudyTrial, open_study
 from tuner.trial.contract import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.trial.rows import SEARCHED, TrialRow, TrialSource, draws_weights, read_trials
+from tuner.trial.finished import SEARCHED, FinishedTrial, TrialSource, draws_weights, read_trials
 
 if TYPE_CHECKING:
-    from tuner.tracking.tracker import Tracker
     from tuner.trial.launcher import Launcher
 
 RETRIED = frozenset({Outcome.HANG, Outcome.COMMUNICATION, Outcome.INFRASTRUCTURE})
@@ -54,7 +53,7 @@ class Progress:
     """Wall clock of all trials so far, every attempt included."""
     left_s: float | None
     """What the budget of hours or GPU-hours leaves; None without one."""
-    best: TrialRow | None
+    best: FinishedTrial | None
     pruned: int
     """Rows ruled out without a run, by memory dominance."""
     certainty: Certainty | None
@@ -65,6 +64,16 @@ class Progress:
     """Wall clock of this run, from its first trial's begin to its last one's end."""
     stage: int | None = None
     """1 or 2; None of a sweep with one stage."""
+
+
+class Tracker(Protocol):
+    """Logs finished trials elsewhere; no method waits or raises."""
+
+    def sync(self, rows: Iterable[FinishedTrial]) -> None:
+        """Log those of these trials that are missing there."""
+
+    def log_trial(self, row: FinishedTrial, folder: TrialFolder) -> None:
+        """Log a trial that has just ended."""
 
 
 class Observer(Protocol):
@@ -78,7 +87,7 @@ class Observer(Protocol):
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
         """The running trial gave a sign of life."""
 
-    def finished(self, row: TrialRow, pruned: int, progress: Progress) -> None:
+    def finished(self, row: FinishedTrial, pruned: int, progress: Progress) -> None:
         """A trial ended; `pruned` rows were ruled out by it."""
 
 
@@ -334,7 +343,7 @@ class SweepLoop:
         self, number: int, trial: optuna.Trial, layout: Layout, origin: TrialSource, result: TrialResult
     ) -> None:
         before, self._running = self._pruned, 0
-        row = TrialRow(
+        row = FinishedTrial(
             number=number,
             source=origin.source,
             note=origin.note,
@@ -402,7 +411,7 @@ class SweepLoop:
         of = {None: "the space", 1: "the first stage", 2: "both stages"}[self._stage]
         return found and replace(found, of=of)
 
-    def _learn(self, first: TrialRow, row: TrialRow) -> None:
+    def _learn(self, first: FinishedTrial, row: FinishedTrial) -> None:
         """Learn of a trial of the search what `row` measured: itself, or its repeat; the machine's drift taken out."""
         if row.result.outcome is Outcome.OOM:
             workload, cluster = self._sweep.workload, self._sweep.cluster

@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING, TextIO
 
 from tuner.sweep.folder import SweepFolder
 from tuner.tracking.spool import Entry, Spool
-from tuner.tracking.tracker import GAVE_UP, reason, without_password
+from tuner.tracking.spool import Status as Status
+from tuner.tracking.uri import reason, without_password
 
 if TYPE_CHECKING:
     from tuner.tracking.runs import MlflowRuns
+
+GAVE_UP = 3
+"""Exit code of the process where MLflow failed at the sweep's end."""
 
 FIRST_RETRY_S = 30.0
 LAST_RETRY_S = 600.0

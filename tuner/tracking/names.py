@@ -14,8 +14,8 @@ from typing import Any
 from tuner.core.layout import Layout, data_parallel_size, expert_data_parallel_size, num_microbatches
 from tuner.files import to_data
 from tuner.trial.contract import TrialFolder, TrialResult, TrialSpec
+from tuner.trial.finished import FinishedTrial
 from tuner.trial.program import program_name
-from tuner.trial.rows import TrialRow
 
 MAX_TEXT = 5000
 """Characters of a tag: MLflow cuts tags beyond 8000 silently."""
@@ -227,7 +227,7 @@ def _values(result: TrialResult, measure: Measure) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def trial_tags(spec: TrialSpec, row: TrialRow, folder: TrialFolder) -> dict[str, str]:
+def trial_tags(spec: TrialSpec, row: FinishedTrial, folder: TrialFolder) -> dict[str, str]:
     """The tags of a trial's run that say what it was and how it ended; empty ones are left out."""
     result = row.result
     tags = {

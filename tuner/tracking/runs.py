@@ -51,9 +51,9 @@ from tuner.tracking.names import (
     trial_tags,
 )
 from tuner.tracking.spool import Entry, Spool, Status, SweepEnd
-from tuner.tracking.tracker import reason, without_password
+from tuner.tracking.uri import reason, without_password
 from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 LOG_TAIL_BYTES = 64 * 1024
 """Of each log file, its end is kept in MLflow; the whole lies in the trial's folder."""
@@ -156,7 +156,7 @@ class MlflowRuns:
             if not token:
                 return dict(held)
 
-    def _log(self, entry: Entry, rows: Sequence[TrialRow]) -> None:
+    def _log(self, entry: Entry, rows: Sequence[FinishedTrial]) -> None:
         with _alone(self._results):
             query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`{TRIAL}` = '{entry.row.number}'"
             found = list(self._client.search_runs([self.experiment_id], query))
@@ -167,7 +167,7 @@ class MlflowRuns:
             if not whole:
                 self._create(entry, rows)
 
-    def _create(self, entry: Entry, rows: Sequence[TrialRow]) -> None:
+    def _create(self, entry: Entry, rows: Sequence[FinishedTrial]) -> None:
         row, folder = entry.row, entry.folder
         spec, end_ms = read_json(TrialSpec, folder.spec), _end_ms(row.result)
         run: Run = self._client.create_run(
@@ -197,7 +197,7 @@ class MlflowRuns:
                 (copy / relative).write_bytes(tail)
             self._client.log_artifacts(run_id, name)
 
-    def _log_best(self, row: TrialRow, rows: Sequence[TrialRow]) -> None:
+    def _log_best(self, row: FinishedTrial, rows: Sequence[FinishedTrial]) -> None:
         # The best among this and earlier numbers: the same point whenever and however often it is logged.
         so_far = best(other for other in rows if other.number <= row.number) or row
         overall = best(rows) or row

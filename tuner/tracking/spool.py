@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from tuner.errors import InputError
 from tuner.files import STRICT, read_json, write_json
 from tuner.trial.contract import TrialFolder
-from tuner.trial.rows import TrialRow, read_trial
+from tuner.trial.finished import FinishedTrial, read_trial
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's words for how a run ended."""
@@ -34,7 +34,7 @@ class SweepEnd:
 class Entry:
     """A finished trial, and by which record MLflow is known to hold it."""
 
-    row: TrialRow
+    row: FinishedTrial
     folder: TrialFolder
     record: str
     """A hash of the trial's result and source."""

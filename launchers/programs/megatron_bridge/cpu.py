@@ -53,7 +53,7 @@ def enable_cpu() -> None:
         return
     from megatron.bridge.training import setup
 
-    from launchers.programs.megatron_core import cpu
+    from launchers.programs.harness import cpu
 
     cpu.enable_cpu()
     cuda: Any = torch.cuda
@@ -64,7 +64,7 @@ def enable_cpu() -> None:
 
 def suit_cpu(config: Any, model: Model) -> None:
     """Choose what a CPU can do where a recipe chooses kernels or an optimizer's state of fewer bits."""
-    from launchers.programs.megatron_core.specs import decoder_block_spec
+    from launchers.programs.harness.specs import decoder_block_spec
 
     config.dist.distributed_backend = "gloo"
     config.model.transformer_impl = "local"

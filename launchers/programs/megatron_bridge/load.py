@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from launchers.machine.recipes import recorded
 from tuner.errors import InputError, did_you_mean
+from tuner.frameworks.megatron_bridge.recipe_file import recorded
 from tuner.trial.program import BridgeRecipe
 
 PACKAGES: Final = ("megatron.bridge.recipes", "megatron.bridge.perf_recipes")

@@ -12,11 +12,11 @@ from megatron.bridge.training.state import GlobalState
 
 from launchers.programs.harness.memory import TensorAccount
 from launchers.programs.harness.report import Monitor
+from launchers.programs.harness.weights import initialize_weights
 from launchers.programs.megatron_bridge.cpu import enable_cpu, suit_cpu
 from launchers.programs.megatron_bridge.load import load_config
 from launchers.programs.megatron_bridge.measuring import Measuring
 from launchers.programs.megatron_bridge.recipe import check, prepare
-from launchers.programs.megatron_core.weights import initialize_weights
 from tuner.trial.contract import TrialFolder, TrialSpec
 from tuner.trial.program import BridgeRecipe
 

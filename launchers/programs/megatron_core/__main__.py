@@ -9,11 +9,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launchers.programs.harness.cpu import enable_cpu
 from launchers.programs.harness.measure import measured_enough
 from launchers.programs.harness.memory import TensorAccount
 from launchers.programs.harness.rank import ACCOUNTED_STEPS, TimedSteps, end, run_rank
 from launchers.programs.harness.report import Monitor
-from launchers.programs.megatron_core.cpu import enable_cpu
 from launchers.programs.megatron_core.train import Job
 from tuner.trial.contract import TrialSpec
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from launchers.programs.megatron_core.specs import chunk_positions
+from launchers.programs.harness.specs import chunk_positions
 from tuner.core.layout import Layout, num_microbatches
 from tuner.core.workload import Workload
 

@@ -12,8 +12,8 @@ from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from launchers.programs.harness.specs import decoder_block_spec, mtp_block_spec, soft_capped
 from launchers.programs.megatron_core.config import ddp_config
-from launchers.programs.megatron_core.specs import decoder_block_spec, mtp_block_spec, soft_capped
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 

@@ -26,10 +26,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from launchers.programs.harness.cpu import enable_cpu
 from launchers.programs.harness.memory import TensorAccount, peak_gib
 from launchers.programs.harness.report import failure_of
 from launchers.programs.megatron_core import train
-from launchers.programs.megatron_core.cpu import enable_cpu
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload

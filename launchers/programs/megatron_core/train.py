@@ -12,10 +12,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from launchers.programs.harness.weights import initialize_weights
 from launchers.programs.megatron_core.config import optimizer_config, transformer_config
 from launchers.programs.megatron_core.data import Batch, micro_batches
 from launchers.programs.megatron_core.model import build_model, initialize_grids, wrap_for_training
-from launchers.programs.megatron_core.weights import initialize_weights
 from tuner.core.layout import Layout, num_microbatches
 from tuner.core.workload import Workload
 from tuner.trial.contract import Phase

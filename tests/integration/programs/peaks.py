@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launchers.programs.harness.cpu import enable_cpu
 from launchers.programs.harness.memory import TensorAccount
-from launchers.programs.megatron_core.cpu import enable_cpu
 from launchers.programs.megatron_core.train import Job
 from tuner.files import read_json
 from tuner.trial.contract import TrialSpec

@@ -15,7 +15,7 @@ from tuner.analysis.verdict import verdict
 from tuner.core.layout import Layout
 from tuner.core.workload import Precision
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 START, FAST, FASTER = Layout(tp=8), Layout(tp=2), Layout(tp=4)
 SEARCH = [
@@ -25,11 +25,11 @@ SEARCH = [
 ]
 
 
-def final(number: int, layout: Layout, step_ms: float) -> TrialRow:
+def final(number: int, layout: Layout, step_ms: float) -> FinishedTrial:
     return completed_row(number, step_ms, layout=layout, source="final", half_interval_ms=0.1)
 
 
-def finals(*rounds: Sequence[tuple[Layout, float]]) -> list[TrialRow]:
+def finals(*rounds: Sequence[tuple[Layout, float]]) -> list[FinishedTrial]:
     runs = [run for one in rounds for run in one]
     return [final(10 + place, layout, ms) for place, (layout, ms) in enumerate(runs)]
 
@@ -101,7 +101,7 @@ def test_an_interrupted_final_puts_nobody_out() -> None:
     assert (found.best.layout, dict(found.out)) == (FAST, {})
 
 
-def losing(row: TrialRow, *losses: float) -> TrialRow:
+def losing(row: FinishedTrial, *losses: float) -> FinishedTrial:
     assert row.result.metrics is not None
     return replace(row, result=replace(row.result, metrics=replace(row.result.metrics, losses=losses)))
 
@@ -154,7 +154,7 @@ def test_without_a_measured_baseline_nobody_is_out() -> None:
     assert trains_differently(rows) == {}
 
 
-def disturbed(row: TrialRow) -> TrialRow:
+def disturbed(row: FinishedTrial) -> FinishedTrial:
     return replace(row, result=replace(row.result, suspicions=("another process kept 1.5 cores busy",)))
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from tests.trials import completed_row, failed_row
 from tuner.analysis.drift import canary_due, drift
 from tuner.core.layout import Layout
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 START = Layout(tp=8)
 
 
-def canaries(steps_ms: list[float], every: int = 10) -> list[TrialRow]:
+def canaries(steps_ms: list[float], every: int = 10) -> list[FinishedTrial]:
     """The baseline's runs, one every `every` minutes."""
     return [
         completed_row(place * every, ms, layout=START, source="canary" if place else "baseline")

@@ -10,7 +10,7 @@ from tests.trials import completed_row, failed_row
 from tuner.analysis.finals import Plan, expected_s, fitting, next_final, standing_for_finals, to_repeat
 from tuner.core.layout import Layout
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 START = Layout(tp=8)
 LAYOUTS = [Layout(micro_batch_size=2**power) for power in range(5)]
@@ -22,7 +22,7 @@ A, B, C = LAYOUTS[4], LAYOUTS[3], LAYOUTS[2]
 """The three fastest, in order."""
 
 
-def played(rows: list[TrialRow], plan: Plan, limit: int = 99) -> list[Layout]:
+def played(rows: list[FinishedTrial], plan: Plan, limit: int = 99) -> list[Layout]:
     """The finals as they come when every one completes as the search measured it."""
     steps = {row.layout: row.result.metrics.step_time_ms for row in rows if row.result.metrics}
     ran: list[Layout] = []
@@ -48,7 +48,7 @@ def test_without_a_measured_baseline_the_finalists_run_alone() -> None:
 
 
 @pytest.mark.parametrize("rows", [[], SEARCH[:1], [failed_row(0, source="baseline"), SEARCH[1]]])
-def test_with_nothing_to_compare_there_are_no_finals(rows: list[TrialRow]) -> None:
+def test_with_nothing_to_compare_there_are_no_finals(rows: list[FinishedTrial]) -> None:
     assert next_final(rows, Plan(3, 3)) is None
 
 
@@ -130,7 +130,7 @@ def test_finals_never_take_more_than_there_is(
     assert plan.finalists <= min(finalists, there)
 
 
-def disturbed(row: TrialRow) -> TrialRow:
+def disturbed(row: FinishedTrial) -> FinishedTrial:
     return replace(row, result=replace(row.result, suspicions=("shared",)))
 
 
@@ -145,7 +145,7 @@ def test_disturbed_trials_of_the_search_are_measured_again_once_the_fastest_firs
 
 
 def test_a_trial_is_expected_to_take_what_its_layout_took() -> None:
-    def taking(row: TrialRow, seconds: float) -> TrialRow:
+    def taking(row: FinishedTrial, seconds: float) -> FinishedTrial:
         durations = replace(row.result.durations, total_s=seconds)
         return replace(row, result=replace(row.result, durations=durations))
 

@@ -18,7 +18,7 @@ from tuner.rules import RULES
 from tuner.space.enumeration import REFINED
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import read_trials
+from tuner.trial.finished import read_trials
 
 SWEEP: dict[str, Any] = {
     "name": "night",
@@ -619,7 +619,7 @@ def test_a_machine_that_keeps_failing_ends_the_sweep_with_code_4_and_the_same_co
 ) -> None:
     launcher = ReplayLauncher(script={1: [Outcome.INFRASTRUCTURE] * 3})
     monkeypatch.setattr("launchers.local.torchrun.TorchrunLauncher", lambda **_: launcher)
-    monkeypatch.setattr("tuner.tracking.tracker.Tracker.open", lambda *_: NoTracker())
+    monkeypatch.setattr("launchers.tracking.Tracker.open", lambda *_: NoTracker())
     command = ["sweep", _write(tmp_path / "sweep.yaml", SWEEP), "--results", str(results)]
     assert run(command) == 4
     out, err = capsys.readouterr()

@@ -24,7 +24,7 @@ from tuner.rules import broken_rules
 from tuner.space.table import find_row, layout_at
 from tuner.sweep.configuration import Sweep
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import TrialRow, read_trials
+from tuner.trial.finished import FinishedTrial, read_trials
 
 FULL: dict[str, Any] = {
     "recompute_granularity": "full",
@@ -34,7 +34,7 @@ FULL: dict[str, Any] = {
 RATIOS = st.lists(st.floats(0.2, 5.0), min_size=1, max_size=20)
 
 
-def trials_of(*layouts: Layout, scale: float = 1.0) -> list[TrialRow]:
+def trials_of(*layouts: Layout, scale: float = 1.0) -> list[FinishedTrial]:
     """Completed trials that measure the replay's formula, times `scale`."""
     return [
         completed_row(number, scale * step_time_ms(layout), layout=layout)
@@ -42,7 +42,7 @@ def trials_of(*layouts: Layout, scale: float = 1.0) -> list[TrialRow]:
     ]
 
 
-def evidence_of(trials: list[TrialRow], **keys: Any) -> Evidence:
+def evidence_of(trials: list[FinishedTrial], **keys: Any) -> Evidence:
     return gather(sweep_of(**keys), trials)
 
 
@@ -169,7 +169,7 @@ def test_the_cheapest_neighbours_come_first_and_those_that_cannot_run_last() -> 
     assert costs == [*sorted(runnable), *[None] * (len(costs) - len(runnable))]
 
 
-def _with_oom(layout: Layout, number: int = 1) -> list[TrialRow]:
+def _with_oom(layout: Layout, number: int = 1) -> list[FinishedTrial]:
     return [*trials_of(Layout(tp=2)), replace(failed_row(number), layout=layout)]
 
 
@@ -255,7 +255,7 @@ def test_without_a_completed_trial_there_is_no_best_and_no_accuracy() -> None:
     assert findings(evidence_of([])).compared == ()
 
 
-def _swept(results: Path, **keys: Any) -> tuple[Sweep, list[TrialRow]]:
+def _swept(results: Path, **keys: Any) -> tuple[Sweep, list[FinishedTrial]]:
     sweep = sweep_of(budget={"trials": 100, "min_gain": None}, **keys)
     loop_of(results, ReplayLauncher(), sweep).run(threading.Event())
     return sweep, read_trials(results)

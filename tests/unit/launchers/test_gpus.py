@@ -2,7 +2,7 @@
 
 import pytest
 
-from launchers.machine.gpus import TOLERANCE_GIB, GpuUse, gpus_in_use, still_held, visible, wait_for_release
+from launchers.watch.gpus import TOLERANCE_GIB, GpuUse, gpus_in_use, still_held, visible, wait_for_release
 
 BEFORE = (GpuUse("0", 1.0), GpuUse("1", 20.0, (77,)))
 

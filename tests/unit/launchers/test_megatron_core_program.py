@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchers.programs.harness.memory import TensorAccount
+from launchers.programs.harness.specs import TorchCoreAttention, attention_mask, chunk_positions
+from launchers.programs.harness.weights import STD, uniform
 from launchers.programs.megatron_core.config import transformer_config
 from launchers.programs.megatron_core.data import micro_batches, sample
-from launchers.programs.megatron_core.specs import TorchCoreAttention, attention_mask, chunk_positions
-from launchers.programs.megatron_core.weights import STD, uniform
 from tests.trials import MODEL
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload

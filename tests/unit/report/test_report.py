@@ -19,7 +19,7 @@ from tuner.core.layout import KNOBS, Layout
 from tuner.errors import InputError
 from tuner.report.pages import html_page, summary, terminal_table, time_shares, trial_table
 from tuner.trial.contract import Outcome
-from tuner.trial.rows import TrialRow, read_trials, trial_folder
+from tuner.trial.finished import FinishedTrial, read_trials, trial_folder
 
 NIGHT = [
     completed_row(0, 100.0, layout=Layout(tp=8), source="baseline"),
@@ -143,7 +143,7 @@ def test_the_table_of_no_trials_has_its_columns() -> None:
     assert list(trial_table([]).columns) == list(trial_table(NIGHT).columns)
 
 
-def _terminal(rows: list[TrialRow], width: int = 160) -> str:
+def _terminal(rows: list[FinishedTrial], width: int = 160) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(terminal_table(rows, "night [1]"))

@@ -53,8 +53,8 @@ from tuner.sweep.configuration import Budget, Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import SweepLoop
 from tuner.trial.contract import Outcome, TrialResult, TrialSpec
+from tuner.trial.finished import FinishedTrial, TrialSource, read_trials
 from tuner.trial.program import NOT_BUILT_IN
-from tuner.trial.rows import TrialRow, TrialSource, read_trials
 
 GRID = [knob for knob in KNOBS if knob not in REFINED]
 
@@ -233,11 +233,11 @@ def run(loop: SweepLoop) -> Stop:
     return loop.run(threading.Event())
 
 
-def story(results: Path) -> list[TrialRow]:
+def story(results: Path) -> list[FinishedTrial]:
     return read_trials(results)
 
 
-def second(rows: Sequence[TrialRow]) -> list[int]:
+def second(rows: Sequence[FinishedTrial]) -> list[int]:
     return [row.number for row in rows if row.around]
 
 
@@ -278,7 +278,7 @@ def test_the_second_stage_finds_what_the_first_does_not_hold(results: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(in_memory: Path) -> list[TrialRow]:
+def uninterrupted(in_memory: Path) -> list[FinishedTrial]:
     results = in_memory / "staged"
     run_to_end(results, launcher(), night())
     return story(results)
@@ -286,7 +286,7 @@ def uninterrupted(in_memory: Path) -> list[TrialRow]:
 
 @pytest.mark.parametrize("number", [FIRST - 1, FIRST, FIRST + 2])
 def test_killed_in_either_stage_the_sweep_goes_on_as_if_it_never_was(
-    results: Path, number: int, uninterrupted: list[TrialRow]
+    results: Path, number: int, uninterrupted: list[FinishedTrial]
 ) -> None:
     with pytest.raises(KilledError):
         run(loop_of(results, launcher(script={number: [KilledError]}), night()))
@@ -296,7 +296,7 @@ def test_killed_in_either_stage_the_sweep_goes_on_as_if_it_never_was(
 
 @pytest.mark.parametrize("number", [FIRST])
 def test_killed_before_a_trials_spec_is_written_it_goes_on_too(
-    results: Path, number: int, uninterrupted: list[TrialRow]
+    results: Path, number: int, uninterrupted: list[FinishedTrial]
 ) -> None:
     with pytest.raises(KilledError):
         run(loop_of(results, launcher(script={number: [KilledError]}), night()))
@@ -305,7 +305,9 @@ def test_killed_before_a_trials_spec_is_written_it_goes_on_too(
     assert story(results) == uninterrupted
 
 
-def test_a_deleted_study_is_rebuilt_over_both_stages(results: Path, uninterrupted: list[TrialRow]) -> None:
+def test_a_deleted_study_is_rebuilt_over_both_stages(
+    results: Path, uninterrupted: list[FinishedTrial]
+) -> None:
     run_to_end(results, launcher(), night(budget={"trials": TRIALS}))
     SweepFolder(results).study.unlink()
     loop = run_to_end(results, launcher(), night(budget={"trials": TRIALS + 3}))
@@ -361,7 +363,7 @@ def test_finals_come_behind_both_stages(results: Path) -> None:
 
 
 def test_the_evidence_of_a_sweep_holds_what_its_second_stage_could_try(
-    in_memory: Path, uninterrupted: list[TrialRow]
+    in_memory: Path, uninterrupted: list[FinishedTrial]
 ) -> None:
     evidence = gather(night(), uninterrupted)
     sweep = night()

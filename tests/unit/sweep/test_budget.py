@@ -14,14 +14,14 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.sweep.budget import Clock, Ledger, Stop, deadline_of, shrunk
 from tuner.sweep.configuration import Budget
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 NOW = datetime(2026, 3, 1, 22, 30)
 TRIAL_S = 15.0
 """What a row of tests.trials took."""
 
 
-def rows_of(count: int) -> tuple[TrialRow, ...]:
+def rows_of(count: int) -> tuple[FinishedTrial, ...]:
     return tuple(
         completed_row(
             number,
@@ -33,11 +33,11 @@ def rows_of(count: int) -> tuple[TrialRow, ...]:
     )
 
 
-def ledger(rows: tuple[TrialRow, ...], clock: Clock | None = None, **budget: Any) -> Ledger:
+def ledger(rows: tuple[FinishedTrial, ...], clock: Clock | None = None, **budget: Any) -> Ledger:
     return Ledger(budget=Budget(**budget), world_size=8, rows=rows, lost_s=0.0, clock=clock)
 
 
-def finals(rows: tuple[TrialRow, ...], count: int) -> tuple[TrialRow, ...]:
+def finals(rows: tuple[FinishedTrial, ...], count: int) -> tuple[FinishedTrial, ...]:
     layouts = [rows[-1].layout, rows[0].layout]
     ran = (
         completed_row(len(rows) + place, 90.0, layout=layouts[place % 2], source="final")

@@ -16,8 +16,8 @@ from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import attempts_spent
 from tuner.trial.contract import Heartbeat, Outcome, TrialResult
+from tuner.trial.finished import read_trials
 from tuner.trial.launcher import LaunchPlan
-from tuner.trial.rows import read_trials
 
 _CHANGES = frozenset({"os.mkdir", "os.rename", "os.remove"})
 """What changes the names of a folder. A file's content counts only from its renaming on."""

@@ -41,7 +41,7 @@ from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.loop import SweepLoop
 from tuner.trial.contract import Outcome, TrialResult, TrialSpec
-from tuner.trial.rows import read_trials
+from tuner.trial.finished import read_trials
 
 LIMIT_GIB = 60.0
 """Some of the layouts need more."""

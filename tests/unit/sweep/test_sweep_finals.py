@@ -25,7 +25,7 @@ from tuner.sweep.budget import Stop
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.loop import SweepLoop
 from tuner.trial.contract import TrialResult, TrialSpec
-from tuner.trial.rows import TrialRow, read_trials
+from tuner.trial.finished import FinishedTrial, read_trials
 
 DISTURBED = (3, 5)
 
@@ -54,7 +54,7 @@ def story(results: Path) -> list[tuple[Any, ...]]:
     return [(row.number, row.source, row.note, row.layout, row.result) for row in read_trials(results)]
 
 
-def sources(rows: list[TrialRow]) -> list[str]:
+def sources(rows: list[FinishedTrial]) -> list[str]:
     return [row.source for row in sorted(rows, key=lambda row: row.number)]
 
 

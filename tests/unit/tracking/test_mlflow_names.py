@@ -26,7 +26,7 @@ from tuner.tracking.names import (
     trial_tags,
 )
 from tuner.trial.contract import Outcome, Telemetry, TrialFolder
-from tuner.trial.rows import TrialRow
+from tuner.trial.finished import FinishedTrial
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "mlflow.md"
 
@@ -86,7 +86,7 @@ TELEMETRY = Telemetry(
 )
 
 
-def _everything() -> TrialRow:
+def _everything() -> FinishedTrial:
     """A completed trial of which everything is known that a completed trial can know."""
     row = completed_row(0, 80.0, source="final")
     assert row.result.metrics is not None

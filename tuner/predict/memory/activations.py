@@ -3,7 +3,7 @@
 The lists follow the modules' own code: Megatron-Core 0.16 (attention.py, multi_latent_attention.py, mlp.py,
 moe/moe_layer.py, moe/token_dispatcher.py, moe/experts.py), Transformer Engine 2.11 (layernorm_linear.py, linear.py,
 grouped_linear.py, FusedAttention, cross_entropy.py), and for plain Torch the modules of this repository's program
-(launchers/programs/megatron_core/specs.py), whose every tensor was traced. A tensor that two modules keep counts
+(launchers/programs/harness/specs.py), whose every tensor was traced. A tensor that two modules keep counts
 once, where it is made. `transformer_engine` stands for fused norms, activations, rotary positions and loss.
 """
 

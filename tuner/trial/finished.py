@@ -36,7 +36,7 @@ class TrialSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrialRow:
+class FinishedTrial:
     """One finished trial of a sweep."""
 
     number: int
@@ -57,7 +57,7 @@ class TrialRow:
 def draws_weights(program: Program, workload: Workload, layout: Layout) -> bool:
     """Whether a trial's first weights are its program's own, other ones under another layout.
 
-    Ours start every layout from the same ones (launchers/programs/megatron_core/weights.py); so does a recipe of
+    Ours start every layout from the same ones (launchers/programs/harness/weights.py); so does a recipe of
     Bridge, but for weights that are born sharded or in fp8.
     """
     match program:
@@ -74,7 +74,7 @@ def trial_folder(results: Path, number: int) -> TrialFolder:
     return TrialFolder(results / "trials" / f"t{number:04d}")
 
 
-def read_trials(results: Path) -> list[TrialRow]:
+def read_trials(results: Path) -> list[FinishedTrial]:
     """Read the finished trials of a sweep, by number; a folder without `result.json` is left out.
 
     Raises:
@@ -85,7 +85,7 @@ def read_trials(results: Path) -> list[TrialRow]:
     return sorted(rows, key=lambda row: row.number)
 
 
-def read_trial(folder: TrialFolder) -> TrialRow:
+def read_trial(folder: TrialFolder) -> FinishedTrial:
     """Read one finished trial; raises InputError as `read_trials` does."""
     spec = read_json(TrialSpec, folder.spec)
     if trial_folder(folder.path.parent.parent, spec.number).path.name != folder.path.name:
@@ -93,7 +93,7 @@ def read_trial(folder: TrialFolder) -> TrialRow:
             f"{folder.spec}: key 'number' is {spec.number}, but the folder is {folder.path.name}; was it copied?"
         )
     chosen = read_json(TrialSource, folder.source)
-    return TrialRow(
+    return FinishedTrial(
         number=spec.number,
         source=chosen.source,
         note=chosen.note,
@@ -106,7 +106,7 @@ def read_trial(folder: TrialFolder) -> TrialRow:
     )
 
 
-def completed(rows: Iterable[TrialRow]) -> list[tuple[TrialRow, Metrics]]:
+def completed(rows: Iterable[FinishedTrial]) -> list[tuple[FinishedTrial, Metrics]]:
     """The completed trials with what they measured, fastest first; the earlier one where two are equal."""
     measured = [(row, row.result.metrics) for row in rows if row.result.metrics is not None]
     return sorted(measured, key=lambda pair: (pair[1].step_time_ms, pair[0].number))
