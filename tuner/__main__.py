@@ -1,5 +1,6 @@
-"""`python -m tuner`: the command line."""
+"""`python -m tuner` is the `megatune` command."""
 
 from tuner.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,8 @@
 
 import sys
 import traceback
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,12 +33,14 @@ Exit codes: 0 a best layout was measured (or the command did its work), 1 our ow
 3 nothing feasible ran, 4 stopped by the circuit breaker, 130 interrupted with everything kept.
 """
 
-# Click's ClickException, or that of the copy of click that newer typers carry: typer names neither.
+# The base class of the errors of a command line, ClickException. Newer typers carry their own copy of click, and typer
+# exports neither class, so it is taken from the bases of BadParameter: BadParameter, UsageError, ClickException.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
 
-app = typer.Typer(
-    help=DESCRIPTION, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
+PROGRAM = "megatune"
+"""The program's name in help and in the completion script, also where it runs as `python -m tuner`."""
+
+app = typer.Typer(help=DESCRIPTION, no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
     init,
     lint,
@@ -58,8 +61,27 @@ for command in (
     app.command(name)(getattr(command, name))
 
 
+def _print_version(is_wanted: bool) -> None:
+    """Print `megatune 0.1.0` and end the command line, if `--version` is given."""
+    if not is_wanted:
+        return
+    try:
+        text = version("megatune")
+    except PackageNotFoundError:
+        # A checkout on PYTHONPATH, as under Slurm, has no package version.
+        text = "(not installed as a package, so without a version)"
+    sys.stdout.write(f"megatune {text}\n")
+    raise typer.Exit
+
+
 @app.callback()
-def options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
     """Options of every command."""
 
 
@@ -69,11 +91,14 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; returns its exit code. Never lets an exception out."""
+    """Run one command and return its exit code; every exception becomes a message on stderr."""
     stderr = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        code = app(arguments, prog_name="megatune", standalone_mode=False)
+        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except SystemExit as ended:
+        # typer exits by itself after it has answered the shell's completion, or installed or shown its script.
+        return ended.code if isinstance(ended.code, int) else 1
     except MegatuneError as error:
         if "--debug" in arguments:
             traceback.print_exc()
