@@ -44,9 +44,10 @@ def inherited_environment() -> dict[str, str]:
 
 def _processes(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     found = []
-    for process in psutil.process_iter():
+    for pid in psutil.pids():  # psutil.process_iter shares a cache among threads
         # Other users' processes cannot be read, and any process may end while it is looked at.
         with suppress(psutil.Error, OSError):
+            process = psutil.Process(pid)
             if process.pid != os.getpid() and belongs(process) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found

@@ -36,18 +36,19 @@ _END_S = 10.0
 
 
 class Preload:
-    """Starts jobs as forks of one process, which imports their program at the first of them.
+    """Starts jobs as forks of processes that have imported their program: one such server per job that runs at a time.
 
-    Use it as a context manager: at the end everything it started is ended.
+    A server imports at its first job, and serves later jobs of the same program and environment. `start` may be
+    called from several threads. Use it as a context manager: at the end everything it started is ended.
 
     Args:
-        marker: The folder by which the processes are known should the tuner die: the sweep's.
+        marker: The folder that marks the servers, and with them their jobs, should the tuner die: the sweep's.
     """
 
     def __init__(self, marker: Path) -> None:
         self._marker = str(marker.absolute())
-        self._server: _Server | None = None
-        self._key: tuple[str, dict[str, str]] | None = None
+        self._lock = threading.Lock()
+        self._servers: list[_Server] = []
 
     def __enter__(self) -> "Preload":
         return self
@@ -55,12 +56,14 @@ class Preload:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._server is not None:
-            self._server.close()
+        with self._lock:
+            for server in self._servers:
+                server.close()
 
     def jobs(self) -> list[psutil.Process]:
-        """The living processes of the job that was started last."""
-        return [] if self._server is None else self._server.jobs()
+        """Return the living processes of all jobs."""
+        with self._lock:
+            return [process for server in self._servers for process in server.jobs()]
 
     def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> RunningJob:
         """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.processes.Job`.
@@ -72,34 +75,49 @@ class Preload:
             return Job(argv, env, folder, output)
         module = argv[argv.index("-m", 1 + len(_TORCHRUN)) + 1]
         early = {name: value for name, value in env.items() if not name.startswith(_READ_LATE)}
-        if self._server is None or not self._server.alive() or self._key != (module, early):
-            if self._server is not None:
-                self._server.close()
-            self._server = _Server(IMPORTED.get(module, _TORCH), early | {MARKER: self._marker}, output)
-            self._key = (module, early)
+        with self._lock:
+            server = self._idle_server(module, early, output)
+            server.is_busy = True
         arguments = argv[1 + len(_TORCHRUN) :]
         return ForkedJob(
-            self._server,
-            {"argv": [*arguments], "env": dict(env), "folder": str(folder), "output": str(output)},
+            server, {"argv": [*arguments], "env": dict(env), "folder": str(folder), "output": str(output)}
         )
+
+    def _idle_server(self, module: str, env: dict[str, str], output: Path) -> "_Server":
+        """Return a server of this program and environment without a job; a new one replaces those that are idle."""
+        idle = [server for server in self._servers if not server.is_busy]
+        for server in idle:
+            if server.alive() and server.key == (module, env):
+                return server
+        for server in idle:
+            server.close()
+            self._servers.remove(server)
+        server = _Server(module, env, self._marker, output)
+        self._servers.append(server)
+        return server
 
 
 class _Server:
-    """The process that has imported a program, and the line to it."""
+    """One process that has imported a program and serves one job at a time, and the line to it."""
 
-    def __init__(self, module: str, env: Mapping[str, str], output: Path) -> None:
+    def __init__(self, module: str, env: dict[str, str], marker: str, output: Path) -> None:
+        self.key = (module, env)
+        """The program's module and the environment that it was imported in."""
+        self.is_busy = False
+        """Whether it has a job: set where the job is started, cleared where the job is ended."""
         with output.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launchers.local.fork_server", module],
+                [sys.executable, "-m", "launchers.local.fork_server", IMPORTED.get(module, _TORCH)],
                 # torch asks CUDA's driver how many devices there are, after which a fork could not use them.
-                env={**env, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                env={**env, MARKER: marker, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 start_new_session=True,
             )
         self.answers: Queue[Answer | None] = Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -116,7 +134,7 @@ class _Server:
         self.process.stdin.flush()
 
     def jobs(self) -> list[psutil.Process]:
-        """All that lives below it: one job's processes."""
+        """Return all that lives below it: the processes of its one job."""
         try:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.Error:
@@ -129,6 +147,7 @@ class _Server:
         end_processes(self.jobs, grace_s=0.0)
         self.process.kill()
         self.process.wait()
+        self._listener.join(_END_S)
         self.process.stdin.close()
         self.process.stdout.close()
 
@@ -146,6 +165,7 @@ class ForkedJob:
     def __init__(self, server: _Server, request: "Request") -> None:
         self._server = server
         self._started = self._ended = False
+        self._survivors: tuple[int, ...] | None = None
         self.exit_code: int | None = None
         with suppress(BrokenPipeError):  # it has died, which its answers tell
             server.ask(request)
@@ -160,11 +180,9 @@ class ForkedJob:
         return self._ended
 
     def end(self, grace_s: float) -> tuple[int, ...]:
-        """End every process: SIGTERM, and SIGKILL after `grace_s`. May be called again.
-
-        Returns:
-            The process ids that even SIGKILL did not end.
-        """
+        """See RunningJob. A second call does nothing: the server may have another job by then."""
+        if self._survivors is not None:
+            return self._survivors
         self.ended()
         if not self._started and not self._ended:
             self._server.close()
@@ -172,7 +190,11 @@ class ForkedJob:
         with suppress(Empty):
             while not self._ended:
                 self._take(self._server.answers.get(timeout=_END_S))
-        return tuple(process.pid for process in left)
+        if not self._ended:  # its late answer would pass for that of the next job
+            self._server.close()
+        self._survivors = tuple(process.pid for process in left)
+        self._server.is_busy = False
+        return self._survivors
 
     def _take(self, answer: "Answer | None") -> None:
         if answer is None:

@@ -100,6 +100,22 @@ def exits(code: int) -> None:
     sys.exit(code if RANK == 1 else 0)
 
 
+def meets_another() -> None:
+    """Completes once the trial in another folder beside this one's has begun."""
+    beat("build", 0)
+    while len([*FOLDER.path.parent.glob("*/heartbeat.json")]) < 2:
+        time.sleep(0.05)
+    completes()
+
+
+def outlives_another() -> None:
+    """Completes once the trial in another folder beside this one's has left its result."""
+    beat("build", 0)
+    while not [*FOLDER.path.parent.glob("*/result.json")]:
+        time.sleep(0.05)
+    completes()
+
+
 def completes_and_exits_3() -> None:
     completes()
     exits(3)
@@ -329,6 +345,8 @@ FAULTS: Mapping[str, Callable[[], None]] = {
         fault.__name__: fault
         for fault in (
             completes,
+            meets_another,
+            outlives_another,
             completes_and_exits_3,
             is_refused,
             runs_out_of_host_memory,

@@ -1,0 +1,105 @@
+"""Two real trials run at once through one launcher, and neither disturbs the other."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
+from launchers.processes import marked_processes
+from tests.faults import LIMITS, Programs, spec_for
+from tests.integration.test_forked_and_cold import SPEC
+from tuner.files import read_json
+from tuner.trial.contract import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
+
+COLD = TorchrunLauncher(programs=Programs(), grace_s=1.0)
+
+
+@pytest.fixture(params=["cold", "forked"])
+def launcher(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TorchrunLauncher]:
+    """One launcher for both trials; after the test, no process of theirs may live."""
+    monkeypatch.delenv(
+        "PYTEST_CURRENT_TEST"
+    )  # it changes in the test, and with it the environment of the jobs
+    with Preload(tmp_path) if request.param == "forked" else nullcontext() as preload:
+        yield COLD if preload is None else replace(COLD, start=preload.start)
+        assert preload is None or preload.jobs() == []
+    assert marked_processes(str(tmp_path)) == []
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """Two threads, each with a trial at a time."""
+    with ThreadPoolExecutor(max_workers=2) as executor:
+        yield executor
+
+
+class Started:
+    """A trial that runs in a thread."""
+
+    def __init__(
+        self, threads: ThreadPoolExecutor, launcher: TorchrunLauncher, spec: TrialSpec, path: Path
+    ) -> None:
+        self.folder, self.stop, self.begun = TrialFolder(path), threading.Event(), threading.Event()
+        plan = launcher.plan(spec, self.folder)
+        self.run: Future[TrialResult] = threads.submit(launcher.run, plan, self.stop, self._hear)
+
+    def _hear(self, heartbeat: Heartbeat) -> None:
+        self.begun.set()
+
+    def result(self) -> TrialResult:
+        result = self.run.result()
+        assert read_json(TrialResult, self.folder.result) == result
+        return result
+
+
+def test_both_complete(launcher: TorchrunLauncher, threads: ThreadPoolExecutor, tmp_path: Path) -> None:
+    spec = spec_for("meets_another", LIMITS)
+    trials = [Started(threads, launcher, spec, tmp_path / name) for name in ("t0", "t1")]
+    for trial in trials:
+        assert (trial.result().outcome, trial.result().reason) == (Outcome.COMPLETED, "measured")
+
+
+@pytest.mark.parametrize("stopped_first", [True, False])
+def test_one_is_stopped_and_the_other_completes(
+    stopped_first: bool, launcher: TorchrunLauncher, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    programs = ("hangs", "outlives_another") if stopped_first else ("outlives_another", "hangs")
+    trials = {name: Started(threads, launcher, spec_for(name), tmp_path / name) for name in programs}
+    for trial in trials.values():
+        assert trial.begun.wait(LIMITS.startup_s)
+    trials["hangs"].stop.set()
+    assert trials["hangs"].result().outcome is Outcome.INTERRUPTED
+    other = trials["outlives_another"].result()
+    assert (other.outcome, other.reason) == (Outcome.COMPLETED, "measured")
+
+
+@pytest.mark.parametrize("launcher", ["forked"], indirect=True)
+def test_a_third_trial_is_forked_from_a_process_that_is_there(
+    launcher: TorchrunLauncher, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    spec = spec_for("meets_another", LIMITS)
+    for trial in [Started(threads, launcher, spec, tmp_path / name) for name in ("t0", "t1")]:
+        assert trial.result().outcome is Outcome.COMPLETED
+    servers = marked_processes(str(tmp_path))
+    assert len(servers) == 2
+    third = Started(threads, launcher, spec_for("completes", LIMITS), tmp_path / "t2")
+    assert third.result().outcome is Outcome.COMPLETED
+    assert marked_processes(str(tmp_path)) == servers
+
+
+def test_both_train_a_model_as_either_does_alone(
+    launcher: TorchrunLauncher, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    launcher = replace(launcher, programs=TorchrunLauncher().programs)
+    trials = [Started(threads, launcher, SPEC, tmp_path / name) for name in ("t0", "t1")]
+    measured = [trial.result().metrics for trial in trials]
+    assert None not in measured, [trial.result().reason for trial in trials]
+    assert len({(metrics.losses, metrics.grad_norms) for metrics in measured if metrics}) == 1
