@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from tuner.core.cluster import Cluster
 from tuner.core.layout import DEFAULTS, Layout, layout_from
 from tuner.core.workload import Workload
-from tuner.rules import broken_rules
+from tuner.rules.validity import broken_rules
 from tuner.space.enumeration import Domain, enumerate_layouts, layer_placements, refined_domain
 
 T = TypeVar("T")

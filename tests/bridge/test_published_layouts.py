@@ -31,7 +31,7 @@ from tuner.core.workload import Workload
 from tuner.frameworks.megatron_bridge import recipe
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.report.export import Format
-from tuner.rules import broken_rules
+from tuner.rules.validity import broken_rules
 from tuner.space.enumeration import enumerate_layouts, search_domain
 from tuner.space.guide import read_guide
 from tuner.space.heuristics import seeds

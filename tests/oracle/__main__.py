@@ -16,7 +16,8 @@ from typing import Any
 from tests.oracle.draws import Draw, directed, draws
 from tests.oracle.megatron import Verdict, judge, prepare
 from tuner.core.layout import DEFAULTS
-from tuner.rules import Violation, broken_rules
+from tuner.rules.rule import Violation
+from tuner.rules.validity import broken_rules
 
 PROCESSES = 2
 

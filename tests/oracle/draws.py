@@ -12,8 +12,8 @@ from tuner.core.cluster import Cluster, Gpu
 from tuner.core.layout import Layout, layout_from
 from tuner.core.pipeline_layout import DECODER, EMBEDDING, LOSS, MTP, write
 from tuner.core.workload import Model, Workload
-from tuner.rules import broken_rules
 from tuner.rules.recompute import MODULES
+from tuner.rules.validity import broken_rules
 from tuner.space.enumeration import Domain, enumerate_layouts
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)

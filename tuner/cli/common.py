@@ -15,7 +15,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.errors import InputError, NothingFeasibleError
 from tuner.files import parse, refuse_links_out
-from tuner.rules import broken_rules
+from tuner.rules.validity import broken_rules
 from tuner.space.enumeration import Space
 from tuner.space.heuristics import seeds
 from tuner.sweep.configuration import Sweep, load_sweep
@@ -81,10 +81,10 @@ def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
 
 def load(path: Path) -> Loaded:
     """Read a sweep file and enumerate its valid layouts."""
-    from tuner.search.refinement import first_stage
+    from tuner.search.grid import grid_space
 
     sweep = load_sweep(path, detect, read_recipe)
-    return Loaded(sweep, first_stage(sweep.problem))
+    return Loaded(sweep, grid_space(sweep.problem))
 
 
 def results_folder(folder: Path) -> SweepFolder:

@@ -15,7 +15,8 @@ from tuner.core.layout import (
     num_microbatches,
 )
 from tuner.errors import InputError
-from tuner.rules import Violation, broken_rules
+from tuner.rules.rule import Violation
+from tuner.rules.validity import broken_rules
 from tuner.sweep.configuration import Sweep, load_sweep
 
 

@@ -18,7 +18,7 @@ from tuner.files import read_yaml_data
 from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request, saved_facts
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.lint.judge import LIKELY, Verdict, judge, judge_recipe
-from tuner.rules import Violation
+from tuner.rules.rule import Violation
 from tuner.sweep.configuration import load_sweep
 from tuner.trial.program import BridgeRecipe
 

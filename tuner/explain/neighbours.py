@@ -12,7 +12,7 @@ from tuner.core.layout import Layout
 from tuner.explain.evidence import Evidence
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT
-from tuner.rules import broken_rules
+from tuner.rules.validity import broken_rules
 from tuner.space.table import find_row, layout_at
 from tuner.trial.contract import Outcome
 from tuner.trial.finished import SEARCHED, FinishedTrial, completed

@@ -25,7 +25,8 @@ from tuner.frameworks.megatron_bridge.recipe import (
 from tuner.predict.feasibility import fit_probabilities
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import StageMemory, breakdown
-from tuner.rules import RULES, Violation, broken_rules, gone_rules
+from tuner.rules.rule import Violation
+from tuner.rules.validity import RULES, broken_rules, gone_rules
 from tuner.space.enumeration import Domain, enumerate_layouts, search_domain
 
 NEAREST: Final = 3

@@ -6,7 +6,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns, Ints
 from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload
-from tuner.rules.base import Rule, remainder, rule
+from tuner.rules.rule import Rule, remainder, rule
 
 SCHEDULES = "megatron/core/pipeline_parallel/schedules.py, forward_backward_pipelining_with_interleaving"
 BATCH_KNOBS = "tp pp cp micro_batch_size"

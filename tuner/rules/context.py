@@ -4,7 +4,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
-from tuner.rules.base import Rule, rule
+from tuner.rules.rule import Rule, rule
 
 TRANSFORMER_ENGINE = "transformer_engine context_parallel.py, attn_forward_func_with_cp"
 

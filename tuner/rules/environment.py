@@ -6,7 +6,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.environment import BLACKWELL_OR_LATER
 from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
-from tuner.rules.base import Rule, rule
+from tuner.rules.rule import Rule, rule
 
 ARGUMENTS = "megatron/training/arguments.py, validate_args"
 FLEX_BACKEND = "Megatron Bridge, training/flex_dispatcher_backend.py, validate_flex_dispatcher_backend"

@@ -3,7 +3,7 @@
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout, module_names
 from tuner.core.workload import Workload
-from tuner.rules.base import Rule, rule
+from tuner.rules.rule import Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
 
 SCOPES: tuple[str, ...] = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess")

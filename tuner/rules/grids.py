@@ -1,7 +1,7 @@
 """The two device grids of a pipeline stage, and the domain that tensor parallelism should stay in."""
 
 from tuner.core.layout import Layout, min_gpus
-from tuner.rules.base import Rule, remainder, rule
+from tuner.rules.rule import Rule, remainder, rule
 
 PARALLEL_STATE = "megatron/core/parallel_state.py, initialize_model_parallel"
 

@@ -1,7 +1,7 @@
 """What trades memory beyond recompute: Megatron-FSDP, activations offloaded to the host, registered buffers."""
 
 from tuner.core.layout import Layout
-from tuner.rules.base import Rule, rule
+from tuner.rules.rule import Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 
 ARGUMENTS = "megatron/training/arguments.py, validate_args"

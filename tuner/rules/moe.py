@@ -4,7 +4,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
-from tuner.rules.base import Rule, remainder, rule
+from tuner.rules.rule import Rule, remainder, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_moe_layers
 
 MOE_LAYER = "megatron/core/transformer/moe/moe_layer.py"

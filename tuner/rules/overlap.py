@@ -7,7 +7,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.rules.base import Kind, Rule, rule
+from tuner.rules.rule import Kind, Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 
 SCHEDULES = "megatron/core/pipeline_parallel/schedules.py, forward_backward_pipelining_without_interleaving"

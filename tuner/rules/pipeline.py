@@ -6,8 +6,8 @@ from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.stages import accounted_slots, stage_slots, unstated_stages
 from tuner.core.workload import Workload
-from tuner.rules.base import Rule, remainder, rule
 from tuner.rules.placement import TEXT
+from tuner.rules.rule import Rule, remainder, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 
 BLOCK = "megatron/core/transformer/transformer_block.py, get_num_layers_to_build"

@@ -7,7 +7,7 @@ from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.pipeline_layout import DECODER, MTP, fault, mtp_fault, parse, readable
 from tuner.core.workload import Workload
-from tuner.rules.base import Rule, rule
+from tuner.rules.rule import Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG
 
 TEXT = "pipeline_model_parallel_layout"

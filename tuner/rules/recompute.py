@@ -8,9 +8,9 @@ from tuner.core.layout import MOST, Layout, module_names
 from tuner.core.pipeline_layout import decoders, readable
 from tuner.core.stages import chunk_layers
 from tuner.core.workload import Model, Workload
-from tuner.rules.base import Rule, rule
 from tuner.rules.pipeline import SPLIT
 from tuner.rules.placement import TEXT
+from tuner.rules.rule import Rule, rule
 from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
 
 BLOCK = "megatron/core/transformer/transformer_block.py, _checkpointed_forward"

@@ -2,7 +2,7 @@
 
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
-from tuner.rules.base import Rule, remainder, rule
+from tuner.rules.rule import Rule, remainder, rule
 
 TRANSFORMER_CONFIG = "megatron/core/transformer/transformer_config.py"
 CPU_PRECISIONS = ("fp32", "bf16")

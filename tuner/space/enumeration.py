@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns, Texts
 from tuner.core.layout import (
     DEFAULTS,
     ENVIRONMENT_KNOBS,
@@ -25,10 +26,11 @@ from tuner.core.pipeline_layout import DECODER, EMBEDDING, LOSS, MTP, write
 from tuner.core.workload import Model, Workload
 from tuner.errors import InputError, did_you_mean
 from tuner.files import parse
-from tuner.rules import Columns, Rule, Texts, active_rules
 from tuner.rules.environment import flex_backend_runs
 from tuner.rules.placement import plain_split
+from tuner.rules.rule import Rule
 from tuner.rules.shapes import has_dense_layers
+from tuner.rules.validity import active_rules
 
 Value = bool | int | str
 Domain = Mapping[str, tuple[Value, ...]]

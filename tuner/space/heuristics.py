@@ -16,7 +16,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import DEFAULTS, KNOBS, Layout, layout_from
 from tuner.core.parameters import active_parameters, total_parameters
 from tuner.core.workload import Workload
-from tuner.rules import RULES, broken_rules
+from tuner.rules.validity import RULES, broken_rules
 from tuner.space.guide import DenseRow, Guide, MoeRow, Range, Recipe, SequenceRow, read_guide
 
 GRID_WEIGHTS: Mapping[str, float] = {"tp": 2.0, "pp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 4.0}

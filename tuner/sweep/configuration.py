@@ -20,7 +20,7 @@ from tuner.files import STRICT, parse, read_yaml
 from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, layout_of, unstated, workload_of
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import resolved
-from tuner.rules import active_rules, gone_rules
+from tuner.rules.validity import active_rules, gone_rules
 from tuner.search.problem import Problem, SamplerName
 from tuner.space.enumeration import REFINED, Domain, default_domain, search_domain
 from tuner.trial.contract import Limits, Measurement

@@ -12,15 +12,22 @@ from hypothesis import strategies as st
 
 from tests.replay import ReplayLauncher, loop_of, step_time_ms, sweep_of, table_of
 from tests.trials import CLUSTER, completed_row, failed_row
-from tuner.analysis.figures import best
+from tuner.analysis.figures import best_trial
 from tuner.core.layout import Layout
 from tuner.explain.evidence import Evidence, gather
-from tuner.explain.findings import Findings, accuracy, compared, effects, findings, predict
+from tuner.explain.findings import (
+    Findings,
+    accuracy,
+    choice_effects,
+    findings,
+    predict_layout,
+    predicted_trials,
+)
 from tuner.explain.importance import FEWEST_TRIALS, importances
-from tuner.explain.neighbours import Known, Neighbour
+from tuner.explain.neighbours import Neighbour, NeighbourStatus
 from tuner.predict.memory.peak import peak_gib
 from tuner.predict.time.step import step_time_ms as predicted_step_time_ms
-from tuner.rules import broken_rules
+from tuner.rules.validity import broken_rules
 from tuner.space.table import find_row, layout_at
 from tuner.sweep.configuration import Sweep
 from tuner.trial.contract import Outcome
@@ -85,7 +92,7 @@ def test_every_trial_stands_beside_the_prediction_of_its_layout() -> None:
         replace(failed_row(2), layout=Layout(pp=2, micro_batch_size=2)),
     ]
     table = table_of(sweep)
-    for one, trial in zip(compared(gather(sweep, trials)), trials, strict=True):
+    for one, trial in zip(predicted_trials(gather(sweep, trials)), trials, strict=True):
         row = find_row(table, trial.layout)
         assert row is not None
         assert one.trial is trial
@@ -118,7 +125,7 @@ def test_effects_are_the_measured_ratios_of_pairs_that_differ_in_one_choice() ->
     layouts = [Layout(tp=tp, micro_batch_size=m) for tp in (1, 2) for m in (1, 2)]
     table = table_of(sweep_of())
     rows = np.array([find_row(table, layout) for layout in layouts], dtype=np.intp)
-    found = effects(table, rows, np.array([100.0, 80.0, 50.0, 45.0]))
+    found = choice_effects(table, rows, np.array([100.0, 80.0, 50.0, 45.0]))
     tp, micro = found  # the strongest first
     assert (tp.choice, tp.before, tp.after, tp.pairs) == ("tp", "1", "2", 2)
     assert tp.change == pytest.approx((0.5 * 45 / 80) ** 0.5 - 1)
@@ -129,7 +136,7 @@ def test_effects_are_the_measured_ratios_of_pairs_that_differ_in_one_choice() ->
 def test_layouts_that_differ_in_two_choices_make_no_effect() -> None:
     table = table_of(sweep_of())
     rows = np.array([find_row(table, x) for x in (Layout(), Layout(tp=2, pp=2))], dtype=np.intp)
-    assert effects(table, rows, np.array([1.0, 2.0])) == ()
+    assert choice_effects(table, rows, np.array([1.0, 2.0])) == ()
 
 
 def test_neighbours_cost_what_was_measured_of_them() -> None:
@@ -137,7 +144,7 @@ def test_neighbours_cost_what_was_measured_of_them() -> None:
     near = around(findings(evidence_of(trials_of(*layouts))))
     fastest_ms = step_time_ms(layouts[0])
     for key, layout, number in ((("micro_batch_size", "2"), layouts[1], 1), (("tp", "1"), layouts[2], 2)):
-        assert near[key].known is Known.MEASURED
+        assert near[key].known is NeighbourStatus.MEASURED
         assert near[key].cost == pytest.approx(step_time_ms(layout) / fastest_ms - 1)
         assert near[key].why == f"trial {number}"
         assert near[key].layout == layout
@@ -148,7 +155,7 @@ def test_untried_neighbours_cost_what_the_trials_make_of_the_prediction() -> Non
     evidence = evidence_of(trials_of(start))
     near = around(findings(evidence))
     other = near["pp", "2"]
-    assert other.known is Known.PREDICTED
+    assert other.known is NeighbourStatus.PREDICTED
     row, best_row = (find_row(evidence.table, layout) for layout in (other.layout, start))
     assert row is not None and best_row is not None
     # One trial teaches a common factor, which all share: what is left is the predicted ratio.
@@ -176,8 +183,8 @@ def _with_oom(layout: Layout, number: int = 1) -> list[FinishedTrial]:
 def test_a_neighbour_that_ran_out_of_memory_and_what_it_rules_out_have_no_cost() -> None:
     near = around(findings(evidence_of(_with_oom(Layout(tp=2, micro_batch_size=2)))))
     tried, above = near["micro_batch_size", "2"], near["micro_batch_size", "4"]
-    assert (tried.known, tried.cost, tried.why) == (Known.FAILED, None, "trial 1: oom")
-    assert (above.known, above.cost) == (Known.RULED_OUT, None)
+    assert (tried.known, tried.cost, tried.why) == (NeighbourStatus.FAILED, None, "trial 1: oom")
+    assert (above.known, above.cost) == (NeighbourStatus.RULED_OUT, None)
     assert above.why == "needs as much memory as trial 1"
 
 
@@ -188,7 +195,7 @@ def test_a_neighbour_that_was_given_up_costs_at_least_its_bound() -> None:
     ended = replace(failed_row(1, Outcome.TOO_SLOW), layout=Layout(tp=2, micro_batch_size=2))
     ended = replace(ended, result=replace(ended.result, slower_than_ms=bound_ms))
     tried = around(findings(evidence_of([*start, ended])))["micro_batch_size", "2"]
-    assert tried.known is Known.SLOWER
+    assert tried.known is NeighbourStatus.SLOWER
     assert tried.cost == pytest.approx(0.5)
     assert tried.why == "trial 1: at least, too_slow"
 
@@ -196,10 +203,10 @@ def test_a_neighbour_that_was_given_up_costs_at_least_its_bound() -> None:
 def test_a_neighbour_that_is_predicted_not_to_fit_is_too_large() -> None:
     # Without CUDA's context and workspaces, which are larger than this model.
     start, cpu = Layout(tp=2, **FULL), replace(CLUSTER, device="cpu")
-    peak = predict(gather(sweep_of(cpu), [], [start]), start).memory.total_gib
+    peak = predict_layout(gather(sweep_of(cpu), [], [start]), start).memory.total_gib
     small = replace(cpu, gpu=replace(cpu.gpu, memory_gib=1.2 * peak))
     found = findings(gather(sweep_of(small), trials_of(start)))
-    large = [one for one in found.neighbours if one.known is Known.TOO_LARGE]
+    large = [one for one in found.neighbours if one.known is NeighbourStatus.TOO_LARGE]
     assert large
     assert all(one.cost is None and "P(fit)" in one.why for one in large)
 
@@ -211,7 +218,7 @@ def test_values_that_the_rules_forbid_are_told_with_the_rules() -> None:
         (("tp", "3"), Layout(tp=3)),
         (("micro_batch_size", "32"), Layout(tp=2, micro_batch_size=32)),
     ):
-        assert near[key].known is Known.INVALID
+        assert near[key].known is NeighbourStatus.INVALID
         broken = broken_rules(layout, sweep.workload, sweep.cluster)
         assert near[key].why == ", ".join(item.rule for item in broken)
 
@@ -219,7 +226,7 @@ def test_values_that_the_rules_forbid_are_told_with_the_rules() -> None:
 def test_a_best_layout_outside_the_space_has_neighbours_there_and_says_what_is_not_searched() -> None:
     sweep = sweep_of(knobs={"tp": [1, 2]}, baseline={"tp": 2, "pp": 2})
     found = findings(gather(sweep, trials_of(Layout(tp=2, pp=2))))
-    (beside,) = (one for one in found.neighbours if one.known is Known.OUTSIDE)
+    (beside,) = (one for one in found.neighbours if one.known is NeighbourStatus.OUTSIDE)
     assert (beside.choice, beside.value, beside.cost) == ("tp", "1", None)
     assert {one.choice for one in found.neighbours} == {"tp", "pp"}
 
@@ -227,7 +234,7 @@ def test_a_best_layout_outside_the_space_has_neighbours_there_and_says_what_is_n
 def test_the_parts_of_a_prediction_sum_to_what_is_predicted() -> None:
     evidence = evidence_of(trials_of(Layout(tp=2), Layout(pp=2), scale=7.0))
     for row in range(0, len(evidence.table), 5):
-        expected = predict(evidence, layout_at(evidence.table, row))
+        expected = predict_layout(evidence, layout_at(evidence.table, row))
         assert expected.step.total_ms == pytest.approx(evidence.predicted_ms[row])
         assert expected.memory.total_gib == pytest.approx(evidence.predicted_gib[row])
         assert expected.expected_ms == evidence.expected_ms[row]
@@ -264,11 +271,11 @@ def _swept(results: Path, **keys: Any) -> tuple[Sweep, list[FinishedTrial]]:
 def test_on_an_exhausted_sweep_no_neighbour_of_the_best_is_faster_and_all_are_measured(results: Path) -> None:
     sweep, trials = _swept(results)
     found = findings(gather(sweep, trials))
-    fastest = best(trials)
+    fastest = best_trial(trials)
     assert fastest is not None and found.best is not None
     assert found.best.layout == fastest.layout
     *measured, invalid = found.neighbours
-    assert {one.known for one in measured} == {Known.MEASURED}
+    assert {one.known for one in measured} == {NeighbourStatus.MEASURED}
     assert all(one.cost is not None and one.cost >= 0 for one in measured)
     # tp 1 on 8 GPUs takes 8 micro-batches of 4 at once: more than the 16 samples of a step.
     assert (invalid.choice, invalid.value, invalid.why) == ("tp", "1", "batch-by-micro-batch")

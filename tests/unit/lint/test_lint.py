@@ -16,7 +16,7 @@ from tuner.cli.app import run
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.lint.judge import LIKELY, judge, nearest
-from tuner.rules import broken_rules
+from tuner.rules.validity import broken_rules
 
 H100 = load_cluster("dgx-h100", nodes=4)
 LLAMA_70B = Workload(model=load_model("llama3-70b"), seq_length=8192, global_batch_size=128)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from tests.unit.layouts import cluster, dense, mixture, workload
+from tuner.core.columns import Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Model
 from tuner.predict.memory.overhead import (
@@ -18,7 +19,6 @@ from tuner.predict.memory.overhead import (
     group_sizes,
     reserved_ratio,
 )
-from tuner.rules import Columns
 
 
 def table(*layouts: Layout) -> pd.DataFrame:

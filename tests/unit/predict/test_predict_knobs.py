@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from search_spaces.loader import load_cluster, load_model
 from tests.unit.layouts import dense, latent, workload
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns
 from tuner.core.layout import KNOBS, Layout, data_parallel_size
 from tuner.core.pipeline_layout import write
 from tuner.core.workload import Workload
@@ -24,7 +25,6 @@ from tuner.predict.memory.stages import DENSE, MOE, stages_of
 from tuner.predict.time.stages import stages
 from tuner.predict.time.step import StepTime, step_time_ms
 from tuner.predict.time.step import breakdown as time_of
-from tuner.rules import Columns
 
 H100 = replace(load_cluster("dgx-h100"), nodes=4)
 NODE = replace(H100, nodes=1)

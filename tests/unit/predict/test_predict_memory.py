@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tests.bench.memory import B200, b200_stages, worst_errors
 from tests.unit.layouts import cluster, dense, latent, mixture, workload
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns
 from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload
 from tuner.predict.implementation import Implementation
 from tuner.predict.memory.activations import Layers
 from tuner.predict.memory.peak import GIB, PARTS, StageMemory, breakdown, peak_gib
 from tuner.predict.memory.stages import stages_of
-from tuner.rules import Columns
 from tuner.space.enumeration import default_domain, enumerate_layouts
 
 MODELS = {"dense": dense(), "mixture": mixture(), "latent": latent(mtp_num_layers=1)}

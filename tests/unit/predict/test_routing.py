@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.unit.layouts import dense, mixture, workload
+from tuner.core.columns import Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
 from tuner.predict.routing import UNEVENNESS, Load, load_of_busiest
-from tuner.rules import Columns
 
 
 def of_experts(experts: int, topk: int, layers: int) -> Model:

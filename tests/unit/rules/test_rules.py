@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from tests.rule_cases import CASES, DENSE, FULL, MIXTURE, on_cpu
 from tests.unit.layouts import cluster, latent, workload
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns
 from tuner.core.layout import KNOBS, Layout, data_parallel_size, expert_data_parallel_size, min_gpus
 from tuner.core.workload import Workload
 from tuner.errors import InputError
-from tuner.rules import RULES, Columns, active_rules, broken_rules, gone_rules
+from tuner.rules.validity import RULES, active_rules, broken_rules, gone_rules
 
 
 @pytest.mark.parametrize(("rule", "knobs", "work", "gpus", "words"), CASES, ids=[case[0] for case in CASES])

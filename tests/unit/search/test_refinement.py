@@ -26,7 +26,7 @@ from tests.replay import (
 )
 from tests.trials import CLUSTER, completed_row
 from tuner.analysis.centres import refinement_centres
-from tuner.analysis.figures import best
+from tuner.analysis.figures import best_trial
 from tuner.analysis.verdict import verdict
 from tuner.core.choices import codes_of
 from tuner.core.cluster import Cluster
@@ -34,18 +34,11 @@ from tuner.core.layout import KNOBS, Layout
 from tuner.errors import InputError
 from tuner.explain.evidence import gather
 from tuner.predict.time.step import step_time_ms as predicted_ms
-from tuner.rules import valid_mask
+from tuner.rules.validity import valid_mask
 from tuner.search import refinement as stages
-from tuner.search.refinement import (
-    AROUND,
-    FIRST_SHARE,
-    Around,
-    around,
-    first_stage,
-    middles,
-    refinements,
-    with_refinements,
-)
+from tuner.search.grid import GRID_SHARE, grid_space
+from tuner.search.refinement import MAX_CENTRES, centre_layouts, with_refinements
+from tuner.search.variants import Variants, refined_values, variants_of
 from tuner.space.enumeration import REFINED, enumerate_layouts
 from tuner.space.table import find_row, layout_at
 from tuner.sweep.budget import Clock, Ledger, Stop
@@ -88,11 +81,11 @@ def key_of(layout: Layout) -> tuple[Any, ...]:
     return tuple(getattr(layout, knob) for knob in KNOBS)
 
 
-def whole(layout: Layout, sweep: Sweep) -> Around:
-    """Around a layout, however many combinations there are."""
+def whole(layout: Layout, sweep: Sweep) -> Variants:
+    """Variants a layout, however many combinations there are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "MOST_PRODUCTS", 10**9)
-        return around(layout, sweep.problem)
+        return variants_of(layout, sweep.problem)
 
 
 @settings(max_examples=20)
@@ -103,7 +96,7 @@ def test_around_a_layout_lies_every_valid_one_of_its_grid_and_not_itself(
     sweep, table = given_sweep(name), given_table(name)
     layout = layout_at(table, data.draw(st.integers(0, len(table) - 1)))
     found = whole(layout, sweep)
-    domain = refinements(layout, sweep.workload, sweep.cluster, sweep.refined)
+    domain = refined_values(layout, sweep.workload, sweep.cluster, sweep.refined)
     fixed = {knob: getattr(layout, knob) for knob in KNOBS if knob not in domain}
     every = enumerate_layouts(sweep.workload, sweep.cluster, domain, fixed).table
     assert found.changes is None
@@ -122,7 +115,7 @@ def test_where_the_combinations_are_too_many_only_few_choices_change_at_once(dat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "MOST_PRODUCTS", 1)
         patch.setattr(stages, "MOST_CHANGES", 2)
-        few = around(layout, sweep.problem)
+        few = variants_of(layout, sweep.problem)
     codes = codes_of(pd.concat([pd.DataFrame([dict(zip(KNOBS, key_of(layout), strict=True))]), every]))
     changes = (codes[1:] != codes[0]).sum(axis=1)
     assert few.changes == 2
@@ -132,7 +125,7 @@ def test_where_the_combinations_are_too_many_only_few_choices_change_at_once(dat
 def test_on_many_gpus_the_second_stage_stays_small() -> None:
     sweep, table = given_sweep("qwen3-30b-a3b"), given_table("qwen3-30b-a3b")
     for row in range(0, len(table), len(table) // 20):
-        assert len(around(layout_at(table, row), sweep.problem).table) < 30_000
+        assert len(variants_of(layout_at(table, row), sweep.problem).table) < 30_000
 
 
 def test_the_table_grows_at_its_end_by_layouts_that_it_does_not_hold() -> None:
@@ -142,7 +135,7 @@ def test_the_table_grows_at_its_end_by_layouts_that_it_does_not_hold() -> None:
     assert len(keys_of(grown)) == len(grown) > len(table)
     pd.testing.assert_frame_equal(grown.head(len(table)), table, check_categorical=False)
     assert keys_of(grown) == keys_of(table).union(
-        *(keys_of(around(one, sweep.problem).table) for one in found)
+        *(keys_of(variants_of(one, sweep.problem).table) for one in found)
     )
     assert with_refinements(table, [], sweep.problem) is table
     assert with_refinements(table, found, replace(sweep, refined=()).problem) is table
@@ -165,22 +158,22 @@ def test_only_a_sweep_that_names_no_knobs_has_a_second_stage_and_what_is_fixed_s
         *NOT_BUILT_IN,
     }
     layout = Layout(tp=2, sp=True)
-    assert not set(around(layout, sweep.problem).table["overlap_grad_reduce"]) - {False}
+    assert not set(variants_of(layout, sweep.problem).table["overlap_grad_reduce"]) - {False}
 
 
 def test_which_layouts_the_stage_lies_around_is_what_the_last_trials_say() -> None:
     none, some = TrialSource(source="sampler"), TrialSource(source="sampler", around=(2, 0))
     assert refinement_centres([none, none]) == ()
     assert refinement_centres([none, some, none]) == (2, 0)
-    assert middles((2, 0), [Layout(tp=1), Layout(tp=2), Layout(tp=4)]) == [Layout(tp=4), Layout(tp=1)]
+    assert centre_layouts((2, 0), [Layout(tp=1), Layout(tp=2), Layout(tp=4)]) == [Layout(tp=4), Layout(tp=1)]
     with pytest.raises(InputError, match=r"around trial 7, but there are 1 trials"):
-        middles((7,), [Layout()])
+        centre_layouts((7,), [Layout()])
 
 
 def test_the_first_stage_has_the_baselines_details_wherever_they_are_valid() -> None:
     details = {"tp_comm_overlap": True, "expandable_segments": True, "overlap_grad_reduce": False}
     sweep = staged(baseline={"tp": 2, "sp": True, **details})
-    plain, table = first_stage(staged().problem).table, first_stage(sweep.problem).table
+    plain, table = grid_space(staged().problem).table, grid_space(sweep.problem).table
     assert len(table) == len(plain)
     assert valid_mask(table, sweep.workload, sweep.cluster).all()
     # Only with sequence parallelism do tensor-parallel messages overlap.
@@ -193,13 +186,13 @@ def test_the_first_stage_has_the_baselines_details_wherever_they_are_valid() -> 
     pd.testing.assert_frame_equal(table[same], plain[same])
     assert list(table.dtypes) == list(plain.dtypes)
     one_stage = sweep_of(baseline={"tp": 2, "sp": True, "tp_comm_overlap": True})
-    assert not first_stage(one_stage.problem).table["tp_comm_overlap"].any()
+    assert not grid_space(one_stage.problem).table["tp_comm_overlap"].any()
 
 
 def test_a_stated_text_is_carried_too() -> None:
     choice = {"model": "llama3-8b", "seq_length": 8192, "global_batch_size": 128}
     baseline = {"cp": 2, "cp_comm_type": "all_gather"}
-    table = first_stage(staged(load_cluster("dgx-h100"), workload=choice, baseline=baseline).problem).table
+    table = grid_space(staged(load_cluster("dgx-h100"), workload=choice, baseline=baseline).problem).table
     assert set(table["cp_comm_type"][table["cp"] > 1]) == {"all_gather"}
     assert set(table["cp_comm_type"][table["cp"] == 1]) == {"p2p"}
 
@@ -245,14 +238,14 @@ def test_the_grid_comes_first_then_the_rest_around_the_best_few(results: Path) -
     watching, sweep = Watching(), night()
     loop = loop_of(results, launcher(), sweep, observer=watching)
     assert run(loop) is Stop.TRIALS
-    assert FIRST - 1 < FIRST_SHARE * TRIALS <= FIRST
+    assert FIRST - 1 < GRID_SHARE * TRIALS <= FIRST
     assert second(loop.rows) == list(range(FIRST, TRIALS))
     (numbers,) = {row.around for row in loop.rows[FIRST:]}
-    assert len(numbers) == AROUND
+    assert len(numbers) == MAX_CENTRES
     fastest: dict[tuple[Any, ...], int] = {}
     for row in sorted(loop.rows[:FIRST], key=lambda row: step_time_ms(row.layout)):
         fastest.setdefault(tuple(getattr(row.layout, knob) for knob in GRID), row.number)
-    assert set(numbers) == set(list(fastest.values())[:AROUND])
+    assert set(numbers) == set(list(fastest.values())[:MAX_CENTRES])
     table = table_of(sweep)
     assert all(find_row(table, row.layout) is not None for row in loop.rows[:FIRST])
     grown = with_refinements(table, [loop.rows[number].layout for number in numbers], sweep.problem)
@@ -260,7 +253,7 @@ def test_the_grid_comes_first_then_the_rest_around_the_best_few(results: Path) -
     assert any(find_row(table, row.layout) is None for row in loop.rows[FIRST:])
     assert len({row.layout for row in loop.rows}) == TRIALS
     assert [progress.stage for progress in watching.progress] == [1] * 2 * FIRST + [2] * 2 * (TRIALS - FIRST)
-    known = [progress.certainty.of for progress in watching.progress if progress.certainty]
+    known = [progress.certainty.searched for progress in watching.progress if progress.certainty]
     assert sorted(set(known)) == ["both stages", "the first stage"]
     assert known == sorted(known, reverse=True)
     names = ", ".join(f"t{number:04d}" for number in numbers)
@@ -271,7 +264,7 @@ def test_the_grid_comes_first_then_the_rest_around_the_best_few(results: Path) -
 
 def test_the_second_stage_finds_what_the_first_does_not_hold(results: Path) -> None:
     loop = run_to_end(results, launcher(), night(budget={"trials": 30}))
-    winner = best(loop.rows)
+    winner = best_trial(loop.rows)
     assert winner is not None
     assert not winner.layout.overlap_param_gather
     assert winner.around
@@ -331,7 +324,7 @@ def test_a_first_stage_that_converges_leaves_its_budget_to_the_second(results: P
     loop = loop_of(results, ReplayLauncher(change=as_predicted), sweep)
     assert run(loop) is Stop.CONVERGED
     began = second(loop.rows)
-    assert 5 <= began[0] < FIRST_SHARE * 60
+    assert 5 <= began[0] < GRID_SHARE * 60
     assert began[-1] < 59
     certainty = loop.progress().certainty
     assert certainty is not None

@@ -12,7 +12,7 @@ from tests.unit.layouts import cluster, dense, mixture, workload
 from tuner.core.layout import DEFAULTS, KNOBS, Layout, layout_from, min_gpus
 from tuner.core.workload import Model, Workload
 from tuner.errors import InputError
-from tuner.rules import RULES, broken_rules, valid_mask
+from tuner.rules.validity import RULES, broken_rules, valid_mask
 from tuner.space.enumeration import (
     Domain,
     Space,

@@ -28,12 +28,12 @@ from tests.replay import (
     table_of,
 )
 from tests.trials import CLUSTER, metrics_of
-from tuner.analysis.figures import best
+from tuner.analysis.figures import best_trial
 from tuner.core.layout import KNOBS, Layout
 from tuner.errors import InputError
 from tuner.files import read_json
 from tuner.predict.dominance import needs_at_least_as_much_memory
-from tuner.rules import broken_rules
+from tuner.rules.validity import broken_rules
 from tuner.search.observation import STATES
 from tuner.space.table import find_row, layout_at
 from tuner.sweep.budget import FAILURES_TO_STOP, Stop
@@ -106,7 +106,7 @@ def test_no_layout_runs_twice_and_every_one_is_valid_and_searched(results: Path)
     for layout in launcher.layouts:
         assert broken_rules(layout, sweep.workload, sweep.cluster) == ()
         assert find_row(table, layout) is not None
-    fastest = best(loop.rows)
+    fastest = best_trial(loop.rows)
     assert fastest is not None
     assert fastest.layout == min((layout_at(table, row) for row in range(len(table))), key=step_time_ms)
 
@@ -140,7 +140,7 @@ def test_oom_rules_out_exactly_the_rows_that_need_as_much_and_they_never_run(res
 def test_everything_out_of_memory_ends_without_a_winner(results: Path) -> None:
     loop = loop_of(results, ReplayLauncher(limit_gib=0.1), sweep_of(budget={"trials": 100}))
     assert run(loop) is Stop.EXHAUSTED
-    assert best(loop.rows) is None
+    assert best_trial(loop.rows) is None
     assert loop.progress().best is None
     assert_study_equals_folders(results)
 
@@ -199,7 +199,7 @@ def test_it_stops_by_itself_near_the_best_and_says_how_sure_it_is(results: Path)
     loop = loop_of(results, launcher, sweep, observer=watching)
     assert run(loop) is Stop.CONVERGED
     assert 1 < len(launcher.layouts) < len(table_of(sweep))
-    winner, known = best(loop.rows), loop.progress().certainty
+    winner, known = best_trial(loop.rows), loop.progress().certainty
     assert winner is not None
     assert known is not None
     assert known.within(0.05) >= 0.9
@@ -462,7 +462,7 @@ def test_nan_is_never_the_winner(results: Path, uninterrupted: list[tuple[Any, .
     fastest = min((row for row in uninterrupted if row[4]), key=lambda row: float(row[4].step_time_ms))
     loop = loop_of(results, ReplayLauncher(LIMIT_GIB, {fastest[0]: [Outcome.NAN]}))
     run(loop)
-    winner = best(loop.rows)
+    winner = best_trial(loop.rows)
     assert winner is not None
     assert winner.number != fastest[0]
     assert winner.result.outcome is Outcome.COMPLETED
