@@ -13,7 +13,7 @@ from tests.bridge.writing import written
 from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
 from tuner.core.workload import Workload
 from tuner.frameworks.megatron_lm.command import read_command
-from tuner.frameworks.megatron_lm.trial_command import replaced
+from tuner.frameworks.megatron_lm.trial_command import trial_words
 from tuner.report.export import Format
 from tuner.space.enumeration import refined_domain
 
@@ -57,8 +57,8 @@ def test_a_trials_command_is_read_as_its_layout_whatever_the_command_had(
     name: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workload, layout = drawn_layout(name, seed)
-    own = replaced(command(workload), drawn_layout(name, seed + 100)[1], workload, steps=100)
-    words = replaced((*own, "--load", "/ckpt", "--rampup-batch-size", "8", "8", "1000"), layout, workload, 23)
+    own = trial_words(command(workload), drawn_layout(name, seed + 100)[1], workload, steps=100)
+    words = trial_words((*own, "--load", "/ckpt", "--rampup-batch-size", "8", "8", "1000"), layout, workload, 23)
     arguments = parsed(list(words), layout, CLUSTER, monkeypatch)
     assert layout_of(arguments) == without_variables(layout)
     assert layout_of(arguments) == without_variables(

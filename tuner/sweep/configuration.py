@@ -19,7 +19,7 @@ from tuner.errors import InputError, did_you_mean
 from tuner.files import STRICT, parse, read_yaml
 from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, layout_of, unstated, workload_of
 from tuner.frameworks.megatron_lm.command import read_command
-from tuner.frameworks.megatron_lm.trial_command import resolved
+from tuner.frameworks.megatron_lm.trial_command import resolved_program
 from tuner.rules.validity import active_rules, gone_rules
 from tuner.search.problem import Problem, SamplerName
 from tuner.space.enumeration import REFINED, Domain, default_domain, search_domain
@@ -339,7 +339,7 @@ def _beside(name: str, folder: Path) -> str:
 def _program(program: Program, folder: Path) -> Program:
     """A recipe's Python file is found beside the sweep file, and named so that a trial finds it from anywhere."""
     if isinstance(program, MegatronLm):
-        return resolved(program, folder)
+        return resolved_program(program, folder)
     if not isinstance(program, BridgeRecipe) or not program.recipe.endswith(".py"):
         return program
     return replace(program, recipe=str((folder / program.recipe).absolute()))

@@ -115,7 +115,7 @@ def test_an_expression_that_is_no_pattern_is_refused(text: str) -> None:
         (GPT.replace("--seq-length 1024", ""), "no --seq-length"),
         (GPT.replace("--num-layers 24", "--num-layers many"), "invalid int value: 'many'"),
         (GPT + "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 5", "must be 0"),
-        (GPT + "'", "No closing quotation"),
+        (GPT + "'", "a quotation or an array is not closed"),
     ],
 )
 def test_what_cannot_be_read_is_said_with_its_place(text: str, message: str) -> None:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from tests.trials import completed_row, spec_of
 from tests.unit.frameworks.test_megatron_lm import GPT
+from tests.unit.frameworks.test_megatron_lm_script import SCRIPT
 from tests.unit.layouts import cluster, mixture, workload
 from tuner.analysis.figures import figures
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.command import read_command
-from tuner.frameworks.megatron_lm.trial_command import replaced, script_words, with_layout
+from tuner.frameworks.megatron_lm.trial_command import trial_words, with_layout
 from tuner.report.export import Format, export
 from tuner.space.enumeration import default_domain, enumerate_layouts
 from tuner.space.table import layout_at
@@ -48,7 +49,7 @@ def _arguments(words: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def test_every_spelling_of_a_knob_gives_way_to_the_layout() -> None:
-    words = replaced((*COMMAND, *OWN), Layout(tp=2), PLAIN, steps=23)
+    words = trial_words((*COMMAND, *OWN), Layout(tp=2), PLAIN, steps=23)
     arguments = _arguments(words)
     assert words[0] == COMMAND[0]
     assert arguments["--tensor-model-parallel-size"] == ["2"]
@@ -60,7 +61,7 @@ def test_every_spelling_of_a_knob_gives_way_to_the_layout() -> None:
 
 
 def test_a_trial_is_short_and_leaves_nothing_behind() -> None:
-    arguments = _arguments(replaced((*COMMAND, *OWN), Layout(), PLAIN, steps=23))
+    arguments = _arguments(trial_words((*COMMAND, *OWN), Layout(), PLAIN, steps=23))
     assert arguments["--train-iters"] == ["23"]
     assert arguments["--log-interval"] == ["1"]
     assert arguments["--eval-iters"] == ["0"]
@@ -71,7 +72,7 @@ def test_a_trial_is_short_and_leaves_nothing_behind() -> None:
 
 
 def test_the_learning_rate_follows_the_schedule_of_the_whole_training() -> None:
-    arguments = _arguments(replaced((*COMMAND, *OWN), Layout(), PLAIN, steps=23))
+    arguments = _arguments(trial_words((*COMMAND, *OWN), Layout(), PLAIN, steps=23))
     assert arguments["--lr-decay-iters"] == ["500000"]
     assert arguments["--lr-warmup-iters"] == ["2000"]
     assert arguments["--lr"] == ["1.5e-4"]
@@ -79,10 +80,10 @@ def test_the_learning_rate_follows_the_schedule_of_the_whole_training() -> None:
 
 def test_a_schedule_in_samples_becomes_one_in_steps() -> None:
     samples = ("--train-samples", "6400", "--lr-warmup-samples", "100", "--lr-decay-samples", "3200")
-    arguments = _arguments(replaced((*COMMAND, *samples), Layout(), PLAIN, steps=23))
+    arguments = _arguments(trial_words((*COMMAND, *samples), Layout(), PLAIN, steps=23))
     assert (arguments["--lr-decay-iters"], arguments["--lr-warmup-iters"]) == (["50"], ["2"])
     assert not [flag for flag in arguments if flag.endswith("-samples")]
-    short = _arguments(replaced((*COMMAND, *samples[:2]), Layout(), PLAIN, steps=23))
+    short = _arguments(trial_words((*COMMAND, *samples[:2]), Layout(), PLAIN, steps=23))
     assert short["--lr-decay-iters"] == ["100"]
 
 
@@ -124,7 +125,7 @@ def test_the_export_is_the_users_own_command_with_the_layout() -> None:
 
 def test_what_is_no_number_is_refused() -> None:
     with pytest.raises(InputError, match="--train-iters many: must be one whole number"):
-        replaced((*COMMAND, "--train-iters", "many"), Layout(), PLAIN, steps=23)
+        trial_words((*COMMAND, "--train-iters", "many"), Layout(), PLAIN, steps=23)
 
 
 WORKLOAD, CLUSTER = workload(mixture()), cluster(16)
@@ -135,40 +136,12 @@ TABLE = enumerate_layouts(WORKLOAD, CLUSTER, default_domain(WORKLOAD, CLUSTER)).
 def test_whatever_layout_the_command_had_it_gets_the_trials(row: int, other: int) -> None:
     layout = layout_at(TABLE, row)
     model = (*COMMAND, "--num-experts", "8")
-    before = replaced(model, layout_at(TABLE, other), WORKLOAD, steps=23)
-    words = replaced(before, layout, WORKLOAD, steps=23)
-    assert set(words) == set(replaced(model, layout, WORKLOAD, steps=23)) | {"--lr-decay-iters"}
+    before = trial_words(model, layout_at(TABLE, other), WORKLOAD, steps=23)
+    words = trial_words(before, layout, WORKLOAD, steps=23)
+    assert set(words) == set(trial_words(model, layout, WORKLOAD, steps=23)) | {"--lr-decay-iters"}
     read = read_command(shlex.join(words), "gpt.sh", world_size=16)
     assert read.layout == layout
     assert read.workload.global_batch_size == WORKLOAD.global_batch_size
-
-
-SCRIPT = """#!/bin/bash
-set -e
-GPUS_PER_NODE=8   # of each node
-TP=${TP:-2}
-DATA="/data/my corpus"
-python tools/preprocess.py --input "$DATA" --workers 4 && echo done
-GPT_ARGS="
-    --num-layers 24 --hidden-size 1024 \\
-    --num-attention-heads 16
-"
-MODEL_ARGS=(
-    --seq-length 1024   # a comment (with parentheses)
-    --data-path "$DATA/text document"
-)
-torchrun --nproc_per_node $GPUS_PER_NODE pretrain_gpt.py $GPT_ARGS ${MODEL_ARGS[@]} \\
-    --tensor-model-parallel-size $TP --bf16 2>&1 | tee log.txt
-echo finished
-"""
-
-
-def test_a_scripts_command_is_taken_out_with_its_variables_and_arrays_filled_in() -> None:
-    assert script_words(SCRIPT, "train.sh") == (
-        *("pretrain_gpt.py", "--num-layers", "24", "--hidden-size", "1024", "--num-attention-heads", "16"),
-        *("--seq-length", "1024", "--data-path", "/data/my corpus/text document"),
-        *("--tensor-model-parallel-size", "2", "--bf16"),
-    )
 
 
 def _sweep(folder: Path, program: list[str], **other: Any) -> Sweep:
@@ -202,18 +175,3 @@ def test_what_only_a_run_would_tell_is_stated(tmp_path: Path) -> None:
 def test_a_script_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"sweep.yaml: key 'program.megatron_lm': .*train.sh cannot be read"):
         _sweep(tmp_path, ["train.sh"])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("echo hello", "no command of a Python script with --num-layers"),
-        ("torchrun pretrain_gpt.py --num-layers $LAYERS", "only a shell could tell"),
-        ("torchrun pretrain_gpt.py --num-layers $(nproc)", "only a shell could tell"),
-        ("A=(1 2\ntorchrun pretrain_gpt.py --num-layers 2", "is not closed"),
-    ],
-)
-def test_a_script_that_only_a_shell_could_read_is_refused(text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        script_words(text, "train.sh")
-    assert str(caught.value).startswith("train.sh: ")

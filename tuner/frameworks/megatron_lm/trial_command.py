@@ -1,10 +1,8 @@
-"""A user's own Megatron-LM command, as a trial runs it: the layout's arguments in the place of its own.
+"""A user's own Megatron-LM command as a trial runs it: with the arguments of the trial's layout instead of its own.
 
 Names are those of Megatron-LM, megatron/training/arguments.py and megatron/training/config/training_config.py.
 """
 
-import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,65 +12,79 @@ from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_words
+from tuner.frameworks.megatron_lm.script import script_words
 from tuner.trial.program import MegatronLm
 
 _LAYOUT_FLAGS: Final = frozenset(
     {
         *(knob.metadata["flag"] for knob in fields(Layout)),
-        *("--num-layers-per-virtual-pipeline-stage", "--recompute-activations", "--moe-enable-deepep"),
-        *(
-            "--distribute-saved-activations",
-            "--cuda-graph-scope",
-            "--enable-cuda-graph",
-            "--external-cuda-graph",
-        ),
-        *("--use-custom-fsdp", "--fsdp-manual-registration", "--init-model-with-meta-device"),
+        # older spellings of knobs
+        "--num-layers-per-virtual-pipeline-stage",
+        "--recompute-activations",
+        "--moe-enable-deepep",
+        "--cuda-graph-scope",
+        "--enable-cuda-graph",
+        "--external-cuda-graph",
+        "--use-custom-fsdp",
+        # companions of a knob
+        "--distribute-saved-activations",
+        "--fsdp-manual-registration",
+        "--init-model-with-meta-device",
+        # always stated
         "--global-batch-size",
     }
 )
-"""Every spelling of a knob, older ones and what goes with one included; and the batch, which is always stated."""
+"""The arguments that a layout replaces: every spelling of a knob, its companions, and the global batch."""
 
 _RUN_FLAGS: Final = frozenset(
     {
-        *("--rampup-batch-size", "--step-batch-size-schedule", "--train-iters"),
-        *("--train-samples", "--lr-decay-samples", "--lr-warmup-samples", "--lr-wsd-decay-samples"),
-        *(
-            "--log-interval",
-            "--eval-iters",
-            "--full-validation",
-            "--exit-interval",
-            "--exit-duration-in-mins",
-        ),
-        *(
-            "--load",
-            "--finetune",
-            "--pretrained-checkpoint",
-            "--use-checkpoint-args",
-            "--auto-detect-ckpt-format",
-        ),
-        *("--use-checkpoint-opt_param-scheduler", "--exit-on-missing-checkpoint", "--tensorboard-dir"),
+        "--rampup-batch-size",
+        "--step-batch-size-schedule",
+        "--train-iters",
+        "--train-samples",
+        "--lr-decay-samples",
+        "--lr-warmup-samples",
+        "--lr-wsd-decay-samples",
+        "--log-interval",
+        "--eval-iters",
+        "--full-validation",
+        "--exit-interval",
+        "--exit-duration-in-mins",
+        "--load",
+        "--finetune",
+        "--pretrained-checkpoint",
+        "--use-checkpoint-args",
+        "--auto-detect-ckpt-format",
+        "--use-checkpoint-opt_param-scheduler",
+        "--exit-on-missing-checkpoint",
+        "--tensorboard-dir",
     }
 )
-_RUN_FAMILIES: Final = ("--save", "--non-persistent-", "--async-", "--ckpt-", "--wandb-")
-"""How long a run is, what it reports and what it leaves behind: a short trial's are its own."""
+"""The arguments that say how long a training is, what it loads and what it reports; a trial has its own instead."""
+_RUN_PREFIXES: Final = ("--save", "--non-persistent-", "--async-", "--ckpt-", "--wandb-")
+"""How further arguments of that kind begin: those of checkpoints and of Weights & Biases."""
 
 _Argument = tuple[str, tuple[str, ...]]
+"""A flag and its values."""
 
 
-def replaced(words: Sequence[str], layout: Layout, workload: Workload, steps: int) -> tuple[str, ...]:
-    """The command with the layout's parallel arguments in the place of its own, as a run of a few steps.
+def trial_words(words: Sequence[str], layout: Layout, workload: Workload, steps: int) -> tuple[str, ...]:
+    """The command with the arguments of a layout instead of its own, as a training of a few steps.
 
     The global batch is pinned, and the learning rate follows the schedule of the whole training. Nothing is loaded,
     saved or evaluated, and every step is logged.
 
     Args:
-        words: From the training script on.
-        layout: What the trial measures.
-        workload: What the command trains, whatever the layout.
+        words: The user's command, from the training script on.
+        layout: The layout that the trial measures.
+        workload: What the command trains.
         steps: Optimizer steps.
+
+    Raises:
+        InputError: if the command's schedule is not stated in whole numbers.
     """
-    script, arguments = _split(words)
-    kept = [argument for argument in arguments if not _is_of_a_run(argument[0])]
+    script, arguments = _script_and_arguments(words)
+    lasting = [argument for argument in arguments if not _is_of_a_run(argument[0])]
     run = {
         "--train-iters": steps,
         "--log-interval": 1,
@@ -81,33 +93,34 @@ def replaced(words: Sequence[str], layout: Layout, workload: Workload, steps: in
         **_schedule(dict(arguments), workload.global_batch_size),
     }
     return (
-        *with_layout((*script, *_joined(kept)), layout, workload),
+        *with_layout((*script, *_joined(lasting)), layout, workload),
         *(word for flag, value in run.items() for word in (flag, str(value))),
     )
 
 
 def with_layout(words: Sequence[str], layout: Layout, workload: Workload) -> tuple[str, ...]:
-    """The command with the layout's parallel arguments in the place of its own, and its global batch stated."""
-    script, arguments = _split(words)
-    batch = str(workload.global_batch_size)
+    """The command with the arguments of a layout instead of its own, and with its global batch stated."""
+    script, arguments = _script_and_arguments(words)
     return (
         *script,
-        *_joined(argument for argument in arguments if not _gives_way(argument, layout)),
+        *_joined(argument for argument in arguments if not _is_replaced(argument, layout)),
         *megatron_lm_words(layout, workload.model),
-        *("--global-batch-size", batch),
+        "--global-batch-size",
+        str(workload.global_batch_size),
     )
 
 
-def _gives_way(argument: _Argument, layout: Layout) -> bool:
+def _is_replaced(argument: _Argument, layout: Layout) -> bool:
+    """Whether an argument of the user's command must not stand beside the arguments of a layout."""
     flag, values = argument
-    if flag == "--ckpt-format":  # Megatron-FSDP has one of its own, and no other may have it
+    if flag == "--ckpt-format":  # Megatron-FSDP needs the format fsdp_dtensor, which nothing else can write
         return layout.use_megatron_fsdp or values == ("fsdp_dtensor",)
     return flag in _LAYOUT_FLAGS
 
 
 def by_argument(words: Sequence[str]) -> list[list[str]]:
-    """The words as a person writes them below each other: the script, then an argument with its values a line."""
-    script, arguments = _split(words)
+    """The words in groups, one per line of a readable command: the script first, then each flag with its values."""
+    script, arguments = _script_and_arguments(words)
     return [script, *([flag, *values] for flag, values in arguments)]
 
 
@@ -115,8 +128,8 @@ def _joined(arguments: Iterable[_Argument]) -> Iterator[str]:
     return (word for flag, values in arguments for word in (flag, *values))
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[_Argument]]:
-    """The words before the first argument; and the arguments, `--flag=value` as `--flag value`."""
+def _script_and_arguments(words: Sequence[str]) -> tuple[list[str], list[_Argument]]:
+    """The words before the first flag; and the arguments, `--flag=value` as a flag with one value."""
     first = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
     arguments: list[_Argument] = []
     for word in words[first:]:
@@ -130,111 +143,49 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[_Argument]]:
 
 
 def _is_of_a_run(flag: str) -> bool:
-    return flag in _RUN_FLAGS or flag.startswith(_RUN_FAMILIES)
+    return flag in _RUN_FLAGS or flag.startswith(_RUN_PREFIXES)
 
 
-def _schedule(given: Mapping[str, tuple[str, ...]], batch: int) -> dict[str, int]:
-    """The learning rate's schedule in steps, since a run of so many steps takes none in samples."""
-    stated = {
-        f"{name}-iters": -(-_number(given, f"{name}-samples") // batch)
+def _schedule(stated: Mapping[str, tuple[str, ...]], global_batch_size: int) -> dict[str, int]:
+    """The arguments of the learning rate's schedule in steps: Megatron-LM refuses samples beside --train-iters.
+
+    Args:
+        stated: The command's arguments: flag to values.
+        global_batch_size: Samples per step.
+    """
+    in_steps = {
+        f"{name}-iters": _steps(stated, f"{name}-samples", global_batch_size)
         for name in ("--lr-decay", "--lr-warmup", "--lr-wsd-decay")
-        if f"{name}-samples" in given
+        if f"{name}-samples" in stated
     }
-    if "--lr-decay-iters" in given or "--lr-decay-iters" in stated:
-        return stated
-    if "--train-samples" in given:
-        return {"--lr-decay-iters": -(-_number(given, "--train-samples") // batch), **stated}
-    if "--train-iters" in given:
-        return {"--lr-decay-iters": _number(given, "--train-iters"), **stated}
-    return stated
+    if "--lr-decay-iters" in stated or "--lr-decay-iters" in in_steps:
+        return in_steps
+    if "--train-samples" in stated:
+        return {"--lr-decay-iters": _steps(stated, "--train-samples", global_batch_size), **in_steps}
+    if "--train-iters" in stated:
+        return {"--lr-decay-iters": _whole_number(stated, "--train-iters"), **in_steps}
+    return in_steps
 
 
-def _number(given: Mapping[str, tuple[str, ...]], flag: str) -> int:
-    values = given[flag]
+def _steps(stated: Mapping[str, tuple[str, ...]], flag: str, global_batch_size: int) -> int:
+    """The samples that an argument states as steps, rounded up."""
+    return -(-_whole_number(stated, flag) // global_batch_size)
+
+
+def _whole_number(stated: Mapping[str, tuple[str, ...]], flag: str) -> int:
+    values = stated[flag]
     if len(values) != 1 or not values[0].isdigit():
         raise InputError(f"program: {flag} {' '.join(values)}: must be one whole number")
     return int(values[0])
 
 
-_ASSIGNMENT: Final = re.compile(r"(?:export\s+|readonly\s+|declare\s+-\w+\s+)?([A-Za-z_]\w*)=(.*)", re.S)
-_ARRAY: Final = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
-_VARIABLE: Final = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+def resolved_program(program: MegatronLm, folder: Path) -> MegatronLm:
+    """The program with the words of the training command, and with the absolute path of its Python script.
 
-
-def script_words(text: str, source: str) -> tuple[str, ...]:
-    """The words of the training command in a shell script, from the Python script on; nothing is run.
-
-    Variables and arrays that the script assigns plainly are filled in, as is `${NAME:-default}`.
+    A program that names a shell script gets the words out of it. Paths start at `folder`.
 
     Raises:
-        InputError: if there is no such command, or one of its words only a shell could tell.
-    """
-    variables: dict[str, str] = {}
-    arrays: dict[str, str] = {}
-    found: tuple[str, ...] = ()
-    for statement in _statements(text, source):
-        assigned = _ASSIGNMENT.fullmatch(statement.strip())
-        if assigned and assigned[2].startswith("("):
-            body = _filled(assigned[2].strip()[1:-1], variables, arrays)
-            arrays[assigned[1]] = shlex.join(shlex.split(body, comments=True))
-        elif (
-            assigned and len(value := shlex.split(_filled(assigned[2], variables, arrays), comments=True)) < 2
-        ):
-            variables[assigned[1]] = "".join(value)
-        elif ".py" in statement:
-            words = _command(_filled(statement, variables, arrays))
-            found = words if "--num-layers" in words or not found else found
-    if "--num-layers" not in found:
-        raise InputError(
-            f"{source}: no command of a Python script with --num-layers: is it a Megatron-LM script?"
-        )
-    if unknown := next((word for word in found if "$" in word or "`" in word), None):
-        raise InputError(f"{source}: '{unknown}': only a shell could tell; state the value in the script")
-    return found
-
-
-def _statements(text: str, source: str) -> Iterator[str]:
-    """The lines, joined where a backslash, a quotation or an array goes on."""
-    pending = ""
-    for line in text.replace("\\\n", " ").splitlines():
-        pending = f"{pending}\n{line}" if pending else line
-        try:
-            words = shlex.split(pending, comments=True)
-        except ValueError:
-            continue  # an open quotation
-        if re.match(r"\s*(?:\w+\s+)?\w+=\(", pending) and not (words and words[-1].endswith(")")):
-            continue
-        yield pending
-        pending = ""
-    if pending:
-        raise InputError(f"{source}: a quotation or an array is not closed: {pending.splitlines()[0]}")
-
-
-def _filled(text: str, variables: Mapping[str, str], arrays: Mapping[str, str]) -> str:
-    """As a shell would, in the text itself: what stands outside quotes falls apart into words afterwards."""
-    text = _ARRAY.sub(lambda match: arrays.get(match[1], match[0]), text)
-    return _VARIABLE.sub(
-        lambda match: variables.get(match[1] or match[2], match[0] if match[3] is None else match[3]), text
-    )
-
-
-def _command(statement: str) -> tuple[str, ...]:
-    lexer = shlex.shlex(statement, posix=True, punctuation_chars="|&;<>")
-    lexer.whitespace_split = True
-    words: list[str] = []
-    for word in lexer:
-        if set(word) <= set("|&;<>"):
-            # The number before a redirection is a channel, no argument.
-            return tuple(words[:-1] if words and words[-1].isdigit() and word.startswith(">") else words)
-        if words or word.endswith(".py"):
-            words.append(word)
-    return tuple(words)
-
-
-def resolved(program: MegatronLm, folder: Path) -> MegatronLm:
-    """The program with its words taken out of a shell script, where it names one, and its script's whole path.
-
-    Paths start at `folder`; raises InputError where the script cannot be read.
+        InputError: if the shell script cannot be read, or has no training command.
     """
     words = program.megatron_lm
     if len(words) == 1 and words[0].endswith(".sh"):

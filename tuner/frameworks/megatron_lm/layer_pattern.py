@@ -1,0 +1,40 @@
+"""The argument --moe-layer-freq: which layers have experts, as a number or as a Python expression of lists."""
+
+import ast
+from typing import Final
+
+_LONGEST: Final = 10_000
+"""Layers that a pattern may state (assumed), so that a repetition cannot fill the memory."""
+
+
+def read_pattern(text: str) -> int | list[int]:
+    """Read `2`, or an expression such as `([0]*3+[1]*1)*2`, without evaluating it.
+
+    Returns:
+        The number (every how many layers one has experts), or 0 and 1 per layer.
+
+    Raises:
+        ValueError: if the text is neither (SyntaxError if it is no expression).
+    """
+    return _value(ast.parse(text, mode="eval").body)
+
+
+def _value(node: ast.expr) -> int | list[int]:
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.List(elts=[*items]):
+            values = [_value(item) for item in items]
+            if all(isinstance(value, int) for value in values):
+                return [value for value in values if isinstance(value, int)]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            first, second = _value(left), _value(right)
+            if isinstance(first, list) and isinstance(second, list):
+                return first + second
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            first, second = _value(left), _value(right)
+            if isinstance(second, list):
+                first, second = second, first
+            if isinstance(first, list) and isinstance(second, int) and len(first) * second <= _LONGEST:
+                return first * second
+    raise ValueError(f"--moe-layer-freq: cannot read {ast.unparse(node)!r}: lists of 0 and 1, + and * only")

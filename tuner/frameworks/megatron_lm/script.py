@@ -1,0 +1,149 @@
+"""The one training command in the text of a shell script: its words, and the variables that are set when it starts.
+
+Every reader of a script takes the command from here: lint, the configuration of a sweep, and the trial.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from tuner.errors import InputError
+from tuner.frameworks.megatron_lm.shell import (
+    ArrayAssignment,
+    Assignment,
+    Piece,
+    Statement,
+    Values,
+    Word,
+    assigned,
+    expanded,
+    statements,
+)
+
+_LEADING_WORDS: Final = frozenset({"if", "then", "elif", "else", "while", "until", "do", "{", "!", "time"})
+"""Reserved words of the shell that stand before a command."""
+_DECLARING_WORDS: Final = frozenset({"export", "readonly", "declare", "typeset", "local"})
+_VARIABLE: Final = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
+_MODEL_FLAG: Final = "--num-layers"
+"""The argument by which a training command is told from other commands."""
+_UNTOLD: Final = ("$", "`", "<(", ">(")
+"""What a word holds if only a shell could tell its value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScriptCommand:
+    """A command of a script, with its variables and arrays filled in."""
+
+    words: tuple[str, ...]
+    """All words, the launcher (torchrun and its arguments) included; redirections are left out."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Values of the variables that the script has assigned when the command starts, and of those of its own."""
+
+    @property
+    def program(self) -> tuple[str, ...]:
+        """The words from the Python script on; empty if no word names one."""
+        first = next(
+            (place for place, word in enumerate(self.words) if word.endswith(".py")), len(self.words)
+        )
+        return self.words[first:]
+
+
+def training_command(text: str, source: str) -> ScriptCommand:
+    """Find the command that trains, in a shell script or in a text of arguments alone.
+
+    It is the last command of a Python script with --num-layers. Without one, it is the last command with
+    --num-layers, where a line that begins with an argument continues the line before. Without that, the arrays
+    of the text are taken as the arguments.
+
+    Args:
+        text: A script, a command or arguments.
+        source: The name of the text in errors.
+
+    Raises:
+        InputError: if a quotation or an array is not closed.
+    """
+    commands, arrays = _read(text, source)
+    return (
+        next((command for command in reversed(commands) if _trains(command.program)), None)
+        or next((command for command in reversed(_continued(commands)) if _trains(command.words)), None)
+        or arrays
+    )
+
+
+def script_words(text: str, source: str) -> tuple[str, ...]:
+    """The words of the training command in a shell script, from the Python script on.
+
+    Raises:
+        InputError: if there is no such command, or if only a shell could tell one of its words.
+    """
+    commands, _ = _read(text, source)
+    program = next((command.program for command in reversed(commands) if _trains(command.program)), None)
+    if program is None:
+        raise InputError(
+            f"{source}: no command of a Python script with {_MODEL_FLAG}: is it a Megatron-LM script?"
+        )
+    if untold := next((word for word in program if any(mark in word for mark in _UNTOLD)), None):
+        raise InputError(f"{source}: '{untold}': only a shell could tell; state the value in the script")
+    return program
+
+
+def _trains(words: tuple[str, ...]) -> bool:
+    return any(word.partition("=")[0] == _MODEL_FLAG for word in words)
+
+
+def _read(text: str, source: str) -> tuple[list[ScriptCommand], ScriptCommand]:
+    """The commands of a text in their order; and the elements of all its arrays as if they were one command."""
+    values: dict[str, str | tuple[str, ...]] = {}
+    try:
+        commands = [command for statement in statements(text) if (command := _command(statement, values))]
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
+    elements = tuple(part for value in values.values() if isinstance(value, tuple) for part in value)
+    return commands, ScriptCommand(words=elements, variables=_texts(values))
+
+
+def _command(statement: Statement, values: dict[str, str | tuple[str, ...]]) -> ScriptCommand | None:
+    """The command of a statement; None if the statement only assigns, which changes `values`."""
+    items = list(statement)
+    while items and _reserved_word(items[0]) in _LEADING_WORDS:
+        del items[0]
+    first = next((place for place, item in enumerate(items) if isinstance(item, tuple)), len(items))
+    if first == len(items) or _reserved_word(items[0]) in _DECLARING_WORDS:
+        for item in items:
+            if not isinstance(item, tuple):
+                values[item.name] = assigned(item, values)
+        return None
+    own_values = {item.name: assigned(item, values) for item in items[:first] if not isinstance(item, tuple)}
+    words = tuple(part for item in items[first:] for part in expanded(_word(item), values))
+    command = ScriptCommand(words=words)
+    launcher = words[: len(words) - len(command.program)]
+    stated = {match[1]: match[2] for word in launcher if (match := _VARIABLE.fullmatch(word))}
+    return replace(command, variables=_texts(values) | _texts(own_values) | stated)
+
+
+def _reserved_word(item: Word | Assignment | ArrayAssignment) -> str:
+    """The text of a word without quotations; empty for anything else."""
+    is_plain = isinstance(item, tuple) and len(item) == 1 and not item[0].quote
+    return item[0].text if isinstance(item, tuple) and is_plain else ""
+
+
+def _word(item: Word | Assignment | ArrayAssignment) -> Word:
+    """An item of a command's arguments as a word: `NAME=value` assigns nothing there."""
+    if isinstance(item, Assignment):
+        return (Piece(f"{item.name}{'+' if item.appends else ''}=", ""), *item.value)
+    return item if isinstance(item, tuple) else ()
+
+
+def _texts(values: Values) -> dict[str, str]:
+    return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
+def _continued(commands: list[ScriptCommand]) -> list[ScriptCommand]:
+    """The commands, each with the arguments of the lines after it that begin with an argument."""
+    joined: list[ScriptCommand] = []
+    for command in commands:
+        if joined and command.words[:1] and command.words[0].startswith("--"):
+            joined[-1] = ScriptCommand(words=joined[-1].words + command.words, variables=command.variables)
+        else:
+            joined.append(command)
+    return joined
