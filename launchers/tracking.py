@@ -60,7 +60,7 @@ class Tracker:
         """
         chosen = uri or default_uri(results)
         check_uri(chosen)
-        spool.begin(results)
+        spool.note_start(results)
         with (results / "mlflow.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tuner.tracking.follow", str(results)],
@@ -97,7 +97,7 @@ class Tracker:
     def finish(self, summary: str, status: Status) -> None:
         """End the sweep's run with its summary in Markdown; tells what MLflow has not taken within FINISH_S."""
         try:
-            spool.end(
+            spool.note_end(
                 self._results, SweepEnd(status=status, ended_ms=round(time.time() * 1000), summary=summary)
             )
         except OSError as error:

@@ -27,19 +27,13 @@ from tuner.cli.app import run as megatune
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.sweep.folder import SweepFolder
-from tuner.tracking.names import (
-    BEST_METRICS,
-    PARAMETERS,
-    RECORD,
-    RUN_TAGS,
-    SWEEP_TAGS,
-    TRIAL_TAGS,
-    config_hash,
-    trial_metrics,
-)
-from tuner.tracking.runs import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, MlflowRuns, log_tails
-from tuner.tracking.spool import Entry, Spool, SweepEnd, begin, end
+from tuner.tracking.connection import open_runs
+from tuner.tracking.logs import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, log_tails
+from tuner.tracking.names import BEST_METRICS, PARAMETERS, RECORD, RUN_TAGS, SWEEP_TAGS, TRIAL_TAGS
+from tuner.tracking.runs import MlflowRuns
+from tuner.tracking.spool import Entry, Spool, SweepEnd, note_end, note_start
 from tuner.tracking.uri import default_uri
+from tuner.tracking.values import config_hash, trial_metrics
 from tuner.trial.contract import Outcome
 from tuner.trial.finished import FinishedTrial
 
@@ -125,7 +119,7 @@ def results(folder: Path) -> Path:
 
 
 def _open(results: Path, uri: str) -> MlflowRuns:
-    return MlflowRuns.open(SweepFolder(results), uri)
+    return open_runs(SweepFolder(results), uri)
 
 
 def _log(results: Path, uri: str) -> MlflowRuns:
@@ -247,7 +241,7 @@ def test_the_searches_of_the_document_find_what_they_say(logged: Path, shared: s
 
 
 def test_every_tag_is_a_documented_one(results: Path, shared: str) -> None:
-    end(results, ENDED)
+    note_end(results, ENDED)
     runs = _log(results, shared)
 
     def unknown(run: Run, known: set[str]) -> set[str]:
@@ -293,7 +287,7 @@ def test_the_sweeps_run_holds_the_best_so_far_by_trial(results: Path, database: 
 
 
 def test_logging_twice_changes_nothing(results: Path, database: str) -> None:
-    end(results, ENDED)
+    note_end(results, ENDED)
     first = _log(results, database)
     before = {number: run.to_dictionary() for number, run in _trials(results, database).items()}
     parent = _client(database).get_run(first.run_id).to_dictionary()
@@ -306,7 +300,7 @@ def test_logging_twice_changes_nothing(results: Path, database: str) -> None:
 def test_the_end_of_a_sweep_is_on_its_run_until_it_goes_on(
     results: Path, shared: str, tmp_path: Path
 ) -> None:
-    end(results, ENDED)
+    note_end(results, ENDED)
     client, run_id = _client(shared), _log(results, shared).run_id
     run = client.get_run(run_id)
     assert (run.info.status, run.info.end_time) == ("FINISHED", ENDED.ended_ms)
@@ -315,7 +309,7 @@ def test_the_end_of_a_sweep_is_on_its_run_until_it_goes_on(
     assert ENDED.summary.startswith(note.removesuffix(" ..."))
     path = Path(client.download_artifacts(run_id, "summary.md", str(tmp_path)))
     assert path.read_text() == ENDED.summary
-    begin(results)
+    note_start(results)
     assert _log(results, shared).run_id == run_id
     assert client.get_run(run_id).info.status == "RUNNING"
 
@@ -689,4 +683,4 @@ def test_a_trial_that_mlflow_refuses_keeps_no_other_back(results: Path, database
     known: list[Entry] = []
     with pytest.raises(InputError, match=r"trial 1: .*not this one"):
         _open(results, database).catch_up(Spool(results), known.append)
-    assert [entry.row.number for entry in known] == sorted(_trials(results, database)) == [0, 2, 3, 4]
+    assert [entry.trial.number for entry in known] == sorted(_trials(results, database)) == [0, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""megatune replay: run a trial again, from its folder or its MLflow run alone, and compare."""
+"""megatune replay: runs a trial again, from its folder or from its MLflow run alone, and compares the results."""
 
 import os
 import tempfile
@@ -18,22 +18,27 @@ from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
 from tuner.trial.replay import Comparison, compare
 
 NOT_REPRODUCED = 3
-"""The exit code where the trial ended otherwise, or at another speed."""
+"""The exit code if the trial had another outcome or another speed."""
 
 
 def replay(
     trial: Annotated[
-        str, typer.Argument(metavar="TRIAL", help="A trial's folder, or the id of its MLflow run.")
+        str, typer.Argument(metavar="TRIAL", help="The trial's folder, or the id of its MLflow run.")
     ],
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="Where the rerun's files go; nowhere if not given.")
+        Path | None,
+        typer.Option("--folder", help="Where to keep the rerun's files; they are deleted if not given."),
     ] = None,
     uri: Annotated[
-        str | None, typer.Option("--uri", help="Where the MLflow run is; default MLFLOW_TRACKING_URI.")
+        str | None,
+        typer.Option("--uri", help="The MLflow tracking URI of the run; by default MLFLOW_TRACKING_URI."),
     ] = None,
     json: AsJson = False,
 ) -> int:
-    """Run a trial again as its own spec says, and compare. Exit code 0 if it ended alike and as fast, 3 if not."""
+    """Run a trial again from its own spec, and compare the results.
+
+    Exit code 0 if outcome and speed are the same, 3 if not.
+    """
     from launchers.local.torchrun import TorchrunLauncher
     from launchers.machine.detect import check_machine
 
@@ -46,11 +51,11 @@ def replay(
         target = TrialFolder(folder or scratch / "rerun")
         if target.path.absolute() == recorded.path.absolute():
             raise InputError(f"{target.path}: holds the trial itself; name another folder for its rerun")
-        # A bound was the sweep's, at that moment of it.
-        whole = replace(spec, attempt=1, give_up_above_ms=None)
+        # The bound for giving up came from the state of the sweep; the rerun measures every step.
+        whole_spec = replace(spec, attempt=1, give_up_above_ms=None)
         check_machine(spec.cluster)
         launcher = TorchrunLauncher()
-        plan = launcher.plan(whole, target)
+        plan = launcher.plan(whole_spec, target)
         target.path.mkdir(parents=True, exist_ok=True)
         observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
         stop = stack.enter_context(stop_on_signals())
@@ -70,24 +75,28 @@ def replay(
 
 
 def _fetch(run_id: str, uri: str | None, into: Path) -> Path:
-    """Download a trial's records from its MLflow run."""
+    """Download the spec and the result of a trial from its MLflow run into the folder `into`, and return the folder.
+
+    Raises:
+        InputError: if no MLflow is known, or it has no such run.
+    """
+    from tuner.tracking.connection import connect
+    from tuner.tracking.uri import reason
+
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if chosen is None:
         raise InputError(
-            f"{run_id}: there is no such folder; to take it as the id of an MLflow run, say where with --uri"
+            f"{run_id}: there is no such folder; if it is the id of an MLflow run, name its tracking URI with --uri"
         )
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     try:
-        client = MlflowClient(tracking_uri=chosen)
+        client = connect(chosen)
         into.mkdir()
         for name in ("spec.json", "result.json"):
             client.download_artifacts(run_id, name, str(into))
-    except (MlflowException, OSError) as error:
+    # A wrong URI, or a server that is down, raises errors of SQLAlchemy, of requests and of imports as well.
+    except Exception as error:
         raise InputError(
-            f"{run_id}: neither a folder nor a trial's run that MLflow can give: {str(error).splitlines()[0]}"
+            f"{run_id}: neither a folder nor the run of a trial in MLflow: {reason(error, chosen)}"
         ) from None
     return into
 
@@ -104,6 +113,6 @@ def _print(spec: TrialSpec, before: TrialResult, after: TrialResult, comparison:
             f"  the 95% intervals of the step time {'overlap' if comparison.same_speed else 'are apart'}"
         )
     if comparison.loss_difference is not None:
-        stdout.print(f"  the losses differ by at most {comparison.loss_difference:.2g} of themselves")
+        stdout.print(f"  the relative difference of the losses is at most {comparison.loss_difference:.2g}")
     for name, (old, new) in comparison.versions.items():
         stdout.print(f"  {name}: {old}, now {new}", markup=False)

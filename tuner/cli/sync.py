@@ -1,4 +1,4 @@
-"""megatune sync: what MLflow missed of a sweep."""
+"""megatune sync: logs the trials of a sweep that MLflow lacks."""
 
 from typing import Annotated
 
@@ -12,10 +12,11 @@ def sync(
     results: ResultsFolder,
     uri: Annotated[
         str | None,
-        typer.Option("--uri", help="The MLflow tracking URI; else the one that the sweep would take."),
+        typer.Option("--uri", help="The MLflow tracking URI; by default that of the sweep."),
     ] = None,
 ) -> None:
-    """Log what MLflow misses of a sweep, running or finished; what it holds already stays as it is."""
+    """Log to MLflow the trials of a running or finished sweep that it lacks; it keeps those it holds as they are."""
+    from tuner.tracking.connection import open_runs
     from tuner.tracking.spool import Entry, Spool
     from tuner.tracking.uri import check_uri, default_uri, reason, without_password
 
@@ -23,21 +24,15 @@ def sync(
     chosen = uri or folder.sweep().tracking.uri or default_uri(folder.path)
     shown = without_password(chosen)
     check_uri(chosen)
-    spool, held = Spool(folder.path), 0
-
-    def count(entry: Entry) -> None:
-        nonlocal held
-        held += 1
+    spool, logged = Spool(folder.path), list[Entry]()
 
     try:
-        from tuner.tracking.runs import MlflowRuns  # late: it takes seconds
-
-        MlflowRuns.open(folder, chosen).catch_up(spool, count)
-    # A wrong URI or a server that is down raises SQLAlchemy's, requests' and import errors beside MLflow's.
+        open_runs(folder, chosen).catch_up(spool, logged.append)
+    # A wrong URI, or a server that is down, raises errors of SQLAlchemy, of requests and of imports as well.
     except Exception as error:
         raise InputError(
-            f"{held} of {len(spool.entries()[0])} trials of {folder.path} are known to be in MLflow at {shown}: "
-            f"{reason(error, chosen)}. Nothing is lost: run the same command again once that is mended, "
+            f"{len(logged)} of {len(spool.entries()[0])} trials of {folder.path} are known to be in MLflow at {shown}: "
+            f"{reason(error, chosen)}. Nothing is lost: run the same command again once MLflow answers, "
             "or name another MLflow with --uri"
         ) from None
-    stderr.print(f"all {held} trials of {folder.path} are in MLflow at {shown}", markup=False)
+    stderr.print(f"all {len(logged)} trials of {folder.path} are in MLflow at {shown}", markup=False)

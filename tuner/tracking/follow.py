@@ -1,8 +1,9 @@
 """The process that keeps MLflow in step with a running sweep: `python -m tuner.tracking.follow RESULTS`.
 
-A line on its input says that there is something new in the folder; the end of its input ends it at once, as the
-tuner's death does. On its output it answers in lines of JSON: the numbers of trials that MLflow newly is known to hold,
-and what keeps it from the rest. It ends by itself once MLflow holds the sweep's end, or refuses it (GAVE_UP).
+A line on its stdin says that there is something new in the folder. The end of its stdin, which also comes when the
+tuner dies, ends it at once. Each line of its stdout is JSON: the numbers of the trials that MLflow is now known to hold
+(`logged`), and what keeps the others out (`trouble`, null if nothing is said about it). The process ends by itself once
+MLflow holds the sweep's end, or has refused it (exit code GAVE_UP).
 """
 
 import json
@@ -16,23 +17,25 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TextIO
 
 from tuner.sweep.folder import SweepFolder
+from tuner.tracking.connection import open_runs
 from tuner.tracking.spool import Entry, Spool
-from tuner.tracking.spool import Status as Status
 from tuner.tracking.uri import reason, without_password
 
 if TYPE_CHECKING:
     from tuner.tracking.runs import MlflowRuns
 
 GAVE_UP = 3
-"""Exit code of the process where MLflow failed at the sweep's end."""
+"""The exit code of the process if MLflow fails after the sweep has ended."""
 
 FIRST_RETRY_S = 30.0
+"""How long MLflow is left alone after its first failure. Assumed."""
+
 LAST_RETRY_S = 600.0
-"""How long MLflow is left alone after it failed: doubled from the one to the other."""
+"""The longest that MLflow is left alone; the time doubles from FIRST_RETRY_S with each failure. Assumed."""
 
 
 class Follower:
-    """Logs what is new whenever it is asked to, whatever MLflow does."""
+    """Logs what is new each time it is asked to; an error of MLflow becomes an answer and never raises."""
 
     def __init__(self, results: Path, uri: str, answers: TextIO) -> None:
         self.spool = Spool(results)
@@ -41,27 +44,29 @@ class Follower:
         self._answered: set[tuple[int, str]] = set()
 
     def look(self) -> tuple[bool, str]:
-        """Log what is missing; returns whether MLflow holds the sweep's end, and what kept it from something."""
+        """Log what MLflow lacks.
+
+        Returns:
+            Whether MLflow holds the sweep's end, and what kept it from taking something; empty if nothing did.
+        """
         try:
             if self._runs is None:
-                # Late, since it takes seconds, in which the end of the input must be seen.
-                from tuner.tracking.runs import MlflowRuns
-
-                self._runs = MlflowRuns.open(SweepFolder(self.spool.results), self._uri)
-            ended, trouble = self._runs.catch_up(self.spool, self._logged), ""
-        # Whatever a store, a server or a full disk raises: the next look begins anew.
+                # Opened here and not before, since it takes seconds, in which the end of stdin must be seen.
+                self._runs = open_runs(SweepFolder(self.spool.results), self._uri)
+            has_ended, trouble = self._runs.catch_up(self.spool, self._logged), ""
+        # A store, a server or a full disk may raise anything. The next look opens MLflow again.
         except Exception as error:
-            self._runs, ended, trouble = None, False, reason(error, self._uri)
-            # Kept in mlflow.log, which the tuner has made this process's stderr.
+            self._runs, has_ended, trouble = None, False, reason(error, self._uri)
+            # The tuner has made mlflow.log this process's stderr.
             sys.stderr.write(traceback.format_exc().replace(self._uri, without_password(self._uri)))
         self._answer([], trouble)
-        return ended, trouble
+        return has_ended, trouble
 
     def _logged(self, entry: Entry) -> None:
-        known = (entry.row.number, entry.record)
-        if known not in self._answered:
-            self._answered.add(known)
-            self._answer([entry.row.number], None)
+        logged = (entry.trial.number, entry.record)
+        if logged not in self._answered:
+            self._answered.add(logged)
+            self._answer([entry.trial.number], None)
 
     def _answer(self, logged: list[int], trouble: str | None) -> None:
         self._answers.write(json.dumps({"logged": logged, "trouble": trouble}) + "\n")
@@ -69,14 +74,22 @@ class Follower:
 
 
 def _listen(news: "SimpleQueue[str]") -> None:
+    """Put each line of stdin into `news`, and end the process at the end of stdin."""
     for line in sys.stdin:
         news.put(line)
-    # The tuner is gone. What is half written now is replaced by whoever logs next.
+    # The tuner is gone. Whoever logs next replaces a run that is half written now.
     os._exit(1)
 
 
 def _await(news: "SimpleQueue[str]", spool: Spool, retry_s: float | None) -> None:
-    """Wait for news; after a failure for the time to try again, or for the sweep's end, whose owner waits."""
+    """Wait until there is something to log.
+
+    Args:
+        news: holds a line per piece of news.
+        spool: says whether the sweep has ended.
+        retry_s: after a failure the time until the next try, which only the sweep's end cuts short, since the tuner
+            waits then; None without a failure: the next news ends the wait.
+    """
     until_s = None if retry_s is None else time.monotonic() + retry_s
     while True:
         try:
@@ -90,20 +103,20 @@ def _await(news: "SimpleQueue[str]", spool: Spool, retry_s: float | None) -> Non
 
 
 def main() -> None:
-    """Follow the sweep in the folder named by the first argument until its end is in MLflow."""
-    os.nice(10)  # the trials that are measured meanwhile come first
+    """Follow the sweep in the folder that the first argument names, until MLflow holds its end."""
+    os.nice(10)  # the trials that are measured at the same time come first
     news: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_listen, args=(news,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what a library prints goes to stderr, so that stdout holds answers only
     follower = Follower(Path(sys.argv[1]), os.environ["MLFLOW_TRACKING_URI"], answers)
     retry_s = FIRST_RETRY_S
     while True:
-        is_last = follower.spool.end() is not None
-        ended, trouble = follower.look()
-        if ended:
+        is_last_look = follower.spool.end() is not None
+        has_ended, trouble = follower.look()
+        if has_ended:
             return
-        if is_last and trouble:
+        if is_last_look and trouble:
             sys.exit(GAVE_UP)
         _await(news, follower.spool, retry_s if trouble else None)
         retry_s = min(2 * retry_s, LAST_RETRY_S) if trouble else FIRST_RETRY_S

@@ -1,7 +1,6 @@
-"""What MLflow should hold of a sweep. The spool is the trial folders themselves, and a record of the sweep's end."""
+"""What MLflow should hold of a sweep: the trial folders themselves, and a record of the sweep's end."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -14,66 +13,77 @@ from tuner.trial.contract import TrialFolder
 from tuner.trial.finished import FinishedTrial, read_trial
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""MLflow's words for how a run ended."""
+"""How an MLflow run ended, in MLflow's words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepEnd:
-    """How the sweep ended; `mlflow.json` in its folder, absent while it runs."""
+    """How the sweep ended: the content of `mlflow.json` in its folder, which is absent while the sweep runs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     status: Status
     ended_ms: int
-    """Since the epoch."""
+    """The time of the end, in milliseconds since the epoch."""
     summary: str
-    """In Markdown."""
+    """The sweep's summary in Markdown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A finished trial, and by which record MLflow is known to hold it."""
+    """A finished trial, and the record by which MLflow holds it."""
 
-    row: FinishedTrial
+    trial: FinishedTrial
     folder: TrialFolder
     record: str
-    """A hash of the trial's result and source."""
+    """A hash of the trial's `source.json` and `result.json`; another result gives another record."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadEntry:
+    """An entry as it was read, and the version of its result file at that time."""
+
+    inode: int
+    modified_ns: int
+    entry: Entry
 
 
 class Spool:
-    """Reads what a sweep's folder holds; what has not changed since the last look is not read again."""
+    """Reads what a sweep's folder holds; a trial that has not changed since the last look is not read again."""
 
     def __init__(self, results: Path) -> None:
         self.results = results
-        self._seen: dict[Path, tuple[tuple[int, int], Entry]] = {}
+        self._read: dict[Path, _ReadEntry] = {}
 
     def entries(self) -> tuple[list[Entry], list[str]]:
-        """The finished trials by number, and what is wrong with those that cannot be read."""
+        """Return the finished trials by number, and one message per trial that cannot be read."""
         entries: list[Entry] = []
         problems: list[str] = []
         for path in sorted(self.results.glob("trials/t*")):
             try:
-                entries += self._entry(TrialFolder(path))
+                entry = self._entry(TrialFolder(path))
             except (InputError, OSError) as error:
                 problems.append(str(error))
-        return sorted(entries, key=lambda entry: entry.row.number), problems
+            else:
+                entries += [] if entry is None else [entry]
+        return sorted(entries, key=lambda entry: entry.trial.number), problems
 
-    def _entry(self, folder: TrialFolder) -> Iterator[Entry]:
+    def _entry(self, folder: TrialFolder) -> Entry | None:
+        """The entry of a trial's folder; None if the trial has not finished."""
         try:
             state = folder.result.stat()
         except FileNotFoundError:
-            return
-        version = (state.st_ino, state.st_mtime_ns)
-        seen = self._seen.get(folder.path)
-        if seen is None or seen[0] != version:
+            return None
+        read = self._read.get(folder.path)
+        if read is None or (read.inode, read.modified_ns) != (state.st_ino, state.st_mtime_ns):
             contents = [path.read_bytes() for path in (folder.source, folder.result) if path.exists()]
             record = hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
-            seen = version, Entry(row=read_trial(folder), folder=folder, record=record)
-            self._seen[folder.path] = seen
-        yield seen[1]
+            entry = Entry(trial=read_trial(folder), folder=folder, record=record)
+            read = self._read[folder.path] = _ReadEntry(state.st_ino, state.st_mtime_ns, entry)
+        return read.entry
 
     def end(self) -> SweepEnd | None:
-        """How the sweep ended; None while it runs, or where it was killed.
+        """Return how the sweep ended; None while it runs, or if it was killed.
 
         Raises:
             InputError: if the record cannot be read.
@@ -82,13 +92,17 @@ class Spool:
         return read_json(SweepEnd, path) if path.exists() else None
 
 
-def begin(results: Path) -> None:
-    """Note that the sweep runs (again)."""
+def note_start(results: Path) -> None:
+    """Note in a sweep's folder that the sweep runs, for the first time or again."""
     _end_path(results).unlink(missing_ok=True)
 
 
-def end(results: Path, end: SweepEnd) -> None:
-    """Note how the sweep ended; raises OSError where the disk takes nothing more."""
+def note_end(results: Path, end: SweepEnd) -> None:
+    """Note in a sweep's folder how the sweep ended.
+
+    Raises:
+        OSError: if the file cannot be written, as on a full disk.
+    """
     write_json(_end_path(results), end)
 
 

@@ -11,20 +11,8 @@ from hypothesis import strategies as st
 
 from tests.trials import CLUSTER, completed_row, failed_row, spec_of
 from tuner.core.layout import Layout
-from tuner.tracking.names import (
-    BEST_METRICS,
-    MAX_TEXT,
-    METRICS,
-    PARAMETERS,
-    RUN_TAGS,
-    SWEEP_TAGS,
-    TRIAL_TAGS,
-    clip,
-    config_hash,
-    trial_metrics,
-    trial_parameters,
-    trial_tags,
-)
+from tuner.tracking.names import BEST_METRICS, METRICS, PARAMETERS, RUN_TAGS, SWEEP_TAGS, TRIAL_TAGS
+from tuner.tracking.values import MAX_TEXT, clip, config_hash, trial_metrics, trial_parameters, trial_tags
 from tuner.trial.contract import Outcome, Telemetry, TrialFolder
 from tuner.trial.finished import FinishedTrial
 

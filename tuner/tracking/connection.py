@@ -1,0 +1,44 @@
+"""Connects to MLflow: the one place that imports it, after it has set the variables that MLflow reads on import."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tuner.sweep.folder import SweepFolder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from tuner.tracking.runs import MlflowRuns
+
+MLFLOW_ENVIRONMENT: Mapping[str, str] = {
+    # The tuner reports nothing to anybody, and clusters are often cut off from the internet.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow's own limits add up to many minutes per call, and a request that it repeats may create a run twice.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+"""Defaults of this process for MLflow; a variable that the user has set keeps its value. Assumed: the timeout, 10 s."""
+
+
+def connect(uri: str) -> "MlflowClient":
+    """Return a client of the MLflow at a tracking URI; the first call imports MLflow, which takes seconds."""
+    for name, value in MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Errors are raised; migrations, retries and tracebacks in the log would only fill the terminal.
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def open_runs(folder: SweepFolder, uri: str) -> "MlflowRuns":
+    """Open the MLflow runs of a sweep, see `MlflowRuns.open`; raises what it raises."""
+    client = connect(uri)
+    from tuner.tracking.runs import MlflowRuns
+
+    return MlflowRuns.open(client, folder, uri)
