@@ -34,9 +34,9 @@ def test_the_standing_tells_how_sure_the_best_is_where_that_is_known() -> None:
 
 
 def test_in_a_stage_the_standing_claims_no_more_than_of_that_stage() -> None:
-    told = standing(progress(replace(KNOWN, of="the first stage"), stage=1))
+    told = standing(progress(replace(KNOWN, searched="the grid"), stage=1))
     assert told.startswith("3/10 trials | stage 1 of 2 |")
-    assert "| 96% sure to be within 5% of the best of the first stage |" in told
+    assert "| 96% sure to be within 5% of the best of the grid |" in told
     assert "stage" not in standing(progress(KNOWN))
 
 
