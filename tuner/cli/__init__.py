@@ -1,4 +1,4 @@
-"""The commands: data on stdout, everything else on stderr, and exit codes that mean something."""
+"""The commands: they print data on stdout and everything else on stderr; the one room that imports launchers."""
 
 from tuner.cli.app import main
 

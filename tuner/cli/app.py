@@ -1,4 +1,4 @@
-"""The application: its commands, and how errors become one message and an exit code."""
+"""The application: it lists the commands, and turns every error into one message and an exit code."""
 
 import sys
 import traceback
@@ -29,8 +29,8 @@ from tuner.errors import MegatuneError
 
 DESCRIPTION = """Find the fastest way to lay a Megatron training job over a cluster, by running it.
 
-Exit codes: 0 a best layout was measured (or the command did its work), 1 our own error, 2 bad input, \
-3 nothing feasible ran, 4 stopped by the circuit breaker, 130 interrupted with everything kept.
+Exit codes: 0 a best layout was measured (or the command did its work), 1 an error of megatune itself, 2 bad input, \
+3 nothing feasible ran, 4 stopped after repeated failures of the machine, 130 interrupted with everything kept.
 """
 
 # The base class of the errors of a command line, ClickException. Newer typers carry their own copy of click, and typer

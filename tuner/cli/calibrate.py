@@ -1,4 +1,4 @@
-"""megatune calibrate: what this machine does, measured."""
+"""megatune calibrate: measures how fast this machine computes, copies and communicates."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.workload import Precision
 from tuner.errors import InputError
 from tuner.files import read_yaml_data, to_data
-from tuner.predict.calibration import Calibration, Collective, Times
+from tuner.predict.calibration import Calibration, Collective, TimeTable
 from tuner.sweep.configuration import load_sweep
 
 
@@ -22,13 +22,15 @@ def calibrate(
         str,
         typer.Argument(
             metavar="[CLUSTER|SWEEP.yaml]",
-            help="Whose ranks to measure with: a cluster's name or file, or a sweep file; it must be this machine.",
+            help="The cluster whose ranks are measured: its name, its file, or a sweep file. It must be this machine.",
         ),
     ] = "detect",
-    force: Annotated[bool, typer.Option("--force", help="Measure again what is cached.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again, even if a calibration is cached.")
+    ] = False,
     json: AsJson = False,
 ) -> int:
-    """Measure products, memory and collectives on this machine, once: the predictions then use them."""
+    """Measure matrix products, memory and collectives on this machine once; predictions then use the figures."""
     from launchers.machine.calibrate import cache_path, load_calibration, plan_for
     from launchers.machine.calibrate import calibrate as measure
     from launchers.machine.detect import check_machine
@@ -38,33 +40,32 @@ def calibrate(
     check_machine(cluster)
     path = cache_path(plan.machine)
     try:
-        found = None if force else load_calibration(cluster)
+        cached = None if force else load_calibration(cluster)
     except InputError as error:
         stderr.print(f"measuring again: {error}", markup=False)
-        found = None
-    if found is None:
+        cached = None
+    if cached is None:
         stderr.print(
             f"measuring {plan.machine.world_size} ranks at once on {plan.machine.name}: "
-            "a minute or two, in which nothing else should run here",
+            "it takes a minute or two, in which nothing else should run here",
             markup=False,
         )
         with stop_on_signals("ending the calibration; nothing is kept") as stop:
             calibration = measure(plan, stop)
     else:
-        calibration = found
+        calibration = cached
     if json:
-        told = {"path": str(path), "cached": found is not None, "calibration": to_data(calibration)}
-        print_json(told)
+        print_json({"path": str(path), "cached": cached is not None, "calibration": to_data(calibration)})
         return 0
     for table in _tables(calibration, cluster):
         stdout.print(table)
-    origin = f"measured {calibration.measured_at}" + (", not again" if found else "")
+    origin = f"measured {calibration.measured_at}" + (", not again" if cached else "")
     stdout.print(f"{origin}; kept in {path}", markup=False, soft_wrap=True)
     return 0
 
 
 def _cluster(name: str) -> Cluster:
-    """The cluster that a user means by its name or file, or by the sweep on it."""
+    """The cluster that the user names: by its name or file, or by a sweep file that runs on it."""
     if name == "detect":
         return detect()
     if Path(name).suffix in {".yaml", ".yml"}:
@@ -80,7 +81,7 @@ def _tables(calibration: Calibration, cluster: Cluster) -> list[Table]:
 
 
 def _products(calibration: Calibration, cluster: Cluster) -> Table:
-    """Rates of the measured products with three equal sizes, and the cluster's peaks."""
+    """The rates of the measured products of square matrices, and the peaks that the cluster states, per precision."""
     table = Table("TFLOP/s of n x n x n", *calibration.gemm, box=None)
     times = next(iter(calibration.gemm.values()))
     for size in times.sizes[0]:
@@ -92,10 +93,12 @@ def _products(calibration: Calibration, cluster: Cluster) -> Table:
 
 
 def _tflops(calibration: Calibration, size: int, precision: Precision) -> float:
+    """The measured rate of a product of two square matrices with `size` rows each."""
     return 2 * size**3 / float(calibration.gemm_ms(size, size, size, precision)) * 1e-9
 
 
 def _operations(calibration: Calibration, cluster: Cluster) -> Table:
+    """The time and the bandwidth of elementwise copies by their size, and the time that the host needs per launch."""
     table = Table("elementwise, read and written", "us", "GB/s", box=None)
     for size in calibration.copy.sizes[0]:
         time_ms = float(calibration.copy_ms(size))
@@ -108,7 +111,7 @@ def _operations(calibration: Calibration, cluster: Cluster) -> Table:
 
 
 def _collectives(calibration: Calibration, cluster: Cluster) -> Table:
-    """Latency and bus bandwidth of each kind and group size, of neighbours and of ranks far apart."""
+    """Latency and bus bandwidth of each collective and group size, between neighbours and between ranks far apart."""
     smallest, largest = (next(iter(calibration.collectives.values())).sizes[1][end] for end in (0, -1))
     table = Table("collective", "ranks", box=None)
     for place in ("neighbours", "far apart"):
@@ -116,16 +119,15 @@ def _collectives(calibration: Calibration, cluster: Cluster) -> Table:
         table.add_column(f"{_size(largest)} bus GB/s", justify="right")
     for kind, times in calibration.collectives.items():
         for ranks in times.sizes[0]:
-            both = (times, calibration.strided_collectives[kind])
-            cells = [cell for each in both for cell in _cells(each, kind, ranks)]
-            table.add_row(kind, str(ranks), *cells)
+            far_apart = calibration.strided_collectives[kind]
+            table.add_row(kind, str(ranks), *_cells(times, kind, ranks), *_cells(far_apart, kind, ranks))
     latency, bandwidth = f"{cluster.nvlink_latency_us:g}", f"{cluster.nvlink_bandwidth_gb_per_s:g}"
     stated = (f"[dim]{latency}", f"[dim]{bandwidth}") * 2
     table.add_row(f"[dim]a hop and a link, as {cluster.name} states", "", *stated)
     return table
 
 
-def _cells(times: Times, kind: Collective, ranks: int) -> tuple[str, str]:
+def _cells(times: TimeTable, kind: Collective, ranks: int) -> tuple[str, str]:
     """The time of the smallest message in us, and the bus bandwidth of the largest in GB/s."""
     smallest, largest = times.sizes[1][0], times.sizes[1][-1]
     moved = largest * _bus_share(kind, ranks)
@@ -133,20 +135,21 @@ def _cells(times: Times, kind: Collective, ranks: int) -> tuple[str, str]:
 
 
 def _bus_share(kind: Collective, ranks: int) -> float:
-    """The share of a buffer that crosses a rank's link. Source: NVIDIA nccl-tests, doc/PERFORMANCE.md."""
+    """The bytes that cross a rank's link per byte of the buffer. Published: NVIDIA nccl-tests, doc/PERFORMANCE.md."""
     if kind == "send":
         return 1.0
     return (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks
 
 
 def _us(time_ms: float) -> str:
-    """A time in us with three digits or more."""
+    """A time as text in microseconds, with at least three digits."""
     time_us = time_ms * 1000
     return f"{time_us:,.0f}" if time_us >= 100 else f"{time_us:.3g}"
 
 
 def _size(size_bytes: int) -> str:
-    for factor, unit in ((1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB")):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:g} {unit}"
+    """A size as text in the largest unit that it fills."""
+    for unit_bytes, unit in ((1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB")):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:g} {unit}"
     return f"{size_bytes} B"

@@ -1,4 +1,4 @@
-"""megatune doctor: whether this machine can run trials."""
+"""megatune doctor: checks whether this machine can run trials."""
 
 import platform
 import shutil
@@ -16,22 +16,24 @@ from tuner.cli.common import AsJson, ResultsRoot, detect, print_json, stdout
 from tuner.errors import InputError
 
 Status = Literal["ok", "missing", "failed"]
+"""`missing` is no fault: something optional is not there."""
+
 MIN_FREE_GIB = 5.0
-"""Below this a night's logs and databases may fill the disk."""
+"""The least free space on the disk: below it the logs and databases of a night may fill the disk. Assumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     status: Status
-    """missing is no fault: something optional is not there."""
     told: str
+    """What was found, or what is wrong."""
 
 
 def doctor(results: ResultsRoot = Path("results"), json: AsJson = False) -> int:
-    """Look at everything a trial needs on this machine. Exit code 0 if trials can run, 2 if not."""
+    """Check everything that a trial needs on this machine. Exit code 0 if trials can run, 2 if not."""
     checks = [
         Check("python", "ok", platform.python_version()),
         *(_package(name, optional=False) for name in ("torch", "megatron-core", "optuna", "mlflow")),
@@ -53,14 +55,16 @@ def doctor(results: ResultsRoot = Path("results"), json: AsJson = False) -> int:
     return 2 if any(check.status == "failed" for check in checks) else 0
 
 
-def _try(name: str, look: Callable[[], str]) -> Check:
+def _try(name: str, check: Callable[[], str]) -> Check:
+    """Run a check that returns what it found, or raises; any error is reported, and the other checks still run."""
     try:
-        return Check(name, "ok", look())
-    except Exception as error:  # whatever it is, the doctor tells it and looks on
+        return Check(name, "ok", check())
+    except Exception as error:
         return Check(name, "failed", f"{type(error).__name__}: {error}")
 
 
 def _package(name: str, optional: bool) -> Check:
+    """Whether a package is installed, and its version."""
     try:
         return Check(name, "ok", version(name))
     except PackageNotFoundError:
@@ -71,7 +75,7 @@ def _package(name: str, optional: bool) -> Check:
 
 def _import_megatron() -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is missing beside it is told above
+        warnings.simplefilter("ignore")  # the checks of the packages report what is missing
         from launchers.programs.megatron_core import train
 
     return f"the program {train.__package__} loads"
@@ -89,13 +93,13 @@ def _calibration() -> Check:
     from launchers.machine.calibrate import load_calibration
 
     try:
-        found = load_calibration(detect())
+        calibration = load_calibration(detect())
     except InputError as error:
         return Check("calibration", "failed", str(error))
-    if found is None:
-        told = "predictions go by the cluster's stated figures; `megatune calibrate` measures this machine"
+    if calibration is None:
+        told = "predictions use the cluster's stated figures; `megatune calibrate` measures this machine"
         return Check("calibration", "missing", told)
-    return Check("calibration", "ok", f"{found.machine.name}, measured {found.measured_at}")
+    return Check("calibration", "ok", f"{calibration.machine.name}, measured {calibration.measured_at}")
 
 
 def _gloo() -> str:
@@ -112,6 +116,6 @@ def _writable(results: Path) -> str:
     free_gib = shutil.disk_usage(existing).free / 1024**3
     if free_gib < MIN_FREE_GIB:
         raise InputError(
-            f"only {free_gib:.1f} GiB free in {existing}; a night's sweep wants {MIN_FREE_GIB:.0f}"
+            f"only {free_gib:.1f} GiB free in {existing}; the sweep of a night needs {MIN_FREE_GIB:.0f}"
         )
     return f"{results.absolute()}: writable, {free_gib:.0f} GiB free"

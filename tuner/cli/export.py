@@ -1,4 +1,4 @@
-"""megatune export: a measured layout as the override for the user's own recipe."""
+"""megatune export: prints a measured layout as an override for the user's own recipe."""
 
 import sys
 from pathlib import Path
@@ -21,12 +21,14 @@ def export(
     results: ResultsFolder,
     format: Annotated[
         Format | None,
-        typer.Option("--format", help="What the override is for; by default what was measured."),
+        typer.Option("--format", help="What the override is for; by default the program that was measured."),
     ] = None,
-    trial: Annotated[int | None, typer.Option("--trial", help="Export this trial, not the best one.")] = None,
+    trial: Annotated[
+        int | None, typer.Option("--trial", help="Export this trial instead of the best one.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file.")] = None,
 ) -> None:
-    """Print the override that selects the best measured layout, with its evidence on top."""
+    """Print the override that selects the best measured layout, below the evidence for it."""
     folder = results_folder(results)
     text = override(folder, read_trials(folder.path), format, trial)
     if output is None:
@@ -42,11 +44,17 @@ def export(
 def override(
     folder: SweepFolder, rows: list[FinishedTrial], format: Format | None = None, number: int | None = None
 ) -> str:
-    """The override that selects a trial's layout, the best one's by default.
+    """Return the text of the override that selects the layout of a trial.
+
+    Args:
+        folder: the sweep's folder.
+        rows: the sweep's trials.
+        format: what the override is for; None takes the format of the sweep's program.
+        number: the trial's number; None takes the best trial.
 
     Raises:
-        InputError: if that trial did not complete.
-        NothingFeasibleError: if none did.
+        InputError: if the trial with this number did not complete.
+        NothingFeasibleError: if no trial completed.
     """
     facts = figures(rows, number)
     if facts is None:
@@ -64,6 +72,6 @@ def override(
 
 
 def _command(plan: Path) -> str:
-    """How a launcher's plan says that its trial is run again; empty where it does not."""
+    """The shell command that runs a trial again, from its plan; empty if the plan states none."""
     data = read_json_data(plan)
     return str(data.get("command", "")) if isinstance(data, dict) else ""

@@ -1,4 +1,4 @@
-"""megatune init: a sweep file to start from: a commented one, or the one of a recipe."""
+"""megatune init: writes a sweep file to start from, with comments, or that of a recipe."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +23,7 @@ def init(
     gpus: Gpus = None,
     cluster: OnCluster = "detect",
 ) -> None:
-    """Write a sweep file that says in its comments what every key means; it runs as it is."""
+    """Write a sweep file whose comments say what every key means; it runs as it is."""
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; name another file, or write over it with --force")
     if recipe is None:
@@ -41,14 +41,20 @@ def init(
 
 
 def recipe_name(recipe: str, gpus: int | None) -> str:
-    """The name of the sweep of a recipe: of its results folder, too."""
+    """Return the name of the sweep of a recipe, which is also the name of its results folder."""
     file, _, function = recipe.partition(":")
     parts = (Path(file).stem, function, f"{gpus}gpu" if gpus else "")
     return "-".join(part for part in parts if part)
 
 
 def recipe_sweep(recipe: str, gpus: int | None, cluster: str) -> str:
-    """The sweep file of a recipe: its name, FILE.py, or FILE.py:FUNCTION, on so many GPUs of a cluster."""
+    """Return the text of the sweep file of a recipe.
+
+    Args:
+        recipe: the recipe's name, FILE.py, or FILE.py:FUNCTION.
+        gpus: how many GPUs to use; None uses all of the cluster.
+        cluster: the cluster's name or file; `detect` is this machine.
+    """
     name, _, function = recipe.partition(":")
     program = {"recipe": str(Path(name).absolute()) if name.endswith(".py") else name}
     if function:
@@ -61,6 +67,6 @@ def recipe_sweep(recipe: str, gpus: int | None, cluster: str) -> str:
         choice |= {"nodes": whole.nodes, "gpus_per_node": whole.gpus_per_node}
     data = {"name": recipe_name(recipe, gpus), "cluster": choice, "program": program}
     return (
-        "# What is trained, and the layout to beat, are the recipe's own. `megatune init` without --recipe writes a\n"
-        "# file that says what every other key means.\n" + yaml.safe_dump(data, sort_keys=False)
+        "# The recipe says what is trained, and which layout is to be beaten. `megatune init` without --recipe writes\n"
+        "# a file that says what every other key means.\n" + yaml.safe_dump(data, sort_keys=False)
     )

@@ -1,7 +1,8 @@
-"""megatune probe: what one rank of a layout allocates, without its cluster."""
+"""megatune probe: measures what one rank of a layout allocates, without the cluster."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -30,17 +31,21 @@ if TYPE_CHECKING:
     from tuner.predict.memory.peak import StageMemory
 
 EVERY_STAGE = "stages"
+"""The value of `--rank` that probes the first rank of each pipeline stage."""
 
 
-class Probed(NamedTuple):
-    """A rank's record, and what is predicted for its pipeline stage with the layers that it ran."""
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A rank that was probed."""
 
     record: RankRecord
+    """What the rank measured."""
     stage: "StageMemory"
+    """The memory predicted for the rank's pipeline stage, with the implementation of the layers that the rank ran."""
 
     @property
     def difference(self) -> float | None:
-        """Relative error of the prediction; None where the rank failed."""
+        """The relative error of the prediction; None if the rank failed."""
         peak = self.record.peak_allocated_gib
         return None if peak is None else self.stage.total_gib / peak - 1
 
@@ -52,16 +57,16 @@ def probe(
         str | None,
         typer.Option(
             "--rank",
-            help=f"Which rank; '{EVERY_STAGE}' takes the first of each pipeline stage. Without it the rank that is "
-            "predicted to need most.",
+            help=f"The rank to probe; '{EVERY_STAGE}' takes the first one of each pipeline stage. By default it is the "
+            "rank that is predicted to need the most memory.",
         ),
     ] = None,
     json: AsJson = False,
 ) -> int:
-    """Run one rank of a layout for two steps without the others, and hold the predicted peak memory against it.
+    """Run one rank of a layout for two steps without the other ranks, and compare its peak memory with the prediction.
 
-    Needs no cluster: without a GPU no tensor has any memory, and each is accounted. Routing is balanced. Exit code 3
-    if a real GPU runs out of memory.
+    No cluster is needed. Without a GPU the tensors have no memory, and their sizes are added up. Tokens are routed
+    evenly. Exit code 3 if a real GPU runs out of memory.
     """
     from launchers.machine.probe import probe as start
 
@@ -70,21 +75,21 @@ def probe(
     from tuner.sweep.loop import trial_spec
 
     spec = trial_spec(sweep, 0, 1, layout)
-    found = []
+    ranks = []
     for number in _ranks(sweep, layout, rank):
         stderr.print(f"probing rank {number} of {sweep.cluster.world_size}", markup=False)
-        found.append(_with_prediction(sweep, layout, start(spec, number)))
+        ranks.append(_with_prediction(sweep, layout, start(spec, number)))
     if json:
-        print_json({"layout": layout.label(), "ranks": [_data(probed) for probed in found]})
+        print_json({"layout": layout.label(), "ranks": [_data(probed) for probed in ranks]})
     else:
         stdout.print(f"[bold]{layout.label()}[/]", soft_wrap=True)
-        stdout.print(_how(sweep, found), soft_wrap=True)
-        stdout.print(_table(found))
-    return 3 if any(probed.record.failure for probed in found) else 0
+        stdout.print(_method(sweep, ranks), soft_wrap=True)
+        stdout.print(_table(ranks))
+    return 3 if any(probed.record.failure for probed in ranks) else 0
 
 
 def _ranks(sweep: Sweep, layout: Layout, wanted: str | None) -> list[int]:
-    """The ranks to probe.
+    """Return the ranks that `--rank` means.
 
     Raises:
         InputError: if there is no such rank.
@@ -92,19 +97,19 @@ def _ranks(sweep: Sweep, layout: Layout, wanted: str | None) -> list[int]:
     from tuner.predict.memory.peak import breakdown
 
     world_size = sweep.cluster.world_size
-    each = world_size // layout.pp
+    ranks_per_stage = world_size // layout.pp
     if wanted == EVERY_STAGE:
-        return [stage * each for stage in range(layout.pp)]
+        return [stage * ranks_per_stage for stage in range(layout.pp)]
     if wanted is None:
         stages = breakdown(layout, sweep.workload, sweep.cluster, implementation_of(sweep.cluster))
-        return [max(stages, key=lambda stage: stage.total_gib).rank * each]
+        return [max(stages, key=lambda stage: stage.total_gib).rank * ranks_per_stage]
     if not wanted.isdecimal() or int(wanted) >= world_size:
         raise InputError(f"--rank {wanted}: there are ranks 0 to {world_size - 1}, or '{EVERY_STAGE}'")
     return [int(wanted)]
 
 
 def _with_prediction(sweep: Sweep, layout: Layout, record: RankRecord) -> Probed:
-    """A rank's record beside the prediction for its stage.
+    """Join a rank's record with the prediction for its pipeline stage.
 
     Raises:
         InputError: if Megatron, or this machine, refuses the layout.
@@ -122,37 +127,38 @@ def _with_prediction(sweep: Sweep, layout: Layout, record: RankRecord) -> Probed
     return Probed(record, stages[record.rank // (sweep.cluster.world_size // layout.pp)])
 
 
-def _how(sweep: Sweep, found: Sequence[Probed]) -> str:
-    if any(probed.record.peak_reserved_gib is not None for probed in found):
-        return "on this machine's GPU, its allocator's peak; routing balanced"
+def _method(sweep: Sweep, ranks: Sequence[Probed]) -> str:
+    """Say how the ranks were measured."""
+    if any(probed.record.peak_reserved_gib is not None for probed in ranks):
+        return "measured as the peak of the allocator on this machine's GPU; tokens routed evenly"
     if sweep.cluster.device == "cpu":
-        return "tensors without memory, each accounted; routing balanced"
+        return "measured by adding up the sizes of tensors without memory; tokens routed evenly"
     return (
-        "no GPU here: plain Torch's layers in the place of Transformer Engine's, for the measurement and for the "
-        "prediction; tensors without memory, each accounted; routing balanced"
+        "measured by adding up the sizes of tensors without memory, since there is no GPU here; measured and predicted "
+        "with plain Torch's layers in the place of Transformer Engine's; tokens routed evenly"
     )
 
 
-def _table(found: Sequence[Probed]) -> Table:
-    """Measured and predicted peaks in GiB, and what the predicted one is made of, a column a rank."""
+def _table(ranks: Sequence[Probed]) -> Table:
+    """The measured and predicted peaks in GiB and the parts of the predicted peak, with one column per rank."""
     from tuner.predict.memory.peak import PARTS
 
     table = Table(box=None, pad_edge=False)
     table.add_column("GiB")
-    for probed in found:
+    for probed in ranks:
         table.add_column(f"rank {probed.record.rank}", justify="right")
-    digits = 3 if max(probed.stage.total_gib for probed in found) >= 1 else 5
-    table.add_row("pipeline stage", *(str(probed.stage.rank) for probed in found))
-    table.add_row("[bold]measured peak[/]", *(_measured(probed, digits) for probed in found))
-    table.add_row("[bold]predicted peak[/]", *(f"{probed.stage.total_gib:.{digits}f}" for probed in found))
+    digits = 3 if max(probed.stage.total_gib for probed in ranks) >= 1 else 5
+    table.add_row("pipeline stage", *(str(probed.stage.rank) for probed in ranks))
+    table.add_row("[bold]measured peak[/]", *(_measured(probed, digits) for probed in ranks))
+    table.add_row("[bold]predicted peak[/]", *(f"{probed.stage.total_gib:.{digits}f}" for probed in ranks))
     table.add_row(
         "difference",
-        *("" if p.difference is None else f"{p.difference:+.1%}" for p in found),
+        *("" if p.difference is None else f"{p.difference:+.1%}" for p in ranks),
         end_section=True,
     )
-    table.add_row("predicted at", *(probed.stage.moment for probed in found))
+    table.add_row("predicted at", *(probed.stage.moment for probed in ranks))
     for part in PARTS:
-        amounts = [getattr(probed.stage, part) for probed in found]
+        amounts = [getattr(probed.stage, part) for probed in ranks]
         if any(amounts):
             table.add_row(
                 f"  {part.removesuffix('_gib').replace('_', ' ')}", *(f"{a:.{digits}f}" for a in amounts)

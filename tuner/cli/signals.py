@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, not as an exception somewhere."""
+"""Ctrl-C and SIGTERM set an event that asks to stop, instead of raising an exception at any place."""
 
 import signal
 import threading
@@ -13,7 +13,13 @@ from tuner.cli.common import stderr
 def stop_on_signals(
     told: str = "ending the running trial; everything measured is kept",
 ) -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set; more of them change nothing, since ending a trial takes seconds."""
+    """Give an event that SIGINT and SIGTERM set, and restore the previous handlers at the end.
+
+    A second signal changes nothing, since the end of a trial takes seconds.
+
+    Args:
+        told: what happens now, for the message on stderr.
+    """
     stop = threading.Event()
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""megatune trial: run one layout."""
+"""megatune trial: runs one layout."""
 
 import shlex
 from pathlib import Path
@@ -27,7 +27,7 @@ from tuner.trial.contract import Outcome, TrialFolder
 from tuner.trial.finished import FinishedTrial, TrialSource
 
 EXIT_CODES = {Outcome.COMPLETED: 0, Outcome.INTERRUPTED: 130}
-"""Every other outcome is 3: nothing feasible ran."""
+"""The exit codes of outcomes; every other outcome gives 3, as nothing feasible ran."""
 
 
 def trial(
@@ -35,27 +35,29 @@ def trial(
     knobs: Knobs,
     folder: Annotated[
         Path | None,
-        typer.Option("--folder", help="Where its files go; results/<sweep>/manual/<layout> if not given."),
+        typer.Option(
+            "--folder", help="Where to write its files; by default results/<sweep>/manual/<layout>."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command; start nothing.")] = False,
     json: AsJson = False,
 ) -> int:
-    """Run one layout as one trial, outside the sweep. Exit code 0 if it was measured, 3 if not."""
+    """Run one layout as one trial outside the sweep. Exit code 0 if it was measured, 3 if not."""
     from launchers.local.torchrun import TorchrunLauncher
     from launchers.machine.detect import check_machine
     from tuner.sweep.loop import trial_spec
 
     sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))
-    path = folder or Path("results") / sweep.name / "manual" / layout.label().replace(" ", "_").replace(
-        ":", "-"
-    )
+    name = layout.label().replace(" ", "_").replace(":", "-")
+    path = folder or Path("results") / sweep.name / "manual" / name
     target, launcher = TrialFolder(path), TorchrunLauncher()
     plan = launcher.plan(trial_spec(sweep, 0, 1, layout), target)
     if dry_run:
-        print_json(plan.to_data()) if json else stdout.print(
-            plan.shell_command(), markup=False, soft_wrap=True
-        )
+        if json:
+            print_json(plan.to_data())
+        else:
+            stdout.print(plan.shell_command(), markup=False, soft_wrap=True)
         return 0
     check_machine(sweep.cluster)
     try:
@@ -63,7 +65,7 @@ def trial(
         write_json(target.source, TrialSource(source="manual"))
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written: {error.strerror or error}; name another with --folder"
+            f"{path}: cannot be written: {error.strerror or error}; name another folder with --folder"
         ) from None
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
     with stop_on_signals() as stop, observer:
@@ -72,7 +74,7 @@ def trial(
     if json:
         print_json(to_data(result))
     else:
-        row = FinishedTrial(
+        finished = FinishedTrial(
             number=0,
             source="manual",
             note="",
@@ -80,6 +82,6 @@ def trial(
             precision=sweep.workload.precision,
             result=result,
         )
-        stdout.print(outcome_line(row, 0), markup=False, soft_wrap=True)
+        stdout.print(outcome_line(finished, 0), markup=False, soft_wrap=True)
         stdout.print(f"files: {shlex.quote(str(path))}", markup=False, soft_wrap=True)
     return EXIT_CODES.get(result.outcome, 3)
