@@ -12,7 +12,7 @@ from launchers.engine import Engine, OnHeartbeat, Start
 from launchers.processes import ColdJob
 from tuner.errors import InputError
 from tuner.files import to_data
-from tuner.frameworks.megatron_bridge.recipe_file import recorded
+from tuner.frameworks.megatron_bridge.recipe_file import with_file_text
 from tuner.trial.contract import TrialFolder, TrialResult, TrialSpec
 from tuner.trial.launcher import LaunchPlan
 from tuner.trial.program import BridgeRecipe
@@ -41,7 +41,7 @@ class TorchrunLauncher:
             )
         folder = TrialFolder(folder.path.absolute())
         if isinstance(spec.program, BridgeRecipe):
-            spec = replace(spec, program=recorded(spec.program))
+            spec = replace(spec, program=with_file_text(spec.program))
         return LaunchPlan(
             folder=folder.path,
             world_size=cluster.world_size,

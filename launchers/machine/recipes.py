@@ -16,14 +16,14 @@ from typing import Any
 from launchers.processes import python_path
 from tuner.errors import InputError
 from tuner.files import parse, read_json_lines, to_data, write_text
-from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request, lacking_here
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest, missing_on_this_machine
 from tuner.trial.program import BridgeRecipe
 
 _TIMEOUT_S = 900.0
 """All of Bridge takes under a minute on two cores; a network that does not answer takes longer."""
 
 
-def read_recipes(request: Request) -> tuple[RecipeFacts, ...]:
+def read_recipes(request: RecipeRequest) -> tuple[RecipeFacts, ...]:
     """What Bridge says of the recipes of a request; from the user's cache where nothing has changed since.
 
     What could not be said for what this machine lacks, the network for one, is asked again the next time.
@@ -36,7 +36,7 @@ def read_recipes(request: Request) -> tuple[RecipeFacts, ...]:
         return _facts(lines)
     lines = _asked(request)
     found = _facts(lines)
-    if not any(map(lacking_here, found)):
+    if not any(map(missing_on_this_machine, found)):
         with suppress(OSError):  # a home that cannot be written costs time, no more
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_text(cached, "".join(json.dumps(line) + "\n" for line in lines))
@@ -54,7 +54,7 @@ def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFa
         InputError: as `read_recipes`; or if Bridge cannot build the recipe, or refuses it, in its own words.
     """
     is_file = program.recipe.endswith(".py")
-    request = Request(
+    request = RecipeRequest(
         names=() if is_file else (program.recipe,),
         paths=(program.recipe,) if is_file else (),
         function=program.function,
@@ -75,7 +75,7 @@ def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFa
     return facts
 
 
-def _asked(request: Request) -> list[Any]:
+def _asked(request: RecipeRequest) -> list[Any]:
     is_installed = find_spec("megatron") is not None and find_spec("megatron.bridge") is not None
     if not is_installed and not any("megatron/bridge" in path for path in request.paths):
         raise InputError(
@@ -106,7 +106,7 @@ def _asked(request: Request) -> list[Any]:
     return lines
 
 
-def _cache_file(request: Request) -> Path:
+def _cache_file(request: RecipeRequest) -> Path:
     """By what was asked, the version of Bridge and of the reader, and the state of the files with recipes."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     files = [file for path in request.paths for file in _files(Path(path))]
@@ -131,11 +131,11 @@ def _files(path: Path) -> Iterable[Path]:
 
 def _readers() -> Iterable[Path]:
     """The files that decide what is read of a recipe."""
-    from tuner.frameworks.megatron_bridge import recipe as reader
+    from tuner.frameworks import megatron_bridge
 
     return (
         Path(__file__).parents[1] / "programs" / "read_recipes.py",
-        Path(reader.__file__),
+        *sorted(Path(megatron_bridge.__file__).parent.glob("*.py")),
     )
 
 

@@ -1,7 +1,7 @@
 """Read recipes of Megatron Bridge where it is installed: `python -m launchers.programs.read_recipes REQUEST OUT`.
 
-REQUEST is a JSON file of a `Request`; OUT gets one JSON line of a RecipeFacts a recipe. Each is built by its own
-function and resolved as `pretrain` would, for its number of GPUs, of which none is needed here.
+REQUEST is a JSON file of a `RecipeRequest`; OUT gets one JSON line of `RecipeFacts` per recipe. Each recipe is built by
+its own function and resolved as `pretrain` would, for its number of GPUs; no GPU is needed here.
 """
 
 import importlib
@@ -22,14 +22,10 @@ from typing import Any
 from launchers.programs.megatron_bridge.load import module_names, named, own_functions
 from tuner.errors import InputError
 from tuner.files import append_json_line, read_json
-from tuner.frameworks.megatron_bridge.recipe import (
-    RecipeFacts,
-    Request,
-    named_world,
-    smallest_world,
-    unstated,
-    values_of,
-)
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest, named_world
+from tuner.frameworks.megatron_bridge.limits import unstated_architecture
+from tuner.frameworks.megatron_bridge.recipe_layout import smallest_world
+from tuner.frameworks.megatron_bridge.values import values_of
 
 _KNOWN_TYPES = {"kimi_k2": "deepseek_v3"}
 """Types whose class comes as code from the network, and that of the same shape which transformers has."""
@@ -37,7 +33,7 @@ _KNOWN_TYPES = {"kimi_k2": "deepseek_v3"}
 
 def main(arguments: list[str]) -> int:
     """Read what a request asks for; returns the exit code."""
-    request, out = read_json(Request, Path(arguments[0])), Path(arguments[1])
+    request, out = read_json(RecipeRequest, Path(arguments[0])), Path(arguments[1])
     for path in map(Path, request.paths):
         if (root := _root_of_bridge(path)) is not None:
             sys.path.insert(0, str(root))  # a checkout is judged by its own code
@@ -49,7 +45,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read(name: str, function: Callable[[], Any], request: Request) -> RecipeFacts:
+def read(name: str, function: Callable[[], Any], request: RecipeRequest) -> RecipeFacts:
     """Build and resolve one recipe."""
     world = named_world(name)
     gpus, gpu = request.gpus or (world[0] if world else 0), world[1] if world else request.gpu
@@ -68,7 +64,7 @@ def read(name: str, function: Callable[[], Any], request: Request) -> RecipeFact
                 gpus = gpus or smallest_world(facts["values"])
                 os.environ["WORLD_SIZE"] = str(gpus)
                 facts["values"] = _values(_resolved(config))
-                if unstated(RecipeFacts(**facts)) is None:
+                if unstated_architecture(RecipeFacts(**facts)) is None:
                     _split_layers(config)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | MemoryError):
@@ -125,7 +121,7 @@ def _kinds(config: Any) -> tuple[str, ...]:
     return tuple(kind.__name__ for kind in type(config.model).__mro__ if kind is not object)
 
 
-def _functions(request: Request) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _functions(request: RecipeRequest) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The recipes that are asked for: by name, those of a file or a folder, or all of Bridge."""
     if request.everything:
         yield from _all_of(map(importlib.import_module, module_names()))

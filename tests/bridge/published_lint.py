@@ -13,7 +13,7 @@ from pathlib import Path
 from launchers.machine.recipes import read_recipes
 from tests.bridge.configs import write_configs
 from tuner.cli.lint import cluster_of
-from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest
 from tuner.lint.judge import RecipeVerdict, judge_recipe
 
 COLUMNS = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout", "peak_gib", "memory_gib")
@@ -22,7 +22,7 @@ COLUMNS = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout"
 def all_recipes() -> tuple[RecipeFacts, ...]:
     """What Bridge says of each, without the network."""
     with tempfile.TemporaryDirectory() as folder:
-        return read_recipes(Request(everything=True, hf_configs=str(write_configs(Path(folder)))))
+        return read_recipes(RecipeRequest(everything=True, hf_configs=str(write_configs(Path(folder)))))
 
 
 def judged(facts: RecipeFacts) -> RecipeVerdict:

@@ -6,18 +6,19 @@ from typing import Any
 
 from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
 from tuner.core.workload import Workload
-from tuner.frameworks.megatron_bridge import recipe
+from tuner.frameworks.megatron_bridge import recipe_layout, recipe_workload
+from tuner.frameworks.megatron_bridge.values import values_of
 
 
 def workload_of(config: Any, name: str) -> Workload:
     """What a resolved config trains, which no override may change."""
-    return recipe.workload_of(recipe.values_of(config), name)
+    return recipe_workload.workload_of(values_of(config), name)
 
 
 def layout_of(config: Any) -> Layout:
     """The layout that a resolved config selects, but for the variables of its environment."""
     unset = {knob: DEFAULTS[knob] for knob in ENVIRONMENT_KNOBS}
-    return replace(recipe.layout_of(recipe.values_of(config)), **unset)
+    return replace(recipe_layout.layout_of(values_of(config)), **unset)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

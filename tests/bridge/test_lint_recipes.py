@@ -19,7 +19,10 @@ from tests.bridge.recipes import REFUSED_BY_BRIDGE, read_configs_locally
 from tests.bridge.recipes import recipes as bridges_recipes
 from tuner.cli.app import run
 from tuner.files import read_yaml_data
-from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request, layout_of, saved_facts, unstated
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest
+from tuner.frameworks.megatron_bridge.limits import unstated_architecture
+from tuner.frameworks.megatron_bridge.recipe_layout import layout_of
+from tuner.frameworks.megatron_bridge.saved_config import saved_facts
 from tuner.lint.judge import RecipeVerdict
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "lint" / "recipes.csv"
@@ -141,13 +144,13 @@ def test_the_config_that_bridge_saves_says_what_the_recipe_says(name: str, tmp_p
         return built[-1]
 
     read_configs_locally()
-    facts = read(name, function, Request())
+    facts = read(name, function, RecipeRequest())
     assert not facts.error
     built[0].to_yaml(str(tmp_path / "run_config.yaml"))
     saved = saved_facts(read_yaml_data(tmp_path / "run_config.yaml"), name, facts.gpus)
     assert saved is not None
     assert saved.values == facts.values
-    assert unstated(saved) is unstated(facts) is None
+    assert unstated_architecture(saved) is unstated_architecture(facts) is None
 
 
 def test_the_files_of_a_folder_are_judged_each_and_a_broken_one_refused(

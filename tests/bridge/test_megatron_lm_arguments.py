@@ -58,7 +58,9 @@ def test_a_trials_command_is_read_as_its_layout_whatever_the_command_had(
 ) -> None:
     workload, layout = drawn_layout(name, seed)
     own = trial_words(command(workload), drawn_layout(name, seed + 100)[1], workload, steps=100)
-    words = trial_words((*own, "--load", "/ckpt", "--rampup-batch-size", "8", "8", "1000"), layout, workload, 23)
+    words = trial_words(
+        (*own, "--load", "/ckpt", "--rampup-batch-size", "8", "8", "1000"), layout, workload, 23
+    )
     arguments = parsed(list(words), layout, CLUSTER, monkeypatch)
     assert layout_of(arguments) == without_variables(layout)
     assert layout_of(arguments) == without_variables(

@@ -28,7 +28,8 @@ from tuner.core.cluster import Cluster
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.frameworks.megatron_bridge import recipe
+from tuner.frameworks.megatron_bridge import recipe_layout
+from tuner.frameworks.megatron_bridge.values import values_of
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.report.export import Format
 from tuner.rules.validity import broken_rules
@@ -195,7 +196,7 @@ def test_a_layout_of_the_guide_comes_back_from_bridge_and_from_megatron_lm(
     workload, cluster, layout = GUIDED[name]
     if broken_rules(layout, workload, cluster):
         # The guide's table rounds: such a layout cannot run, and is told by what was written.
-        assert recipe.layout_of(recipe.values_of(applied(GUIDED[name]))) == layout
+        assert recipe_layout.layout_of(values_of(applied(GUIDED[name]))) == layout
         return
     assert read_by_bridge(GUIDED[name], job) == layout
     assert read_by_megatron_lm(GUIDED[name], job) == (layout, layout)

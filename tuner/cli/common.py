@@ -24,7 +24,7 @@ from tuner.sweep.folder import SweepFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tuner.frameworks.megatron_bridge.recipe import RecipeFacts
+    from tuner.frameworks.megatron_bridge.facts import RecipeFacts
     from tuner.trial.finished import TrialSource
     from tuner.trial.program import BridgeRecipe
 

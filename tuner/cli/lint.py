@@ -15,7 +15,8 @@ from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.files import read_yaml_data
-from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, Request, saved_facts
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest
+from tuner.frameworks.megatron_bridge.saved_config import saved_facts
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.lint.judge import LIKELY, Verdict, judge, judge_recipe
 from tuner.rules.rule import Violation
@@ -124,7 +125,7 @@ def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Pat
     name, _, function = target.partition(":")
     path = Path(name)
     is_path = path.suffix == ".py" or path.is_dir()
-    request = Request(
+    request = RecipeRequest(
         function=function or None,
         names=() if is_path or target == EVERYTHING else (target,),
         paths=(str(path.absolute()),) if is_path else (),

@@ -12,16 +12,15 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import DEFAULTS, KNOBS, Layout, expert_data_parallel_size, layout_from
 from tuner.core.workload import Model, Workload
 from tuner.errors import InputError
-from tuner.frameworks.megatron_bridge.recipe import (
-    RecipeFacts,
-    fixed_by,
-    lacking_here,
-    layout_of,
-    overstated,
-    tower,
-    unstated,
-    workload_of,
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts, missing_on_this_machine
+from tuner.frameworks.megatron_bridge.limits import (
+    fixed_settings,
+    memory_is_overstated,
+    unmodelled_encoders,
+    unstated_architecture,
 )
+from tuner.frameworks.megatron_bridge.recipe_layout import layout_of
+from tuner.frameworks.megatron_bridge.recipe_workload import workload_of
 from tuner.predict.feasibility import fit_probabilities
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import StageMemory, breakdown
@@ -152,20 +151,20 @@ class RecipeVerdict:
 
 def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = True) -> RecipeVerdict:
     """Judge a recipe as Bridge has resolved it, on as many GPUs as it was resolved for."""
-    local = lacking_here(facts)
+    local = missing_on_this_machine(facts)
     if not facts.built:
         return RecipeVerdict(facts=facts, unjudged=local or f"Bridge cannot build it here: {facts.error}")
     said: tuple[Violation, ...] = ()
     if facts.error and not local:
         said = (Violation(rule="megatron-bridge", kind="arguments", message=facts.error, source=facts.frame),)
-    beside = tower(facts)
-    notes = (*fixed_by(facts), *([beside] if beside else []))
-    reason = unstated(facts)
+    beside = unmodelled_encoders(facts)
+    notes = (*fixed_settings(facts), *([beside] if beside else []))
+    reason = unstated_architecture(facts)
     try:
         layout = layout_of(facts.values, cluster)
         if reason is None:
             workload = workload_of(facts.values, facts.name)
-            counts = memory_is_known and not overstated(facts)
+            counts = memory_is_known and not memory_is_overstated(facts)
             gone = gone_rules(facts.megatron_core)
             verdict = judge(layout, workload, cluster, counts, asked=True, said=said, lifted=gone)
             return RecipeVerdict(facts=facts, verdict=verdict, notes=notes)

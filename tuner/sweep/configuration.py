@@ -17,7 +17,10 @@ from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, KNOBS, Layout
 from tuner.core.workload import Model, Precision, Workload
 from tuner.errors import InputError, did_you_mean
 from tuner.files import STRICT, parse, read_yaml
-from tuner.frameworks.megatron_bridge.recipe import RecipeFacts, layout_of, unstated, workload_of
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts
+from tuner.frameworks.megatron_bridge.limits import unstated_architecture
+from tuner.frameworks.megatron_bridge.recipe_layout import layout_of
+from tuner.frameworks.megatron_bridge.recipe_workload import workload_of
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import resolved_program
 from tuner.rules.validity import active_rules, gone_rules
@@ -305,7 +308,7 @@ def _trained(
         )
     if isinstance(program, BridgeRecipe):
         facts = read_recipe(program, cluster)
-        if (reason := unstated(facts)) is not None:
+        if (reason := unstated_architecture(facts)) is not None:
             raise InputError(
                 f"key 'program.recipe': {facts.name} cannot be tuned: {reason}, which no Model states"
             )

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from tuner.errors import InputError, did_you_mean
-from tuner.frameworks.megatron_bridge.recipe_file import recorded
+from tuner.frameworks.megatron_bridge.recipe_file import with_file_text
 from tuner.trial.program import BridgeRecipe
 
 PACKAGES: Final = ("megatron.bridge.recipes", "megatron.bridge.perf_recipes")
@@ -92,7 +92,7 @@ class _Recorded(InspectLoader):
 def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
     path = Path(program.recipe)
     spec = importlib.util.spec_from_loader(
-        f"recipe_{path.stem}", _Recorded(recorded(program).text), origin=str(path)
+        f"recipe_{path.stem}", _Recorded(with_file_text(program).text), origin=str(path)
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

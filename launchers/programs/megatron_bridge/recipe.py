@@ -14,7 +14,9 @@ from tuner.core.environment import cuda_environment
 from tuner.core.layout import ENVIRONMENT_KNOBS, KNOBS, MOE_KNOBS, Layout
 from tuner.core.workload import Workload
 from tuner.frameworks.megatron_bridge.override import bridge_words
-from tuner.frameworks.megatron_bridge.recipe import layout_of, values_of, workload_of
+from tuner.frameworks.megatron_bridge.recipe_layout import layout_of
+from tuner.frameworks.megatron_bridge.recipe_workload import workload_of
+from tuner.frameworks.megatron_bridge.values import values_of
 from tuner.trial.contract import TrialSpec
 
 _LOGGERS = (

@@ -13,20 +13,17 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import parse, to_data
-from tuner.frameworks.megatron_bridge.recipe import (
-    PATHS,
-    RecipeFacts,
-    fixed_by,
-    layout_of,
-    model_of,
-    named_world,
-    overstated,
-    saved_facts,
-    smallest_world,
-    tower,
-    unstated,
-    workload_of,
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts, named_world
+from tuner.frameworks.megatron_bridge.limits import (
+    fixed_settings,
+    memory_is_overstated,
+    unmodelled_encoders,
+    unstated_architecture,
 )
+from tuner.frameworks.megatron_bridge.recipe_layout import layout_of, smallest_world
+from tuner.frameworks.megatron_bridge.recipe_workload import model_of, workload_of
+from tuner.frameworks.megatron_bridge.saved_config import saved_facts
+from tuner.frameworks.megatron_bridge.values import PATHS
 from tuner.lint.judge import judge_recipe
 from tuner.sweep.configuration import Sweep, load_sweep
 from tuner.trial.program import BridgeRecipe
@@ -167,21 +164,23 @@ def test_gemmas_windows_and_bases_are_read_by_kind_of_layer() -> None:
 def test_an_architecture_that_no_model_states_is_named(
     changed: dict[str, Any], kinds: tuple[str, ...], reason: str
 ) -> None:
-    assert reason in str(unstated(replace(facts(**changed), kinds=kinds)))
-    assert unstated(facts()) is None
+    assert reason in str(unstated_architecture(replace(facts(**changed), kinds=kinds)))
+    assert unstated_architecture(facts()) is None
 
 
 def test_what_stands_beside_a_language_model_is_named() -> None:
-    assert "encoders" in str(tower(replace(facts(), kinds=("Qwen3VLModelProvider", "GPTModelProvider"))))
-    assert tower(replace(facts(), kinds=("GPTModelProvider",))) is None
+    assert "encoders" in str(
+        unmodelled_encoders(replace(facts(), kinds=("Qwen3VLModelProvider", "GPTModelProvider")))
+    )
+    assert unmodelled_encoders(replace(facts(), kinds=("GPTModelProvider",))) is None
 
 
 def test_what_a_recipe_fixes_is_noted_and_bounds_its_memory() -> None:
     forced = facts(model__moe_router_force_load_balancing=True)
-    assert "at random" in fixed_by(forced)[0] and not overstated(forced)
+    assert "at random" in fixed_settings(forced)[0] and not memory_is_overstated(forced)
     muon = facts(optimizer__optimizer="dist_muon")
-    assert "dist_muon" in fixed_by(muon)[0] and overstated(muon)
-    assert fixed_by(facts()) == () and not overstated(facts())
+    assert "dist_muon" in fixed_settings(muon)[0] and memory_is_overstated(muon)
+    assert fixed_settings(facts()) == () and not memory_is_overstated(facts())
 
 
 def as_saved(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A recipe's Python file, whose text a trial records."""
+"""The Python file of a recipe, whose text is recorded with every trial."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +7,8 @@ from tuner.errors import InputError
 from tuner.trial.program import BridgeRecipe
 
 
-def recorded(program: BridgeRecipe) -> BridgeRecipe:
-    """The same recipe with the text of its Python file, read now unless it already was.
+def with_file_text(program: BridgeRecipe) -> BridgeRecipe:
+    """The recipe with the text of its Python file, which is read now unless the recipe already holds it.
 
     Raises:
         InputError: if the file cannot be read.

@@ -1,0 +1,137 @@
+"""The layout that a recipe of Megatron Bridge has: the values of its config as the knobs of a Layout."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any, Final
+
+from tuner.core.cluster import Cluster
+from tuner.core.environment import cuda_environment
+from tuner.core.layout import DEFAULTS, MOE_KNOBS, Layout, min_gpus
+from tuner.core.pipeline_layout import parse as read_placement
+from tuner.core.pipeline_layout import write
+from tuner.files import parse
+from tuner.frameworks.megatron_bridge.values import Values
+
+
+def layout_of(values: Values, cluster: Cluster | None = None) -> Layout:
+    """The layout that a recipe has, resolved or as built; a knob that has no effect there gets its default.
+
+    Args:
+        values: The values of the recipe's config.
+        cluster: With it, a number of hardware queues that the layout derives there by itself counts as not stated.
+
+    Raises:
+        InputError: if a value is none that `Layout` can hold.
+    """
+    knobs = _stated_knobs(values)
+    knobs |= dict(_respelled(knobs, values))
+    for knob, has_effect in _effects(knobs).items():
+        if not has_effect:
+            knobs[knob] = DEFAULTS[knob]
+    knobs |= _environment_knobs(values.get("env_vars") or {})
+    layout = parse(Layout, knobs, "the recipe's layout")
+    return layout if cluster is None else _without_derived_queues(layout, cluster)
+
+
+def smallest_world(values: Values) -> int:
+    """The fewest GPUs that hold a recipe's own grids; raises InputError as `layout_of` does."""
+    grid = layout_of({**values, "train.micro_batch_size": values.get("train.micro_batch_size") or 1})
+    return int(min_gpus(grid.tp, grid.pp, grid.cp, grid.ep, grid.etp))
+
+
+def _stated_knobs(values: Values) -> dict[str, Any]:
+    """Bridge's value of every knob but those of the environment, and of experts in a dense model."""
+    knobs: dict[str, Any] = {}
+    for knob in fields(Layout):
+        path = knob.metadata["megatron"]
+        is_of_no_expert = knob.name in MOE_KNOBS and values.get("model.num_moe_experts") is None
+        if path.startswith("env_vars.") or is_of_no_expert:
+            continue
+        value = values.get(path)
+        if path.startswith(
+            "comm_overlap."
+        ):  # Bridge moves it into the model's config when it resolves a recipe
+            resolved = values.get(path.replace("comm_overlap.", "model."))
+            value = value if resolved is None else resolved
+        knobs[knob.name] = knob.default if value is None or value == [] else value
+    return knobs
+
+
+def _respelled(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
+    """The knobs that Bridge spells in another way than a Layout, each with the Layout's value."""
+    modules = knobs["recompute_modules"]
+    selective = knobs["recompute_granularity"] == "selective" and modules not in ("none", ["core_attn"])
+    yield "recompute_modules", "+".join(modules) if selective else "none"
+    if knobs["microbatch_group_size_per_vp_stage"] == knobs["pp"]:
+        yield "microbatch_group_size_per_vp_stage", 0
+    yield "pipeline_model_parallel_layout", _placement(knobs["pipeline_model_parallel_layout"])
+    yield from _graphs(knobs, values)
+    if isinstance(kinds := knobs["cp_comm_type"], list):
+        yield "cp_comm_type", kinds[0] if len(set(kinds)) == 1 else "+".join(map(str, kinds))
+    yield "sp", bool(knobs["sp"]) and knobs["tp"] > 1  # Bridge clears it without tensor parallelism
+    if not values.get("model.cpu_offloading"):
+        yield "cpu_offloading_num_layers", 0
+    yield "use_megatron_fsdp", bool(knobs["use_megatron_fsdp"] or values.get("dist.use_megatron_fsdp"))
+
+
+def _graphs(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
+    """The knobs of CUDA graphs: the scope is a text of names joined by `+`."""
+    scopes = values.get("model.cuda_graph_modules") or values.get("model.cuda_graph_scope") or []
+    scopes = [scopes] if isinstance(scopes, str) else scopes
+    scopes = [scope for scope in scopes if scope != "full"]  # an older name of whole layers
+    if knobs["cuda_graph_impl"] == "full_iteration":
+        # An implementation from Megatron-Core 0.19 on; before, a scope of the implementation `local`.
+        yield "cuda_graph_impl", "local"
+        scopes = ["full_iteration"]
+    if set(scopes) <= set(_SCOPES):
+        scopes = sorted(scopes, key=_SCOPES.index)
+    yield "cuda_graph_scope", "+".join(scopes)
+
+
+_SCOPES: Final = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess")
+"""The scopes of CUDA graphs in the order in which a Layout joins them."""
+
+
+def _placement(placement: Any) -> Any:
+    """The text of a placement in its one spelling; an unreadable text stays as it is, for the rules to refuse."""
+    if isinstance(placement, list):
+        return write([_LETTERS.get(str(part), "?") for part in chunk] for chunk in placement)
+    try:
+        return placement if placement == "none" else write(read_placement(placement))
+    except ValueError:
+        return placement
+
+
+_LETTERS: Final[Mapping[str, str]] = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+"""The letters of a placement by Megatron-Core's names of the parts."""
+
+
+def _effects(knobs: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each knob that depends on another has an effect."""
+    graphs = knobs["cuda_graph_impl"] not in {"none", None}
+    return {
+        "cp_comm_type": knobs["cp"] > 1,
+        "moe_flex_dispatcher_backend": knobs.get("moe_token_dispatcher_type") == "flex",
+        "cuda_graph_scope": graphs and knobs["cuda_graph_scope"] != "",
+        "data_parallel_sharding_strategy": bool(knobs["use_megatron_fsdp"]),
+        "pipeline_model_parallel_layout": knobs["pp"] > 1,
+    }
+
+
+def _environment_knobs(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs that a recipe's `env_vars` set."""
+    knobs: dict[str, Any] = {}
+    if str(queues := variables.get("CUDA_DEVICE_MAX_CONNECTIONS", "")).isdigit():
+        knobs["cuda_device_max_connections"] = int(queues)
+    if "expandable_segments:True" in str(variables.get("PYTORCH_CUDA_ALLOC_CONF", "")):
+        knobs["expandable_segments"] = True
+    if str(variables.get("NCCL_NVLS_ENABLE", "")) == "0":
+        knobs["nccl_nvls_enable"] = False
+    return knobs
+
+
+def _without_derived_queues(layout: Layout, cluster: Cluster) -> Layout:
+    """The layout with 0 hardware queues (derived) if it states the number that it derives on the cluster."""
+    derived = replace(layout, cuda_device_max_connections=0)
+    queues = cuda_environment(derived, cluster)["CUDA_DEVICE_MAX_CONNECTIONS"]
+    return derived if str(layout.cuda_device_max_connections) == queues else layout

@@ -1,0 +1,36 @@
+"""The `run_config.yaml` that Megatron Bridge saves beside every checkpoint: what it says of the recipe."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from tuner.frameworks.megatron_bridge.facts import RecipeFacts
+from tuner.frameworks.megatron_bridge.recipe_layout import smallest_world
+from tuner.frameworks.megatron_bridge.values import values_of
+
+
+def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None:
+    """The facts of a saved run; None if the data is no saved ConfigContainer.
+
+    Args:
+        data: The plain data of the file, in which `_target_` names a class, a function or a member of an enum.
+        name: The name that the recipe gets.
+        gpus: Number of GPUs of the run, which the file does not state; None takes the fewest that its grids need.
+    """
+    if not isinstance(data, Mapping) or not str(data.get("_target_")).endswith(".ConfigContainer"):
+        return None
+    values = values_of(_object(data))
+    model = data.get("model")
+    kind = str(model.get("_target_", "")).rpartition(".")[2] if isinstance(model, Mapping) else ""
+    return RecipeFacts(name=name, gpus=gpus or smallest_world(values), values=values, kinds=(kind,))
+
+
+def _object(node: Any) -> Any:
+    """A node as an object with the attributes that were saved; a function or a member of an enum as its name."""
+    if isinstance(node, list):
+        return [_object(part) for part in node]
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return node
+    if "_call_" in node:
+        return node.get("_name_") or str(node["_target_"]).rpartition(".")[2]
+    return SimpleNamespace(**{str(key): _object(part) for key, part in node.items()})

@@ -1,0 +1,110 @@
+"""The plain values of a Megatron Bridge ConfigContainer, by path: which are read, and how they become plain data.
+
+Names are those of Megatron-Core's TransformerConfig and of Megatron Bridge's training/config.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Final
+
+from tuner.core.layout import ENVIRONMENT_KNOBS, Layout
+from tuner.core.workload import Model
+
+Values = Mapping[str, Any]
+"""Plain values of a ConfigContainer by path (`model.num_layers`); a path that the config lacks is absent."""
+
+_FURTHER_PATHS: Final = (
+    "model.bf16",
+    "model.fp16",
+    "model.interleaved_attn_pattern",
+    "model.seq_length",
+    "model.cuda_graph_scope",
+    "model.cuda_graph_modules",
+    "model.cpu_offloading",
+    "model.fine_grained_activation_offloading",
+    "model.offload_modules",
+    "model.moe_router_force_load_balancing",
+    "model.moe_expert_capacity_factor",
+    "model.moe_pad_expert_input_to_capacity",
+    "model.hierarchical_context_parallel_sizes",
+    "model.experimental_attention_variant",
+    "model.hybrid_layer_pattern",
+    "model.hybrid_override_pattern",
+    "model.is_hybrid_model",
+    "model.heterogeneous_block_specs",
+    "model.moe_latent_size",
+    "model.attention_output_gate",
+    "model.linear_attention_freq",
+    "model.csa_compress_ratios",
+    "model.freeze_language_model",
+    "model.freeze_vision_model",
+    "model.freeze_vision_projection",
+    "train.global_batch_size",
+    "dataset.seq_length",
+    "tokenizer.vocab_size",
+    "ddp.grad_reduce_in_fp32",
+    "ddp.num_distributed_optimizer_instances",
+    "ddp.megatron_fsdp_version",
+    "optimizer.optimizer",
+    "optimizer.use_precision_aware_optimizer",
+    "optimizer.optimizer_cpu_offload",
+    "optimizer.use_distributed_optimizer",
+    "dist.use_megatron_fsdp",
+    "dist.use_torch_fsdp2",
+    "mixed_precision.fp8",
+    "mixed_precision.fp8_recipe",
+    "mixed_precision.fp8_param_gather",
+    "mixed_precision.fp4",
+    "mixed_precision.grad_reduce_in_fp32",
+    "env_vars",
+)
+"""Paths beyond those of a Model's fields and a Layout's knobs."""
+
+
+def _knob_paths() -> list[str]:
+    """The paths of the knobs; Bridge moves the overlaps into the model's config when it resolves a recipe."""
+    paths = [knob.metadata["megatron"] for knob in fields(Layout) if knob.name not in ENVIRONMENT_KNOBS]
+    moved = [path.replace("comm_overlap.", "model.") for path in paths if path.startswith("comm_overlap.")]
+    return [*paths, *moved]
+
+
+PATHS: Final = tuple(
+    dict.fromkeys(
+        (
+            *(f"model.{field.name}" for field in fields(Model) if field.name != "name"),
+            *_knob_paths(),
+            *_FURTHER_PATHS,
+        )
+    )
+)
+"""Every path that is read of a config."""
+
+_ABSENT: Final = object()
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """The plain values of a ConfigContainer by path, without the paths that it lacks.
+
+    Args:
+        config: The ConfigContainer (this runs where Bridge is installed), or any object with its attributes.
+    """
+    values = {}
+    for path in PATHS:
+        value = config
+        for part in path.split("."):
+            value = getattr(value, part, _ABSENT)
+        if value is not _ABSENT:
+            values[path] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Plain data of a value: an enum or a function by its name, a pipeline placement by its text or lists."""
+    value = getattr(value, "input_data", value)  # Megatron's PipelineParallelLayerLayout keeps its text there
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return getattr(value, "name", None) or getattr(value, "__name__", None) or type(value).__name__
