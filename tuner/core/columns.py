@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tuner.core.layout import KNOBS, Layout, module_names
 
+Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 

@@ -15,7 +15,7 @@ from tuner.core.columns import Columns, Ints
 from tuner.core.workload import Model, Workload
 from tuner.predict.implementation import Implementation
 from tuner.predict.memory.activations import Layers
-from tuner.predict.memory.stages import DENSE, MOE, Stages
+from tuner.predict.memory.stages import DENSE, MOE, StagesInFlight
 
 Floats = NDArray[np.float64]
 
@@ -24,7 +24,7 @@ HOST_GB_PER_S: Final = 50.0
 A100 has half of it, a Grace host much more."""
 
 
-def keep_on_device(stages: Stages, c: Columns, model: Model) -> Stages:
+def keep_on_device(stages: StagesInFlight, c: Columns, model: Model) -> StagesInFlight:
     """The stages without what is offloaded; one layer is always on its way and still there."""
     away = c["cpu_offloading_num_layers"][stages.row]
     if not away.any():

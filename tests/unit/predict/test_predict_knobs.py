@@ -21,8 +21,8 @@ from tuner.predict.memory.activations import Layers
 from tuner.predict.memory.overhead import beyond_allocated_gib, reserved_ratio
 from tuner.predict.memory.peak import GIB, StageMemory, peak_gib
 from tuner.predict.memory.peak import breakdown as memory_of
-from tuner.predict.memory.stages import DENSE, MOE, stages_of
-from tuner.predict.time.stages import stages
+from tuner.predict.memory.stages import DENSE, MOE, stages_in_flight
+from tuner.predict.time.stages import layers_by_rank
 from tuner.predict.time.step import StepTime, step_time_ms
 from tuner.predict.time.step import breakdown as time_of
 
@@ -353,14 +353,14 @@ def test_a_written_out_pipeline_holds_what_it_says(
     layout = Layout(pp=pp, vpp=vpp, pipeline_model_parallel_layout=write(chunks))
     of, columns = workload(model), Columns.single(layout)
     dp = data_parallel_size(8, columns["tp"], columns["pp"], columns["cp"])
-    found = stages_of(columns, of, dp, every=True)
+    found = stages_in_flight(columns, of, dp, all_stages=True)
     ranks = np.array([np.sum(counts[rank::pp]) for rank in range(pp)])
     assert found.layers.sum(axis=1).tolist() == ranks.tolist()
     assert found.layers[:, MOE].sum() == sum(model.moe_layer_pattern())
     assert found.layers[:, DENSE].sum() == model.num_layers - sum(model.moe_layer_pattern())
     assert found.predicts.tolist() == [rank == mtp % pp for rank in range(pp)]
     # The time predictor keeps the ranks that differ: the fullest is the fullest there.
-    split = stages(of, columns)
+    split = layers_by_rank(of, columns)
     total = np.sum(list(split.layers.values()), axis=0)[:, 0]
     with_mtp = ranks + found.predicts
     assert set(total.tolist()) - {0.0} == set(with_mtp.tolist()) - {0}

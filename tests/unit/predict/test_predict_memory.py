@@ -18,7 +18,7 @@ from tuner.core.workload import Workload
 from tuner.predict.implementation import Implementation
 from tuner.predict.memory.activations import Layers
 from tuner.predict.memory.peak import GIB, PARTS, StageMemory, breakdown, peak_gib
-from tuner.predict.memory.stages import stages_of
+from tuner.predict.memory.stages import stages_in_flight
 from tuner.space.enumeration import default_domain, enumerate_layouts
 
 MODELS = {"dense": dense(), "mixture": mixture(), "latent": latent(mtp_num_layers=1)}
@@ -173,7 +173,7 @@ def test_layers_in_flight_are_those_of_the_schedule(split: tuple[int, int], grou
     columns = Columns.single(layout)
     dp = data_parallel_size(pp, columns["tp"], columns["pp"], columns["cp"])
     each = model.num_layers // (pp * vpp)
-    found = stages_of(columns, of, dp, every=True).in_flight
+    found = stages_in_flight(columns, of, dp, all_stages=True).in_flight
     for rank in range(pp):
         chunks = forwards_before_first_backward(rank, pp, vpp, group, micro)
         starts = [(chunk * pp + rank) * each for chunk in chunks]

@@ -21,7 +21,7 @@ from tuner.core.workload import Model, Precision, Workload
 from tuner.predict import fsdp, graphs, offload
 from tuner.predict.implementation import Implementation
 from tuner.predict.memory.activations import Layers, Part
-from tuner.predict.memory.stages import CHECKPOINTS, DENSE, MOE, Stages, stages_of
+from tuner.predict.memory.stages import CHECKPOINTS, DENSE, MOE, StagesInFlight, stages_in_flight
 
 Floats = NDArray[np.float64]
 Moment = Literal["layer", "loss", "embedding", "optimizer", "build"]
@@ -129,10 +129,10 @@ def _parts(
     implementation: Implementation,
     imbalance: float | None,
     every: bool,
-) -> tuple[Stages, dict[str, Floats], NDArray[np.intp]]:
+) -> tuple[StagesInFlight, dict[str, Floats], NDArray[np.intp]]:
     """Return the stages, the bytes of every part of StageMemory, one value a stage, and the moment's index."""
     dp = data_parallel_size(cluster.world_size, columns["tp"], columns["pp"], columns["cp"])
-    stages = offload.keep_on_device(stages_of(columns, workload, dp, every), columns, workload.model)
+    stages = offload.keep_on_device(stages_in_flight(columns, workload, dp, all_stages=every), columns, workload.model)
     layers = Layers(columns, workload, implementation, imbalance)
     vocabulary = _vocabulary(workload.model, columns)
     held = stages.layers + _mtp_layers(workload.model, stages)
@@ -171,7 +171,7 @@ def _parts(
     return stages, parts, np.where(builds, BUILD, moment)
 
 
-def _mtp_layers(model: Model, stages: Stages) -> Floats:
+def _mtp_layers(model: Model, stages: StagesInFlight) -> Floats:
     """Multi-token-prediction layers of each stage, dense and with experts: all are on one, of the model's last kind."""
     count = np.where(stages.predicts, model.mtp_num_layers or 0, 0).astype(np.float64)
     moe = model.moe_layer_pattern()[-1]
@@ -185,7 +185,7 @@ def _vocabulary(model: Model, columns: Columns) -> Floats:
 
 
 def _state(
-    c: Columns, workload: Workload, cluster: Cluster, stages: Stages, held: Floats, vocabulary: Floats
+    c: Columns, workload: Workload, cluster: Cluster, stages: StagesInFlight, held: Floats, vocabulary: Floats
 ) -> dict[str, Floats]:
     """Bytes of weights, gradients and optimizer of each stage's rank.
 
@@ -245,7 +245,7 @@ def _state(
 
 
 def _weights(
-    c: Columns, model: Model, stages: Stages, held: Floats, vocabulary: Floats
+    c: Columns, model: Model, stages: StagesInFlight, held: Floats, vocabulary: Floats
 ) -> tuple[Floats, Floats]:
     """Weights of each stage's rank: those that data parallel ranks share, and the routed experts'."""
     tp = c["tp"].astype(np.float64)
@@ -282,7 +282,7 @@ def _weights(
 
 def _activations(
     layers: Layers,
-    stages: Stages,
+    stages: StagesInFlight,
     vocabulary: Floats,
     mtp: Floats,
     adam: Floats,
@@ -347,9 +347,9 @@ def _activations(
     }, moment
 
 
-def _predicting(layers: Layers, stages: Stages, mtp: Floats) -> Floats:
+def _predicting(layers: Layers, stages: StagesInFlight, mtp: Floats) -> Floats:
     """What `mtp` layers of multi-token prediction keep, of every micro-batch that waits for its loss: as in_flight."""
-    kept = mtp * np.where(stages.last, 1, stages.last_in_flight)[:, None]
+    kept = mtp * np.where(stages.last, 1, stages.last_chunk_in_flight)[:, None]
     # It recomputes each of its layers, but knows no block method.
     checkpointed = layers.columns.among("recompute_method", "uniform")[stages.row]
     return np.column_stack([np.where(checkpointed[:, None], 0, kept), checkpointed * kept.sum(axis=1)])
@@ -360,7 +360,7 @@ def _layer_transient(
     attention: Part,
     dense: Part,
     experts: Part,
-    stages: Stages,
+    stages: StagesInFlight,
     in_flight: Floats,
     sizes: Floats,
 ) -> Floats:

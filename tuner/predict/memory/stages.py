@@ -1,163 +1,180 @@
-"""The pipeline stages of many layouts as one flat table: which layers each holds, how many are in flight.
+"""The pipeline stages of many layouts as one flat table: the layers that each holds, and the layers in flight.
 
-Stages of a layout with equal contents differ in the micro-batches in flight alone, and the earliest has the most:
-only it is kept unless all are asked for. Layouts that split their layers alike share their stages.
+Two stages of a layout that hold equal chunks differ only in the micro-batches in flight, and the earlier stage has more
+of them. Only the earliest of equal stages is in the table unless all are asked for. Layouts that split and recompute
+their layers alike share the computation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tuner.core.columns import Columns
-from tuner.core.layout import num_microbatches
-from tuner.core.pipeline_layout import decoders, mtp_layers
-from tuner.core.stages import stage_slots
+from tuner.core.columns import Bools, Columns, Floats, Ints
+from tuner.core.partition import Partition, partitions
 from tuner.core.workload import Model, Workload
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from tuner.predict.memory.passes import Kept, passes_of
 
 DENSE, MOE, CHECKPOINTS = 0, 1, 2
-"""What a chunk keeps a micro-batch: layers with a dense MLP, layers with experts, inputs of recomputed layers."""
+"""Kinds of what a chunk keeps per micro-batch: layers with a dense MLP, layers with experts, and checkpoints (the
+inputs of recomputed layers). They index the last axis of counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stages:
-    """One entry a stage of a layout, `row` after `row`; counts of layers are [entries, 2 or 3 kinds]."""
+class StagesInFlight:
+    """The stages of many layouts, one entry per stage, ordered by `row`. Counts of layers are [entries, kinds]."""
 
     row: Ints
     """Index of the layout."""
     pp: Ints
+    """Pipeline ranks of the layout."""
     rank: Ints
-    """Pipeline rank."""
-    first: NDArray[np.bool_]
-    """Holds the embedding."""
-    last: NDArray[np.bool_]
-    """Holds final norm, output layer and loss."""
-    predicts: NDArray[np.bool_]
-    """Holds the layers of multi-token prediction."""
+    """Pipeline rank of the stage."""
+    first: Bools
+    """Whether the stage holds the embedding."""
+    last: Bools
+    """Whether the stage holds the final norm, the output layer and the loss."""
+    predicts: Bools
+    """Whether the stage holds the layers of multi-token prediction."""
     layers: Floats
-    """Layers whose weights it holds: dense, with experts."""
+    """Layers whose weights the stage holds, [entries, (DENSE, MOE)]."""
     in_flight: Floats
-    """Kept at the peak, over all micro-batches in flight: dense layers, layers with experts, checkpoints."""
+    """What the stage keeps at its peak, summed over all micro-batches in flight, [entries, 3 kinds]."""
     at_loss: Floats
-    """The same when a loss is taken: before the first backward, to which the schedule comes back every round."""
+    """What the stage keeps just before its first backward pass, when a loss is taken, [entries, 3 kinds].
+
+    The schedule comes back to this state in every round."""
     forwards_left: Ints
-    """Forward passes of chunks that follow after the first backward."""
-    last_in_flight: Ints
-    """Micro-batches of its last chunk in flight then."""
+    """Forward passes of chunks that follow after the first backward pass."""
+    last_chunk_in_flight: Ints
+    """Micro-batches that the last chunk of the stage has in flight just before the first backward pass."""
     first_chunk: Floats
-    """Kept of one micro-batch by its first chunk, likewise."""
+    """What the first chunk of the stage keeps of one micro-batch, [entries, 3 kinds]."""
     working: Floats
-    """Layers recomputed at once by full recompute in the chunk that goes backward first: dense, with experts."""
-    last_is_moe: NDArray[np.bool_]
-    """Whether the layer that goes backward first has experts; where there is no layer, False."""
+    """Layers that full recompute brings back at once in the chunk that goes backward first, [entries, (DENSE, MOE)]."""
+    last_is_moe: Bools
+    """Whether the layer that goes backward first has experts; False in a stage without layers."""
 
 
-def stages_of(columns: Columns, workload: Workload, dp: Ints, every: bool = False) -> Stages:
-    """Return the stages of layouts that the pipeline rules accept; `every` keeps the equal ones too."""
-    keys, texts = _split_keys(columns, workload)
-    # One number a key sorts many times faster than rows of numbers do.
-    _, index, key_of_row = np.unique(
-        np.ravel_multi_index(tuple(keys), tuple(keys.max(axis=1) + 1)), return_index=True, return_inverse=True
-    )
-    tables = [_Split(workload.model, key, texts, every) for key in keys[:, index].T]
-    counts = np.array([len(table.ranks) for table in tables])
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    row = np.repeat(np.arange(len(key_of_row)), counts[key_of_row])
-    before = np.cumsum(counts[key_of_row]) - counts[key_of_row]
-    entry = starts[key_of_row[row]] + np.arange(len(row)) - before[row]
-    rank = np.concatenate([table.ranks for table in tables])[entry]
-    in_flight, at_loss, forwards_left, last_in_flight = _in_flight(
-        columns, workload, dp, tables, entry, row, rank
-    )
-    return Stages(
+def stages_in_flight(
+    columns: Columns, workload: Workload, dp: Ints, *, all_stages: bool = False
+) -> StagesInFlight:
+    """Return the stages of layouts that the pipeline rules accept.
+
+    Args:
+        columns: The layouts.
+        workload: The workload.
+        dp: Data parallel size of each layout.
+        all_stages: Return all stages of a layout, not only the earliest of those that hold equal chunks.
+    """
+    contents, content_of_row = _distinct_contents(columns, workload, all_stages)
+    counts = np.array([len(content.ranks) for content in contents])
+    stages_of_row = counts[content_of_row]
+    row = np.repeat(np.arange(len(content_of_row)), stages_of_row)
+    within_row = np.arange(len(row)) - (np.cumsum(stages_of_row) - stages_of_row)[row]
+    # Index of every entry's stage in the concatenated arrays of all contents.
+    stage = np.concatenate([[0], np.cumsum(counts)])[content_of_row[row]] + within_row
+    rank = np.concatenate([content.ranks for content in contents])[stage]
+    passes = passes_of(columns, workload, dp, row, rank)
+    kept = Kept([content.kept for content in contents], stage, passes)
+    return StagesInFlight(
         row=row,
         pp=columns["pp"][row],
         rank=rank,
         first=rank == 0,
         last=rank == columns["pp"][row] - 1,
-        predicts=np.concatenate([table.predicts for table in tables])[entry],
-        layers=np.concatenate([table.layers for table in tables])[entry],
-        in_flight=in_flight,
-        at_loss=at_loss,
-        forwards_left=forwards_left,
-        last_in_flight=last_in_flight,
-        first_chunk=np.concatenate([table.kept[:, 0] for table in tables])[entry],
-        working=np.concatenate([table.working for table in tables])[entry],
-        last_is_moe=np.concatenate([table.last_is_moe for table in tables])[entry],
+        predicts=np.concatenate([content.predicts for content in contents])[stage],
+        layers=np.concatenate([content.layers for content in contents])[stage],
+        in_flight=kept.most(),
+        at_loss=kept.before_backward,
+        forwards_left=passes.total - passes.before_backward,
+        last_chunk_in_flight=passes.of_last_chunk(),
+        first_chunk=np.concatenate([content.kept[:, 0] for content in contents])[stage],
+        working=np.concatenate([content.working for content in contents])[stage],
+        last_is_moe=np.concatenate([content.last_is_moe for content in contents])[stage],
     )
 
 
-def _split_keys(c: Columns, workload: Workload) -> tuple[Ints, list[str]]:
-    """[keys, rows], and the texts that the first counts: a pipeline's text from 1, 0 for none, pp, vpp, slots of
-    first, middle and last rank, what is accounted for, full recompute.
-    """
-    column = c.column("pipeline_model_parallel_layout")
-    texts = [text for text in column.categories if text != "none"]
-    text = np.array([texts.index(each) + 1 if each in texts else 0 for each in column.categories])[
-        column.codes
-    ]
-    spread = text == 0
-    slots = [np.where(spread, slot, 0) for slot in stage_slots(c, workload)]
-    accounts = (c["pp"] > 1) & spread
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contents:
+    """What the stages of one partition hold under one kind of full recompute."""
+
+    ranks: Ints
+    """Pipeline rank of each stage, shape [stages]."""
+    predicts: Bools
+    """Whether a stage holds the layers of multi-token prediction, shape [stages]."""
+    kept: Floats
+    """What each chunk keeps of one micro-batch, shape [stages, chunks, 3 kinds]."""
+    layers: Floats
+    """Layers of each stage, shape [stages, (DENSE, MOE)]."""
+    working: Floats
+    """Layers that full recompute brings back at once in a stage's last chunk, shape [stages, (DENSE, MOE)]."""
+    last_is_moe: Bools
+    """Whether the last layer of a stage has experts, shape [stages]."""
+
+
+def _distinct_contents(c: Columns, workload: Workload, all_stages: bool) -> tuple[list[_Contents], Ints]:
+    """Return every distinct content of stages, and the index of each layout's content, shape [rows]."""
+    split = partitions(c, workload)
     full = c.among("recompute_granularity", "full")
-    columns = (
-        text,
-        c["pp"],
-        c["vpp"],
-        *slots,
-        c.on("account_for_embedding_in_pipeline_split") & accounts,
-        c.on("account_for_loss_in_pipeline_split") & accounts,
-        np.where(full & c.among("recompute_method", "uniform"), c["recompute_num_layers"], 0),
-        np.where(full & c.among("recompute_method", "block"), c["recompute_num_layers"], 0),
+    uniform = np.where(full & c.among("recompute_method", "uniform"), c["recompute_num_layers"], 0)
+    block = np.where(full & c.among("recompute_method", "block"), c["recompute_num_layers"], 0)
+    shape = (len(split.distinct), int(uniform.max()) + 1, int(block.max()) + 1)
+    keys, of_row = np.unique(np.ravel_multi_index((split.of_row, uniform, block), shape), return_inverse=True)
+    model = workload.model
+    contents = [
+        _contents_of(split.distinct[index], model, int(layers_uniform), int(layers_block))
+        for index, layers_uniform, layers_block in zip(*np.unravel_index(keys, shape), strict=True)
+    ]
+    return contents if all_stages else [_earliest_of_equals(content) for content in contents], of_row
+
+
+def _contents_of(partition: Partition, model: Model, uniform: int, block: int) -> _Contents:
+    """Return the contents of all stages of a partition.
+
+    Args:
+        partition: Which layers each chunk holds.
+        model: The model.
+        uniform: `recompute_num_layers` of uniform full recompute, 0 without it.
+        block: `recompute_num_layers` of block full recompute, 0 without it.
+    """
+    begin, end = partition.begin, partition.end
+    # Entry i is the number of layers with experts among the first i layers of the model.
+    moe = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])
+    experts = moe[end] - moe[begin]
+    predicts: Bools = partition.mtp_layers.sum(axis=1) > 0
+    # The last layer of a rank, in whichever chunk; a rank without layers has that of multi-token prediction.
+    last = np.where(end > begin, end, 0).max(axis=1)
+    last_is_moe = np.where(last > 0, moe[last] > moe[np.maximum(last - 1, 0)], False)
+    return _Contents(
+        ranks=np.arange(len(begin)),
+        predicts=predicts,
+        kept=_kept(begin, end, moe, uniform, block),
+        layers=np.stack([partition.layers - experts, experts], axis=-1).sum(axis=1).astype(np.float64),
+        working=_working(begin[:, -1], end[:, -1], moe, uniform, block),
+        last_is_moe=last_is_moe | ((last == 0) & predicts & model.moe_layer_pattern()[-1]),
     )
-    return np.stack([np.asarray(column, dtype=np.int64) for column in columns]), texts
 
 
-class _Split:
-    """One way to split the layers: what each pipeline rank's chunks keep, by rank."""
-
-    def __init__(self, model: Model, key: Ints, texts: list[str], every: bool) -> None:
-        text, pp, vpp, first, middle, last, embedding, loss, uniform, block = (int(value) for value in key)
-        self.ranks = np.arange(pp)
-        self.predicts = (self.ranks == pp - 1) & bool(model.mtp_num_layers)
-        if text:
-            counts = decoders(texts[text - 1]).reshape(vpp, pp)
-            self.predicts = mtp_layers(texts[text - 1]).reshape(vpp, pp).any(axis=0)
-        else:
-            counts = np.full((vpp, pp), middle // vpp)
-            counts[:, -1] = last // vpp
-            counts[:, 0] = first // vpp
-            counts[0, 0] -= embedding
-            counts[-1, -1] -= loss
-        ends = np.cumsum(counts.reshape(-1)).reshape(vpp, pp)
-        moe = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])
-        # [rank, chunk]; Megatron deals the first chunk of every rank, then the second of every rank, ...
-        begin, end = (ends - counts).T, ends.T
-        experts = moe[end] - moe[begin]
-        layers = np.stack([end - begin - experts, experts], axis=-1)
-        self.kept = _kept(begin, end, moe, uniform, block)
-        self.layers = layers.sum(axis=1).astype(np.float64)
-        self.working = _working(begin[:, -1], end[:, -1], moe, uniform, block)
-        # The last layer that a rank holds, in whichever chunk; without one, that of multi-token prediction.
-        ends = np.where(end > begin, end, 0).max(axis=1)
-        of_last = np.where(ends > 0, moe[ends] > moe[np.maximum(ends - 1, 0)], False)
-        self.last_is_moe = of_last | ((ends == 0) & self.predicts & model.moe_layer_pattern()[-1])
-        if not every:
-            self._keep_first_of_equals(pp)
-
-    def _keep_first_of_equals(self, pp: int) -> None:
-        same = np.column_stack([self.kept.reshape(pp, -1), self.layers, self.working, self.last_is_moe])
-        same = np.column_stack([same, self.ranks == 0, self.ranks == pp - 1, self.predicts])
-        chosen = np.sort(np.unique(same, axis=0, return_index=True)[1])
-        for name in ("kept", "layers", "working", "last_is_moe", "ranks", "predicts"):
-            setattr(self, name, getattr(self, name)[chosen])
+def _earliest_of_equals(contents: _Contents) -> _Contents:
+    """Return the contents without the stages that equal an earlier one in all but the rank."""
+    ranks = contents.ranks
+    compared = np.column_stack(
+        [
+            contents.kept.reshape(len(ranks), -1),
+            contents.layers,
+            contents.working,
+            contents.last_is_moe,
+            ranks == 0,
+            ranks == len(ranks) - 1,
+            contents.predicts,
+        ]
+    )
+    earliest = np.sort(np.unique(compared, axis=0, return_index=True)[1])
+    return _Contents(**{part.name: getattr(contents, part.name)[earliest] for part in fields(contents)})
 
 
 def _kept(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats:
-    """Per [rank, chunk]: dense layers, layers with experts and checkpoints that one micro-batch keeps."""
+    """Return what each chunk keeps of one micro-batch, shape [ranks, chunks, 3 kinds]."""
     kept = np.zeros((*begin.shape, 3))
     if uniform:
         kept[..., CHECKPOINTS] = -(-(end - begin) // uniform)
@@ -170,53 +187,15 @@ def _kept(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats
 
 
 def _working(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats:
-    """Layers that full recompute brings back at once: the last of a chunk, all of its kind's activations."""
-    work = np.zeros((len(begin), 2))
+    """Return the layers at the end of a chunk that full recompute brings back at once, shape [ranks, (DENSE, MOE)].
+
+    `begin` and `end` bound the layers of the chunk that goes backward first, one value per rank.
+    """
+    working = np.zeros((len(begin), 2))
     if uniform or block:
         start = np.maximum(end - max(uniform, 1), begin)
-        # Where block recompute leaves layers alone, those go first, and alone they need more than one recomputed.
+        # The layers that block recompute leaves alone go backward first, and each needs more than a recomputed one.
         recomputes = (end - begin <= block) | bool(uniform)
-        work[:, MOE] = np.where(recomputes, moe[end] - moe[start], 0)
-        work[:, DENSE] = np.where(recomputes, end - start, 0) - work[:, MOE]
-    return work
-
-
-def _in_flight(
-    c: Columns, workload: Workload, dp: Ints, tables: list[_Split], entry: Ints, row: Ints, rank: Ints
-) -> tuple[Floats, Floats, Ints, Ints]:
-    """What is kept at most; just before the first backward, by the forwards until then in the schedule's order; those
-    left; and how many of them were the last chunk's.
-
-    1F1B does `pp - rank` forwards before its first backward; interleaved, `2 * (pp - rank - 1)` more than the
-    `(vpp - 1) * group` that walk all chunks once, and one (megatron/core/pipeline_parallel/schedules.py,
-    get_pp_rank_microbatches), going through `group` micro-batches of a chunk before it takes the next chunk. With the
-    overlap of expert communication the last of them is a warm-up, and each later one goes layer by layer beside a
-    backward that frees as many.
-    """
-    pp, vpp = c["pp"], c["vpp"]
-    group = np.where(c["microbatch_group_size_per_vp_stage"] > 0, c["microbatch_group_size_per_vp_stage"], pp)
-    micro = num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp)
-    pp, vpp, group, micro = (values[row] for values in (pp, vpp, group, micro))
-    interleaved = 2 * (pp - rank - 1) + (vpp - 1) * group + 1
-    forwards = np.minimum(np.where(vpp > 1, interleaved, pp - rank), micro * vpp)
-    cumulated = [np.pad(np.cumsum(t.kept, axis=1), ((0, 0), (1, 0), (0, 0))) for t in tables]
-    sizes = np.concatenate([np.full(len(part), part.shape[1]) for part in cumulated])
-    offsets = np.concatenate([[0], np.cumsum(sizes)])[entry]
-    flat = np.concatenate([part.reshape(-1, 3) for part in cumulated])
-
-    def kept_by(passes: Ints) -> Floats:
-        rounds, rest = np.divmod(passes, group * vpp)
-        chunk, part = np.divmod(rest, group)
-        before, after = flat[offsets + chunk], flat[offsets + np.minimum(chunk + 1, vpp)]
-        kept: Floats = (rounds * group)[:, None] * flat[offsets + vpp] + group[:, None] * before
-        kept += part[:, None] * (after - before)
-        return kept
-
-    first = kept_by(forwards)
-    # Where the last chunk has fewer layers than the others, more are in flight once its group went backward.
-    last_chunk = flat[offsets + vpp] - flat[offsets + vpp - 1]
-    later = kept_by(np.minimum(forwards + group, micro * vpp)) - group[:, None] * last_chunk
-    more = (vpp > 1) & (forwards < micro * vpp) & (later.sum(axis=1) > first.sum(axis=1))
-    rounds, rest = np.divmod(forwards, group * vpp)
-    of_last = rounds * group + np.maximum(rest - (vpp - 1) * group, 0)
-    return np.where(more[:, None], later, first), first, micro * vpp - forwards, of_last
+        working[:, MOE] = np.where(recomputes, moe[end] - moe[start], 0)
+        working[:, DENSE] = np.where(recomputes, end - start, 0) - working[:, MOE]
+    return working

@@ -1,104 +1,98 @@
-"""Which layers the first, a middle and the last pipeline rank hold, for many layouts at once."""
+"""How many layers of each kind the pipeline ranks of many layouts hold."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from tuner.core.columns import Columns
+from tuner.core.columns import Columns, Floats, Ints
 from tuner.core.flops import slides
-from tuner.core.pipeline_layout import EMBEDDING, LOSS, decoders, mtp_layers, parse
-from tuner.core.stages import chunk_layers, stage_slots
+from tuner.core.partition import Partition, partitions
 from tuner.core.workload import Model, Workload
-from tuner.predict.time.collectives import Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Layers that cost the same."""
+    """A kind of layer: all layers of a kind cost the same."""
 
     moe: bool
+    """Whether the layer has experts."""
     sliding: bool
+    """Whether attention sees a window of the sequence only."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """What the first, a middle and the last rank of a pipeline hold: arrays of shape [3, rows].
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayersByRank:
+    """What the pipeline ranks that differ from each other hold: arrays of shape [ranks, rows], with 3 ranks or more.
 
-    A pipeline of one rank is a first rank that holds all; one of two has no middle. Where kinds of layers
-    alternate, a count may be a fraction: the mean of the ranks between. A pipeline that is written out has each
-    rank that differs from the others instead, which may take more than 3.
+    The ranks of a layout are the first, a middle and the last one, as far as it has them; the remaining entries are 0.
+    If kinds of layers alternate, these ranks hold mean counts, which may be fractions. The ranks of a layout that
+    writes out its pipeline are all those that differ from each other, in no particular order, with exact counts.
     """
 
     layers: dict[Kind, Floats]
-    """How many of each kind; multi-token-prediction layers are on the last rank, or where they are written."""
+    """Layers of each kind. A layer of multi-token prediction counts as one more layer of the kind of the last layer."""
     totals: dict[Kind, int]
-    """How many of each kind the whole model has."""
+    """Layers of each kind in the whole model."""
     heads: Floats
     """Output layers with their loss: one, and one more for each token predicted beyond the next."""
     embeddings: Floats
+    """Embeddings."""
 
 
-def stages(workload: Workload, c: Columns) -> Stages:
-    """Spread the layers as Megatron does (transformer_block.py, get_num_layers_to_build)."""
-    model, pp = workload.model, c["pp"]
-    pattern, mtp = _pattern(model), model.mtp_num_layers or 0
-    slots, chunks = stage_slots(c, workload), chunk_layers(c, workload)
-    first = slots.first - c.on("account_for_embedding_in_pipeline_split")
-    last = slots.last - c.on("account_for_loss_in_pipeline_split")
-    # The layers before the first of the last kind (dense ones before experts) are in the first chunk.
-    lead = pattern.index(pattern[-1])
-    begin = np.clip(np.minimum(chunks.first, first), 0, len(pattern))
-    layers, totals = {}, {}
-    for kind in dict.fromkeys(pattern):
-        before = np.cumsum([0, *(each == kind for each in pattern)])
-        body = float(before[-1] - before[lead]) / (len(pattern) - lead)
-        extra = mtp * (pattern[-1] == kind)
-        totals[kind] = int(before[-1]) + extra
-        layers[kind] = np.stack(
-            [
-                np.where(pp == 1, totals[kind], before[begin] + (first - begin) * body),
-                np.where(pp > 2, slots.middle * body, 0.0),
-                np.where(pp > 1, last * body + extra, 0.0),
-            ]
-        )
-    none = np.zeros(len(pp))
-    heads = np.stack([np.where(pp == 1, 1.0 + mtp, 0.0), none, np.where(pp > 1, 1.0 + mtp, 0.0)])
-    return _written_out(Stages(layers, totals, heads, np.stack([none + 1, none, none])), c, model)
+def layers_by_rank(workload: Workload, c: Columns) -> LayersByRank:
+    """Return what the pipeline ranks of layouts hold; the pipeline rules must accept the layouts."""
+    split, pattern = partitions(c, workload), _pattern(workload.model)
+    distinct = [_held(partition, workload.model, pattern) for partition in split.distinct]
+    ranks = max(3, *(held.shape[1] for held in distinct))
+    padded = [np.pad(held, ((0, 0), (0, ranks - held.shape[1]))) for held in distinct]
+    *layers, heads, embeddings = np.stack(padded, axis=-1)[..., split.of_row]
+    kinds = list(dict.fromkeys(pattern))
+    mtp = workload.model.mtp_num_layers or 0
+    return LayersByRank(
+        layers=dict(zip(kinds, layers, strict=True)),
+        totals={kind: pattern.count(kind) + mtp * (kind == pattern[-1]) for kind in kinds},
+        heads=heads,
+        embeddings=embeddings,
+    )
 
 
-def _written_out(spread: Stages, c: Columns, model: Model) -> Stages:
-    """The same, where `pipeline_model_parallel_layout` says what each rank holds, by its word."""
-    column, pp = c.column("pipeline_model_parallel_layout"), c["pp"]
-    texts = {code: text for code, text in enumerate(column.categories) if text != "none"}
-    pairs = {(code, size) for code in texts for size in np.unique(pp[column.codes == code])}
-    if not pairs:
-        return spread
-    held = {(code, size): _ranks(texts[code], int(size), model) for code, size in pairs}
-    most = max(3, *(ranks.shape[1] for ranks in held.values()))
-    parts = np.stack([*spread.layers.values(), spread.heads, spread.embeddings])
-    parts = np.pad(parts, ((0, 0), (0, most - 3), (0, 0)))
-    for (code, size), ranks in held.items():
-        rows = (column.codes == code) & (pp == size)
-        parts[:, :, rows] = np.pad(ranks, ((0, 0), (0, most - ranks.shape[1])))[:, :, None]
-    return Stages(dict(zip(spread.layers, parts[:-2], strict=True)), spread.totals, parts[-2], parts[-1])
+def _held(partition: Partition, model: Model, pattern: tuple[Kind, ...]) -> Floats:
+    """Return the layers of each kind, the heads and the embeddings of the ranks that differ: [kinds + 2, ranks]."""
+    kinds = list(dict.fromkeys(pattern))
+    # Entry i of each row is the number of layers of that kind among the first i layers of the model.
+    before = np.array([np.cumsum([0, *(kind == other for other in pattern)]) for kind in kinds])
+    layers = _exact(partition, before) if partition.is_written else _mean(partition, before, pattern)
+    layers[kinds.index(pattern[-1])] += partition.mtp_layers.sum(axis=1)
+    heads = partition.losses.sum(axis=1) * (1.0 + (model.mtp_num_layers or 0))
+    held = np.stack([*layers, heads, partition.embeddings.sum(axis=1)])
+    if partition.is_written:
+        return np.unique(held, axis=1)
+    return held if len(partition.end) < 3 else held[:, [0, 1, -1]]
 
 
-def _ranks(text: str, pp: int, model: Model) -> Floats:
-    """Layers of each kind, output layers and embeddings of the ranks that differ: shape [kinds + 2, ranks]."""
-    pattern, chunks = _pattern(model), parse(text)
-    rank = np.arange(len(chunks)) % pp
-    of_layer = np.repeat(rank, decoders(text))
-    numbers = np.array([list(dict.fromkeys(pattern)).index(kind) for kind in pattern])
-    predicting = np.bincount(rank, mtp_layers(text), pp)
-    counts = [np.bincount(of_layer[numbers == kind], minlength=pp) for kind in range(numbers.max() + 1)]
-    counts[numbers[-1]] = counts[numbers[-1]] + predicting
-    heads = np.bincount(rank, [(LOSS in chunk) * (1 + (model.mtp_num_layers or 0)) for chunk in chunks], pp)
-    embeddings = np.bincount(rank, [EMBEDDING in chunk for chunk in chunks], pp)
-    return np.unique(np.stack([*counts, heads, embeddings]).astype(np.float64), axis=1)
+def _exact(partition: Partition, before: Ints) -> Floats:
+    """Return the decoder layers of each kind on every rank: [kinds, ranks]."""
+    layers: Floats = (before[:, partition.end] - before[:, partition.begin]).sum(axis=2).astype(np.float64)
+    return layers
+
+
+def _mean(partition: Partition, before: Ints, pattern: tuple[Kind, ...]) -> Floats:
+    """Return the decoder layers of each kind on every rank, as a mean where kinds alternate: [kinds, ranks].
+
+    Layers in front of the first one of the last kind (dense layers in front of those with experts) are in the first
+    chunk. All other chunks hold each kind by its share in the layers from there on.
+    """
+    leading = pattern.index(pattern[-1])
+    share = (before[:, -1] - before[:, leading]) / (len(pattern) - leading)
+    layers = partition.layers.sum(axis=1)
+    held: Floats = share[:, None] * layers
+    first_chunk = partition.end[0, 0]
+    held[:, 0] = before[:, first_chunk] + (layers[0] - first_chunk) * share
+    return held
 
 
 def _pattern(model: Model) -> tuple[Kind, ...]:
-    """The kind of every layer, in order."""
+    """Return the kind of every layer, in order."""
     return tuple(
         Kind(moe, slides(model, number)) for number, moe in enumerate(model.moe_layer_pattern(), start=1)
     )
