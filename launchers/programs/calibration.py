@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from launchers.programs.harness.cpu import enable_cpu
 from tuner.core.workload import Precision
 from tuner.files import read_json, write_json
-from tuner.predict.calibration import Calibration, CalibrationPlan, Collective, Times
+from tuner.predict.calibration import Calibration, CalibrationPlan, Collective, TimeTable
 
 Work = Callable[[], object]
 Call = Callable[[dist.ProcessGroup, int, torch.device], Work]
@@ -126,9 +126,9 @@ class _Table:
     points: list[_Point]
 
     @property
-    def times(self) -> Times:
+    def times(self) -> TimeTable:
         """Their medians over the passes."""
-        return Times(sizes=self.sizes, ms=tuple(median(point.readings_ms) for point in self.points))
+        return TimeTable(sizes=self.sizes, ms=tuple(median(point.readings_ms) for point in self.points))
 
 
 def _small_mlp(device: torch.device) -> Work:

@@ -1,8 +1,9 @@
-"""What a machine was measured to do, and how long anything between the measured points takes on it; pure.
+"""What a machine was measured to do, and how long work of any size takes on it. Nothing here reads a file or a clock.
 
-A `Calibration` holds tables of times at sizes a fixed factor apart. Between them times are interpolated in the
-logarithms of size and time, exact for any power law; below the smallest size a time stays what it was there
-(launching and latency are all that is left), and beyond the largest it grows in proportion (the rate is reached).
+A `Calibration` holds tables of times at sizes that lie a fixed factor apart. Between two sizes it interpolates the
+logarithm of the time over the logarithm of the size, which is exact for any power law. Below the smallest size the time
+stays that of the smallest size, because only launches and latency are left. Beyond the largest size the time grows in
+proportion to the size, because the full rate is reached.
 """
 
 import hashlib
@@ -12,57 +13,57 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import isfinite, prod
 from operator import add
-from typing import ClassVar, Final, Literal, TypeAlias
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ConfigDict
 
+from tuner.core.columns import Floats
 from tuner.core.workload import Precision
 from tuner.errors import InputError
 from tuner.files import STRICT, to_data
 
 SCHEMA_VERSION: Final = 1
-"""Raised when what is measured, or how, changes: older calibrations are then measured anew."""
+"""Version of what is measured and how. A calibration of an older version is measured again."""
 
-Floats: TypeAlias = NDArray[np.float64]
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What a calibration depends on: hardware, software, and how many ranks share them."""
+    """What a calibration depends on: the hardware, the software, and the number of ranks that share the hardware."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     device: Literal["cuda", "cpu"]
     name: str
-    """The GPU's, or the processor's."""
+    """Name of the GPU, or of the processor for device cpu."""
     count: int
-    """GPUs, or for device cpu the cores that the ranks share."""
+    """Number of GPUs, or of the cores that the ranks share for device cpu."""
     world_size: int
-    """Ranks that work at the same time."""
+    """Number of ranks that work at the same time."""
     versions: Mapping[str, str]
-    """Of torch, Python, and for device cuda the driver, CUDA and NCCL."""
+    """Versions by name: torch and Python; for device cuda also the driver, CUDA and NCCL."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any of it."""
+        """16 hexadecimal digits that change when any field changes."""
         text = json.dumps(to_data(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Times:
-    """Times in ms at every combination of some sizes, one axis or several."""
+class TimeTable:
+    """Times in ms at every combination of some sizes, along one or several axes."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     sizes: tuple[tuple[int, ...], ...]
-    """Of each axis, ascending."""
+    """The sizes along each axis, ascending."""
     ms: tuple[float, ...]
-    """Of every combination, the last axis running fastest."""
+    """The time of each combination of sizes; the last axis varies fastest."""
 
     def __post_init__(self) -> None:
         for axis in self.sizes:
@@ -77,16 +78,18 @@ class Times:
 
     @cached_property
     def _logarithms(self) -> tuple[list[Floats], Floats]:
+        """log2 of the sizes along each axis, and log2 of the times."""
         axes = [np.log2(np.asarray(axis, dtype=np.float64)) for axis in self.sizes]
         return axes, np.log2(np.asarray(self.ms, dtype=np.float64))
 
-    def at(self, *where: ArrayLike) -> Floats:
-        """The time in ms at a size on each axis; arrays broadcast."""
-        axes, table = self._logarithms
+    def at(self, *sizes: ArrayLike) -> Floats:
+        """Return the time in ms at one size per axis. Arrays of sizes broadcast to the shape of the result."""
+        axes, log_ms = self._logarithms
+        # The corners of the cell that holds the sizes: indices into `log_ms`, and their weights.
         corners: list[tuple[NDArray[np.intp], Floats]] = [(np.zeros((), np.intp), np.ones(()))]
         beyond = np.zeros(())
-        for axis, sizes, wanted in zip(axes, self.sizes, where, strict=True):
-            place = np.log2(np.maximum(np.asarray(wanted, dtype=np.float64), sizes[0]))
+        for axis, measured_sizes, wanted in zip(axes, self.sizes, sizes, strict=True):
+            place = np.log2(np.maximum(np.asarray(wanted, dtype=np.float64), measured_sizes[0]))
             beyond = beyond + np.maximum(place - axis[-1], 0.0)
             low = np.searchsorted(axis[1:-1], place, side="right")
             high = np.minimum(low + 1, len(axis) - 1)
@@ -97,49 +100,53 @@ class Times:
                 for index, weight in corners
                 for end, part in ((low, 1.0 - share), (high, share))
             ]
-        log_ms = reduce(add, (weight * table[index] for index, weight in corners))
-        return np.asarray(np.exp2(log_ms + beyond), dtype=np.float64)
+        interpolated = reduce(add, (weight * log_ms[index] for index, weight in corners))
+        return np.asarray(np.exp2(interpolated + beyond), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What one machine was measured to do, with all of its ranks at work at once. Times in ms."""
+    """What one machine was measured to do while all of its ranks worked at once. Times are in ms.
+
+    A time includes the launch of the operation where the launch takes longer than the operation.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     machine: Machine
     measured_at: str
-    """ISO 8601, UTC."""
+    """Time of the measurement: ISO 8601, UTC."""
     host_us: float
-    """To launch one eager operation of a module under autograd, in microseconds. On CPU, where an operation is
-    finished when it returns, the least that any costs."""
-    gemm: Mapping[Precision, Times]
-    """By precision; axes rows, out, into. With its launch, where that takes longer; so too the others."""
-    copy: Times
-    """An elementwise operation; axis bytes, read and written together."""
-    collectives: Mapping[Collective, Times] = field(default_factory=dict)
-    """By kind, in groups of neighbouring ranks, all groups at once; axes ranks, bytes. Empty for one rank alone."""
-    strided_collectives: Mapping[Collective, Times] = field(default_factory=dict)
-    """The same in groups of ranks as far apart as they can be."""
+    """Microseconds that the host needs to launch one eager operation of a module under autograd. On CPU, where an
+    operation has finished when it returns, the least that any operation costs."""
+    gemm: Mapping[Precision, TimeTable]
+    """Matrix products by precision; the axes are rows, out and into (see `gemm_ms`)."""
+    copy: TimeTable
+    """One elementwise operation; the axis is the sum of the bytes that it reads and writes."""
+    collectives: Mapping[Collective, TimeTable] = field(default_factory=dict)
+    """Collectives by kind, in groups of neighbouring ranks, while all groups work at once; the axes are ranks and
+    bytes. Empty if the machine was measured with one rank."""
+    strided_collectives: Mapping[Collective, TimeTable] = field(default_factory=dict)
+    """Collectives by kind, as in `collectives`, but in groups whose ranks lie as far apart as they can."""
 
     def __post_init__(self) -> None:
         if not (isfinite(self.host_us) and self.host_us > 0):
             raise ValueError(f"host_us must be above 0, not {self.host_us}")
-        if not self.gemm or any(len(times.sizes) != 3 for times in self.gemm.values()):
-            raise ValueError("gemm needs a precision at least, and three axes: rows, out, into")
+        if not self.gemm or any(len(table.sizes) != 3 for table in self.gemm.values()):
+            raise ValueError("gemm needs at least one precision, and three axes: rows, out, into")
         if len(self.copy.sizes) != 1:
             raise ValueError("copy needs one axis: bytes")
-        both = [*self.collectives.values(), *self.strided_collectives.values()]
-        if any(len(times.sizes) != 2 for times in both):
+        tables = [*self.collectives.values(), *self.strided_collectives.values()]
+        if any(len(table.sizes) != 2 for table in tables):
             raise ValueError("collectives need two axes: ranks, bytes")
         if self.collectives.keys() != self.strided_collectives.keys():
             raise ValueError("collectives and strided_collectives must be of the same kinds")
 
     def gemm_ms(self, rows: ArrayLike, out: ArrayLike, into: ArrayLike, precision: Precision) -> Floats:
-        """The product of a [rows, into] matrix and an [into, out] one.
+        """Return the time of the product of a [rows, into] matrix and an [into, out] matrix.
 
-        Backward, the gradient of the input is `gemm_ms(rows, into, out)`, that of the weights
-        `gemm_ms(out, into, rows)`.
+        In the backward pass the gradient of the input takes `gemm_ms(rows, into, out)`, and the gradient of the weights
+        takes `gemm_ms(out, into, rows)`.
 
         Raises:
             InputError: if the precision was not measured (`precision in calibration.gemm` tells).
@@ -152,19 +159,25 @@ class Calibration:
         return self.gemm[precision].at(rows, out, into)
 
     def copy_ms(self, moved_bytes: ArrayLike) -> Floats:
-        """An elementwise operation that reads and writes so many bytes together."""
+        """Return the time of an elementwise operation whose reads and writes add up to `moved_bytes`."""
         return self.copy.at(moved_bytes)
 
     def collective_ms(
         self, kind: Collective, whole_bytes: ArrayLike, ranks: ArrayLike, strided: bool = False
     ) -> Floats:
-        """A collective among so many ranks; a lone rank needs no time.
+        """Return the time of a collective in a group of so many ranks; 0 for one rank.
 
-        `whole_bytes` is the whole buffer as nccl-tests counts it (doc/PERFORMANCE.md): what an all-reduce and an
-        all-to-all hold on every rank, the gathered side of an all-gather, the scattered side of a reduce-scatter;
-        of a send the message, each rank of the group sending one and receiving one. Between measured group
-        sizes the time is interpolated; in larger groups the latency grows by the hops of a ring, n - 1, and the
-        rest by the share of the buffer that leaves a rank, (n - 1) / n, except for a send.
+        Between two measured group sizes the time is interpolated. In a group larger than any measured one, the latency
+        grows with the hops of a ring, n - 1, and the rest of the time grows with the share of the buffer that leaves a
+        rank, (n - 1) / n. A send does not depend on the size of the group.
+
+        Args:
+            kind: The collective.
+            whole_bytes: Bytes of the whole buffer, as nccl-tests counts it (doc/PERFORMANCE.md). For an all-reduce and
+                an all-to-all that is what each rank holds, for an all-gather the gathered buffer, for a reduce-scatter
+                the buffer before the scatter. For a send it is the message; each rank sends one and receives one.
+            ranks: Size of the group.
+            strided: Whether the ranks of a group lie far apart.
 
         Raises:
             ValueError: if a group has several ranks and the machine was measured with one.
@@ -176,45 +189,46 @@ class Calibration:
                     f"no {kind} was measured: the calibration is of {self.machine.world_size} rank"
                 )
             return np.zeros(np.broadcast(size, np.asarray(whole_bytes)).shape)
-        times = (self.strided_collectives if strided else self.collectives)[kind]
-        largest = float(times.sizes[0][-1])
-        found = times.at(np.minimum(size, largest), whole_bytes)
+        table = (self.strided_collectives if strided else self.collectives)[kind]
+        largest = float(table.sizes[0][-1])
+        time_ms = table.at(np.minimum(size, largest), whole_bytes)
         if kind != "send" and np.any(size > largest):
-            latency = times.at(largest, times.sizes[1][0])
+            latency = table.at(largest, table.sizes[1][0])
             hops = np.maximum(size - 1, 1) / (largest - 1)
             share = hops * largest / np.maximum(size, 1)
-            more = latency * hops + np.maximum(found - latency, 0.0) * share
-            found = np.where(size > largest, more, found)
-        return np.where(size > 1, found, 0.0)
+            extrapolated_ms = latency * hops + np.maximum(time_ms - latency, 0.0) * share
+            time_ms = np.where(size > largest, extrapolated_ms, time_ms)
+        return np.where(size > 1, time_ms, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationPlan:
-    """What to measure: everything that the calibration program needs."""
+    """What the calibration program measures: its whole input."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     machine: Machine
     precisions: tuple[Precision, ...]
-    """Of the matrix products."""
+    """Precisions of the matrix products."""
     gemm_sizes: tuple[int, ...]
-    """Of rows, out and into alike."""
+    """Sizes along each of the three axes of a matrix product."""
     copy_bytes: tuple[int, ...]
+    """Bytes that an elementwise operation reads and writes."""
     message_bytes: tuple[int, ...]
+    """Bytes of the buffer of a collective."""
     passes: int
-    """Readings of each point; their median counts."""
+    """Readings per point; their median counts."""
     batch_s: float
-    """How long a reading's batch of repetitions takes at least."""
+    """Seconds that the repetitions of one reading take at least."""
 
 
 _KIB: Final = 1024
-_MIB: Final = 1024**2
 
 
 def plan_calibration(machine: Machine, precisions: tuple[Precision, ...]) -> CalibrationPlan:
-    """What to measure on a machine: about a minute's work."""
+    """Return what to measure on a machine; the measurement takes about a minute."""
     if machine.device == "cpu":
-        # A time slice of the scheduler is some 4 ms: a batch spans many, since the ranks share their cores.
+        # A time slice of the scheduler is about 4 ms. A batch spans many slices, since the ranks share their cores.
         return CalibrationPlan(
             machine=machine,
             precisions=precisions,

@@ -17,7 +17,7 @@ from tuner.cli.app import run
 from tuner.core.cluster import Cluster
 from tuner.errors import InputError
 from tuner.files import parse, read_json, to_data, write_json
-from tuner.predict.calibration import Calibration, Collective, Machine, Times, plan_calibration
+from tuner.predict.calibration import Calibration, Collective, Machine, TimeTable, plan_calibration
 
 MACHINE = Machine(device="cpu", name="a core", count=2, world_size=4, versions={"torch": "2.13.0"})
 KINDS: tuple[Collective, ...] = get_args(Collective)
@@ -28,11 +28,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def tabulated(time_ms: Callable[..., float], *sizes: tuple[int, ...]) -> Times:
-    return Times(sizes=sizes, ms=tuple(time_ms(*where) for where in itertools.product(*sizes)))
+def tabulated(time_ms: Callable[..., float], *sizes: tuple[int, ...]) -> TimeTable:
+    return TimeTable(sizes=sizes, ms=tuple(time_ms(*where) for where in itertools.product(*sizes)))
 
 
-def collective_times(time_ms: Callable[[int, int], float]) -> dict[Collective, Times]:
+def collective_times(time_ms: Callable[[int, int], float]) -> dict[Collective, TimeTable]:
     return {kind: tabulated(time_ms, (2, 4), (1024, 16384, 1 << 20)) for kind in KINDS}
 
 
@@ -48,23 +48,23 @@ CALIBRATION = Calibration(
 
 
 @st.composite
-def times(draw: st.DrawFn, ascending: bool = False) -> Times:
+def times(draw: st.DrawFn, ascending: bool = False) -> TimeTable:
     axis = st.lists(st.integers(1, 10**9), min_size=1, max_size=5, unique=True).map(sorted).map(tuple)
     sizes = tuple(draw(st.lists(axis, min_size=1, max_size=1 if ascending else 3)))
     count = int(np.prod([len(each) for each in sizes]))
     ms = draw(st.lists(st.floats(1e-4, 1e4), min_size=count, max_size=count))
-    return Times(sizes=sizes, ms=tuple(sorted(ms) if ascending else ms))
+    return TimeTable(sizes=sizes, ms=tuple(sorted(ms) if ascending else ms))
 
 
 @given(times())
-def test_at_the_measured_points_the_time_is_the_measured_one(measured: Times) -> None:
+def test_at_the_measured_points_the_time_is_the_measured_one(measured: TimeTable) -> None:
     where = np.array(list(itertools.product(*measured.sizes)), dtype=float).T
     assert measured.at(*where) == pytest.approx(measured.ms, rel=1e-9)
 
 
 @given(times(ascending=True), st.lists(st.floats(0, 1e12), min_size=2, max_size=20))
 def test_where_the_measured_times_grow_with_size_so_do_the_others(
-    measured: Times, wanted: list[float]
+    measured: TimeTable, wanted: list[float]
 ) -> None:
     found = measured.at(np.sort(wanted))
     assert (np.diff(found) >= -1e-9 * found[1:]).all()
@@ -72,7 +72,7 @@ def test_where_the_measured_times_grow_with_size_so_do_the_others(
 
 @given(times(), st.integers(0, 2), st.floats(1, 1e6))
 def test_beyond_the_largest_size_the_time_grows_in_proportion(
-    measured: Times, axis: int, factor: float
+    measured: TimeTable, axis: int, factor: float
 ) -> None:
     corner = [float(each[-1]) for each in measured.sizes]
     axis %= len(corner)
@@ -81,7 +81,7 @@ def test_beyond_the_largest_size_the_time_grows_in_proportion(
 
 
 @given(times(), st.floats(0, 1))
-def test_below_the_smallest_size_the_time_stays(measured: Times, share: float) -> None:
+def test_below_the_smallest_size_the_time_stays(measured: TimeTable, share: float) -> None:
     below = [share * each[0] for each in measured.sizes]
     assert measured.at(*below) == pytest.approx(measured.ms[0], rel=1e-9)
 
@@ -164,7 +164,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
         ("copy", {"sizes": [[4, 2]], "ms": [1.0, 2.0]}, "ascend"),
         ("copy", {"sizes": [[2, 4]], "ms": [1.0, 0.0]}, "above 0"),
         ("copy", {"sizes": [[2], [4]], "ms": [1.0]}, "one axis"),
-        ("gemm", {}, "a precision at least"),
+        ("gemm", {}, "at least one precision"),
         ("gemm", {"fp32": {"sizes": [[2]], "ms": [1.0]}}, "three axes"),
         ("collectives", {}, "of the same kinds"),
         ("host_us", -1.0, "host_us must be above 0"),
