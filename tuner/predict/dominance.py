@@ -1,13 +1,12 @@
-"""Rows that need at least as much memory as a layout that ran out of it: pruned without a run, by memory alone."""
+"""Rows that need at least as much memory as a layout that ran out of it. They are pruned without a run."""
 
 from typing import Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
-from tuner.core.columns import Columns
+from tuner.core.columns import Bools, Columns, Floats, Ints
 from tuner.core.layout import KNOBS, Layout, data_parallel_size, num_microbatches
 from tuner.core.parameters import attention, dense_mlp, norm
 from tuner.core.pipeline_layout import decoders
@@ -15,49 +14,49 @@ from tuner.core.stages import stage_slots
 from tuner.core.workload import Workload
 from tuner.predict.implementation import implementation_of
 
-_RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 MESSAGE_STATES: Final = 4
-"""Hidden states of one micro-batch that a pipeline's messages hold at most, where the schedule does not interleave:
-input and gradient received, output and gradient sent (schedules.py)."""
+"""Hidden states of one micro-batch that the messages of a pipeline without interleaving hold at most: input and
+gradient received, output and gradient sent. Counted in Megatron-Core's schedules.py."""
+_RECOMPUTE: Final = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 
 
 def needs_at_least_as_much_memory(
     table: pd.DataFrame, layout: Layout, workload: Workload, cluster: Cluster
-) -> NDArray[np.bool_]:
-    """Which rows provably need no less memory than `layout`, itself included.
+) -> Bools:
+    """Return which rows provably need no less memory than `layout`; shape [rows]. A row equal to `layout` is among
+    them.
 
-    All other knobs are equal, and each of these moves only upwards, so that every tensor of the layout's peak has a
-    counterpart at least as large in the row's:
+    A row qualifies if each of the following knobs is equal to the layout's or differs in the stated direction, and all
+    other knobs are equal. Every tensor at the layout's peak then has a counterpart at least as large in the row.
 
-    - micro_batch_size: activations in flight are min(pp, M) micro-batches of gbs/(dp*M) samples, which never shrink;
-      plain Torch also keeps tensors a micro-batch (see `_as_many_in_flight`);
-    - recompute: where it is dropped altogether (see `_keeps_more_without_recompute`);
-    - use_distributed_optimizer: without it the state is held whole instead of in shards, on CUDA; Gloo copies the
-      gradients that it scatters, and the copy may outweigh the shards;
-    - nccl_nvls_enable: on, NCCL takes its buffers beside all else;
-    - cpu_offloading_num_layers: none, so that every layer's activations stay; between two counts the moments at which
-      they leave differ;
-    - pp: fewer stages of more layers each, where `_merges_stages` proves it.
+    - micro_batch_size is larger: min(pp, M) micro-batches of gbs/(dp*M) samples are in flight, which never shrinks as M
+      falls. Plain Torch also keeps tensors of a fixed size per micro-batch (see `_fills_the_pipeline`).
+    - recompute is off, if the layout has enough layers per stage (see `_may_drop_recompute`).
+    - use_distributed_optimizer is off, on CUDA: each rank then holds the whole state instead of a shard. Not on CPU:
+      Gloo copies the gradients that it scatters, and the copy may outweigh the shards.
+    - nccl_nvls_enable is on: NCCL then takes its buffers in addition to everything else.
+    - cpu_offloading_num_layers is 0: the activations of every layer then stay. Two counts above 0 are not compared,
+      since their layers leave at different moments.
+    - pp is smaller: fewer stages hold more layers each, if `_merges_stages` proves it.
 
-    The other knobs are equal, though some are almost sure: FSDP gathers and scatters through buffers that a small
-    model's weights do not outweigh, graphs and registered buffers have memory of their own kind, and expandable
-    segments make what is reserved smaller, which is no theorem.
+    Other knobs must be equal even if the direction is almost sure. FSDP gathers and scatters through buffers that the
+    weights of a small model do not outweigh. CUDA graphs and registered buffers have memory of their own kind.
+    Expandable segments usually reserve less, which is no theorem.
     """
-    stages = table["pp"].to_numpy()
-    mask = _no_smaller(table, layout, _keeps_more_without_recompute(layout, workload, cluster))
+    mask = _differs_upwards(table, layout, _may_drop_recompute(layout, workload, cluster))
     if cluster.device == "cpu":
         mask &= table["use_distributed_optimizer"].to_numpy() == layout.use_distributed_optimizer
     if implementation_of(cluster) == "torch":
         larger = table["micro_batch_size"].to_numpy() > layout.micro_batch_size
-        mask &= ~larger | _as_many_in_flight(table, workload, cluster)
-    mask &= (stages == layout.pp) | _merges_stages(table, layout, workload, cluster)
+        mask &= ~larger | _fills_the_pipeline(table, workload, cluster)
+    mask &= (table["pp"].to_numpy() == layout.pp) | _merges_stages(table, layout, workload, cluster)
     return mask
 
 
-def _no_smaller(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -> NDArray[np.bool_]:
-    """Where every knob but pp is equal or moves upwards."""
-    mask: NDArray[np.bool_] = np.ones(len(table), dtype=bool)
-    recompute = np.ones(len(table), dtype=bool)
+def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -> Bools:
+    """Return the rows of which every knob but pp is equal to the layout's or differs in the stated direction."""
+    mask: Bools = np.ones(len(table), dtype=bool)
+    same_recompute = np.ones(len(table), dtype=bool)
     for knob in KNOBS:
         column, value = table[knob].to_numpy(), getattr(layout, knob)
         if knob == "micro_batch_size":
@@ -69,47 +68,50 @@ def _no_smaller(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -
         elif knob == "cpu_offloading_num_layers":
             mask &= (column == value) | (column == 0)
         elif knob in _RECOMPUTE:
-            recompute &= column == value
+            same_recompute &= column == value
         elif knob != "pp":
             mask &= column == value
     if may_drop_recompute:
-        recompute |= table["recompute_granularity"].to_numpy() == "none"
-    return mask & recompute
+        return mask & (same_recompute | (table["recompute_granularity"].to_numpy() == "none"))
+    return mask & same_recompute
 
 
-def _as_many_in_flight(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> NDArray[np.bool_]:
-    """Where as many micro-batches are in flight as the pipeline takes: a larger one then keeps no fewer of them.
+def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Bools:
+    """Return the rows that have as many micro-batches in flight as the pipeline takes.
 
-    Torch's attention keeps rotary tables and masks, which are as large for one sample as for many: with few
-    micro-batches in flight, a larger micro-batch keeps fewer of these.
+    Torch's attention keeps rotary tables and masks that do not grow with the micro-batch. With fewer micro-batches in
+    flight than the pipeline takes, a larger micro-batch would keep fewer of these tables.
     """
     c = Columns.of(table)
     dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
-    group = np.where(
-        c["microbatch_group_size_per_vp_stage"] > 0, c["microbatch_group_size_per_vp_stage"], c["pp"]
-    )
-    # Interleaved, 2 * (pp - 1) + (vpp - 1) * group + 2 chunks at most, of num_microbatches * vpp.
-    most = c["pp"] + np.where(c["vpp"] > 1, group, 0)
-    return num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp) >= most
+    stated_group = c["microbatch_group_size_per_vp_stage"]
+    microbatch_group = np.where(stated_group > 0, stated_group, c["pp"])
+    # An interleaved schedule has at most 2 * (pp - 1) + (vpp - 1) * group + 2 of its num_microbatches * vpp chunks in
+    # flight.
+    most_in_flight = c["pp"] + np.where(c["vpp"] > 1, microbatch_group, 0)
+    return num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp) >= most_in_flight
 
 
-def _keeps_more_without_recompute(layout: Layout, workload: Workload, cluster: Cluster) -> bool:
-    """Whether a stage without recompute keeps no less than with the layout's, two kinds of which are not compared.
+def _may_drop_recompute(layout: Layout, workload: Workload, cluster: Cluster) -> bool:
+    """Whether a stage provably keeps no less without any recompute than with the layout's. Two kinds are not compared.
 
-    Recomputing brings back what the layers in question keep, beside their inputs and the output made again: at most
-    four hidden states a layer, and a layer keeps more (input, norm's output, sum, norm's output, and what is between).
-    So without recompute twice the layers recomputed at once outweigh it. Torch's context parallel attention is left
-    out: recomputed, it keeps what came in and not what was gathered, which may be more.
+    Recomputing a layer brings back what the layer keeps, beside its input and the output that is made again: at most
+    four hidden states per layer. A layer keeps more than that: its input, the norm's output, the sum, the second norm's
+    output, and all between. So a stage with at least twice as many layers as are recomputed at once keeps more without
+    recompute.
+
+    Torch's context-parallel attention is an exception: recomputed, it keeps its input instead of the gathered keys and
+    values, which may be more.
     """
     torch = implementation_of(cluster) == "torch"
     if torch and layout.recompute_granularity == "selective" and layout.cp > 1:
         return False
-    at_once = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
-    return _fewest_layers(layout, workload) >= 2 * at_once
+    recomputed_at_once = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
+    return _fewest_layers(layout, workload) >= 2 * recomputed_at_once
 
 
 def _fewest_layers(layout: Layout, workload: Workload) -> int:
-    """Layers of the pipeline rank that has the fewest, or less."""
+    """Return a lower bound of the layers on the pipeline rank that has the fewest."""
     if layout.pipeline_model_parallel_layout != "none":
         layers = decoders(layout.pipeline_model_parallel_layout).reshape(-1, layout.pp)
         return int(layers.sum(axis=0).min())
@@ -118,63 +120,70 @@ def _fewest_layers(layout: Layout, workload: Workload) -> int:
     return int(min(part[0] for part in (slots if layout.pp > 2 else (slots.first, slots.last)))) - accounts
 
 
-def _merges_stages(
-    table: pd.DataFrame, layout: Layout, workload: Workload, cluster: Cluster
-) -> NDArray[np.bool_]:
-    """Where k stages of the layout are merged into one, and nothing that this takes away goes uncovered.
+def _merges_stages(table: pd.DataFrame, layout: Layout, workload: Workload, cluster: Cluster) -> Bools:
+    """Return the rows whose stages are k merged stages of the layout, and that provably keep no less.
 
-    1F1B over layers that are all alike, n a stage, M micro-batches of b samples: stage s keeps
-    min(pp - s, M) * b samples of n layers. Merged, world size and global batch given, there are pp/k stages of k*n
-    layers, k*dp ranks, and b' >= b samples a micro-batch with M' * b' = M * b / k. Stage s lies in s' = s // k, so
-    pp - s <= k * (pp/k - s'), and what s' keeps, min(pp/k - s', M') * b' samples of k*n layers, is no less.
-    Chunks, uneven splits and those that are written out, experts (whose tokens follow the routing), checkpoints of
-    several layers, prediction of further tokens and FSDP (whose shards shrink as dp grows) break one of these steps.
+    The proof is for 1F1B over layers that are all alike. The layout has n layers per stage and M micro-batches of b
+    samples; its stage s keeps min(pp - s, M) * b samples of n layers. World size and global batch are given, so the
+    merged layout has pp/k stages of k*n layers, k*dp data-parallel ranks, and b' >= b samples per micro-batch with M' *
+    b' = M * b / k. Stage s lies in the merged stage s' = s // k, so that pp - s <= k * (pp/k - s'). The merged stage
+    keeps min(pp/k - s', M') * b' samples of k*n layers, which is no less.
+
+    One of these steps fails for virtual pipeline chunks, for uneven and written-out splits, for experts (whose tokens
+    follow the routing), for checkpoints of several layers, for multi-token prediction, and for FSDP (whose shards
+    shrink as dp grows). `_added_bytes` and `_taken_bytes` compare what merging adds to a stage and takes from it
+    besides activations.
     """
-    model, stages = workload.model, table["pp"].to_numpy()
-    split = layout.num_layers_in_first_pipeline_stage or layout.num_layers_in_last_pipeline_stage
-    accounts = layout.account_for_embedding_in_pipeline_split or layout.account_for_loss_in_pipeline_split
-    alike = not model.is_moe and model.window_attn_skip_freq is None and not model.mtp_num_layers
-    split = split or layout.pipeline_model_parallel_layout != "none" or layout.use_megatron_fsdp
-    if layout.vpp > 1 or split or accounts or not alike:
+    model, pp = workload.model, table["pp"].to_numpy()
+    uneven = (
+        layout.num_layers_in_first_pipeline_stage
+        or layout.num_layers_in_last_pipeline_stage
+        or layout.account_for_embedding_in_pipeline_split
+        or layout.account_for_loss_in_pipeline_split
+        or layout.pipeline_model_parallel_layout != "none"
+    )
+    layers_alike = not model.is_moe and model.window_attn_skip_freq is None and not model.mtp_num_layers
+    if layout.vpp > 1 or uneven or layout.use_megatron_fsdp or not layers_alike:
         return np.zeros(len(table), dtype=np.bool_)
-    merged: NDArray[np.bool_] = (stages < layout.pp) & (layout.pp % stages == 0)
+    merged: Bools = (pp < layout.pp) & (layout.pp % pp == 0)
     if layout.recompute_granularity == "full" and (
         layout.recompute_method != "uniform" or layout.recompute_num_layers > 1
     ):
         merged &= table["recompute_granularity"].to_numpy() == "none"
     if cluster.device == "cuda":
-        merged &= stages > 1  # without a pipeline NCCL has no buffers for its messages
+        merged &= pp > 1  # Without a pipeline NCCL has no buffers for its messages.
     distributed = table["use_distributed_optimizer"].to_numpy()
-    merged &= _added_bytes(stages, layout, workload) >= _taken_bytes(distributed, layout, workload, cluster)
+    merged &= _added_bytes(pp, layout, workload) >= _taken_bytes(distributed, layout, workload, cluster)
     return merged
 
 
-def _added_bytes(stages: NDArray[np.int64], layout: Layout, workload: Workload) -> NDArray[np.float64]:
-    """Weights and gradients of the layers that a stage gains where there are only `stages`."""
+def _added_bytes(pp: Ints, layout: Layout, workload: Workload) -> Floats:
+    """Return the bytes of weights and gradients of the layers that a stage gains when only `pp` stages are left."""
     model = workload.model
-    layer = (attention(model).sharded + dense_mlp(model).sharded) / layout.tp
-    layer += attention(model).replicated + dense_mlp(model).replicated + 2 * norm(model)
-    weight = 4 if workload.precision == "fp32" else 2
-    gradient = 4 if workload.grad_reduce_in_fp32 else weight
-    gained: NDArray[np.float64] = model.num_layers / stages - model.num_layers / layout.pp
-    return gained * layer * (weight + gradient)
+    sharded = attention(model).sharded + dense_mlp(model).sharded
+    replicated = attention(model).replicated + dense_mlp(model).replicated + 2 * norm(model)
+    layer_parameters = sharded / layout.tp + replicated
+    weight_bytes = 4 if workload.precision == "fp32" else 2
+    gradient_bytes = 4 if workload.grad_reduce_in_fp32 else weight_bytes
+    gained_layers: Floats = model.num_layers / pp - model.num_layers / layout.pp
+    return gained_layers * layer_parameters * (weight_bytes + gradient_bytes)
 
 
-def _taken_bytes(
-    distributed: NDArray[np.bool_], layout: Layout, workload: Workload, cluster: Cluster
-) -> NDArray[np.float64]:
-    """At most what merging takes from a stage's peak.
+def _taken_bytes(distributed: Bools, layout: Layout, workload: Workload, cluster: Cluster) -> Floats:
+    """Return an upper bound of the bytes that merging takes from the peak of a stage.
 
-    Messages with a stage that is now its own part; the gradient of the embedding, which comes when a merged stage
-    has freed more layers; and, where the optimizer is distributed, a part of the vocabulary's shard of its state,
-    which shrinks as dp grows. The layers' shards keep their size: k times the layers over k times the ranks.
+    Merging takes the messages with a stage that is now part of the stage itself. It takes the gradient of the
+    embedding, which comes when a merged stage has freed more layers. With a distributed optimizer it takes a part of
+    the shard of the vocabulary's state, which shrinks as dp grows. The shards of the layers keep their size: k times
+    the layers over k times the ranks.
     """
     model, tp = workload.model, layout.tp
-    weight, adam = (4, 8) if workload.precision == "fp32" else (2, 12)
+    weight_bytes, adam_bytes = (4, 8) if workload.precision == "fp32" else (2, 12)
     learned = model.position_embedding_type == "learned_absolute"
-    rows = model.padded_vocab_size(tp) / tp + (model.max_position_embeddings if learned else 0)
+    table_rows = model.padded_vocab_size(tp) / tp + (model.max_position_embeddings if learned else 0)
     dp = data_parallel_size(cluster.world_size, tp, layout.pp, layout.cp)
-    shard = np.where(distributed, adam / (dp * layout.cp), 0)
+    shard_bytes = np.where(distributed, adam_bytes / (dp * layout.cp), 0)
+    embedding_parameters = table_rows * model.hidden_size + norm(model)
+    embedding_bytes: Floats = embedding_parameters * (weight_bytes + shard_bytes)
     tokens = workload.seq_length * layout.micro_batch_size / layout.cp / (tp if layout.sp else 1)
-    taken: NDArray[np.float64] = (rows * model.hidden_size + norm(model)) * (weight + shard)
-    return taken + MESSAGE_STATES * tokens * model.hidden_size * weight
+    return embedding_bytes + MESSAGE_STATES * tokens * model.hidden_size * weight_bytes
