@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tuner.core.columns import Bools, Columns, Ints
 from tuner.predict.nccl import registered_factor
-from tuner.predict.time.collectives import Group
+from tuner.predict.time.collectives import ProcessGroups
 from tuner.predict.time.rates import Rates
 
 Floats = NDArray[np.float64]
@@ -97,7 +97,7 @@ def whole_bytes(
 
 
 def exposed_ms(
-    held: Floats, ranks: Group, layers: Floats, pass_ms: Floats, count: Ints, c: Columns, rates: Rates
+    held: Floats, ranks: ProcessGroups, layers: Floats, pass_ms: Floats, count: Ints, c: Columns, rates: Rates
 ) -> Floats:
     """What nothing hides in a step of the collectives of `held` weights in so many layers.
 

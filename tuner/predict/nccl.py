@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns, Ints
-from tuner.predict.time.collectives import NVLINK_EFFICIENCY, Group
+from tuner.predict.time.collectives import NVLINK_EFFICIENCY, ProcessGroups
 
 Floats = NDArray[np.float64]
 
@@ -33,17 +33,17 @@ def can_reduce(size: Ints, cluster: Cluster) -> Bools:
     return (size > 2) & np.bool_(capable)
 
 
-def all_reduce_factor(c: Columns, ranks: Group, cluster: Cluster, measured: bool) -> Floats:
+def all_reduce_factor(c: Columns, ranks: ProcessGroups, cluster: Cluster, measured: bool) -> Floats:
     """What an all-reduce takes over a ring's time; where it was `measured`, with NVLS on, over that time."""
-    capable = can_reduce(ranks.size, cluster) & (ranks.inner == ranks.size)
+    capable = can_reduce(ranks.size, cluster) & (ranks.ranks_per_domain == ranks.size)
     ring = SWITCH_SPEEDUP if measured else 1.0
     factor = np.where(c.on("nccl_nvls_enable"), ring / SWITCH_SPEEDUP, ring)
     return np.where(capable, factor, 1.0)
 
 
-def registered_factor(c: Columns, ranks: Group) -> Floats:
+def registered_factor(c: Columns, ranks: ProcessGroups) -> Floats:
     """What gathering and scattering of registered buffers takes over that of plain ones; fabrics bound the rest."""
-    inside = ranks.inner == ranks.size
+    inside = ranks.ranks_per_domain == ranks.size
     return np.where(c.on("nccl_ub") & inside, NVLINK_EFFICIENCY / REGISTERED_EFFICIENCY, 1.0)
 
 

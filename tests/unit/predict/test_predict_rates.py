@@ -12,8 +12,8 @@ from search_spaces.loader import load_cluster
 from tests.unit.layouts import cluster, dense, mixture, workload
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout, layout_from
-from tuner.predict.calibration import Calibration, Collective, Machine, Times
-from tuner.predict.time.collectives import group
+from tuner.predict.calibration import Calibration, Collective, Machine, TimeTable
+from tuner.predict.time.collectives import process_groups
 from tuner.predict.time.rates import MeasuredRates, Rates
 from tuner.predict.time.step import PARTS, StepTime, breakdown, step_time_ms
 from tuner.space.enumeration import default_domain, enumerate_layouts
@@ -30,11 +30,11 @@ DENSE = workload(dense(), precision="fp32")
 MIXTURE = workload(mixture(), precision="fp32")
 
 
-def tabulated(time_ms: Callable[..., float], *sizes: tuple[int, ...]) -> Times:
-    return Times(sizes=sizes, ms=tuple(time_ms(*where) for where in itertools.product(*sizes)))
+def tabulated(time_ms: Callable[..., float], *sizes: tuple[int, ...]) -> TimeTable:
+    return TimeTable(sizes=sizes, ms=tuple(time_ms(*where) for where in itertools.product(*sizes)))
 
 
-def collectives(time_ms: Callable[[int, int], float]) -> dict[Collective, Times]:
+def collectives(time_ms: Callable[[int, int], float]) -> dict[Collective, TimeTable]:
     return {kind: tabulated(time_ms, (2, 4), (1024, 1 << 20)) for kind in get_args(Collective)}
 
 
@@ -59,7 +59,7 @@ def on_cpu(layout: Layout, on: Cluster = CPU, calibration: Calibration | None = 
 
 def test_collectives_take_as_long_as_measured_by_where_their_ranks_are() -> None:
     rates, message = MeasuredRates(DENSE, CPU, CALIBRATION), np.array([1024.0])
-    near, apart = group(ints(2), ints(1), CPU), group(ints(2), ints(2), CPU)
+    near, apart = process_groups(ints(2), ints(1), CPU), process_groups(ints(2), ints(2), CPU)
     for call in (rates.gather_ms, rates.reduce_ms, rates.send_ms):
         assert call(message, near) == pytest.approx(2 + 1024e-6)
         assert call(message, apart) == pytest.approx(4 + 1024e-6)
@@ -70,7 +70,7 @@ def test_collectives_take_as_long_as_measured_by_where_their_ranks_are() -> None
 
 def test_groups_beyond_the_measured_world_take_what_the_cluster_states() -> None:
     wide = ranks_on(2, 16)
-    ranks, message = group(ints(2, 8), ints(1, 1), wide), np.full(2, 65536.0)
+    ranks, message = process_groups(ints(2, 8), ints(1, 1), wide), np.full(2, 65536.0)
     measured = MeasuredRates(DENSE, wide, CALIBRATION).reduce_ms(message, ranks)
     stated = Rates(DENSE, wide).reduce_ms(message, ranks)
     assert measured[0] != pytest.approx(stated[0])
@@ -79,7 +79,7 @@ def test_groups_beyond_the_measured_world_take_what_the_cluster_states() -> None
 
 def test_groups_that_leave_their_nvlink_domain_take_what_the_cluster_states() -> None:
     islands = ranks_on(2, nvlink_domain_gpus=2)
-    ranks, message = group(ints(2, 2), ints(1, 2), islands), np.full(2, 1024.0)
+    ranks, message = process_groups(ints(2, 2), ints(1, 2), islands), np.full(2, 1024.0)
     measured = MeasuredRates(DENSE, islands, CALIBRATION).gather_ms(message, ranks)
     assert measured[0] == pytest.approx(2 + 1024e-6)
     assert measured[1] == Rates(DENSE, islands).gather_ms(message, ranks)[1]

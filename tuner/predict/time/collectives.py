@@ -1,87 +1,100 @@
-"""How long collectives take on a cluster, for many layouts at once. Bytes in, milliseconds out.
+"""How long collectives take by the cluster's stated figures, for many layouts at once: bytes in, milliseconds out.
 
-The ring model of NCCL: a collective of n ranks moves (n-1)/n of the whole buffer over each rank's link (twice
-for an all-reduce), at the bus bandwidth of the slowest link, plus a latency a hop.
-Source: NVIDIA nccl-tests, doc/PERFORMANCE.md; the cost of hops: NCCL src/graph/tuning.cc.
+This is NCCL's ring model. A collective of n ranks moves (n-1)/n of the whole buffer over each rank's link (twice for an
+all-reduce) at the bus bandwidth of the slowest link, and adds one latency per hop. Sources: NVIDIA nccl-tests,
+doc/PERFORMANCE.md (the model); NCCL, src/graph/tuning.cc (the cost of a hop).
 """
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
-from tuner.core.columns import Ints
-
-Floats: TypeAlias = NDArray[np.float64]
+from tuner.core.columns import Floats, Ints
 
 NVLINK_EFFICIENCY: Final = 0.7
-"""Share of NVLink's rate that a layer's messages reach; the largest get 0.75 to 0.8 on A100s (nccl-tests)."""
+"""Share of NVLink's stated rate that a message of a layer reaches. Published for large all-reduces on A100s: 200 and
+208 of 300 GB/s (github.com/NVIDIA/nccl-tests, issues 149 and 178), which are 0.67 and 0.69."""
 FABRIC_EFFICIENCY: Final = 0.8
-"""The same of the network between: the largest get 0.9 of InfiniBand, and jobs share its upper links."""
+"""Share of the rate between NVLink domains that a message reaches. Assumed: the largest messages reach 0.9 of
+InfiniBand's rate, and jobs share its upper links."""
 MS_PER_US: Final = 1e-3
+"""Milliseconds per microsecond."""
 MS_PER_BYTE_AT_GB_PER_S: Final = 1e-6
+"""Milliseconds that one byte takes at 1 GB/s."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """The ranks of one communicator, one value a layout."""
+class ProcessGroups:
+    """The process group of one kind of parallelism in every layout: arrays of shape [rows]."""
 
     size: Ints
+    """Ranks in the group."""
     stride: Ints
-    """How far apart its neighbours are."""
-    inner: Ints
-    """Of them, those in one NVLink domain."""
+    """Distance between neighbours in the numbering of all ranks."""
+    ranks_per_domain: Ints
+    """Ranks of the group that share one NVLink domain."""
 
     @property
-    def outer(self) -> Floats:
-        """NVLink domains that the group spans."""
-        return self.size / self.inner
+    def domains(self) -> Floats:
+        """Number of NVLink domains that the group spans."""
+        return self.size / self.ranks_per_domain
 
 
-def group(size: Ints, stride: Ints, cluster: Cluster) -> Group:
-    """The group of `size` ranks, `stride` apart: Megatron numbers ranks tp first, then cp, ep, dp, and pp last."""
-    inner = np.clip(np.minimum(cluster.nvlink_domain_gpus, cluster.world_size) // stride, 1, size)
-    return Group(size, stride, inner)
+def process_groups(size: Ints, stride: Ints, cluster: Cluster) -> ProcessGroups:
+    """Place groups of `size` ranks, `stride` apart, on the cluster.
+
+    Megatron numbers ranks by tp first, then by cp, ep and dp, and by pp last.
+    """
+    domain_gpus = np.minimum(cluster.nvlink_domain_gpus, cluster.world_size)
+    return ProcessGroups(size, stride, np.clip(domain_gpus // stride, 1, size))
 
 
-def gather_ms(whole_bytes: Floats, ranks: Group, cluster: Cluster) -> Floats:
-    """An all-gather to, or a reduce-scatter from, `whole_bytes` on every rank."""
-    moved = whole_bytes * (ranks.size - 1) / ranks.size
-    return moved / _bus_gb_per_s(ranks, cluster) * MS_PER_BYTE_AT_GB_PER_S + _hops_ms(ranks, cluster)
+def gather_ms(whole_bytes: Floats, group: ProcessGroups, cluster: Cluster) -> Floats:
+    """Return the time of an all-gather to, or a reduce-scatter from, a buffer of `whole_bytes` on every rank."""
+    moved = whole_bytes * (group.size - 1) / group.size
+    return moved / _ring_gb_per_s(group, cluster) * MS_PER_BYTE_AT_GB_PER_S + _hops_ms(group, cluster)
 
 
-def exchange_ms(inside_bytes: Floats, across_bytes: Floats, ranks: Group, cluster: Cluster) -> Floats:
-    """An all-to-all in which a rank sends so much inside its NVLink domain, and so much out of it.
+def exchange_ms(inside_bytes: Floats, across_bytes: Floats, group: ProcessGroups, cluster: Cluster) -> Floats:
+    """Return the time of an all-to-all.
 
-    Both go at once; the latency is that of a message to each, NCCL's sends to all peers being concurrent.
+    Each rank sends `inside_bytes` within its NVLink domain and `across_bytes` out of it, both at once. The latency is
+    that of one message, since NCCL sends to all peers concurrently.
     """
     inside = inside_bytes / (NVLINK_EFFICIENCY * cluster.nvlink_bandwidth_gb_per_s)
     across = across_bytes / (FABRIC_EFFICIENCY * cluster.fabric_bandwidth_gb_per_s)
     rate_ms = np.maximum(inside, across) * MS_PER_BYTE_AT_GB_PER_S
-    latency_us = np.where(ranks.inner > 1, cluster.nvlink_latency_us, 0.0)
-    latency_us = np.where(ranks.outer > 1, cluster.fabric_latency_us, latency_us)
+    latency_us = np.where(group.ranks_per_domain > 1, cluster.nvlink_latency_us, 0.0)
+    latency_us = np.where(group.domains > 1, cluster.fabric_latency_us, latency_us)
     return rate_ms + latency_us * MS_PER_US
 
 
-def send_ms(sent_bytes: Floats, ranks: Group, cluster: Cluster) -> Floats:
-    """A message of every rank to its neighbour, over the fabric where the group leaves its NVLink domain."""
-    crosses = ranks.outer > 1
+def send_ms(sent_bytes: Floats, group: ProcessGroups, cluster: Cluster) -> Floats:
+    """Return the time in which every rank sends one message to its neighbour.
+
+    The messages use the fabric if the group spans several NVLink domains.
+    """
+    crosses = group.domains > 1
     nvlink = NVLINK_EFFICIENCY * cluster.nvlink_bandwidth_gb_per_s
-    rate = np.where(crosses, FABRIC_EFFICIENCY * cluster.fabric_bandwidth_gb_per_s, nvlink)
+    gb_per_s = np.where(crosses, FABRIC_EFFICIENCY * cluster.fabric_bandwidth_gb_per_s, nvlink)
     latency_us = np.where(crosses, cluster.fabric_latency_us, cluster.nvlink_latency_us)
-    return sent_bytes / rate * MS_PER_BYTE_AT_GB_PER_S + latency_us * MS_PER_US
+    return sent_bytes / gb_per_s * MS_PER_BYTE_AT_GB_PER_S + latency_us * MS_PER_US
 
 
-def _bus_gb_per_s(ranks: Group, cluster: Cluster) -> Floats:
-    """Each rank's rate in a ring: where it leaves the NVLink domain, its members there share all their NICs."""
+def _ring_gb_per_s(group: ProcessGroups, cluster: Cluster) -> Floats:
+    """Return the rate of each rank in a ring.
+
+    If the ring leaves an NVLink domain, the ranks of the group in that domain share all of their network ports.
+    """
     nvlink = NVLINK_EFFICIENCY * cluster.nvlink_bandwidth_gb_per_s
     fabric = FABRIC_EFFICIENCY * cluster.fabric_bandwidth_gb_per_s
-    return np.where(ranks.inner == ranks.size, nvlink, np.minimum(nvlink, ranks.inner * fabric))
+    spanning = np.minimum(nvlink, group.ranks_per_domain * fabric)
+    return np.where(group.ranks_per_domain == group.size, nvlink, spanning)
 
 
-def _hops_ms(ranks: Group, cluster: Cluster) -> Floats:
-    """A ring in the NVLink domain, a tree between domains."""
-    hops_us = (ranks.inner - 1) * cluster.nvlink_latency_us + np.log2(ranks.outer) * cluster.fabric_latency_us
-    return hops_us * MS_PER_US
+def _hops_ms(group: ProcessGroups, cluster: Cluster) -> Floats:
+    """Return the latency of all hops: of a ring inside each NVLink domain, and of a tree between the domains."""
+    ring_us = (group.ranks_per_domain - 1) * cluster.nvlink_latency_us
+    return (ring_us + np.log2(group.domains) * cluster.fabric_latency_us) * MS_PER_US

@@ -1,53 +1,126 @@
-"""Attention over context ranks: what keys, values and heads on their way take that nothing hides. Milliseconds."""
+"""Time that attention over context-parallel ranks adds to a layer, in milliseconds: what the exchange of keys and
+values, or of heads, takes beyond the attention that hides it.
+"""
 
 from typing import Final
 
 import numpy as np
 
-from tuner.core.columns import Columns
+from tuner.core.columns import Columns, Floats
 from tuner.core.workload import Model
-from tuner.predict.time.collectives import Floats, group
+from tuner.predict.time.collectives import process_groups
 from tuner.predict.time.rates import Rates
 
 RING_KERNELS: Final = 8
-"""Kernels of one step of ring attention beside those that move its data."""
+"""Kernels that one step of ring attention launches beside those that move its data. Assumed."""
 GATHERED_STEPS: Final = 2
-"""Passes over the sequence in which attention takes gathered keys and values: its halves; a ring takes one a rank."""
-RING_PASSES: Final = (5, 6)
-"""Reads and writes of the queries' width a step of ring attention adds, forward and backward: a step's output, in
-16 bits, to the sum, in 32; backward the queries' gradient to its sum, the keys' and values' too (Transformer
-Engine: context_parallel.py, AttnFuncWithCPAndKVP2P)."""
+"""Steps in which attention goes over gathered keys and values: the two halves of the sequence. A ring takes one step
+per context rank. Counted in Transformer Engine's AttnFuncWithCPAndKVAllGather (context_parallel.py)."""
+RING_FORWARD_PASSES: Final = 5
+"""Reads and writes, as wide as the queries, that a step of ring attention adds in the forward pass: it adds its output,
+in 16 bits, to the sum, in 32 bits. Counted in Transformer Engine's AttnFuncWithCPAndKVP2P (context_parallel.py)."""
+RING_BACKWARD_PASSES: Final = 6
+"""Reads and writes, as wide as the queries, that a step of ring attention adds in the backward pass: it adds the
+gradients of queries, keys and values to their sums. Counted in the same class."""
 
 
-def kernels(c: Columns) -> Floats:
-    """Kernels of a layer's attention over context ranks beside those of attention alone."""
+def attention_step_kernels(c: Columns) -> Floats:
+    """Return how many kernels a layer's attention over context ranks launches beyond attention on one rank.
+
+    The result has shape [rows] and is 0 where cp is 1.
+    """
     steps = np.where(c.among("cp_comm_type", "p2p"), c["cp"], GATHERED_STEPS)
     return np.where(c["cp"] > 1, steps * float(RING_KERNELS), 0.0)
 
 
-class ContextRanks:
-    """The ranks that share a micro-batch's tokens, of which each has `tokens`."""
+class ContextExchange:
+    """What the context ranks of one layer send each other for a micro-batch, under every layout.
+
+    Each method returns the milliseconds of the forward and of the backward pass, each of shape [rows]. Rows with one
+    context rank get a number without meaning.
+
+    Args:
+        model: The model.
+        rates: How fast the cluster's ranks are.
+        c: The layouts.
+        tokens: Tokens of the micro-batch on one context rank, shape [rows].
+    """
 
     def __init__(self, model: Model, rates: Rates, c: Columns, tokens: Floats) -> None:
         self._model, self._rates, self._c, self._tokens = model, rates, c, tokens
         self._tp, self._cp = c["tp"], c["cp"]
-        self._ranks = group(self._cp, self._tp, rates.cluster)
+        self._group = process_groups(self._cp, self._tp, rates.cluster)
 
-    def exposed_ms(self, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
-        """Forward and backward, beside attention of so many ms, by `cp_comm_type`; of a lone rank without meaning."""
-        travel, back = self._ring_ms(forward, backward)
+    def exposed_ms(
+        self, attention_forward_ms: Floats, attention_backward_ms: Floats
+    ) -> tuple[Floats, Floats]:
+        """Return what the exchange takes beyond what attention hides, by each row's `cp_comm_type`."""
+        ring = self._ring_ms(attention_forward_ms, attention_backward_ms)
         if self._c.among("cp_comm_type", "p2p").all():
-            return travel, back
-        gathered, exchanged = self.gathered_ms(again=True), self._heads_ms()
+            return ring
+        gathered, heads = self.gathered_ms(gathers_again=True), self._heads_ms()
         all_gather, a2a = (self._c.among("cp_comm_type", kind) for kind in ("all_gather", "a2a"))
         return (
-            np.where(all_gather, gathered[0], np.where(a2a, exchanged[0], travel)),
-            np.where(all_gather, gathered[1], np.where(a2a, exchanged[1], back)),
+            np.where(all_gather, gathered[0], np.where(a2a, heads[0], ring[0])),
+            np.where(all_gather, gathered[1], np.where(a2a, heads[1], ring[1])),
+        )
+
+    def gathered_ms(self, gathers_again: bool) -> tuple[Floats, Floats]:
+        """Return the time to gather keys and values from the context ranks and to scatter their gradients.
+
+        Keys and values are gathered one after the other, and nothing hides it. `gathers_again` says whether the
+        backward pass gathers them again, as Transformer Engine does (context_parallel.py,
+        AttnFuncWithCPAndKVAllGather).
+        """
+        whole_bytes = self._tokens * self._cp * self._key_value_width / 2 / self._tp * self._rates.state_bytes
+        gathered = 2 * self._rates.gather_ms(whole_bytes, self._group)
+        scattered = 2 * self._rates.gather_ms(whole_bytes, self._group, "reduce_scatter")
+        return gathered, scattered + gathered * gathers_again
+
+    def _ring_ms(self, attention_forward_ms: Floats, attention_backward_ms: Floats) -> tuple[Floats, Floats]:
+        """Return what a ring exposes: keys and values travel beside attention; backward their gradients travel too."""
+        return (
+            self._ring_pass_ms(1, attention_forward_ms, RING_FORWARD_PASSES),
+            self._ring_pass_ms(2, attention_backward_ms, RING_BACKWARD_PASSES),
+        )
+
+    def _ring_pass_ms(self, trips: int, attention_ms: Floats, sum_passes: int) -> Floats:
+        """Return what one pass of a ring exposes, and the time to sum up the results of its steps.
+
+        Args:
+            trips: How often data as large as keys and values goes around the ring.
+            attention_ms: Time of the attention beside it.
+            sum_passes: Reads and writes of the queries' width that each step adds.
+        """
+        steps, rates = self._cp - 1, self._rates
+        sent_bytes = self._tokens * self._key_value_width / self._tp * rates.state_bytes
+        output_bytes = self._tokens * self._output_width / self._tp * rates.state_bytes
+        travel_ms = steps * rates.send_ms(trips * sent_bytes, self._group)
+        sum_ms = self._cp * (rates.moved_ms(sum_passes * output_bytes) + RING_KERNELS * rates.kernel_ms)
+        return np.maximum(travel_ms - attention_ms * steps / self._cp, 0.0) + sum_ms
+
+    def _heads_ms(self) -> tuple[Floats, Floats]:
+        """Return the time to exchange heads for tokens; nothing hides it.
+
+        Queries, keys and values go to the ranks of their heads, and the output comes back. In the backward pass their
+        gradients take the opposite ways (Transformer Engine: context_parallel.py, AttnFuncWithCPAndQKVOA2A).
+        """
+        both_ways = self._exchange_ms(self._query_width + self._key_value_width)
+        both_ways = both_ways + self._exchange_ms(self._output_width)
+        return both_ways, both_ways
+
+    def _exchange_ms(self, width: float) -> Floats:
+        """Return the time of an all-to-all of `width` elements per token."""
+        group = self._group
+        sent = self._tokens * width / self._tp * self._rates.state_bytes
+        inside = sent * (group.ranks_per_domain - 1) / group.size
+        return self._rates.exchange_ms(
+            inside, sent * (group.size - group.ranks_per_domain) / group.size, group
         )
 
     @property
-    def _key_value(self) -> float:
-        """Of keys and values together."""
+    def _key_value_width(self) -> float:
+        """Elements of a token's keys and values together."""
         model = self._model
         if not model.multi_latent_attention:
             return 2 * model.num_query_groups * model.kv_channels
@@ -55,50 +128,16 @@ class ContextRanks:
         return model.num_attention_heads * sum(width or 0 for width in widths)
 
     @property
-    def _output(self) -> int:
+    def _query_width(self) -> int:
+        """Elements of a token's queries."""
         model = self._model
-        return model.num_attention_heads * (
-            (model.v_head_dim or 0) if model.multi_latent_attention else model.kv_channels
-        )
+        if not model.multi_latent_attention:
+            return model.num_attention_heads * model.kv_channels
+        return model.num_attention_heads * ((model.qk_head_dim or 0) + (model.qk_pos_emb_head_dim or 0))
 
-    def _ring_ms(self, forward: Floats, backward: Floats) -> tuple[Floats, Floats]:
-        """Keys and values around the context ranks, and backward their gradients, beside the attention."""
-        steps, rates = self._cp - 1, self._rates
-        sent = self._tokens * self._key_value / self._tp * self._rates.state_bytes
-        passed = self._tokens * self._output / self._tp * self._rates.state_bytes
-        ring = self._ranks
-        exposed = []
-        for trips, beside, passes in ((1, forward, RING_PASSES[0]), (2, backward, RING_PASSES[1])):
-            travel = steps * rates.send_ms(trips * sent, ring)
-            summed = self._cp * (rates.moved_ms(passes * passed) + RING_KERNELS * rates.kernel_ms)
-            exposed.append(np.maximum(travel - beside * steps / self._cp, 0.0) + summed)
-        return exposed[0], exposed[1]
-
-    def gathered_ms(self, again: bool) -> tuple[Floats, Floats]:
-        """Keys and values gathered from the context ranks, one after the other, and their gradients scattered.
-
-        Transformer Engine gathers them `again` backward (context_parallel.py, AttnFuncWithCPAndKVAllGather).
-        """
-        whole = self._tokens * self._cp * self._key_value / 2 / self._tp * self._rates.state_bytes
-        ranks = self._ranks
-        gathered = 2 * self._rates.gather_ms(whole, ranks)
-        scattered = 2 * self._rates.gather_ms(whole, ranks, "reduce_scatter")
-        return gathered, scattered + gathered * again
-
-    def _heads_ms(self) -> tuple[Floats, Floats]:
-        """Heads instead of tokens: queries, keys and values to the ranks of their heads, the output back, and backward
-        their gradients (context_parallel.py, AttnFuncWithCPAndQKVOA2A); nothing hides it.
-        """
-        ranks = self._ranks
-
-        def once(width: float) -> Floats:
-            sent = self._tokens * width / self._tp * self._rates.state_bytes
-            inside = sent * (ranks.inner - 1) / ranks.size
-            return self._rates.exchange_ms(inside, sent * (ranks.size - ranks.inner) / ranks.size, ranks)
-
+    @property
+    def _output_width(self) -> int:
+        """Elements of a token's attention output."""
         model = self._model
-        query = self._output
-        if model.multi_latent_attention:
-            query = model.num_attention_heads * ((model.qk_head_dim or 0) + (model.qk_pos_emb_head_dim or 0))
-        both = once(query + self._key_value) + once(self._output)
-        return both, both
+        width = (model.v_head_dim or 0) if model.multi_latent_attention else model.kv_channels
+        return model.num_attention_heads * width

@@ -13,8 +13,8 @@ from tuner.core.workload import Workload
 from tuner.predict import nccl
 from tuner.predict.implementation import Implementation
 from tuner.predict.routing import load_of_busiest
-from tuner.predict.time.collectives import FABRIC_EFFICIENCY, NVLINK_EFFICIENCY, Floats, Group, group
-from tuner.predict.time.context import ContextRanks
+from tuner.predict.time.collectives import FABRIC_EFFICIENCY, NVLINK_EFFICIENCY, Floats, ProcessGroups, process_groups
+from tuner.predict.time.context import ContextExchange
 from tuner.predict.time.rates import FLEX_EFFICIENCY, Rates
 from tuner.predict.time.stages import Kind
 
@@ -154,8 +154,8 @@ class Layers:
         self._apart = np.where(queues == 1, OUT_OF_ORDER, 1.0)
         """Shares of an overlap left: where one queue keeps the order of launches, and where several let streams go."""
 
-    def _group(self, size: Ints, stride: Ints | None = None) -> Group:
-        return group(size, np.ones_like(size) if stride is None else stride, self._rates.cluster)
+    def _group(self, size: Ints, stride: Ints | None = None) -> ProcessGroups:
+        return process_groups(size, np.ones_like(size) if stride is None else stride, self._rates.cluster)
 
     def modules(self, kind: Kind) -> dict[str, Module]:
         """One layer's modules, by the names that selective recompute gives them, and the rest of it."""
@@ -244,7 +244,7 @@ class Layers:
         several = self._tp > 1
         return np.where(several, self._reduce_ms(whole, ranks), 0.0), np.where(several, halves / 2, 0.0)
 
-    def _reduce_ms(self, whole_bytes: Floats, ranks: Group) -> Floats:
+    def _reduce_ms(self, whole_bytes: Floats, ranks: ProcessGroups) -> Floats:
         """An all-reduce, in NVLink's switches where they can."""
         factor = nccl.all_reduce_factor(
             self._c, ranks, self._rates.cluster, self._rates.measured("all_reduce")
@@ -306,9 +306,9 @@ class Layers:
             scores = passes * heads * self.tokens * seq_length * self.state_bytes
             forward = self._rates.attention_ms(square, 1.0) + self._rates.moved_ms(scores, passes / 2)
             backward = 2 * forward
-        ranks = ContextRanks(model, self._rates, self._c, self.tokens)
+        ranks = ContextExchange(model, self._rates, self._c, self.tokens)
         gathers = self._implementation == "torch"
-        travel, back = ranks.gathered_ms(again=False) if gathers else ranks.exposed_ms(forward, backward)
+        travel, back = ranks.gathered_ms(gathers_again=False) if gathers else ranks.exposed_ms(forward, backward)
         return Module(
             Pass(attention_ms=forward, cp_ms=np.where(self._cp > 1, travel, 0.0)),
             Pass(attention_ms=backward, cp_ms=np.where(self._cp > 1, back, 0.0)),
@@ -388,7 +388,7 @@ class Layers:
         load = load_of_busiest(self._c, self._workload)
         layers = np.maximum(sum(self._model.moe_layer_pattern()) / self._c["pp"], 1)
         one: Floats = np.minimum(1 + (load.kept - 1) * np.sqrt(layers), load.worst)
-        return one if self._rates.crowding == 1 else np.ones_like(one)
+        return one if self._rates.ranks_per_core == 1 else np.ones_like(one)
 
     def _router(self, tokens: Floats) -> Module:
         """Scores of every expert in fp32, in which the state is first written."""
@@ -417,7 +417,7 @@ class Layers:
         experts, both = self._group(self._ep, self._etp), self._group(self._ep * self._etp)
         tensor = self._group(self._etp)
 
-        def both_ways(whole: Floats, ranks: Group) -> Floats:
+        def both_ways(whole: Floats, ranks: ProcessGroups) -> Floats:
             return rates.gather_ms(whole, ranks) + rates.gather_ms(whole, ranks, "reduce_scatter")
 
         gathered = both_ways(tokens * hidden_bytes * both.size, both)
@@ -427,17 +427,17 @@ class Layers:
         once = np.where(c.among("moe_token_dispatcher_type", "allgather"), gathered, exchanged)
         return np.where(both.size > 1, once, 0.0)
 
-    def _exchange_ms(self, sent: Floats, experts: Group, topk: int) -> Floats:
+    def _exchange_ms(self, sent: Floats, experts: ProcessGroups, topk: int) -> Floats:
         """A copy for each expert; the flex dispatcher (DeepEP, HybridEP) sends one to each rank, of which those in
         another NVLink domain share theirs on the way."""
         flex = self._flexible
         deepep = flex & self._c.among("moe_flex_dispatcher_backend", "deepep")
-        near = np.where(deepep, np.minimum(experts.inner, DEEPEP_NVLINK_RANKS), experts.inner)
-        experts = Group(experts.size, experts.stride, near)
+        near = np.where(deepep, np.minimum(experts.ranks_per_domain, DEEPEP_NVLINK_RANKS), experts.ranks_per_domain)
+        experts = ProcessGroups(experts.size, experts.stride, near)
         ranks = (experts.size - 1) * (1 - (1 - 1 / experts.size) ** topk)
-        domains = (experts.outer - 1) * (1 - (1 - 1 / experts.outer) ** topk)
+        domains = (experts.domains - 1) * (1 - (1 - 1 / experts.domains) ** topk)
         ranks = ranks * NVLINK_EFFICIENCY / FLEX_EFFICIENCY
         domains = domains * FABRIC_EFFICIENCY / FLEX_EFFICIENCY
-        inside = np.where(flex, ranks, topk * (experts.inner - 1) / experts.size)
-        across = np.where(flex, domains, topk * (experts.size - experts.inner) / experts.size)
+        inside = np.where(flex, ranks, topk * (experts.ranks_per_domain - 1) / experts.size)
+        across = np.where(flex, domains, topk * (experts.size - experts.ranks_per_domain) / experts.size)
         return self._rates.exchange_ms(sent * inside, sent * across, experts)

@@ -30,11 +30,11 @@ from tuner.core.workload import Model, Workload
 from tuner.predict import fsdp, graphs, nccl, offload
 from tuner.predict.calibration import Calibration
 from tuner.predict.implementation import Implementation
-from tuner.predict.time.collectives import Floats, Group, group
-from tuner.predict.time.context import kernels
+from tuner.predict.time.collectives import Floats, ProcessGroups, process_groups
+from tuner.predict.time.context import attention_step_kernels
 from tuner.predict.time.layers import Layers, Module, Pass
 from tuner.predict.time.rates import MeasuredRates, Rates
-from tuner.predict.time.stages import Stages, stages
+from tuner.predict.time.stages import LayersByRank, layers_by_rank
 
 FORWARD_LAUNCHES: Final = 80
 """Operations of a dense layer's forward pass that the host launches, or that make a view."""
@@ -160,7 +160,7 @@ class _Work:
 
 def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Implementation) -> dict[str, Floats]:
     """Every part of the step, an array of as many values as there are rows."""
-    layers, split = Layers(workload, rates, c, implementation), stages(workload, c)
+    layers, split = Layers(workload, rates, c, implementation), layers_by_rank(workload, c)
     works = _works(layers, split, c, workload, rates, implementation)
     dp = data_parallel_size(rates.cluster.world_size, c["tp"], c["pp"], c["cp"])
     count = num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp)
@@ -171,7 +171,7 @@ def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Impleme
     whole_ms = _sum(work.in_model * work.total_ms for work in works)
     # While the pipeline fills and drains, a rank waits for one pass of all the others, a chunk at a time.
     filled_ms = count * slowest_ms + np.maximum(whole_ms - slowest_ms, 0.0) / c["vpp"]
-    if rates.crowding > 1:
+    if rates.ranks_per_core > 1:
         held = [(work.in_model / c["pp"], work) for work in works]
         bubble_ms = _shared_bubble_ms(c, rates, count * whole_ms / c["pp"], slowest_ms, filled_ms)
     else:
@@ -199,18 +199,18 @@ def _shared_bubble_ms(
     idle while the first stages alone have work and the last alone still have, and a chain of passes that wait for
     each other goes no faster than a core each.
     """
-    cores = rates.cluster.world_size / rates.crowding
+    cores = rates.cluster.world_size / rates.ranks_per_core
     of_stage = rates.cluster.world_size / c["pp"]
     stages_short = np.ceil(cores / of_stage) - 1
     idle = stages_short - of_stage * stages_short * (stages_short + 1) / 2 / cores
-    lost_ms = idle * slowest_ms / c["vpp"] / rates.crowding
-    waits: Floats = np.maximum(lost_ms, filled_ms / rates.crowding - busy_ms)
+    lost_ms = idle * slowest_ms / c["vpp"] / rates.ranks_per_core
+    waits: Floats = np.maximum(lost_ms, filled_ms / rates.ranks_per_core - busy_ms)
     return waits
 
 
 def _works(
     layers: Layers,
-    split: Stages,
+    split: LayersByRank,
     c: Columns,
     workload: Workload,
     rates: Rates,
@@ -251,7 +251,7 @@ def _work(
 ) -> _Work:
     """A module with what the host adds, to which it is `launches` dense layers, and `relaunched` in backward."""
     # An all-reduce, or under sequence parallelism its two halves, for each half of a layer; a ring's steps.
-    collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + kernels(c)
+    collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + attention_step_kernels(c)
     forward_host = rates.launch_ms * (launches * FORWARD_LAUNCHES + collectives)
     backward_host = rates.launch_ms * (launches * BACKWARD_LAUNCHES + collectives) + relaunched * forward_host
     backward_ms = module.backward.total + again.total
@@ -289,7 +289,7 @@ def _p2p_ms(c: Columns, workload: Workload, rates: Rates, count: Ints) -> Floats
     pp, vpp = c["pp"], c["vpp"]
     spread = np.where(c.on("sp"), c["tp"], 1) * c["cp"]
     tokens = c["micro_batch_size"] * workload.seq_length / spread
-    pipeline = group(pp, rates.cluster.world_size // pp, rates.cluster)
+    pipeline = process_groups(pp, rates.cluster.world_size // pp, rates.cluster)
     once = 2 * rates.send_ms(tokens * workload.model.hidden_size * rates.state_bytes, pipeline)
     hidden = c.on("overlap_p2p_comm") & rates.host_runs_ahead
     exposed = np.where(hidden, 0, count * vpp)
@@ -297,13 +297,13 @@ def _p2p_ms(c: Columns, workload: Workload, rates: Rates, count: Ints) -> Floats
 
 
 def _between_steps(
-    c: Columns, workload: Workload, rates: Rates, split: Stages, pass_ms: Floats, count: Ints
+    c: Columns, workload: Workload, rates: Rates, split: LayersByRank, pass_ms: Floats, count: Ints
 ) -> dict[str, Floats]:
     """Gradients, optimizer and parameters, of the rank that holds the most; `pass_ms` is its last micro-batch's."""
     world = rates.cluster.world_size
     tp, pp, cp, ep, etp = (c[name] for name in ("tp", "pp", "cp", "ep", "etp"))
-    replicas = group(data_parallel_size(world, tp, pp, cp) * cp, tp, rates.cluster)
-    expert_replicas = group(expert_data_parallel_size(world, pp, ep, etp), ep * etp, rates.cluster)
+    replicas = process_groups(data_parallel_size(world, tp, pp, cp) * cp, tp, rates.cluster)
+    expert_replicas = process_groups(expert_data_parallel_size(world, pp, ep, etp), ep * etp, rates.cluster)
     dense, routed = _held_parameters(workload.model, split, c)
     exposed = _exposed_ms(dense, replicas, pass_ms, c, rates)
     exposed = exposed + _exposed_ms(routed, expert_replicas, pass_ms, c, rates)
@@ -328,7 +328,7 @@ def _between_steps(
     return {"dp_ms": exposed, "optimizer_ms": optimizer}
 
 
-def _exposed_ms(held: Floats, ranks: Group, pass_ms: Floats, c: Columns, rates: Rates) -> Floats:
+def _exposed_ms(held: Floats, ranks: ProcessGroups, pass_ms: Floats, c: Columns, rates: Rates) -> Floats:
     """What nothing hides of reducing the gradients of `held` parameters and, if sharded, gathering these."""
     sharded, hides = c.on("use_distributed_optimizer"), rates.host_runs_ahead
     gradients = held * rates.gradient_bytes
@@ -347,7 +347,7 @@ def _exposed_ms(held: Floats, ranks: Group, pass_ms: Floats, c: Columns, rates: 
     return np.where((ranks.size > 1) & (held > 0), exposed, 0.0)
 
 
-def _held_tensors(model: Model, split: Stages, c: Columns, dense_ranks: Ints, routed_ranks: Ints) -> Floats:
+def _held_tensors(model: Model, split: LayersByRank, c: Columns, dense_ranks: Ints, routed_ranks: Ints) -> Floats:
     """Weights that the optimizer of the rank with the most has: of a layer, an embedding, a head, and the experts."""
     dense = split.embeddings + 2 * split.heads
     routed = np.zeros_like(dense)
@@ -361,7 +361,7 @@ def _held_tensors(model: Model, split: Stages, c: Columns, dense_ranks: Ints, ro
     return tensors
 
 
-def _held_parameters(model: Model, split: Stages, c: Columns) -> tuple[Floats, Floats]:
+def _held_parameters(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats, Floats]:
     """Dense and routed-expert parameters of the rank that holds the most of each."""
     tp = c["tp"]
     vocabulary = model.padded_vocab_size(1) * model.hidden_size / tp
