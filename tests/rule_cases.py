@@ -298,7 +298,7 @@ CASES: list[Case] = [
         {GROUP: 4},
         DENSE,
         cluster(1),
-        f"{GROUP} (4) says nothing with vpp 1 and pp 1",
+        f"{GROUP} (4) has no effect with vpp 1 and pp 1",
     ),
     (
         "full-recompute-needs-method",
@@ -521,7 +521,7 @@ CASES: list[Case] = [
         cluster(2),
         "keys (8+4 wide)",
     ),
-    ("sinks-need-a2a", {"cp": 2}, workload(dense(softmax_type="learnable")), cluster(2), "not p2p's"),
+    ("sinks-need-a2a", {"cp": 2}, workload(dense(softmax_type="learnable")), cluster(2), "not with p2p"),
     (
         "flex-backend-needs-flex",
         {"moe_flex_dispatcher_backend": "hybridep"},
@@ -734,7 +734,7 @@ CASES: list[Case] = [
         {**EXPERT_OVERLAP, "ep": 8},
         MIXTURE,
         cluster(8),
-        "one expert a rank (num_moe_experts / ep = 8 / 8)",
+        "only expert (num_moe_experts / ep = 8 / 8)",
     ),
     (
         "mtp-placed-on-last-chunks",

@@ -1,4 +1,4 @@
-"""Micro-batches: how the fixed global batch is cut, and how many of them the interleaved schedule wants."""
+"""How the fixed global batch is cut into micro-batches, and how many of them the interleaved schedule needs."""
 
 import numpy as np
 
@@ -6,84 +6,98 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns, Ints
 from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload
-from tuner.rules.rule import Rule, remainder, rule
+from tuner.rules.rule import Rule, implies, remainder, rule
 
-SCHEDULES = "megatron/core/pipeline_parallel/schedules.py, forward_backward_pipelining_with_interleaving"
+INTERLEAVED_SCHEDULE = (
+    "megatron/core/pipeline_parallel/schedules.py, forward_backward_pipelining_with_interleaving"
+)
 BATCH_KNOBS = "tp pp cp micro_batch_size"
+GROUP_KNOBS = f"{BATCH_KNOBS} vpp microbatch_group_size_per_vp_stage"
 
 
-def _grid_fits(c: Columns, k: Cluster) -> Bools:
-    """Without a whole dense grid there is no dp, hence nothing for the rules here to judge."""
-    fits: Bools = k.world_size % (c["tp"] * c["pp"] * c["cp"]) == 0
+def _dense_grid_fits(columns: Columns, cluster: Cluster) -> Bools:
+    """Tell where dp is a whole number; the rules of this module judge no other layout."""
+    fits: Bools = cluster.world_size % (columns["tp"] * columns["pp"] * columns["cp"]) == 0
     return fits
 
 
-def _step_samples(c: Columns, k: Cluster) -> Ints:
-    """mbs*dp: the samples that one micro-batch on every replica takes."""
-    dp = data_parallel_size(k.world_size, c["tp"], c["pp"], c["cp"])
-    return np.where(_grid_fits(c, k), c["micro_batch_size"] * dp, 1)
+def _samples_per_micro_batch(columns: Columns, cluster: Cluster) -> Ints:
+    """Return the samples that all replicas together take with one micro-batch each; 1 where dp isn't whole."""
+    dp = data_parallel_size(cluster.world_size, columns["tp"], columns["pp"], columns["cp"])
+    return np.where(_dense_grid_fits(columns, cluster), columns["micro_batch_size"] * dp, 1)
 
 
-def _cut_evenly(c: Columns, w: Workload, k: Cluster) -> Bools:
-    even: Bools = w.global_batch_size % _step_samples(c, k) == 0
-    return even
+def _batch_divides(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    divides: Bools = workload.global_batch_size % _samples_per_micro_batch(columns, cluster) == 0
+    return divides
 
 
-def _interleaved(c: Columns, w: Workload, k: Cluster) -> Bools:
-    return (c["vpp"] > 1) & (c["pp"] > 1) & _grid_fits(c, k) & _cut_evenly(c, w, k)
+def _interleaves(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where the interleaved schedule runs on a whole number of micro-batches."""
+    interleaved = (columns["vpp"] > 1) & (columns["pp"] > 1)
+    return interleaved & _dense_grid_fits(columns, cluster) & _batch_divides(columns, workload, cluster)
 
 
-def _group(c: Columns) -> Ints:
-    group = c["microbatch_group_size_per_vp_stage"]
-    return np.where(group == 0, c["pp"], group)
+def _group_size(columns: Columns) -> Ints:
+    """Return the size of a micro-batch group, which Megatron sets to pp if none is stated."""
+    stated = columns["microbatch_group_size_per_vp_stage"]
+    return np.where(stated == 0, columns["pp"], stated)
 
 
-def _group_in_range(c: Columns, w: Workload, k: Cluster) -> Bools:
-    group, microbatches = _group(c), w.global_batch_size // _step_samples(c, k)
-    return ~_interleaved(c, w, k) | ((c["pp"] <= group) & (group <= microbatches))
+def _group_in_range(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    group = _group_size(columns)
+    micro_batches = workload.global_batch_size // _samples_per_micro_batch(columns, cluster)
+    in_range = (columns["pp"] <= group) & (group <= micro_batches)
+    return implies(_interleaves(columns, workload, cluster), in_range)
 
 
-def _last_group_full(c: Columns, w: Workload, k: Cluster) -> Bools:
-    rest = w.global_batch_size // _step_samples(c, k) % _group(c)
-    holds: Bools = ~_interleaved(c, w, k) | (rest == 0) | (rest >= c["pp"])
-    return holds
+def _last_group_keeps_every_stage_busy(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    micro_batches = workload.global_batch_size // _samples_per_micro_batch(columns, cluster)
+    rest = micro_batches % _group_size(columns)
+    return implies(_interleaves(columns, workload, cluster), (rest == 0) | (rest >= columns["pp"]))
 
 
-def _numbers(x: Layout, w: Workload, k: Cluster) -> tuple[int, int]:
-    """Micro-batches a step and the group size, of one layout."""
-    dp = data_parallel_size(k.world_size, x.tp, x.pp, x.cp)
-    return w.global_batch_size // (x.micro_batch_size * dp), x.microbatch_group_size_per_vp_stage or x.pp
+def _stated_group_differs_from_pp(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    stated = columns["microbatch_group_size_per_vp_stage"]
+    return implies(stated != 0, (columns["vpp"] > 1) & (stated != columns["pp"]))
 
 
-def _explain_batch(x: Layout, w: Workload, k: Cluster) -> str:
-    dp = data_parallel_size(k.world_size, x.tp, x.pp, x.cp)
-    equation = remainder(
-        "global_batch_size",
-        w.global_batch_size,
-        f"micro_batch_size*dp = {x.micro_batch_size}*{dp}",
-        x.micro_batch_size * dp,
-    )
+def _micro_batches(layout: Layout, workload: Workload, cluster: Cluster) -> int:
+    """Return the micro-batches of a step on each replica."""
+    dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
+    return workload.global_batch_size // (layout.micro_batch_size * dp)
+
+
+def _explain_batch(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    batch, size = workload.global_batch_size, layout.micro_batch_size
+    dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
+    equation = remainder("global_batch_size", batch, f"micro_batch_size*dp = {size}*{dp}", size * dp)
+    return f"{equation}: choose a micro-batch that divides {batch}/{dp}, or more tp, pp or cp for less dp"
+
+
+def _explain_group_range(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    group = layout.microbatch_group_size_per_vp_stage or layout.pp
     return (
-        f"{equation}: choose a micro-batch that divides {w.global_batch_size}/{dp}, or more tp, pp or cp "
-        "for less dp"
+        f"interleaving (vpp {layout.vpp}) needs pp <= group <= micro-batches, but pp = {layout.pp}, group = {group}, "
+        f"micro-batches = {_micro_batches(layout, workload, cluster)}: lower micro_batch_size, dp or pp, change the "
+        "group, or set vpp 1"
     )
 
 
-def _explain_range(x: Layout, w: Workload, k: Cluster) -> str:
-    microbatches, group = _numbers(x, w, k)
+def _explain_group_remainder(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    micro_batches = _micro_batches(layout, workload, cluster)
+    group = layout.microbatch_group_size_per_vp_stage or layout.pp
     return (
-        f"interleaving (vpp {x.vpp}) needs pp <= group <= micro-batches, but pp = {x.pp}, group = {group}, "
-        f"micro-batches = {microbatches}: lower micro_batch_size, dp or pp, change the group, or set vpp 1"
-    )
-
-
-def _explain_rest(x: Layout, w: Workload, k: Cluster) -> str:
-    microbatches, group = _numbers(x, w, k)
-    return (
-        f"interleaving (vpp {x.vpp}) leaves micro-batches ({microbatches}) % group ({group}) = "
-        f"{microbatches % group}, which must be 0 or at least pp ({x.pp}): change micro_batch_size or the "
-        "group, "
+        f"interleaving (vpp {layout.vpp}) leaves micro-batches ({micro_batches}) % group ({group}) = "
+        f"{micro_batches % group}, which must be 0 or at least pp ({layout.pp}): change micro_batch_size or the group, "
         "or set vpp 1"
+    )
+
+
+def _explain_needless_group(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    return (
+        f"microbatch_group_size_per_vp_stage ({layout.microbatch_group_size_per_vp_stage}) has no effect with vpp "
+        f"{layout.vpp} and pp {layout.pp}: it is read with vpp > 1 only, where 0 means pp; set it to 0"
     )
 
 
@@ -92,39 +106,32 @@ RULES: tuple[Rule, ...] = (
         "batch-by-micro-batch",
         "megatron",
         BATCH_KNOBS,
-        holds=_cut_evenly,
+        holds=_batch_divides,
         message=_explain_batch,
         source="megatron/core/num_microbatches_calculator.py",
     ),
     rule(
         "interleaving-group-range",
         "megatron",
-        f"{BATCH_KNOBS} vpp microbatch_group_size_per_vp_stage",
+        GROUP_KNOBS,
         holds=_group_in_range,
-        message=_explain_range,
-        source=SCHEDULES,
+        message=_explain_group_range,
+        source=INTERLEAVED_SCHEDULE,
     ),
     rule(
         "interleaving-group-remainder",
         "megatron",
-        f"{BATCH_KNOBS} vpp microbatch_group_size_per_vp_stage",
-        holds=_last_group_full,
-        message=_explain_rest,
-        source=SCHEDULES,
+        GROUP_KNOBS,
+        holds=_last_group_keeps_every_stage_busy,
+        message=_explain_group_remainder,
+        source=INTERLEAVED_SCHEDULE,
     ),
     rule(
         "group-only-if-it-differs",
         "canonical",
         "pp vpp microbatch_group_size_per_vp_stage",
-        holds=lambda c, w, k: (
-            (c["microbatch_group_size_per_vp_stage"] == 0)
-            | ((c["vpp"] > 1) & (c["microbatch_group_size_per_vp_stage"] != c["pp"]))
-        ),
-        message=lambda x, w, k: (
-            f"microbatch_group_size_per_vp_stage ({x.microbatch_group_size_per_vp_stage}) says nothing with "
-            "vpp "
-            f"{x.vpp} and pp {x.pp}: it is read with vpp > 1 only, where 0 means pp; set it to 0"
-        ),
+        holds=_stated_group_differs_from_pp,
+        message=_explain_needless_group,
         source="megatron/core/model_parallel_config.py sets it to pp",
     ),
 )

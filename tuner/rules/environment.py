@@ -1,4 +1,4 @@
-"""What the job's environment and the kind of GPU allow."""
+"""What the environment variables of the job and the kind of GPU allow."""
 
 import re
 
@@ -6,43 +6,61 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.environment import BLACKWELL_OR_LATER
 from tuner.core.layout import DEFAULTS, ENVIRONMENT_KNOBS, Layout
-from tuner.rules.rule import Rule, rule
+from tuner.core.workload import Workload
+from tuner.rules.rule import Rule, implies, rule
+from tuner.rules.sources import VALIDATE_ARGS
 
-ARGUMENTS = "megatron/training/arguments.py, validate_args"
 FLEX_BACKEND = "Megatron Bridge, training/flex_dispatcher_backend.py, validate_flex_dispatcher_backend"
 CONNECTIONS = "cuda_device_max_connections"
 MOST_CONNECTIONS = 32
+"""The largest value that CUDA accepts. Published: CUDA C++ Programming Guide, CUDA environment variables."""
 
 _BEFORE_AMPERE = re.compile(r"\b(P|V|T)\d{1,3}\b", re.IGNORECASE)
 _GRACE_BLACKWELL = re.compile(r"\bGB\d{3}\b", re.IGNORECASE)
 
 
-def _unset(c: Columns) -> Bools:
-    """Where no variable of the environment differs from its default."""
-    unset: Bools = c[CONNECTIONS] == DEFAULTS[CONNECTIONS]
+def flex_backend_runs(backend: str, cluster: Cluster) -> bool:
+    """Return whether a backend of the flex dispatcher runs on the cluster's GPUs; GPUs of unknown names pass."""
+    if _BEFORE_AMPERE.search(cluster.gpu.name):
+        return False
+    return backend != "deepep" or not _GRACE_BLACKWELL.search(cluster.gpu.name)
+
+
+def _variables_are_default(columns: Columns) -> Bools:
+    default: Bools = columns[CONNECTIONS] == DEFAULTS[CONNECTIONS]
     for knob in ENVIRONMENT_KNOBS:
         if knob != CONNECTIONS:
-            unset &= c.on(knob) == DEFAULTS[knob]
-    return unset
+            default &= columns.on(knob) == DEFAULTS[knob]
+    return default
 
 
-def _one_queue(c: Columns) -> Bools:
-    """Before Blackwell only a single queue starts communication before the compute it overlaps with."""
-    free = c.on("use_megatron_fsdp") | c.on("overlap_moe_expert_parallel_comm")
-    holds: Bools = (c[CONNECTIONS] <= 1) | (c["tp"] * c["cp"] == 1) | free
+def _backend_is_read(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    uses_flex = columns.among("moe_token_dispatcher_type", "flex")
+    return uses_flex | columns.among("moe_flex_dispatcher_backend", "deepep")
+
+
+def _backend_runs_on_gpu(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    runs = columns.text("moe_flex_dispatcher_backend", lambda backend: flex_backend_runs(backend, cluster))
+    return implies(columns.among("moe_token_dispatcher_type", "flex"), runs)
+
+
+def _overlap_has_one_connection(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+    """Before Blackwell, communication starts before the compute it overlaps with only if both share one connection."""
+    if BLACKWELL_OR_LATER.search(cluster.gpu.name):
+        return True
+    exempt = columns.on("use_megatron_fsdp") | columns.on("overlap_moe_expert_parallel_comm")
+    single_rank = columns["tp"] * columns["cp"] == 1
+    holds: Bools = (columns[CONNECTIONS] <= 1) | single_rank | exempt
     return holds
 
 
-def flex_backend_runs(backend: str, k: Cluster) -> bool:
-    """Whether a dispatcher's backend runs on the cluster's GPUs; those it does not know pass."""
-    if _BEFORE_AMPERE.search(k.gpu.name):
-        return False
-    return backend != "deepep" or not _GRACE_BLACKWELL.search(k.gpu.name)
+def _fsdp_has_connections(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return implies(columns.on("use_megatron_fsdp"), columns[CONNECTIONS] != 1)
 
 
-def _set_variables(x: Layout) -> str:
-    changed = [knob for knob in ENVIRONMENT_KNOBS if getattr(x, knob) != DEFAULTS[knob]]
-    return ", ".join(f"{knob} ({getattr(x, knob)})" for knob in changed)
+def _changed_variables(layout: Layout) -> str:
+    changed = [knob for knob in ENVIRONMENT_KNOBS if getattr(layout, knob) != DEFAULTS[knob]]
+    return ", ".join(f"{knob} ({getattr(layout, knob)})" for knob in changed)
 
 
 RULES: tuple[Rule, ...] = (
@@ -50,12 +68,10 @@ RULES: tuple[Rule, ...] = (
         "flex-backend-needs-flex",
         "canonical",
         "moe_token_dispatcher_type moe_flex_dispatcher_backend",
-        holds=lambda c, w, k: (
-            c.among("moe_token_dispatcher_type", "flex") | c.among("moe_flex_dispatcher_backend", "deepep")
-        ),
-        message=lambda x, w, k: (
-            f"moe_flex_dispatcher_backend is {x.moe_flex_dispatcher_backend}, but the dispatcher is "
-            f"{x.moe_token_dispatcher_type}: leave it at deepep, or use flex"
+        holds=_backend_is_read,
+        message=lambda layout, workload, cluster: (
+            f"moe_flex_dispatcher_backend is {layout.moe_flex_dispatcher_backend}, but the dispatcher is "
+            f"{layout.moe_token_dispatcher_type}: leave it at deepep, or use flex"
         ),
         source="megatron/core/transformer/moe/token_dispatcher.py",
     ),
@@ -63,13 +79,10 @@ RULES: tuple[Rule, ...] = (
         "flex-backend-runs-on-gpu",
         "program",
         "moe_token_dispatcher_type moe_flex_dispatcher_backend",
-        holds=lambda c, w, k: (
-            ~c.among("moe_token_dispatcher_type", "flex")
-            | c.text("moe_flex_dispatcher_backend", lambda backend: flex_backend_runs(backend, k))
-        ),
-        message=lambda x, w, k: (
-            f"{x.moe_flex_dispatcher_backend} does not run on {k.gpu.name}: DeepEP takes Ampere, Hopper, B200 and "
-            "B300, HybridEP GB200 and GB300 as well; choose the other, or alltoall"
+        holds=_backend_runs_on_gpu,
+        message=lambda layout, workload, cluster: (
+            f"{layout.moe_flex_dispatcher_backend} does not run on {cluster.gpu.name}: DeepEP takes Ampere, Hopper, "
+            "B200 and B300, HybridEP GB200 and GB300 as well; choose the other, or alltoall"
         ),
         source=FLEX_BACKEND,
     ),
@@ -77,10 +90,10 @@ RULES: tuple[Rule, ...] = (
         "variables-need-cuda",
         "canonical",
         " ".join(ENVIRONMENT_KNOBS),
-        holds=lambda c, w, k: k.device == "cuda" or _unset(c),
-        message=lambda x, w, k: (
-            f"{_set_variables(x)}: CUDA's and NCCL's variables say nothing to a cluster of device {k.device}; leave "
-            "them at their defaults"
+        holds=lambda columns, workload, cluster: cluster.device == "cuda" or _variables_are_default(columns),
+        message=lambda layout, workload, cluster: (
+            f"{_changed_variables(layout)}: the variables of CUDA and NCCL have no effect on a cluster of device "
+            f"{cluster.device}; leave them at their defaults"
         ),
         source="the variables' own documentation",
     ),
@@ -88,9 +101,9 @@ RULES: tuple[Rule, ...] = (
         "connections-in-range",
         "program",
         CONNECTIONS,
-        holds=lambda c, w, k: c[CONNECTIONS] <= MOST_CONNECTIONS,
-        message=lambda x, w, k: (
-            f"cuda_device_max_connections is {x.cuda_device_max_connections}: CUDA takes 1 to {MOST_CONNECTIONS} "
+        holds=lambda columns, workload, cluster: columns[CONNECTIONS] <= MOST_CONNECTIONS,
+        message=lambda layout, workload, cluster: (
+            f"cuda_device_max_connections is {layout.cuda_device_max_connections}: CUDA takes 1 to {MOST_CONNECTIONS} "
             "(0 leaves it to the other knobs)"
         ),
         source="CUDA C++ Programming Guide, CUDA environment variables",
@@ -99,22 +112,23 @@ RULES: tuple[Rule, ...] = (
         "tp-and-cp-want-one-connection",
         "arguments",
         f"{CONNECTIONS} tp cp use_megatron_fsdp overlap_moe_expert_parallel_comm",
-        holds=lambda c, w, k: bool(BLACKWELL_OR_LATER.search(k.gpu.name)) or _one_queue(c),
-        message=lambda x, w, k: (
-            f"cuda_device_max_connections is {x.cuda_device_max_connections}, but tp*cp = {x.tp}*{x.cp} on "
-            f"{k.gpu.name} needs 1 (before Blackwell, without Megatron-FSDP or expert overlap): set it to 0 or 1"
+        holds=_overlap_has_one_connection,
+        message=lambda layout, workload, cluster: (
+            f"cuda_device_max_connections is {layout.cuda_device_max_connections}, but tp*cp = {layout.tp}*{layout.cp} "
+            f"on {cluster.gpu.name} needs 1 (before Blackwell, without Megatron-FSDP or expert overlap): set it to 0 "
+            "or 1"
         ),
-        source=ARGUMENTS,
+        source=VALIDATE_ARGS,
     ),
     rule(
         "fsdp-wants-connections",
         "arguments",
         f"{CONNECTIONS} use_megatron_fsdp",
-        holds=lambda c, w, k: ~c.on("use_megatron_fsdp") | (c[CONNECTIONS] != 1),
-        message=lambda x, w, k: (
-            f"use_megatron_fsdp refuses cuda_device_max_connections {x.cuda_device_max_connections}: set it to 0 or "
-            "above 1"
+        holds=_fsdp_has_connections,
+        message=lambda layout, workload, cluster: (
+            f"use_megatron_fsdp refuses cuda_device_max_connections {layout.cuda_device_max_connections}: set it to 0 "
+            "or above 1"
         ),
-        source=f"{ARGUMENTS}; Megatron Bridge, training/config.py",
+        source=f"{VALIDATE_ARGS}; Megatron Bridge, training/config.py",
     ),
 )

@@ -1,16 +1,25 @@
-"""The two device grids of a pipeline stage, and the domain that tensor parallelism should stay in."""
+"""The two device grids of a pipeline stage, and the NVLink domain that tensor parallelism should stay in."""
 
 from tuner.core.layout import Layout, min_gpus
 from tuner.rules.rule import Rule, remainder, rule
 
 PARALLEL_STATE = "megatron/core/parallel_state.py, initialize_model_parallel"
+NVLINK_GUIDE = "Megatron Bridge, skills/perf-parallelism-strategies: keep TP within a single NVLink domain"
 
 
-def _smallest(x: Layout) -> str:
-    return (
-        "the smallest world for this layout is pp*max(tp*cp, ep*etp) = "
-        f"{min_gpus(x.tp, x.pp, x.cp, x.ep, x.etp)}"
-    )
+def _smallest_world(layout: Layout) -> str:
+    gpus = min_gpus(layout.tp, layout.pp, layout.cp, layout.ep, layout.etp)
+    return f"the smallest world for this layout is pp*max(tp*cp, ep*etp) = {gpus}"
+
+
+def _dense_product(layout: Layout, world_size: int) -> str:
+    name = f"tp*pp*cp = {layout.tp}*{layout.pp}*{layout.cp}"
+    return remainder("world size", world_size, name, layout.tp * layout.pp * layout.cp)
+
+
+def _expert_product(layout: Layout, world_size: int) -> str:
+    name = f"pp*ep*etp = {layout.pp}*{layout.ep}*{layout.etp}"
+    return remainder("world size", world_size, name, layout.pp * layout.ep * layout.etp)
 
 
 RULES: tuple[Rule, ...] = (
@@ -18,10 +27,12 @@ RULES: tuple[Rule, ...] = (
         "dense-grid",
         "megatron",
         "tp pp cp",
-        holds=lambda c, w, k: k.world_size % (c["tp"] * c["pp"] * c["cp"]) == 0,
-        message=lambda x, w, k: (
-            remainder("world size", k.world_size, f"tp*pp*cp = {x.tp}*{x.pp}*{x.cp}", x.tp * x.pp * x.cp)
-            + f": choose tp, pp and cp whose product divides the world size; {_smallest(x)}"
+        holds=lambda columns, workload, cluster: (
+            cluster.world_size % (columns["tp"] * columns["pp"] * columns["cp"]) == 0
+        ),
+        message=lambda layout, workload, cluster: (
+            f"{_dense_product(layout, cluster.world_size)}: choose tp, pp and cp whose product divides the world size; "
+            f"{_smallest_world(layout)}"
         ),
         source=PARALLEL_STATE,
     ),
@@ -29,10 +40,12 @@ RULES: tuple[Rule, ...] = (
         "expert-grid",
         "megatron",
         "pp ep etp",
-        holds=lambda c, w, k: k.world_size % (c["pp"] * c["ep"] * c["etp"]) == 0,
-        message=lambda x, w, k: (
-            remainder("world size", k.world_size, f"pp*ep*etp = {x.pp}*{x.ep}*{x.etp}", x.pp * x.ep * x.etp)
-            + f": choose pp, ep and etp whose product divides the world size; {_smallest(x)}"
+        holds=lambda columns, workload, cluster: (
+            cluster.world_size % (columns["pp"] * columns["ep"] * columns["etp"]) == 0
+        ),
+        message=lambda layout, workload, cluster: (
+            f"{_expert_product(layout, cluster.world_size)}: choose pp, ep and etp whose product divides the world "
+            f"size; {_smallest_world(layout)}"
         ),
         source=PARALLEL_STATE,
     ),
@@ -40,22 +53,22 @@ RULES: tuple[Rule, ...] = (
         "tp-inside-nvlink",
         "policy",
         "tp",
-        holds=lambda c, w, k: k.nvlink_domain_gpus % c["tp"] == 0,
-        message=lambda x, w, k: (
-            remainder("nvlink_domain_gpus", k.nvlink_domain_gpus, "tp", x.tp)
+        holds=lambda columns, workload, cluster: cluster.nvlink_domain_gpus % columns["tp"] == 0,
+        message=lambda layout, workload, cluster: (
+            remainder("nvlink_domain_gpus", cluster.nvlink_domain_gpus, "tp", layout.tp)
             + ": a tensor-parallel group would leave its NVLink domain; lower tp, or lift this rule"
         ),
-        source="Megatron Bridge, skills/perf-parallelism-strategies: keep TP within a single NVLink domain",
+        source=NVLINK_GUIDE,
     ),
     rule(
         "etp-inside-nvlink",
         "policy",
         "etp",
-        holds=lambda c, w, k: k.nvlink_domain_gpus % c["etp"] == 0,
-        message=lambda x, w, k: (
-            remainder("nvlink_domain_gpus", k.nvlink_domain_gpus, "etp", x.etp)
+        holds=lambda columns, workload, cluster: cluster.nvlink_domain_gpus % columns["etp"] == 0,
+        message=lambda layout, workload, cluster: (
+            remainder("nvlink_domain_gpus", cluster.nvlink_domain_gpus, "etp", layout.etp)
             + ": an expert-tensor-parallel group would leave its NVLink domain; lower etp, or lift this rule"
         ),
-        source="Megatron Bridge, skills/perf-parallelism-strategies: keep TP within a single NVLink domain",
+        source=NVLINK_GUIDE,
     ),
 )

@@ -1,20 +1,37 @@
-"""What trades memory beyond recompute: Megatron-FSDP, activations offloaded to the host, registered buffers."""
+"""What spares memory besides recompute: Megatron-FSDP, offloaded activations, and buffers registered with NCCL."""
 
-from tuner.core.layout import Layout
-from tuner.rules.rule import Rule, rule
-from tuner.rules.shapes import TRANSFORMER_CONFIG
+from tuner.core.cluster import Cluster
+from tuner.core.columns import Bools, Columns
+from tuner.core.workload import Workload
+from tuner.rules.rule import Rule, implies, not_all, rule
+from tuner.rules.sources import TRANSFORMER_CONFIG, VALIDATE_ARGS
 
-ARGUMENTS = "megatron/training/arguments.py, validate_args"
 FSDP = "megatron/core/distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py"
-SHARDING = "use_megatron_fsdp data_parallel_sharding_strategy"
+DDP_CONFIG = "megatron/core/distributed/distributed_data_parallel_config.py"
+SHARDING_KNOBS = "use_megatron_fsdp data_parallel_sharding_strategy"
 
 
-def _on_cpu(what: str) -> str:
-    return f"{what}, but the cluster's device is cpu"
+def _sharding_has_fsdp(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return columns.on("use_megatron_fsdp") | columns.among("data_parallel_sharding_strategy", "no_shard")
 
 
-def _overlaps(x: Layout) -> str:
-    return f"overlap_grad_reduce is {x.overlap_grad_reduce}, overlap_param_gather {x.overlap_param_gather}"
+def _fsdp_has_sharding(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    unsharded = columns.among("data_parallel_sharding_strategy", "no_shard")
+    return not_all(columns.on("use_megatron_fsdp"), unsharded)
+
+
+def _fsdp_overlaps_what_it_shards(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    shards_weights = columns.among("data_parallel_sharding_strategy", "optim_grads_params")
+    shards_gradients = shards_weights | columns.among("data_parallel_sharding_strategy", "optim_grads")
+    reduces = implies(shards_gradients, columns.on("overlap_grad_reduce"))
+    gathers = implies(shards_weights, columns.on("overlap_param_gather"))
+    return implies(columns.on("use_megatron_fsdp"), reduces & gathers)
+
+
+def _keeps_activations(columns: Columns) -> Bools:
+    """Tell where no layer's activations are offloaded to the host."""
+    keeps: Bools = columns["cpu_offloading_num_layers"] == 0
+    return keeps
 
 
 RULES: tuple[Rule, ...] = (
@@ -22,31 +39,29 @@ RULES: tuple[Rule, ...] = (
         "fsdp-needs-cuda",
         "program",
         "use_megatron_fsdp",
-        holds=lambda c, w, k: k.device == "cuda" or ~c.on("use_megatron_fsdp"),
-        message=lambda x, w, k: f"{_on_cpu('use_megatron_fsdp needs CUDA streams')}: turn it off",
+        holds=lambda columns, workload, cluster: cluster.device == "cuda" or ~columns.on("use_megatron_fsdp"),
+        message=lambda layout, workload, cluster: (
+            "use_megatron_fsdp needs CUDA streams, but the cluster's device is cpu: turn it off"
+        ),
         source=FSDP,
     ),
     rule(
         "sharding-needs-fsdp",
         "canonical",
-        SHARDING,
-        holds=lambda c, w, k: (
-            c.on("use_megatron_fsdp") | c.among("data_parallel_sharding_strategy", "no_shard")
+        SHARDING_KNOBS,
+        holds=_sharding_has_fsdp,
+        message=lambda layout, workload, cluster: (
+            f"data_parallel_sharding_strategy is {layout.data_parallel_sharding_strategy}, but use_megatron_fsdp is "
+            "off: set it to no_shard"
         ),
-        message=lambda x, w, k: (
-            f"data_parallel_sharding_strategy is {x.data_parallel_sharding_strategy}, but use_megatron_fsdp is off: "
-            "set it to no_shard"
-        ),
-        source="megatron/core/distributed/distributed_data_parallel_config.py",
+        source=DDP_CONFIG,
     ),
     rule(
         "fsdp-shards",
         "policy",
-        SHARDING,
-        holds=lambda c, w, k: (
-            ~c.on("use_megatron_fsdp") | ~c.among("data_parallel_sharding_strategy", "no_shard")
-        ),
-        message=lambda x, w, k: (
+        SHARDING_KNOBS,
+        holds=_fsdp_has_sharding,
+        message=lambda layout, workload, cluster: (
             "use_megatron_fsdp with data_parallel_sharding_strategy no_shard keeps everything on every rank, as plain "
             "data parallelism does: choose optim_grads_params, optim_grads or optim, or lift this rule"
         ),
@@ -56,30 +71,23 @@ RULES: tuple[Rule, ...] = (
         "fsdp-shards-the-optimizer",
         "canonical",
         "use_megatron_fsdp use_distributed_optimizer",
-        holds=lambda c, w, k: ~c.on("use_megatron_fsdp") | c.on("use_distributed_optimizer"),
-        message=lambda x, w, k: "use_megatron_fsdp turns use_distributed_optimizer on by itself: write it so",
-        source=f"{ARGUMENTS}; Megatron Bridge, training/config.py",
+        holds=lambda columns, workload, cluster: implies(
+            columns.on("use_megatron_fsdp"), columns.on("use_distributed_optimizer")
+        ),
+        message=lambda layout, workload, cluster: (
+            "use_megatron_fsdp turns use_distributed_optimizer on by itself: write it so"
+        ),
+        source=f"{VALIDATE_ARGS}; Megatron Bridge, training/config.py",
     ),
     rule(
         "fsdp-overlaps",
         "canonical",
-        f"{SHARDING} overlap_grad_reduce overlap_param_gather",
-        holds=lambda c, w, k: (
-            ~c.on("use_megatron_fsdp")
-            | (
-                (
-                    ~c.among("data_parallel_sharding_strategy", "optim_grads", "optim_grads_params")
-                    | c.on("overlap_grad_reduce")
-                )
-                & (
-                    ~c.among("data_parallel_sharding_strategy", "optim_grads_params")
-                    | c.on("overlap_param_gather")
-                )
-            )
-        ),
-        message=lambda x, w, k: (
-            f"{_overlaps(x)}: Megatron-FSDP turns the first on where it shards gradients, both where it shards "
-            f"weights ({x.data_parallel_sharding_strategy}); write it so"
+        f"{SHARDING_KNOBS} overlap_grad_reduce overlap_param_gather",
+        holds=_fsdp_overlaps_what_it_shards,
+        message=lambda layout, workload, cluster: (
+            f"overlap_grad_reduce is {layout.overlap_grad_reduce}, overlap_param_gather {layout.overlap_param_gather}: "
+            "Megatron-FSDP turns the first on where it shards gradients, both where it shards weights "
+            f"({layout.data_parallel_sharding_strategy}); write it so"
         ),
         source=FSDP,
     ),
@@ -87,10 +95,10 @@ RULES: tuple[Rule, ...] = (
         "offload-needs-cuda",
         "program",
         "cpu_offloading_num_layers",
-        holds=lambda c, w, k: k.device == "cuda" or c["cpu_offloading_num_layers"] == 0,
-        message=lambda x, w, k: (
-            f"{_on_cpu(f'cpu_offloading_num_layers ({x.cpu_offloading_num_layers}) needs Transformer Engine')}: set it "
-            "to 0"
+        holds=lambda columns, workload, cluster: cluster.device == "cuda" or _keeps_activations(columns),
+        message=lambda layout, workload, cluster: (
+            f"cpu_offloading_num_layers ({layout.cpu_offloading_num_layers}) needs Transformer Engine, but the "
+            "cluster's device is cpu: set it to 0"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -98,10 +106,12 @@ RULES: tuple[Rule, ...] = (
         "offload-below-layers",
         "megatron",
         "cpu_offloading_num_layers",
-        holds=lambda c, w, k: c["cpu_offloading_num_layers"] < w.model.num_layers,
-        message=lambda x, w, k: (
-            f"cpu_offloading_num_layers ({x.cpu_offloading_num_layers}) must be below num_layers "
-            f"({w.model.num_layers}): lower it"
+        holds=lambda columns, workload, cluster: (
+            columns["cpu_offloading_num_layers"] < workload.model.num_layers
+        ),
+        message=lambda layout, workload, cluster: (
+            f"cpu_offloading_num_layers ({layout.cpu_offloading_num_layers}) must be below num_layers "
+            f"({workload.model.num_layers}): lower it"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -109,10 +119,10 @@ RULES: tuple[Rule, ...] = (
         "offload-excludes-pp",
         "megatron",
         "cpu_offloading_num_layers pp",
-        holds=lambda c, w, k: (c["cpu_offloading_num_layers"] == 0) | (c["pp"] == 1),
-        message=lambda x, w, k: (
-            f"cpu_offloading_num_layers ({x.cpu_offloading_num_layers}) excludes pipeline parallelism, but pp is "
-            f"{x.pp}: set one of them to none"
+        holds=lambda columns, workload, cluster: _keeps_activations(columns) | (columns["pp"] == 1),
+        message=lambda layout, workload, cluster: (
+            f"cpu_offloading_num_layers ({layout.cpu_offloading_num_layers}) excludes pipeline parallelism, but pp is "
+            f"{layout.pp}: set cpu_offloading_num_layers to 0, or pp to 1"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -120,12 +130,12 @@ RULES: tuple[Rule, ...] = (
         "offload-excludes-recompute",
         "megatron",
         "cpu_offloading_num_layers recompute_granularity",
-        holds=lambda c, w, k: (
-            (c["cpu_offloading_num_layers"] == 0) | c.among("recompute_granularity", "none")
+        holds=lambda columns, workload, cluster: (
+            _keeps_activations(columns) | columns.among("recompute_granularity", "none")
         ),
-        message=lambda x, w, k: (
-            f"cpu_offloading_num_layers ({x.cpu_offloading_num_layers}) excludes recompute, but recompute_granularity "
-            f"is {x.recompute_granularity}: choose one of them"
+        message=lambda layout, workload, cluster: (
+            f"cpu_offloading_num_layers ({layout.cpu_offloading_num_layers}) excludes recompute, but "
+            f"recompute_granularity is {layout.recompute_granularity}: choose one of them"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -133,10 +143,12 @@ RULES: tuple[Rule, ...] = (
         "offload-excludes-graphs",
         "megatron",
         "cpu_offloading_num_layers cuda_graph_impl",
-        holds=lambda c, w, k: (c["cpu_offloading_num_layers"] == 0) | c.among("cuda_graph_impl", "none"),
-        message=lambda x, w, k: (
-            f"cpu_offloading_num_layers ({x.cpu_offloading_num_layers}) excludes CUDA graphs, but cuda_graph_impl is "
-            f"{x.cuda_graph_impl}: choose one of them"
+        holds=lambda columns, workload, cluster: (
+            _keeps_activations(columns) | columns.among("cuda_graph_impl", "none")
+        ),
+        message=lambda layout, workload, cluster: (
+            f"cpu_offloading_num_layers ({layout.cpu_offloading_num_layers}) excludes CUDA graphs, but cuda_graph_impl "
+            f"is {layout.cuda_graph_impl}: choose one of them"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -144,18 +156,22 @@ RULES: tuple[Rule, ...] = (
         "nccl-ub-needs-cuda",
         "program",
         "nccl_ub",
-        holds=lambda c, w, k: k.device == "cuda" or ~c.on("nccl_ub"),
-        message=lambda x, w, k: f"{_on_cpu('nccl_ub registers buffers with NCCL')}: turn it off",
+        holds=lambda columns, workload, cluster: cluster.device == "cuda" or ~columns.on("nccl_ub"),
+        message=lambda layout, workload, cluster: (
+            "nccl_ub registers buffers with NCCL, but the cluster's device is cpu: turn it off"
+        ),
         source="megatron/core/nccl_allocator.py",
     ),
     rule(
         "nccl-ub-excludes-expandable-segments",
         "megatron",
         "nccl_ub expandable_segments",
-        holds=lambda c, w, k: ~(c.on("nccl_ub") & c.on("expandable_segments")),
-        message=lambda x, w, k: (
+        holds=lambda columns, workload, cluster: not_all(
+            columns.on("nccl_ub"), columns.on("expandable_segments")
+        ),
+        message=lambda layout, workload, cluster: (
             "nccl_ub takes its buffers from a memory pool, which expandable_segments cannot have: turn one of them off"
         ),
-        source="megatron/core/distributed/distributed_data_parallel_config.py",
+        source=DDP_CONFIG,
     ),
 )

@@ -1,42 +1,86 @@
-"""Mixtures of experts: the expert grid's knobs, the dispatchers, and what Megatron asks of the router."""
+"""Mixtures of experts: the sizes of the expert grid, the token dispatchers, and what Megatron asks of the router."""
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
-from tuner.rules.rule import Rule, remainder, rule
-from tuner.rules.shapes import TRANSFORMER_CONFIG, has_moe_layers
+from tuner.rules.rule import Rule, implies, not_all, remainder, rule
+from tuner.rules.shapes import has_moe_layers
+from tuner.rules.sources import TRANSFORMER_CONFIG
 
 MOE_LAYER = "megatron/core/transformer/moe/moe_layer.py"
 DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py"
+FLEX_KNOBS = "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp"
 
 
 def _needs_pre_softmax(model: Model) -> bool:
-    chosen_before = model.moe_router_pre_softmax or model.moe_router_load_balancing_type == "sinkhorn"
-    return model.moe_router_topk == 1 and model.moe_router_score_function == "softmax" and not chosen_before
+    """Return whether the router takes one expert by softmax scores, which Megatron allows before the choice only."""
+    softmax_of_one = model.moe_router_topk == 1 and model.moe_router_score_function == "softmax"
+    sinkhorn = model.moe_router_load_balancing_type == "sinkhorn"
+    return softmax_of_one and not (model.moe_router_pre_softmax or sinkhorn)
 
 
-def _groups_fit(model: Model) -> bool:
+def _router_groups_fit(model: Model) -> bool:
     groups, chosen = model.moe_router_num_groups or 0, model.moe_router_group_topk or 0
     return not chosen or (groups >= chosen and (model.num_moe_experts or 0) % groups == 0)
 
 
-def _explain_groups(x: Layout, w: Workload, k: Cluster) -> str:
-    m = w.model
+def _without_ep_etp_is_tp(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+    return not workload.model.is_moe or implies(columns["ep"] == 1, columns["etp"] == columns["tp"])
+
+
+def _experts_with_tp_have_sp(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+    return not has_moe_layers(workload.model) or implies(columns["tp"] > 1, columns.on("sp"))
+
+
+def _flex_has_expert_ranks(columns: Columns) -> Bools:
+    """Tell where the flex dispatcher has more than one expert rank to send tokens to."""
+    return implies(columns.among("moe_token_dispatcher_type", "flex"), columns["ep"] * columns["etp"] > 1)
+
+
+def _deepep_has_expert_ranks(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return columns.among("moe_flex_dispatcher_backend", "hybridep") | _flex_has_expert_ranks(columns)
+
+
+def _hybridep_has_expert_ranks(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    hybridep = columns.among("moe_flex_dispatcher_backend", "hybridep")
+    return implies(hybridep, _flex_has_expert_ranks(columns))
+
+
+def _shared_overlap_has_shared_experts(
+    columns: Columns, workload: Workload, cluster: Cluster
+) -> Bools | bool:
+    has_shared = workload.model.moe_shared_expert_intermediate_size is not None
+    return has_shared or ~columns.on("moe_shared_expert_overlap")
+
+
+def _shared_overlap_uses_alltoall(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    alltoall = columns.among("moe_token_dispatcher_type", "alltoall")
+    return implies(columns.on("moe_shared_expert_overlap"), alltoall)
+
+
+def _overlapped_shared_experts_are_kept(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    recomputed = columns.among("recompute_granularity", "selective") & columns.recomputes("shared_experts")
+    return not_all(columns.on("moe_shared_expert_overlap"), recomputed)
+
+
+def _expert_bias_uses_sigmoid(columns: Columns, workload: Workload, cluster: Cluster) -> bool:
+    model = workload.model
+    return not model.moe_router_enable_expert_bias or model.moe_router_score_function == "sigmoid"
+
+
+def _explain_router_groups(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    model = workload.model
     return (
-        f"moe_router_group_topk ({m.moe_router_group_topk}) needs moe_router_num_groups "
-        f"({m.moe_router_num_groups}) "
-        f"at least as large and a divisor of num_moe_experts ({m.num_moe_experts}): correct the model"
+        f"moe_router_group_topk ({model.moe_router_group_topk}) needs moe_router_num_groups "
+        f"({model.moe_router_num_groups}) at least as large and a divisor of num_moe_experts "
+        f"({model.num_moe_experts}): correct the model"
     )
 
 
-def _flex_has_ranks(c: Columns) -> Bools:
-    holds: Bools = ~c.among("moe_token_dispatcher_type", "flex") | (c["ep"] * c["etp"] > 1)
-    return holds
-
-
-def _explain_flex(x: Layout) -> str:
-    return f"the flex dispatcher needs ep*etp > 1, but it is {x.ep}*{x.etp} = {x.ep * x.etp}: use alltoall"
+def _explain_flex(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    ep, etp = layout.ep, layout.etp
+    return f"the flex dispatcher needs ep*etp > 1, but it is {ep}*{etp} = {ep * etp}: use alltoall"
 
 
 RULES: tuple[Rule, ...] = (
@@ -44,27 +88,30 @@ RULES: tuple[Rule, ...] = (
         "ep-needs-experts",
         "megatron",
         "ep",
-        holds=lambda c, w, k: w.model.is_moe | (c["ep"] == 1),
-        message=lambda x, w, k: f"ep is {x.ep}, but {w.model.name} has no experts: set ep 1",
+        holds=lambda columns, workload, cluster: workload.model.is_moe or columns["ep"] == 1,
+        message=lambda layout, workload, cluster: (
+            f"ep is {layout.ep}, but {workload.model.name} has no experts: set ep 1"
+        ),
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "etp-needs-experts",
         "canonical",
         "etp",
-        holds=lambda c, w, k: w.model.is_moe | (c["etp"] == 1),
-        message=lambda x, w, k: f"etp is {x.etp}, but {w.model.name} has no experts to split: set etp 1",
+        holds=lambda columns, workload, cluster: workload.model.is_moe or columns["etp"] == 1,
+        message=lambda layout, workload, cluster: (
+            f"etp is {layout.etp}, but {workload.model.name} has no experts to split: set etp 1"
+        ),
         source="megatron/core/parallel_state.py builds groups that a dense model never uses",
     ),
     rule(
         "etp-is-tp-without-ep",
         "megatron",
         "tp ep etp",
-        holds=lambda c, w, k: not w.model.is_moe or (c["ep"] > 1) | (c["etp"] == c["tp"]),
-        message=lambda x, w, k: (
+        holds=_without_ep_etp_is_tp,
+        message=lambda layout, workload, cluster: (
             "with ep 1 Megatron sums the experts' gradients over the dense grid, which is wrong where etp "
-            f"({x.etp}) "
-            f"is not tp ({x.tp}): set etp to {x.tp}, or ep above 1"
+            f"({layout.etp}) is not tp ({layout.tp}): set etp to {layout.tp}, or ep above 1"
         ),
         source="megatron/core/tensor_parallel/layers.py knows expert weights by ep > 1 alone",
     ),
@@ -72,9 +119,11 @@ RULES: tuple[Rule, ...] = (
         "experts-by-ep",
         "megatron",
         "ep",
-        holds=lambda c, w, k: (w.model.num_moe_experts or c["ep"]) % c["ep"] == 0,
-        message=lambda x, w, k: (
-            remainder("num_moe_experts", w.model.num_moe_experts or 0, "ep", x.ep)
+        holds=lambda columns, workload, cluster: (
+            not workload.model.num_moe_experts or workload.model.num_moe_experts % columns["ep"] == 0
+        ),
+        message=lambda layout, workload, cluster: (
+            remainder("num_moe_experts", workload.model.num_moe_experts or 0, "ep", layout.ep)
             + ": choose an ep that divides the experts"
         ),
         source=MOE_LAYER,
@@ -83,9 +132,9 @@ RULES: tuple[Rule, ...] = (
         "moe-tp-needs-sp",
         "megatron",
         "tp sp",
-        holds=lambda c, w, k: not has_moe_layers(w.model) or (c["tp"] == 1) | c.on("sp"),
-        message=lambda x, w, k: (
-            f"experts with tp ({x.tp}) > 1 need sequence parallelism in training: turn sp on"
+        holds=_experts_with_tp_have_sp,
+        message=lambda layout, workload, cluster: (
+            f"experts with tp ({layout.tp}) > 1 need sequence parallelism in training: turn sp on"
         ),
         source=f"{MOE_LAYER}, forward",
     ),
@@ -93,9 +142,11 @@ RULES: tuple[Rule, ...] = (
         "moe-bias-needs-etp-1",
         "megatron",
         "etp",
-        holds=lambda c, w, k: not (w.model.is_moe and w.model.add_bias_linear) or c["etp"] == 1,
-        message=lambda x, w, k: (
-            f"experts with a bias (add_bias_linear) cannot be split, but etp is {x.etp}: set etp 1"
+        holds=lambda columns, workload, cluster: (
+            not (workload.model.is_moe and workload.model.add_bias_linear) or columns["etp"] == 1
+        ),
+        message=lambda layout, workload, cluster: (
+            f"experts with a bias (add_bias_linear) cannot be split, but etp is {layout.etp}: set etp 1"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -103,27 +154,29 @@ RULES: tuple[Rule, ...] = (
         "dispatcher-needs-experts",
         "canonical",
         "moe_token_dispatcher_type",
-        holds=lambda c, w, k: w.model.is_moe | c.among("moe_token_dispatcher_type", "alltoall"),
-        message=lambda x, w, k: (
-            f"moe_token_dispatcher_type is {x.moe_token_dispatcher_type}, but {w.model.name} has no experts: "
-            "leave it at alltoall"
+        holds=lambda columns, workload, cluster: (
+            workload.model.is_moe or columns.among("moe_token_dispatcher_type", "alltoall")
+        ),
+        message=lambda layout, workload, cluster: (
+            f"moe_token_dispatcher_type is {layout.moe_token_dispatcher_type}, but {workload.model.name} has no "
+            "experts: leave it at alltoall"
         ),
         source=MOE_LAYER,
     ),
     rule(
         "deepep-needs-expert-ranks",
         "megatron",
-        "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp",
-        holds=lambda c, w, k: c.among("moe_flex_dispatcher_backend", "hybridep") | _flex_has_ranks(c),
-        message=lambda x, w, k: _explain_flex(x),
+        FLEX_KNOBS,
+        holds=_deepep_has_expert_ranks,
+        message=_explain_flex,
         source=DISPATCHER,
     ),
     rule(
         "hybridep-needs-expert-ranks",
         "megatron",
-        "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp",
-        holds=lambda c, w, k: ~c.among("moe_flex_dispatcher_backend", "hybridep") | _flex_has_ranks(c),
-        message=lambda x, w, k: _explain_flex(x),
+        FLEX_KNOBS,
+        holds=_hybridep_has_expert_ranks,
+        message=_explain_flex,
         source=DISPATCHER,
         gone_in="0.19",
     ),
@@ -131,8 +184,10 @@ RULES: tuple[Rule, ...] = (
         "flex-needs-deepep",
         "program",
         "moe_token_dispatcher_type",
-        holds=lambda c, w, k: k.device == "cuda" or ~c.among("moe_token_dispatcher_type", "flex"),
-        message=lambda x, w, k: (
+        holds=lambda columns, workload, cluster: (
+            cluster.device == "cuda" or ~columns.among("moe_token_dispatcher_type", "flex")
+        ),
+        message=lambda layout, workload, cluster: (
             "the flex dispatcher needs DeepEP or HybridEP on CUDA devices: use alltoall or allgather"
         ),
         source=DISPATCHER,
@@ -141,11 +196,9 @@ RULES: tuple[Rule, ...] = (
         "shared-overlap-needs-shared-experts",
         "canonical",
         "moe_shared_expert_overlap",
-        holds=lambda c, w, k: (
-            w.model.moe_shared_expert_intermediate_size is not None or ~c.on("moe_shared_expert_overlap")
-        ),
-        message=lambda x, w, k: (
-            f"moe_shared_expert_overlap is on, but {w.model.name} has no shared experts: turn it off"
+        holds=_shared_overlap_has_shared_experts,
+        message=lambda layout, workload, cluster: (
+            f"moe_shared_expert_overlap is on, but {workload.model.name} has no shared experts: turn it off"
         ),
         source=MOE_LAYER,
     ),
@@ -153,13 +206,10 @@ RULES: tuple[Rule, ...] = (
         "shared-overlap-needs-alltoall",
         "megatron",
         "moe_shared_expert_overlap moe_token_dispatcher_type",
-        holds=lambda c, w, k: (
-            ~c.on("moe_shared_expert_overlap") | c.among("moe_token_dispatcher_type", "alltoall")
-        ),
-        message=lambda x, w, k: (
+        holds=_shared_overlap_uses_alltoall,
+        message=lambda layout, workload, cluster: (
             "moe_shared_expert_overlap works with the alltoall dispatcher alone, not "
-            f"{x.moe_token_dispatcher_type}: "
-            "turn it off or use alltoall"
+            f"{layout.moe_token_dispatcher_type}: turn it off or use alltoall"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -167,17 +217,10 @@ RULES: tuple[Rule, ...] = (
         "shared-overlap-excludes-recompute",
         "megatron",
         "moe_shared_expert_overlap recompute_granularity recompute_modules",
-        holds=lambda c, w, k: (
-            ~(
-                c.on("moe_shared_expert_overlap")
-                & c.among("recompute_granularity", "selective")
-                & c.recomputes("shared_experts")
-            )
-        ),
-        message=lambda x, w, k: (
-            f"moe_shared_expert_overlap cannot work with recompute_modules {x.recompute_modules}: drop "
-            "shared_experts "
-            "from it or turn the overlap off"
+        holds=_overlapped_shared_experts_are_kept,
+        message=lambda layout, workload, cluster: (
+            f"moe_shared_expert_overlap cannot work with recompute_modules {layout.recompute_modules}: drop "
+            "shared_experts from it or turn the overlap off"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -185,8 +228,8 @@ RULES: tuple[Rule, ...] = (
         "top-1-needs-pre-softmax",
         "megatron",
         "",
-        holds=lambda c, w, k: not _needs_pre_softmax(w.model),
-        message=lambda x, w, k: (
+        holds=lambda columns, workload, cluster: not _needs_pre_softmax(workload.model),
+        message=lambda layout, workload, cluster: (
             "moe_router_topk is 1 with softmax scores: set moe_router_pre_softmax in the model"
         ),
         source=TRANSFORMER_CONFIG,
@@ -195,12 +238,10 @@ RULES: tuple[Rule, ...] = (
         "expert-bias-needs-sigmoid",
         "megatron",
         "",
-        holds=lambda c, w, k: (
-            not w.model.moe_router_enable_expert_bias or w.model.moe_router_score_function == "sigmoid"
-        ),
-        message=lambda x, w, k: (
-            f"moe_router_enable_expert_bias needs sigmoid scores, not {w.model.moe_router_score_function}: "
-            "correct the model"
+        holds=_expert_bias_uses_sigmoid,
+        message=lambda layout, workload, cluster: (
+            "moe_router_enable_expert_bias needs sigmoid scores, not "
+            f"{workload.model.moe_router_score_function}: correct the model"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -208,18 +249,19 @@ RULES: tuple[Rule, ...] = (
         "router-groups",
         "megatron",
         "",
-        holds=lambda c, w, k: _groups_fit(w.model),
-        message=_explain_groups,
+        holds=lambda columns, workload, cluster: _router_groups_fit(workload.model),
+        message=_explain_router_groups,
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "expert-bias-needs-cuda",
         "program",
         "",
-        holds=lambda c, w, k: k.device == "cuda" or not (w.model.is_moe and w.model.add_bias_linear),
-        message=lambda x, w, k: (
-            f"experts with a bias (add_bias_linear of {w.model.name}) need Transformer Engine on CUDA "
-            "devices: "
+        holds=lambda columns, workload, cluster: (
+            cluster.device == "cuda" or not (workload.model.is_moe and workload.model.add_bias_linear)
+        ),
+        message=lambda layout, workload, cluster: (
+            f"experts with a bias (add_bias_linear of {workload.model.name}) need Transformer Engine on CUDA devices: "
             "Megatron's plain experts add it in place, which autograd refuses"
         ),
         source="megatron/core/transformer/mlp.py, forward",

@@ -1,108 +1,127 @@
-"""How the layers spread over pipeline stages and their chunks."""
+"""How the plain knobs spread the layers over pipeline stages and their chunks."""
 
 import numpy as np
 
+from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.stages import accounted_slots, stage_slots, unstated_stages
 from tuner.core.workload import Workload
-from tuner.rules.placement import TEXT
-from tuner.rules.rule import Rule, remainder, rule
-from tuner.rules.shapes import TRANSFORMER_CONFIG
+from tuner.rules.placement import EMBEDDING_ACCOUNTED, FIRST, LAST, LOSS_ACCOUNTED, PLACEMENT
+from tuner.rules.rule import Rule, implies, not_all, remainder, rule
+from tuner.rules.sources import TRANSFORMER_CONFIG
 
-BLOCK = "megatron/core/transformer/transformer_block.py, get_num_layers_to_build"
-UNEVEN = "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage"
-ACCOUNT = "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split"
-SPLIT = f"pp {UNEVEN} {ACCOUNT}"
-
-
-def _uneven(c: Columns) -> Bools:
-    first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    return (first > 0) | (last > 0)
+LAYERS_TO_BUILD = "megatron/core/transformer/transformer_block.py, get_num_layers_to_build"
+UNEVEN_KNOBS = f"{FIRST} {LAST}"
+ACCOUNT_KNOBS = f"{EMBEDDING_ACCOUNTED} {LOSS_ACCOUNTED}"
+SPLIT_KNOBS = f"pp {UNEVEN_KNOBS} {ACCOUNT_KNOBS}"
 
 
-def _accounts(c: Columns) -> Bools:
-    return c.on("account_for_embedding_in_pipeline_split") | c.on("account_for_loss_in_pipeline_split")
+def _uneven(columns: Columns) -> Bools:
+    """Tell where the layers of the first or of the last stage are stated."""
+    return (columns[FIRST] > 0) | (columns[LAST] > 0)
 
 
-def _even_split(c: Columns, w: Workload) -> Bools:
-    even = (w.model.num_layers + accounted_slots(c)) % c["pp"] == 0
-    holds: Bools = _uneven(c) | even | ~c.among(TEXT, "none")
-    return holds
+def _accounted(columns: Columns) -> Bools:
+    """Tell where the embedding or the loss counts as a layer."""
+    return columns.on(EMBEDDING_ACCOUNTED) | columns.on(LOSS_ACCOUNTED)
 
 
-def _rest_fits(c: Columns, w: Workload) -> Bools:
-    """The layers left go evenly, and at least one a stage, onto the stages left, or both are none."""
-    first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    rest, stages = w.model.num_layers - first - last, unstated_stages(c)
+def _plain(columns: Columns) -> Bools:
+    """Tell where no text places the layers."""
+    return columns.among(PLACEMENT, "none")
+
+
+def _even_split_is_whole(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    whole = (workload.model.num_layers + accounted_slots(columns)) % columns["pp"] == 0
+    return implies(~_uneven(columns) & _plain(columns), whole)
+
+
+def _rest_fits_stages(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where the layers that aren't stated spread evenly over the stages that aren't, at least one per stage.
+
+    If every stage is stated, no layer may be left.
+    """
+    rest, stages = workload.model.num_layers - columns[FIRST] - columns[LAST], unstated_stages(columns)
     spread = (stages > 0) & (rest > 0) & (rest % np.maximum(stages, 1) == 0)
-    holds: Bools = ~_uneven(c) | spread | ((stages == 0) & (rest == 0))
-    return holds
+    return implies(_uneven(columns), spread | ((stages == 0) & (rest == 0)))
 
 
-def _chunks_even(c: Columns, w: Workload) -> Bools:
-    slots = stage_slots(c, w)
-    middle = np.where(unstated_stages(c) > 0, slots.middle % c["vpp"], 0)
-    whole = slots.first % c["vpp"] + slots.last % c["vpp"] + middle == 0
-    holds: Bools = (c["pp"] == 1) | whole | ~c.among(TEXT, "none")
-    return holds
+def _chunks_are_whole(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where vpp divides the slots of every stage."""
+    slots, vpp = stage_slots(columns, workload), columns["vpp"]
+    middle_rest = np.where(unstated_stages(columns) > 0, slots.middle % vpp, 0)
+    whole = slots.first % vpp + slots.last % vpp + middle_rest == 0
+    return implies((columns["pp"] > 1) & _plain(columns), whole)
 
 
-def _says_something(c: Columns, w: Workload) -> Bools:
-    """A stated stage differs from what it would get unstated; of two stages only the first is stated."""
-    first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    middle, stages = stage_slots(c, w).middle, unstated_stages(c)
-    repeats = (stages > 0) & ((first == middle) | (last == middle))
-    holds: Bools = ~_uneven(c) | ~(repeats | ((c["pp"] == 2) & (last > 0)))
-    return holds
+def _uneven_chunks_have_a_middle(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    both_stated = (columns[FIRST] != 0) & (columns[LAST] != 0)
+    return not_all(columns["vpp"] != 1, columns["pp"] == 2, both_stated)
 
 
-def _not_as_accounted(c: Columns, w: Workload) -> Bools:
-    """Without chunks, one layer less on an outer stage is what account_for_* spells."""
-    slots = stage_slots(c, w)
-    first, last = slots.middle - slots.first, slots.middle - slots.last
-    # With two stages the stated first one leaves `middle` to the last: one less here is one more there.
-    outer = np.isin(first, (0, 1)) & np.isin(last, (0, 1)) & (first + last > 0)
-    two = (c["pp"] == 2) & (np.abs(first) == 1)
-    holds: Bools = ~_uneven(c) | (c["vpp"] > 1) | (c["pp"] == 1) | (unstated_stages(c) == 0) | ~(outer | two)
-    return holds
+def _stated_stages_differ(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where a stated stage differs from what it would get unstated; of two stages only the first is stated."""
+    middle, stages = stage_slots(columns, workload).middle, unstated_stages(columns)
+    repeats = (stages > 0) & ((columns[FIRST] == middle) | (columns[LAST] == middle))
+    states_second_of_two = (columns["pp"] == 2) & (columns[LAST] > 0)
+    return not_all(_uneven(columns), repeats | states_second_of_two)
 
 
-def _balanced(c: Columns, w: Workload) -> Bools:
-    """No outer stage holds more than an even share of the layers, no middle one over a layer more."""
-    slots, share = stage_slots(c, w), -(-w.model.num_layers // c["pp"])
-    outer = np.maximum(c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"])
-    return ~_uneven(c) | ((outer <= share) & (slots.middle <= share + 1))
+def _uneven_differs_from_accounted(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where account_for_* can't spell the split: without virtual stages it takes one layer off an outer stage."""
+    slots = stage_slots(columns, workload)
+    fewer_first, fewer_last = slots.middle - slots.first, slots.middle - slots.last
+    one_fewer = np.isin(fewer_first, (0, 1)) & np.isin(fewer_last, (0, 1)) & (fewer_first + fewer_last > 0)
+    # With two stages the last one gets what the stated first one leaves, so one layer less here is one more there.
+    one_apart = (columns["pp"] == 2) & (np.abs(fewer_first) == 1)
+    has_rest = (columns["pp"] > 1) & (unstated_stages(columns) != 0)
+    return not_all(_uneven(columns), columns["vpp"] <= 1, has_rest, one_fewer | one_apart)
 
 
-def _explain_even(x: Layout, w: Workload) -> str:
-    extra = x.account_for_embedding_in_pipeline_split + x.account_for_loss_in_pipeline_split
-    total = w.model.num_layers + extra
+def _accounted_differs_from_even(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    both = columns.on(EMBEDDING_ACCOUNTED) & columns.on(LOSS_ACCOUNTED)
+    return not_all(both, columns["pp"] == 2, columns["vpp"] == 1)
+
+
+def _balanced(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where no outer stage holds more than an even share of the layers, and no middle one over a layer more."""
+    share = -(-workload.model.num_layers // columns["pp"])
+    fullest_outer = np.maximum(columns[FIRST], columns[LAST])
+    light = (fullest_outer <= share) & (stage_slots(columns, workload).middle <= share + 1)
+    return implies(_uneven(columns), light)
+
+
+def _explain_even_split(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    slots = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
+    name = f"num_layers + {slots} accounted slots" if slots else "num_layers"
     return (
-        remainder("num_layers" if not extra else f"num_layers + {extra} accounted slots", total, "pp", x.pp)
-        + ": choose another pp, state the first or last stage's layers, or account for embedding and loss"
+        f"{remainder(name, workload.model.num_layers + slots, 'pp', layout.pp)}: choose another pp, state the first or "
+        "last stage's layers, or account for embedding and loss"
     )
 
 
-def _explain_rest(x: Layout, w: Workload) -> str:
-    first, last = x.num_layers_in_first_pipeline_stage, x.num_layers_in_last_pipeline_stage
-    stages = x.pp - (first > 0) - (last > 0)
-    rest = w.model.num_layers - first - last
+def _explain_rest(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
+    stages = layout.pp - (first > 0) - (last > 0)
+    rest = workload.model.num_layers - first - last
     return (
-        f"num_layers ({w.model.num_layers}) - first ({first}) - last ({last}) = {rest} layers do not go "
-        "evenly onto "
-        f"the {stages} stages left of pp ({x.pp}): change the first or last stage's layers"
+        f"num_layers ({workload.model.num_layers}) - first ({first}) - last ({last}) = {rest} layers do not go evenly "
+        f"onto the {stages} stages left of pp ({layout.pp}): change the first or last stage's layers"
     )
 
 
-def _explain_chunks(x: Layout, w: Workload) -> str:
-    slots = stage_slots(Columns.single(x), w)
-    first, middle, last = (int(part[0]) for part in slots)
+def _explain_chunks(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    first, middle, last = (int(slots[0]) for slots in stage_slots(Columns.single(layout), workload))
     return (
-        f"vpp ({x.vpp}) must divide the layers of every pipeline rank (first {first}, middle {middle}, last "
-        f"{last}, "
-        "embedding and loss counted where accounted for): choose another vpp or split"
+        f"vpp ({layout.vpp}) must divide the layers of every pipeline rank (first {first}, middle {middle}, last "
+        f"{last}, embedding and loss counted where accounted for): choose another vpp or split"
     )
+
+
+def _stated(layout: Layout, conjunction: str) -> str:
+    first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
+    return f"first ({first}) {conjunction} last ({last})"
 
 
 RULES: tuple[Rule, ...] = (
@@ -110,133 +129,112 @@ RULES: tuple[Rule, ...] = (
         "vpp-needs-pp",
         "megatron",
         "pp vpp",
-        holds=lambda c, w, k: (c["vpp"] == 1) | (c["pp"] > 1),
-        message=lambda x, w, k: f"vpp is {x.vpp}, but pp is {x.pp}: interleaving needs pp > 1; set vpp 1",
+        holds=lambda columns, workload, cluster: (columns["vpp"] == 1) | (columns["pp"] > 1),
+        message=lambda layout, workload, cluster: (
+            f"vpp is {layout.vpp}, but pp is {layout.pp}: interleaving needs pp > 1; set vpp 1"
+        ),
         source="megatron/core/parallel_state.py, initialize_model_parallel",
     ),
     rule(
         "uneven-split-needs-pp",
         "canonical",
-        SPLIT,
-        holds=lambda c, w, k: (c["pp"] > 1) | ~(_uneven(c) | _accounts(c)),
-        message=lambda x, w, k: (
-            f"pp is {x.pp}: one stage holds all {w.model.num_layers} layers; leave first and last at 0 and "
+        SPLIT_KNOBS,
+        holds=lambda columns, workload, cluster: (
+            (columns["pp"] > 1) | ~(_uneven(columns) | _accounted(columns))
+        ),
+        message=lambda layout, workload, cluster: (
+            f"pp is {layout.pp}: one stage holds all {workload.model.num_layers} layers; leave first and last at 0 and "
             "account_for_* off"
         ),
-        source=BLOCK,
+        source=LAYERS_TO_BUILD,
     ),
     rule(
         "uneven-or-accounted",
         "megatron",
-        f"{UNEVEN} {ACCOUNT}",
-        holds=lambda c, w, k: ~(_uneven(c) & _accounts(c)),
-        message=lambda x, w, k: (
-            f"first ({x.num_layers_in_first_pipeline_stage}) or last ({x.num_layers_in_last_pipeline_stage}) "
-            "is "
-            "stated and account_for_* is on: choose one of the two ways"
+        f"{UNEVEN_KNOBS} {ACCOUNT_KNOBS}",
+        holds=lambda columns, workload, cluster: not_all(_uneven(columns), _accounted(columns)),
+        message=lambda layout, workload, cluster: (
+            f"{_stated(layout, 'or')} is stated and account_for_* is on: choose one of the two ways"
         ),
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "layers-by-pp",
         "megatron",
-        f"{SPLIT} {TEXT}",
-        holds=lambda c, w, k: _even_split(c, w),
-        message=lambda x, w, k: _explain_even(x, w),
-        source=BLOCK,
+        f"{SPLIT_KNOBS} {PLACEMENT}",
+        holds=_even_split_is_whole,
+        message=_explain_even_split,
+        source=LAYERS_TO_BUILD,
     ),
     rule(
         "uneven-rest-by-stages",
         "megatron",
-        SPLIT,
-        holds=lambda c, w, k: _rest_fits(c, w),
-        message=lambda x, w, k: _explain_rest(x, w),
+        SPLIT_KNOBS,
+        holds=_rest_fits_stages,
+        message=_explain_rest,
         source=f"{TRANSFORMER_CONFIG}; where it lets a negative rest pass, layers would be missing",
     ),
     rule(
         "stage-layers-by-vpp",
         "megatron",
-        f"vpp {SPLIT} {TEXT}",
-        holds=lambda c, w, k: _chunks_even(c, w),
-        message=lambda x, w, k: _explain_chunks(x, w),
-        source=BLOCK,
+        f"vpp {SPLIT_KNOBS} {PLACEMENT}",
+        holds=_chunks_are_whole,
+        message=_explain_chunks,
+        source=LAYERS_TO_BUILD,
     ),
     rule(
         "uneven-chunks-need-a-middle",
         "megatron",
-        f"pp vpp {UNEVEN}",
-        holds=lambda c, w, k: (
-            (c["vpp"] == 1)
-            | (c["pp"] != 2)
-            | (c["num_layers_in_first_pipeline_stage"] == 0)
-            | (c["num_layers_in_last_pipeline_stage"] == 0)
-        ),
-        message=lambda x, w, k: (
-            f"pp is {x.pp} with first ({x.num_layers_in_first_pipeline_stage}) and last "
-            f"({x.num_layers_in_last_pipeline_stage}) both stated: with vpp ({x.vpp}) > 1 Megatron divides "
-            "by the 0 "
-            "middle stages; state the first alone"
+        f"pp vpp {UNEVEN_KNOBS}",
+        holds=_uneven_chunks_have_a_middle,
+        message=lambda layout, workload, cluster: (
+            f"pp is {layout.pp} with {_stated(layout, 'and')} both stated: with vpp ({layout.vpp}) > 1 Megatron "
+            "divides by the 0 middle stages; state the first alone"
         ),
         source="megatron/core/transformer/transformer_layer.py, get_transformer_layer_offset",
     ),
     rule(
         "uneven-split-says-something",
         "canonical",
-        SPLIT,
-        holds=lambda c, w, k: _says_something(c, w),
-        message=lambda x, w, k: (
-            f"first ({x.num_layers_in_first_pipeline_stage}) or last ({x.num_layers_in_last_pipeline_stage}) "
-            "repeats "
-            f"what pp {x.pp} leaves to that stage of {w.model.num_layers} layers anyway (with two stages "
-            "only the first "
-            "is stated): set it to 0"
+        SPLIT_KNOBS,
+        holds=_stated_stages_differ,
+        message=lambda layout, workload, cluster: (
+            f"{_stated(layout, 'or')} repeats what pp {layout.pp} leaves to that stage of {workload.model.num_layers} "
+            "layers anyway (with two stages only the first is stated): set it to 0"
         ),
-        source=BLOCK,
+        source=LAYERS_TO_BUILD,
     ),
     rule(
         "uneven-split-not-as-accounted",
         "canonical",
-        f"vpp {SPLIT}",
-        holds=lambda c, w, k: _not_as_accounted(c, w),
-        message=lambda x, w, k: (
-            f"first ({x.num_layers_in_first_pipeline_stage}) and last "
-            f"({x.num_layers_in_last_pipeline_stage}) of "
-            f"{w.model.num_layers} layers on pp {x.pp} are one layer short of the other stages: write "
-            "account_for_embedding_in_pipeline_split or account_for_loss_in_pipeline_split instead"
+        f"vpp {SPLIT_KNOBS}",
+        holds=_uneven_differs_from_accounted,
+        message=lambda layout, workload, cluster: (
+            f"{_stated(layout, 'and')} of {workload.model.num_layers} layers on pp {layout.pp} are one layer short of "
+            f"the other stages: write {EMBEDDING_ACCOUNTED} or {LOSS_ACCOUNTED} instead"
         ),
-        source=BLOCK,
+        source=LAYERS_TO_BUILD,
     ),
     rule(
         "accounted-split-says-something",
         "canonical",
-        f"pp vpp {ACCOUNT}",
-        holds=lambda c, w, k: (
-            ~(
-                c.on("account_for_embedding_in_pipeline_split")
-                & c.on("account_for_loss_in_pipeline_split")
-                & (c["pp"] == 2)
-                & (c["vpp"] == 1)
-            )
+        f"pp vpp {ACCOUNT_KNOBS}",
+        holds=_accounted_differs_from_even,
+        message=lambda layout, workload, cluster: (
+            f"with pp {layout.pp} and vpp {layout.vpp} each stage holds either the embedding or the loss, so to "
+            f"account for both splits {workload.model.num_layers} layers as to account for none: turn both off"
         ),
-        message=lambda x, w, k: (
-            f"with pp {x.pp} and vpp {x.vpp} each stage holds either the embedding or the loss, so to "
-            "account for both "
-            f"splits {w.model.num_layers} layers as to account for none: turn both off"
-        ),
-        source=BLOCK,
+        source=LAYERS_TO_BUILD,
     ),
     rule(
         "uneven-split-balanced",
         "policy",
-        SPLIT,
-        holds=lambda c, w, k: _balanced(c, w),
-        message=lambda x, w, k: (
-            f"first ({x.num_layers_in_first_pipeline_stage}) and last "
-            f"({x.num_layers_in_last_pipeline_stage}) leave a "
-            f"stage with more than its even share of {w.model.num_layers} layers / pp ({x.pp}) = "
-            f"{-(-w.model.num_layers // x.pp)} (a middle stage may hold one more): every step waits for the "
-            "slowest "
-            "stage; change the split, or lift this rule"
+        SPLIT_KNOBS,
+        holds=_balanced,
+        message=lambda layout, workload, cluster: (
+            f"{_stated(layout, 'and')} leave a stage with more than its even share of {workload.model.num_layers} "
+            f"layers / pp ({layout.pp}) = {-(-workload.model.num_layers // layout.pp)} (a middle stage may hold one "
+            "more): every step waits for the slowest stage; change the split, or lift this rule"
         ),
         source=(
             "ours: outer stages also hold the embedding or the loss, so a split that helps makes them lighter"

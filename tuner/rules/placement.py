@@ -1,45 +1,34 @@
-"""The text that places every layer, `pipeline_model_parallel_layout`: whether it can be read, and fits the rest."""
+"""The text that places every layer, `pipeline_model_parallel_layout`: is it legal, and does it fit the other knobs?"""
 
 from collections.abc import Callable, Mapping
 from itertools import product
 
+from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.pipeline_layout import DECODER, MTP, fault, mtp_fault, parse, readable
 from tuner.core.workload import Workload
-from tuner.rules.rule import Rule, rule
-from tuner.rules.shapes import TRANSFORMER_CONFIG
+from tuner.rules.rule import Rule, implies, rule
+from tuner.rules.sources import TRANSFORMER_CONFIG
 
-TEXT = "pipeline_model_parallel_layout"
-_UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-_ACCOUNT = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+PLACEMENT = "pipeline_model_parallel_layout"
+FIRST = "num_layers_in_first_pipeline_stage"
+LAST = "num_layers_in_last_pipeline_stage"
+EMBEDDING_ACCOUNTED = "account_for_embedding_in_pipeline_split"
+LOSS_ACCOUNTED = "account_for_loss_in_pipeline_split"
 LAYER_LAYOUT = "megatron/core/transformer/pipeline_parallel_layer_layout.py"
 
 
-def _placed(text: str) -> bool:
-    """Whether there is a text that can be read; the one that cannot is `layers-placed-whole`'s."""
+def places_layers(text: str) -> bool:
+    """Return whether a text is stated and can be read; one that can't be read breaks `layers-placed-whole`."""
     return text != "none" and readable(text)
 
 
-def _legal(text: str, w: Workload) -> bool:
-    return text == "none" or fault(text, w.model.num_layers, w.model.mtp_num_layers) is None
-
-
-def _where_placed(c: Columns, holds: Callable[[str, int], bool]) -> Bools:
-    """What holds of the text and pp, where there is a text."""
-    return c.text_with(TEXT, "pp", lambda text, pp: not _placed(text) or holds(text, pp))
-
-
-def _chunks_fit(c: Columns) -> Bools:
-    chunks = c.text_sizes(TEXT, lambda text: len(parse(text)) if _placed(text) else 0)
-    holds: Bools = (chunks == 0) | (chunks == c["pp"] * c["vpp"])
-    return holds
-
-
 def plain_split(text: str, pp: int) -> Mapping[str, int | bool] | None:
-    """The plain knobs that place the layers as the text does, defaults left out; None where they cannot.
+    """Return the plain knobs that place the layers as the text does, or None if plain knobs can't.
 
-    They give every chunk of a rank the same slots, and so every rank between the first and the last.
+    Knobs at their default are left out, so an even split gives an empty mapping. Plain knobs give every chunk of a rank
+    the same number of slots, and the same to every rank between the first and the last.
     """
     chunks = parse(text)
     if len(chunks) % pp or any(MTP in chunk for chunk in chunks[:-1]):
@@ -47,26 +36,76 @@ def plain_split(text: str, pp: int) -> Mapping[str, int | bool] | None:
     layers = [chunk.count(DECODER) for chunk in chunks]
     for embedding, loss in product((False, True), repeat=2):
         if len({layers[0] + embedding, *layers[1:-1], layers[-1] + loss}) == 1:
-            return _stated(dict(zip(_ACCOUNT, (embedding, loss), strict=True)))
+            return _without_defaults({EMBEDDING_ACCOUNTED: embedding, LOSS_ACCOUNTED: loss})
     ranks = [set(layers[rank::pp]) for rank in range(pp)]
-    # A stated 0 is none.
+    # 0 is the default of a stated stage, so no knob spells a rank without layers.
     if any(len(rank) > 1 for rank in ranks) or len(set(map(frozenset, ranks[1:-1]))) > 1 or {0} in ranks:
         return None
     (first, *middle, last) = (sum(layers[rank::pp]) for rank in range(pp))
     usual = middle[0] if middle else last
-    return _stated({_UNEVEN[0]: first if first != usual else 0, _UNEVEN[1]: last if last != usual else 0})
+    return _without_defaults({FIRST: first if first != usual else 0, LAST: last if last != usual else 0})
 
 
-def _stated(knobs: Mapping[str, int | bool]) -> Mapping[str, int | bool]:
+def _without_defaults(knobs: Mapping[str, int | bool]) -> Mapping[str, int | bool]:
     return {knob: value for knob, value in knobs.items() if value}
 
 
-def _explain_plain(x: Layout) -> str:
-    plain = plain_split(x.pipeline_model_parallel_layout, x.pp)
-    told = ", ".join(f"{knob} {value}" for knob, value in (plain or {}).items()) or "an even split"
+def _where_placed(columns: Columns, holds: Callable[[str, int], bool]) -> Bools:
+    """Return where `holds`, asked of the text and pp, is true or no text places the layers."""
+    return columns.text_with(PLACEMENT, "pp", lambda text, pp: not places_layers(text) or holds(text, pp))
+
+
+def _text_fits_the_model(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    layers, mtp_layers = workload.model.num_layers, workload.model.mtp_num_layers
+    return columns.text(PLACEMENT, lambda text: text == "none" or fault(text, layers, mtp_layers) is None)
+
+
+def _chunks_are_a_multiple_of_pp(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return _where_placed(columns, lambda text, pp: len(parse(text)) % pp == 0)
+
+
+def _chunks_are_pp_times_vpp(columns: Columns) -> Bools:
+    chunks = columns.text_sizes(PLACEMENT, lambda text: len(parse(text)) if places_layers(text) else 0)
+    return implies(chunks != 0, chunks == columns["pp"] * columns["vpp"])
+
+
+def _mtp_is_on_last_chunks(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return _where_placed(columns, lambda text, pp: mtp_fault(text, pp) is None)
+
+
+def _text_or_uneven(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    uneven = columns[FIRST] + columns[LAST] != 0
+    return implies(uneven, columns.among(PLACEMENT, "none"))
+
+
+def _text_or_accounted(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    accounted = columns.on(EMBEDDING_ACCOUNTED) | columns.on(LOSS_ACCOUNTED)
+    return implies(accounted, columns.among(PLACEMENT, "none"))
+
+
+def _no_plain_split_does_it(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return _where_placed(columns, lambda text, pp: plain_split(text, pp) is None)
+
+
+def _explain_chunks(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    text = layout.pipeline_model_parallel_layout
     return (
-        f"{TEXT} '{x.pipeline_model_parallel_layout}' on pp {x.pp} and vpp {x.vpp} places the layers as {told} does: "
-        "write that, and set it to none"
+        f"{PLACEMENT} '{text}' has {len(parse(text))} chunks, but pp*vpp = {layout.pp}*{layout.vpp} = "
+        f"{layout.pp * layout.vpp}: change the text, pp or vpp"
+    )
+
+
+def _explain_fault(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    text, model = layout.pipeline_model_parallel_layout, workload.model
+    return f"{fault(text, model.num_layers, model.mtp_num_layers)}: correct the text"
+
+
+def _explain_plain_split(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    knobs = plain_split(layout.pipeline_model_parallel_layout, layout.pp) or {}
+    split = ", ".join(f"{knob} {value}" for knob, value in knobs.items()) or "an even split"
+    return (
+        f"{PLACEMENT} '{layout.pipeline_model_parallel_layout}' on pp {layout.pp} and vpp {layout.vpp} places the "
+        f"layers as {split} does: write that, and set it to none"
     )
 
 
@@ -74,95 +113,83 @@ RULES: tuple[Rule, ...] = (
     rule(
         "layers-placed-with-pp",
         "canonical",
-        f"pp {TEXT}",
-        holds=lambda c, w, k: (c["pp"] > 1) | c.among(TEXT, "none"),
-        message=lambda x, w, k: (
-            f"pp is {x.pp}: one stage holds all {w.model.num_layers} layers; set {TEXT} to none"
+        f"pp {PLACEMENT}",
+        holds=lambda columns, workload, cluster: (columns["pp"] > 1) | columns.among(PLACEMENT, "none"),
+        message=lambda layout, workload, cluster: (
+            f"pp is {layout.pp}: one stage holds all {workload.model.num_layers} layers; set {PLACEMENT} to none"
         ),
         source=LAYER_LAYOUT,
     ),
     rule(
         "layers-placed-whole",
         "megatron",
-        TEXT,
-        holds=lambda c, w, k: c.text(TEXT, lambda text: _legal(text, w)),
-        message=lambda x, w, k: (
-            f"{fault(x.pipeline_model_parallel_layout, w.model.num_layers, w.model.mtp_num_layers)}: correct the text"
-        ),
+        PLACEMENT,
+        holds=_text_fits_the_model,
+        message=_explain_fault,
         source=f"{LAYER_LAYOUT}, validate_layer_layout",
     ),
     rule(
         "layers-placed-by-pp",
         "megatron",
-        f"pp {TEXT}",
-        holds=lambda c, w, k: _where_placed(c, lambda text, pp: len(parse(text)) % pp == 0),
-        message=lambda x, w, k: _explain_chunks(x),
+        f"pp {PLACEMENT}",
+        holds=_chunks_are_a_multiple_of_pp,
+        message=_explain_chunks,
         source=LAYER_LAYOUT,
     ),
     rule(
         "layers-placed-by-chunks",
         "megatron",
-        f"pp vpp {TEXT}",
-        holds=lambda c, w, k: (c["vpp"] == 1) | _chunks_fit(c),
-        message=lambda x, w, k: _explain_chunks(x),
+        f"pp vpp {PLACEMENT}",
+        holds=lambda columns, workload, cluster: (columns["vpp"] == 1) | _chunks_are_pp_times_vpp(columns),
+        message=_explain_chunks,
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "layers-placed-with-vpp",
         "canonical",
-        f"pp vpp {TEXT}",
-        # Where no vpp is stated, Megatron takes the text's own.
-        holds=lambda c, w, k: (c["vpp"] > 1) | _chunks_fit(c),
-        message=lambda x, w, k: _explain_chunks(x),
+        f"pp vpp {PLACEMENT}",
+        # With vpp 1 Megatron takes the number of virtual stages from the text.
+        holds=lambda columns, workload, cluster: (columns["vpp"] > 1) | _chunks_are_pp_times_vpp(columns),
+        message=_explain_chunks,
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "mtp-placed-on-last-chunks",
         "megatron",
-        f"pp {TEXT}",
-        holds=lambda c, w, k: _where_placed(c, lambda text, pp: mtp_fault(text, pp) is None),
-        message=lambda x, w, k: f"{mtp_fault(x.pipeline_model_parallel_layout, x.pp)}: move it",
+        f"pp {PLACEMENT}",
+        holds=_mtp_is_on_last_chunks,
+        message=lambda layout, workload, cluster: (
+            f"{mtp_fault(layout.pipeline_model_parallel_layout, layout.pp)}: move it"
+        ),
         source=f"{LAYER_LAYOUT}, validate_layer_layout",
     ),
     rule(
         "layers-placed-or-uneven",
         "megatron",
-        f"{TEXT} num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage",
-        holds=lambda c, w, k: (
-            c.among(TEXT, "none")
-            | (c["num_layers_in_first_pipeline_stage"] + c["num_layers_in_last_pipeline_stage"] == 0)
-        ),
-        message=lambda x, w, k: (
-            f"{TEXT} places every layer, but first ({x.num_layers_in_first_pipeline_stage}) or last "
-            f"({x.num_layers_in_last_pipeline_stage}) is stated: set them to 0"
+        f"{PLACEMENT} {FIRST} {LAST}",
+        holds=_text_or_uneven,
+        message=lambda layout, workload, cluster: (
+            f"{PLACEMENT} places every layer, but first ({layout.num_layers_in_first_pipeline_stage}) or last "
+            f"({layout.num_layers_in_last_pipeline_stage}) is stated: set them to 0"
         ),
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "layers-placed-or-accounted",
         "megatron",
-        f"{TEXT} account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
-        holds=lambda c, w, k: (
-            c.among(TEXT, "none")
-            | ~(c.on("account_for_embedding_in_pipeline_split") | c.on("account_for_loss_in_pipeline_split"))
+        f"{PLACEMENT} {EMBEDDING_ACCOUNTED} {LOSS_ACCOUNTED}",
+        holds=_text_or_accounted,
+        message=lambda layout, workload, cluster: (
+            f"{PLACEMENT} places every layer, but account_for_* is on: turn both off"
         ),
-        message=lambda x, w, k: f"{TEXT} places every layer, but account_for_* is on: turn both off",
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "layers-placed-say-something",
         "canonical",
-        f"pp {TEXT}",
-        holds=lambda c, w, k: _where_placed(c, lambda text, pp: plain_split(text, pp) is None),
-        message=lambda x, w, k: _explain_plain(x),
+        f"pp {PLACEMENT}",
+        holds=_no_plain_split_does_it,
+        message=_explain_plain_split,
         source=LAYER_LAYOUT,
     ),
 )
-
-
-def _explain_chunks(x: Layout) -> str:
-    chunks = len(parse(x.pipeline_model_parallel_layout))
-    return (
-        f"{TEXT} '{x.pipeline_model_parallel_layout}' has {chunks} chunks, but pp*vpp = {x.pp}*{x.vpp} = "
-        f"{x.pp * x.vpp}: change the text, pp or vpp"
-    )

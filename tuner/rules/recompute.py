@@ -1,19 +1,21 @@
-"""Activation recomputation: which combinations exist, and which say the same."""
+"""Activation recomputation: which combinations of its knobs exist, and which of them spell the same run."""
 
 import numpy as np
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import MOST, Layout, module_names
-from tuner.core.pipeline_layout import decoders, readable
+from tuner.core.pipeline_layout import decoders
 from tuner.core.stages import chunk_layers
 from tuner.core.workload import Model, Workload
-from tuner.rules.pipeline import SPLIT
-from tuner.rules.placement import TEXT
-from tuner.rules.rule import Rule, rule
-from tuner.rules.shapes import TRANSFORMER_CONFIG, has_dense_layers, has_moe_layers
+from tuner.rules.pipeline import SPLIT_KNOBS
+from tuner.rules.placement import PLACEMENT, places_layers
+from tuner.rules.rule import Rule, implies, not_all, rule
+from tuner.rules.shapes import has_dense_layers, has_moe_layers
+from tuner.rules.sources import TRANSFORMER_CONFIG
 
-BLOCK = "megatron/core/transformer/transformer_block.py, _checkpointed_forward"
+CHECKPOINTED_FORWARD = "megatron/core/transformer/transformer_block.py, _checkpointed_forward"
+TRANSFORMER_LAYER = "megatron/core/transformer/transformer_layer.py"
 MODULES: tuple[str, ...] = (
     "core_attn",
     "layernorm",
@@ -23,86 +25,149 @@ MODULES: tuple[str, ...] = (
     "moe_act",
     "shared_experts",
 )
-"""What selective recompute may drop, in the order in which a layout names them."""
-GRANULARITY_KNOBS = "recompute_granularity recompute_method recompute_num_layers"
+"""The modules that selective recompute may drop, in the order in which a layout names them."""
+FULL_KNOBS = "recompute_granularity recompute_method recompute_num_layers"
+CHUNK_KNOBS = f"{FULL_KNOBS} vpp {SPLIT_KNOBS} {PLACEMENT}"
 
 
 def _missing(module: str, model: Model) -> bool:
-    """Whether no layer of the model has the module, so that recomputing it says nothing."""
+    """Return whether no layer of the model has the module, so that recomputing it changes nothing."""
     needs_experts = module in {"moe", "moe_act"} and not has_moe_layers(model)
     needs_shared = module == "shared_experts" and model.moe_shared_expert_intermediate_size is None
     return needs_experts or needs_shared or (module == "mlp" and not has_dense_layers(model))
 
 
-def _idle(modules: str, model: Model) -> list[str]:
+def _missing_modules(modules: str, model: Model) -> list[str]:
     return [module for module in module_names(modules) if _missing(module, model)]
 
 
-def _ordered(modules: str) -> bool:
-    """Each name once, in the order of MODULES, and core_attn alone spelled as Megatron's default, none."""
+def _unknown_modules(modules: str) -> list[str]:
+    return [module for module in module_names(modules) if module not in MODULES]
+
+
+def _in_order(modules: str) -> bool:
+    """Return whether each module is named once, in the order of MODULES.
+
+    core_attn alone is Megatron's default, which a layout spells none.
+    """
     names = module_names(modules)
     return modules != "core_attn" and list(names) == [module for module in MODULES if module in names]
 
 
-def _unknown(modules: str) -> list[str]:
-    return [module for module in module_names(modules) if module not in MODULES]
+def _full(columns: Columns) -> Bools:
+    return columns.among("recompute_granularity", "full")
 
 
-def _chunks_whole(c: Columns, w: Workload) -> Bools:
-    """Uniform recompute takes a chunk's layers n by n and runs off its end where n does not divide them."""
-    uniform = c.among("recompute_granularity", "full") & c.among("recompute_method", "uniform")
-    n = np.maximum(c["recompute_num_layers"], 1)
-    chunks = chunk_layers(c, w)
-    rest = chunks.first % n + chunks.last % n + np.where(c["pp"] * c["vpp"] > 2, chunks.middle % n, 0)
-    placed = c.text_with(TEXT, "recompute_num_layers", _placed_whole)
-    holds: Bools = ~uniform | np.where(c.among(TEXT, "none"), rest == 0, placed)
-    return holds
+def _selective(columns: Columns) -> Bools:
+    return columns.among("recompute_granularity", "selective")
 
 
-def _placed_whole(text: str, count: int) -> bool:
-    return text == "none" or not readable(text) or not (decoders(text) % max(count, 1)).any()
+def _uniform(columns: Columns) -> Bools:
+    """Tell where full recompute takes the layers in groups of recompute_num_layers."""
+    return _full(columns) & columns.among("recompute_method", "uniform")
 
 
-def _block_below_chunk(c: Columns, w: Workload) -> Bools:
-    """Block recompute of every layer is uniform recompute by one."""
-    block = c.among("recompute_granularity", "full") & c.among("recompute_method", "block")
-    chunks = chunk_layers(c, w)
-    most = np.maximum(
-        np.maximum(chunks.first, chunks.last), np.where(c["pp"] * c["vpp"] > 2, chunks.middle, 0)
-    )
-    placed = c.text_sizes(TEXT, lambda text: int(decoders(text).max()) if _counted(text) else MOST)
-    most = np.where(c.among(TEXT, "none"), most, placed)
-    return ~block | (c["recompute_num_layers"] < most)
+def _full_has_method_and_layers(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    has_method = ~columns.among("recompute_method", "none")
+    return implies(_full(columns), has_method & (columns["recompute_num_layers"] > 0))
 
 
-def _counted(text: str) -> bool:
-    return text != "none" and readable(text)
+def _method_comes_with_full(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    no_method = columns.among("recompute_method", "none")
+    return implies(~_full(columns), no_method & (columns["recompute_num_layers"] == 0))
 
 
-def _chunk_counts(x: Layout, w: Workload) -> str:
-    if _counted(x.pipeline_model_parallel_layout):
-        return ", ".join(map(str, decoders(x.pipeline_model_parallel_layout)))
-    first, middle, last = (int(part[0]) for part in chunk_layers(Columns.single(x), w))
-    return f"first {first}, between {middle}, last {last}"
-
-
-def _explain_chunks(x: Layout, w: Workload, k: Cluster) -> str:
-    return (
-        f"uniform recompute by recompute_num_layers ({x.recompute_num_layers}) must divide the layers of "
-        "every chunk "
-        f"({_chunk_counts(x, w)}): choose a divisor, 1 always works"
+def _selective_modules_are_known(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return implies(
+        _selective(columns), columns.text("recompute_modules", lambda text: not _unknown_modules(text))
     )
 
 
-def _explain_block(x: Layout, w: Workload, k: Cluster) -> str:
-    if _counted(x.pipeline_model_parallel_layout):
-        most = int(decoders(x.pipeline_model_parallel_layout).max())
+def _known_modules_in_order(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where the modules are in order; a text with an unknown one breaks `recompute-modules-known` instead."""
+    return columns.text("recompute_modules", lambda text: bool(_unknown_modules(text)) or _in_order(text))
+
+
+def _modules_are_in_model(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    return columns.text("recompute_modules", lambda text: not _missing_modules(text, workload.model))
+
+
+def _up_projection_is_in_model(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+    if workload.model.multi_latent_attention:
+        return True
+    return not_all(_selective(columns), columns.recomputes("mla_up_proj"))
+
+
+def _recomputed_mlp_has_no_bias(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+    if not (workload.model.add_bias_linear and has_dense_layers(workload.model)):
+        return True
+    return not_all(_selective(columns), columns.recomputes("mlp"))
+
+
+def _groups_divide_chunks(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where recompute_num_layers divides the layers of every chunk.
+
+    Uniform recompute takes the layers of a chunk in groups of that size, and runs off the chunk's end otherwise.
+    """
+    group, chunks = np.maximum(columns["recompute_num_layers"], 1), chunk_layers(columns, workload)
+    middle_rest = np.where(columns["pp"] * columns["vpp"] > 2, chunks.middle % group, 0)
+    plain = chunks.first % group + chunks.last % group + middle_rest == 0
+    placed = columns.text_with(PLACEMENT, "recompute_num_layers", _group_divides_placed_chunks)
+    return implies(_uniform(columns), np.where(columns.among(PLACEMENT, "none"), plain, placed))
+
+
+def _group_divides_placed_chunks(text: str, group: int) -> bool:
+    return not places_layers(text) or not (decoders(text) % max(group, 1)).any()
+
+
+def _block_leaves_a_layer(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    """Tell where block recompute takes fewer layers than the fullest chunk has.
+
+    With all of them it is uniform recompute in groups of one.
+    """
+    block = _full(columns) & columns.among("recompute_method", "block")
+    chunks = chunk_layers(columns, workload)
+    middle = np.where(columns["pp"] * columns["vpp"] > 2, chunks.middle, 0)
+    plain = np.maximum(np.maximum(chunks.first, chunks.last), middle)
+    placed = columns.text_sizes(
+        PLACEMENT, lambda text: int(decoders(text).max()) if places_layers(text) else MOST
+    )
+    fullest = np.where(columns.among(PLACEMENT, "none"), plain, placed)
+    return implies(block, columns["recompute_num_layers"] < fullest)
+
+
+def _mtp_recomputes_single_layers(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+    if workload.model.mtp_num_layers is None:
+        return True
+    return implies(_uniform(columns), columns["recompute_num_layers"] == 1)
+
+
+def _plain_chunks(layout: Layout, workload: Workload) -> tuple[int, int, int]:
+    """Return the layers of the first, of a middle and of the last chunk, as the plain knobs spread them."""
+    first, middle, last = (int(layers[0]) for layers in chunk_layers(Columns.single(layout), workload))
+    return first, middle, last
+
+
+def _explain_chunks(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    if places_layers(layout.pipeline_model_parallel_layout):
+        counts = ", ".join(map(str, decoders(layout.pipeline_model_parallel_layout)))
     else:
-        most = max(int(part[0]) for part in chunk_layers(Columns.single(x), w))
+        first, middle, last = _plain_chunks(layout, workload)
+        counts = f"first {first}, between {middle}, last {last}"
     return (
-        f"block recompute of recompute_num_layers ({x.recompute_num_layers}) layers takes every layer of a "
-        "chunk (at "
-        f"most {most}), as uniform recompute by 1 does: write that, or choose fewer than {most} layers"
+        f"uniform recompute by recompute_num_layers ({layout.recompute_num_layers}) must divide the layers of every "
+        f"chunk ({counts}): choose a divisor, 1 always works"
+    )
+
+
+def _explain_block(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    if places_layers(layout.pipeline_model_parallel_layout):
+        fullest = int(decoders(layout.pipeline_model_parallel_layout).max())
+    else:
+        fullest = max(_plain_chunks(layout, workload))
+    return (
+        f"block recompute of recompute_num_layers ({layout.recompute_num_layers}) layers takes every layer of a chunk "
+        f"(at most {fullest}), as uniform recompute by 1 does: write that, or choose fewer than {fullest} layers"
     )
 
 
@@ -110,14 +175,11 @@ RULES: tuple[Rule, ...] = (
     rule(
         "full-recompute-needs-method",
         "megatron",
-        GRANULARITY_KNOBS,
-        holds=lambda c, w, k: (
-            ~c.among("recompute_granularity", "full")
-            | (~c.among("recompute_method", "none") & (c["recompute_num_layers"] > 0))
-        ),
-        message=lambda x, w, k: (
-            f"full recompute needs recompute_method uniform or block (it is {x.recompute_method}) and "
-            f"recompute_num_layers of at least 1 (it is {x.recompute_num_layers})"
+        FULL_KNOBS,
+        holds=_full_has_method_and_layers,
+        message=lambda layout, workload, cluster: (
+            f"full recompute needs recompute_method uniform or block (it is {layout.recompute_method}) and "
+            f"recompute_num_layers of at least 1 (it is {layout.recompute_num_layers})"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -125,28 +187,23 @@ RULES: tuple[Rule, ...] = (
         "selective-recompute-counts-no-layers",
         "megatron",
         "recompute_granularity recompute_num_layers",
-        holds=lambda c, w, k: (
-            ~c.among("recompute_granularity", "selective") | (c["recompute_num_layers"] == 0)
+        holds=lambda columns, workload, cluster: implies(
+            _selective(columns), columns["recompute_num_layers"] == 0
         ),
-        message=lambda x, w, k: (
+        message=lambda layout, workload, cluster: (
             "selective recompute takes modules, not layers, but recompute_num_layers is "
-            f"{x.recompute_num_layers}: "
-            "set it to 0"
+            f"{layout.recompute_num_layers}: set it to 0"
         ),
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "method-only-with-full-recompute",
         "canonical",
-        GRANULARITY_KNOBS,
-        holds=lambda c, w, k: (
-            c.among("recompute_granularity", "full")
-            | (c.among("recompute_method", "none") & (c["recompute_num_layers"] == 0))
-        ),
-        message=lambda x, w, k: (
-            f"recompute_method ({x.recompute_method}) and recompute_num_layers ({x.recompute_num_layers}) "
-            "are read with "
-            f"full recompute only, not {x.recompute_granularity}: set them to none and 0"
+        FULL_KNOBS,
+        holds=_method_comes_with_full,
+        message=lambda layout, workload, cluster: (
+            f"recompute_method ({layout.recompute_method}) and recompute_num_layers ({layout.recompute_num_layers}) "
+            f"are read with full recompute only, not {layout.recompute_granularity}: set them to none and 0"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -154,12 +211,12 @@ RULES: tuple[Rule, ...] = (
         "modules-only-with-selective-recompute",
         "canonical",
         "recompute_granularity recompute_modules",
-        holds=lambda c, w, k: (
-            c.among("recompute_granularity", "selective") | c.among("recompute_modules", "none")
+        holds=lambda columns, workload, cluster: (
+            _selective(columns) | columns.among("recompute_modules", "none")
         ),
-        message=lambda x, w, k: (
-            f"recompute_modules ({x.recompute_modules}) is read with selective recompute only, not "
-            f"{x.recompute_granularity}: set it to none"
+        message=lambda layout, workload, cluster: (
+            f"recompute_modules ({layout.recompute_modules}) is read with selective recompute only, not "
+            f"{layout.recompute_granularity}: set it to none"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -167,12 +224,9 @@ RULES: tuple[Rule, ...] = (
         "recompute-modules-known",
         "megatron",
         "recompute_granularity recompute_modules",
-        holds=lambda c, w, k: (
-            ~c.among("recompute_granularity", "selective")
-            | c.text("recompute_modules", lambda text: not _unknown(text))
-        ),
-        message=lambda x, w, k: (
-            f"recompute_modules names {', '.join(_unknown(x.recompute_modules))}; known are "
+        holds=_selective_modules_are_known,
+        message=lambda layout, workload, cluster: (
+            f"recompute_modules names {', '.join(_unknown_modules(layout.recompute_modules))}; known are "
             f"{', '.join(MODULES)}"
         ),
         source=TRANSFORMER_CONFIG,
@@ -181,11 +235,9 @@ RULES: tuple[Rule, ...] = (
         "recompute-modules-in-order",
         "canonical",
         "recompute_modules",
-        holds=lambda c, w, k: c.text(
-            "recompute_modules", lambda text: bool(_unknown(text)) or _ordered(text)
-        ),
-        message=lambda x, w, k: (
-            f"recompute_modules ({x.recompute_modules}) must name each module once, in the order "
+        holds=_known_modules_in_order,
+        message=lambda layout, workload, cluster: (
+            f"recompute_modules ({layout.recompute_modules}) must name each module once, in the order "
             f"{'+'.join(MODULES)}, and core_attn alone as none"
         ),
         source=TRANSFORMER_CONFIG,
@@ -194,26 +246,22 @@ RULES: tuple[Rule, ...] = (
         "recompute-modules-in-model",
         "canonical",
         "recompute_modules",
-        holds=lambda c, w, k: c.text("recompute_modules", lambda text: not _idle(text, w.model)),
-        message=lambda x, w, k: (
-            f"{w.model.name} has no {', '.join(_idle(x.recompute_modules, w.model))} to recompute: drop it "
-            "from "
+        holds=_modules_are_in_model,
+        message=lambda layout, workload, cluster: (
+            f"{workload.model.name} has no "
+            f"{', '.join(_missing_modules(layout.recompute_modules, workload.model))} to recompute: drop it from "
             "recompute_modules"
         ),
-        source="megatron/core/transformer/transformer_layer.py",
+        source=TRANSFORMER_LAYER,
     ),
     rule(
         "mla-up-proj-needs-mla",
         "megatron",
         "recompute_granularity recompute_modules",
-        holds=lambda c, w, k: (
-            w.model.multi_latent_attention
-            or ~(c.among("recompute_granularity", "selective") & c.recomputes("mla_up_proj"))
-        ),
-        message=lambda x, w, k: (
-            f"recompute_modules ({x.recompute_modules}) names mla_up_proj, but {w.model.name} has no "
-            "multi-latent "
-            "attention: drop it"
+        holds=_up_projection_is_in_model,
+        message=lambda layout, workload, cluster: (
+            f"recompute_modules ({layout.recompute_modules}) names mla_up_proj, but {workload.model.name} has no "
+            "multi-latent attention: drop it"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -221,59 +269,49 @@ RULES: tuple[Rule, ...] = (
         "mlp-recompute-needs-no-bias",
         "megatron",
         "recompute_granularity recompute_modules",
-        holds=lambda c, w, k: (
-            not (w.model.add_bias_linear and has_dense_layers(w.model))
-            or ~(c.among("recompute_granularity", "selective") & c.recomputes("mlp"))
+        holds=_recomputed_mlp_has_no_bias,
+        message=lambda layout, workload, cluster: (
+            f"recompute_modules ({layout.recompute_modules}) names mlp, but {workload.model.name} has biases "
+            "(add_bias_linear): the checkpoint would return the bias itself and recompute without end; drop mlp or use "
+            "full recompute"
         ),
-        message=lambda x, w, k: (
-            f"recompute_modules ({x.recompute_modules}) names mlp, but {w.model.name} has biases "
-            "(add_bias_linear): "
-            "the checkpoint would return the bias itself and recompute without end; drop mlp or use full "
-            "recompute"
-        ),
-        source="megatron/core/transformer/transformer_layer.py, _forward_mlp, with tensor_parallel/random.py",
+        source=f"{TRANSFORMER_LAYER}, _forward_mlp, with tensor_parallel/random.py",
     ),
     rule(
         "moe-act-needs-grouped-gemm",
         "program",
         "recompute_modules",
-        holds=lambda c, w, k: k.device == "cuda" or ~c.recomputes("moe_act"),
-        message=lambda x, w, k: (
-            f"recompute_modules ({x.recompute_modules}) names moe_act, which needs the grouped GEMM of "
-            "Transformer "
-            "Engine on CUDA devices: drop it"
+        holds=lambda columns, workload, cluster: cluster.device == "cuda" or ~columns.recomputes("moe_act"),
+        message=lambda layout, workload, cluster: (
+            f"recompute_modules ({layout.recompute_modules}) names moe_act, which needs the grouped GEMM of "
+            "Transformer Engine on CUDA devices: drop it"
         ),
         source=TRANSFORMER_CONFIG,
     ),
     rule(
         "uniform-recompute-by-chunk",
         "megatron",
-        f"{GRANULARITY_KNOBS} vpp {SPLIT} {TEXT}",
-        holds=lambda c, w, k: _chunks_whole(c, w),
+        CHUNK_KNOBS,
+        holds=_groups_divide_chunks,
         message=_explain_chunks,
-        source=BLOCK,
+        source=CHECKPOINTED_FORWARD,
     ),
     rule(
         "block-recompute-below-chunk",
         "canonical",
-        f"{GRANULARITY_KNOBS} vpp {SPLIT} {TEXT}",
-        holds=lambda c, w, k: _block_below_chunk(c, w),
+        CHUNK_KNOBS,
+        holds=_block_leaves_a_layer,
         message=_explain_block,
-        source=BLOCK,
+        source=CHECKPOINTED_FORWARD,
     ),
     rule(
         "mtp-recompute-by-one",
         "megatron",
-        GRANULARITY_KNOBS,
-        holds=lambda c, w, k: (
-            w.model.mtp_num_layers is None
-            or ~(c.among("recompute_granularity", "full") & c.among("recompute_method", "uniform"))
-            | (c["recompute_num_layers"] == 1)
-        ),
-        message=lambda x, w, k: (
+        FULL_KNOBS,
+        holds=_mtp_recomputes_single_layers,
+        message=lambda layout, workload, cluster: (
             "multi-token prediction recomputes layer by layer, but recompute_num_layers is "
-            f"{x.recompute_num_layers}: "
-            "set it to 1"
+            f"{layout.recompute_num_layers}: set it to 1"
         ),
         source="megatron/core/transformer/multi_token_prediction.py, _checkpointed_forward",
     ),

@@ -1,8 +1,8 @@
-"""What a rule is, and the columns of layouts that it judges."""
+"""What a rule is, and what a layout that breaks one is told."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import reduce
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -12,37 +12,51 @@ from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 
 Kind = Literal["megatron", "arguments", "policy", "canonical", "program"]
-"""Who refuses.
+"""Who refuses a layout that breaks the rule.
 
-`megatron`: Megatron-Core itself, or it would train another model. `arguments`: only the argument checks of
-Megatron-LM's or Megatron Bridge's training loop. `policy`: we do, and the user may lift it. `canonical`: the
-run
-may be legal, but another layout spells the same run. `program`: the device or a package cannot do it.
+- `megatron`: Megatron-Core refuses it, or would train another model.
+- `arguments`: only the argument checks in the training loop of Megatron-LM or Megatron Bridge refuse it.
+- `policy`: megatune refuses it, and the user may lift the rule.
+- `canonical`: the run may be legal, but another layout spells the same run.
+- `program`: the device can't run it, or a package that it needs is missing there.
 """
+
+
+class Predicate(Protocol):
+    """Tells which layouts keep a rule."""
+
+    def __call__(self, columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+        """Return one bool per layout of `columns`, or one bool for all of them."""
+
+
+class Explanation(Protocol):
+    """Tells the user why a layout breaks a rule."""
+
+    def __call__(self, layout: Layout, workload: Workload, cluster: Cluster) -> str:
+        """Return what is wrong, as an equation with its numbers, and what to change. `layout` breaks the rule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """One thing a layout must satisfy: a predicate over many layouts, and a message about one that breaks
-    it.
-    """
+    """One condition that a valid layout satisfies."""
 
     id: str
-    """Kebab-case; what `lift` in a sweep file and `Space.rejected` name."""
+    """The name in kebab-case, which `lift` in a sweep file and `Space.rejected` use."""
     kind: Kind
+    """Who refuses a layout that breaks the rule."""
     knobs: frozenset[str]
-    """The knobs that `holds` reads; empty if the workload and the cluster decide alone."""
-    holds: Callable[[Columns, Workload, Cluster], Any]
-    """True where the rule is kept: an array as long as the columns, or one bool for all of them."""
-    message: Callable[[Layout, Workload, Cluster], str]
-    """What is wrong, as an equation with its numbers, and what to change."""
+    """The knobs that `holds` reads; empty if it reads the workload and the cluster alone."""
+    holds: Predicate
+    """True for the layouts that keep the rule."""
+    message: Explanation
+    """What a layout that breaks the rule is told."""
     source: str
-    """Who refuses, as a path inside Megatron-LM's repository unless said otherwise."""
+    """The code that refuses, as a path inside Megatron-LM's repository unless the text names another place."""
     gone_in: str = ""
-    """The first release of Megatron-Core known not to ask it, `0.19`; empty where the newest still does."""
+    """The first release of Megatron-Core known not to ask for it, such as `0.19`; empty if the newest still does."""
 
     def mask(self, columns: Columns, workload: Workload, cluster: Cluster, rows: int) -> Bools:
-        """Where the rule is kept, as an array of `rows` bools."""
+        """Return which layouts of `columns`, which has `rows` rows, keep the rule: one bool per row."""
         held = np.asarray(self.holds(columns, workload, cluster), dtype=np.bool_)
         return np.broadcast_to(held, (rows,))
 
@@ -52,9 +66,13 @@ class Violation:
     """A rule that a layout breaks."""
 
     rule: str
+    """The rule's id."""
     kind: Kind
+    """Who refuses the layout."""
     message: str
+    """What is wrong with the layout, with its numbers, and what to change."""
     source: str
+    """The code that refuses the layout."""
 
 
 def rule(
@@ -62,12 +80,12 @@ def rule(
     kind: Kind,
     knobs: str,
     *,
-    holds: Callable[[Columns, Workload, Cluster], Any],
-    message: Callable[[Layout, Workload, Cluster], str],
+    holds: Predicate,
+    message: Explanation,
     source: str,
     gone_in: str = "",
 ) -> Rule:
-    """A Rule whose knobs are written as one string, separated by blanks."""
+    """Return a Rule. `knobs` is one text that names the knobs, separated by spaces."""
     return Rule(
         id=id,
         kind=kind,
@@ -79,6 +97,18 @@ def rule(
     )
 
 
-def remainder(what: str, value: int, parts: str, divisor: int) -> str:
-    """`what (value) % (parts = divisor) = r, must be 0`: the equation of a rule of divisibility."""
-    return f"{what} ({value}) % ({parts} = {divisor}) = {value % divisor}, must be 0"
+def remainder(name: str, value: int, divisor_name: str, divisor: int) -> str:
+    """Return the equation of a rule of divisibility: `name (value) % (divisor_name = divisor) = r, must be 0`."""
+    return f"{name} ({value}) % ({divisor_name} = {divisor}) = {value % divisor}, must be 0"
+
+
+def implies(premise: Bools | bool, conclusion: Bools | bool) -> Bools:
+    """Return where `conclusion` holds or `premise` does not: the usual form of a rule."""
+    holds: Bools = np.logical_or(np.logical_not(premise), conclusion)
+    return holds
+
+
+def not_all(*conditions: Bools) -> Bools:
+    """Return where at least one of the conditions fails: the form of a rule whose conditions exclude one another."""
+    all_hold: Bools = reduce(np.logical_and, conditions)
+    return ~all_hold

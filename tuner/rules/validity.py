@@ -1,6 +1,7 @@
 """Judge layouts by every rule: one layout (`broken_rules`) or a whole table of them (`valid_mask`).
 
-No other module decides what is valid. The installed Megatron is the truth: tests/integration holds the rules against it.
+No other module decides what is valid. The installed Megatron is the truth, and tests/integration holds the rules
+against it.
 """
 
 from collections.abc import Collection
