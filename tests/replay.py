@@ -16,7 +16,7 @@ from tests.trials import CLUSTER, WORKLOAD, metrics_of
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.files import parse, to_data, write_json, write_text
-from tuner.search.refinement import first_stage
+from tuner.search.grid import grid_space
 from tuner.space.heuristics import seeds
 from tuner.space.table import with_row
 from tuner.sweep.configuration import Sweep, SweepFile, resolve
@@ -210,7 +210,7 @@ def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
 
 def table_of(sweep: Sweep) -> pd.DataFrame:
     """Its valid layouts, the baseline's included."""
-    table = first_stage(sweep.problem).table
+    table = grid_space(sweep.problem).table
     return table if sweep.baseline is None else with_row(table, sweep.baseline)
 
 

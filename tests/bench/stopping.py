@@ -24,7 +24,7 @@ from tuner.predict.implementation import implementation_of
 from tuner.predict.time.step import step_time_ms
 from tuner.search.observation import Observation
 from tuner.search.predicted_rows import PredictedRows
-from tuner.search.ranking import encode
+from tuner.search.encoding import encode
 from tuner.search.strategy import Mask
 
 GAINS: Final = (0.005, 0.01, 0.02, 0.05)

@@ -144,7 +144,7 @@ def test_finals_answer_and_limits_of_the_command_line_hold(tmp_path: Path) -> No
     assert layouts == layouts[::-1]
     assert layouts[1] == rows[0].layout
     told = " ".join(out.split())
-    assert "From t0003 on a second stage varied the other knobs around the best of the first: t000" in told
+    assert "From t0003 on, the refinement varied the other knobs around the best of the grid: t000" in told
     assert "Finished: the budget of trials is used." in told
     assert re.search(
         r"Of (\d+ s|\d\.\d\d h) of trials: \d+% start-up, .* The tuner's own time between this run's", told

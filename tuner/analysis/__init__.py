@@ -1,3 +1,3 @@
-"""What the measurements of a sweep say (ranking, drift, finals, the answer); knows finished trials, and nothing of
-what runs next.
+"""What the measurements of a sweep say: ranking, drift, finals and the answer. Knows finished trials; does not know
+what runs next, except in the finals.
 """

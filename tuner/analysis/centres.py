@@ -1,27 +1,23 @@
-"""Which trials the refinement of a search varies, as the trials themselves record it."""
+"""Which trials the refinement of a search is centred on, as the trials themselves record it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tuner.trial.finished import FinishedTrial, TrialSource
 
-if TYPE_CHECKING:
-    pass
-
 
 def refinement_centres(sources: Sequence[TrialSource | FinishedTrial]) -> tuple[int, ...]:
-    """The trials that the second stage varies, as the trials of a sweep say it; empty in the first.
+    """Return the numbers of the trials whose layouts the refinement varies; empty while the search is in its grid.
 
     Args:
-        sources: of all trials, or the trials themselves, by number.
+        sources: the sources of all trials of a sweep, or the trials themselves, by number.
     """
-    return next((one.around for one in reversed(sources) if one.around), ())
+    return next((source.around for source in reversed(sources) if source.around), ())
 
 
-def refinement_sentence(rows: Sequence[FinishedTrial]) -> str | None:
-    """Where the second stage began and what it lies around; None where there was none."""
-    second = sorted(row.number for row in rows if row.around)
-    if not second:
+def refinement_sentence(trials: Sequence[FinishedTrial]) -> str | None:
+    """Return a sentence that says where the refinement began and what its centres are; None if there was none."""
+    refining = sorted(trial.number for trial in trials if trial.around)
+    if not refining:
         return None
-    names = ", ".join(f"t{number:04d}" for number in refinement_centres(rows))
-    return f"From t{second[0]:04d} on a second stage varied the other knobs around the best of the first: {names}."
+    centres = ", ".join(f"t{number:04d}" for number in refinement_centres(trials))
+    return f"From t{refining[0]:04d} on, the refinement varied the other knobs around the best of the grid: {centres}."

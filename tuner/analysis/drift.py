@@ -1,4 +1,4 @@
-"""How the machine's speed drifted over a sweep, from the runs of one layout repeated through it. Pure."""
+"""How the machine's speed drifted over a sweep, estimated from repeated runs of the baseline's layout. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,66 +11,69 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 from tuner.core.layout import Layout
 from tuner.trial.finished import SEARCHED, FinishedTrial
 
-FEWEST: Final = 3
-"""Runs from which a straight line has an error."""
+FEWEST_RUNS_FOR_DRIFT: Final = 3
+"""Fewest runs that show a drift: through two points a straight line has no error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """A straight line through the logarithm of one layout's step times, over the clock."""
+    """A straight line over time through the logarithms of one layout's step times, fitted by least squares."""
 
     runs: int
+    """How many runs the line is fitted to."""
     began_s: float
-    """When the first of them ended, in seconds since the epoch; likewise the last."""
+    """When the first of these runs ended, in seconds since the epoch."""
     ended_s: float
+    """When the last of these runs ended, in seconds since the epoch."""
     change: float
-    """From the first to the last: 0.03 where a step came to take 3% longer."""
+    """Relative change of the step time from the first run to the last; 0.03 means that a step takes 3% longer."""
     change_low: float
-    """Lower end of the 95% interval: least squares, Student's t with runs - 2 degrees of freedom."""
+    """Lower end of the change's 95% interval (Student's t with runs - 2 degrees of freedom)."""
     change_high: float
+    """Upper end of that interval."""
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves out that nothing changed."""
+        """Whether the 95% interval excludes 0: the machine did change."""
         return not self.change_low <= 0 <= self.change_high
 
-    def factor(self, row: FinishedTrial) -> float:
-        """How much longer a step took when this trial ran than at the first run; 1 where no drift is shown.
+    def factor(self, trial: FinishedTrial) -> float:
+        """Return the duration of a step when a trial ran over its duration at the first run; 1 without a drift.
 
-        The line is not followed beyond its runs.
+        The line is not extrapolated: before the first run and after the last one, their own values hold.
         """
-        at_s = ended_s(row)
+        at_s = ended_s(trial)
         if at_s is None or not self.is_significant:
             return 1.0
         share = (at_s - self.began_s) / (self.ended_s - self.began_s)
         return float((1 + self.change) ** min(max(share, 0.0), 1.0))
 
     def sentence(self) -> str:
-        """What a user may believe of the machine."""
+        """Return a sentence that tells a user whether and how much the machine drifted."""
         hours = (self.ended_s - self.began_s) / 3600
-        told = (
+        change = (
             f"{self.change:+.1%} step time over {hours:.2g} h (95% interval {self.change_low:+.1%} to "
             f"{self.change_high:+.1%}, {self.runs} runs of the baseline)"
         )
         if self.is_significant:
-            return f"The machine drifted: {told}; the search's ranking is corrected for it."
-        return f"No drift of the machine is shown: {told}."
+            return f"The machine drifted: {change}; the search's ranking is corrected for it."
+        return f"No drift of the machine is shown: {change}."
 
 
-def drift(rows: Sequence[FinishedTrial]) -> Drift | None:
-    """The drift that the baseline's first run and its canaries show; None of fewer than three at different times.
+def drift(trials: Sequence[FinishedTrial]) -> Drift | None:
+    """Return the drift that the baseline's first run and its canaries show; None for fewer than three such runs.
 
-    Runs on a disturbed machine say nothing of the undisturbed one and are left out.
+    Runs on a disturbed machine are left out: they do not show the speed of the undisturbed machine.
     """
     points = sorted(
         (at_s, metrics.step_time_ms)
-        for row in rows
-        if row.source in ("baseline", "canary")
-        and (metrics := row.result.metrics) is not None
-        and not row.result.suspicions
-        and (at_s := ended_s(row)) is not None
+        for trial in trials
+        if trial.source in ("baseline", "canary")
+        and (metrics := trial.result.metrics) is not None
+        and not trial.result.suspicions
+        and (at_s := ended_s(trial)) is not None
     )
-    if len(points) < FEWEST or points[0][0] == points[-1][0]:
+    if len(points) < FEWEST_RUNS_FOR_DRIFT or points[0][0] == points[-1][0]:
         return None
     seconds, steps_ms = np.array(points).T
     share, logs = (seconds - seconds[0]) / (seconds[-1] - seconds[0]), np.log(steps_ms)
@@ -90,18 +93,27 @@ def drift(rows: Sequence[FinishedTrial]) -> Drift | None:
     )
 
 
-def ended_s(row: FinishedTrial) -> float | None:
-    """When a trial ended, in seconds since the epoch; None where it is not recorded."""
-    return datetime.fromisoformat(row.result.finished_at).timestamp() if row.result.finished_at else None
+def ended_s(trial: FinishedTrial) -> float | None:
+    """Return when a trial ended, in seconds since the epoch; None if that is not recorded."""
+    finished_at = trial.result.finished_at
+    return datetime.fromisoformat(finished_at).timestamp() if finished_at else None
 
 
-def canary_due(rows: Sequence[FinishedTrial], every: int | None) -> Layout | None:
-    """The baseline's layout, where `every` trials of the search have ended since its last run and it ever completed."""
+def canary_due(trials: Sequence[FinishedTrial], every: int | None) -> Layout | None:
+    """Return the layout to run as a canary if one is due now.
+
+    It is the baseline's layout, and due once `every` trials of the search have ended since that layout last ran.
+
+    Args:
+        trials: the finished trials of a sweep.
+        every: trials of the search between two canaries; None asks for no canaries.
+    """
     baseline = next(
-        (row.layout for row in rows if row.source == "baseline" and row.result.metrics is not None), None
+        (trial.layout for trial in trials if trial.source == "baseline" and trial.result.metrics is not None),
+        None,
     )
     if every is None or baseline is None:
         return None
-    last = max(row.number for row in rows if row.source in ("baseline", "canary"))
-    since = sum(row.number > last and row.source in SEARCHED for row in rows)
+    last = max(trial.number for trial in trials if trial.source in ("baseline", "canary"))
+    since = sum(trial.number > last and trial.source in SEARCHED for trial in trials)
     return baseline if since >= every else None

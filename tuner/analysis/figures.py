@@ -1,68 +1,74 @@
-"""The measured facts of the best layout, beside its rival and the baseline."""
+"""The measured facts of the best layout, or of one trial, beside those of its rival and of the baseline."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from tuner.analysis.answer import Answer, Standing, answer
+from tuner.analysis.answer import Answer, answer
+from tuner.analysis.standings import Standing
 from tuner.trial.contract import Metrics
 from tuner.trial.finished import FinishedTrial
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Another trial against ours: its step time over ours, above 1 where ours is faster."""
+class StepTimeComparison:
+    """Another layout's step time over ours, above 1 if ours is faster."""
 
     trial: int
+    """The number of the trial that represents the other layout."""
     label: str
+    """The other layout's label."""
     ratio: float
     ratio_low: float
-    """Lower end of its 95% interval; without finals from the near ends of both step times' intervals, so wider."""
+    """Lower end of the ratio's interval.
+
+    With finals it is a 95% interval; without them it reaches from near end to near end of both step times' 95%
+    intervals, which makes it wider.
+    """
     ratio_high: float
+    """Upper end of that interval."""
 
     @property
     def is_tie(self) -> bool:
-        """Whether noise cannot tell the two apart."""
+        """Whether the interval includes 1: noise cannot tell which of the two is faster."""
         return self.ratio_low <= 1 <= self.ratio_high
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What was measured of the exported layout, and how sure it is."""
+    """What was measured of one layout, and how sure it is."""
 
     trial: int
+    """The number of the trial that represents the layout."""
     metrics: Metrics
-    rival: Comparison | None
-    """The fastest trial of another layout; None where no other completed."""
-    baseline: Comparison | None
-    """None where no baseline completed."""
+    """The layout's measurements, pooled over its finals if it ran in them."""
+    rival: StepTimeComparison | None
+    """The fastest other layout; None if no other layout completed."""
+    baseline: StepTimeComparison | None
+    """The baseline; None if it did not complete."""
     versions: Mapping[str, str]
+    """The version of each package that the trial ran with."""
     device_name: str
+    """The device that the trial ran on."""
     final_runs: int = 0
-    """Runs in the finals that the metrics hold together; 0 where they are one measurement of the search."""
+    """How many finals `metrics` pools; 0 if it is one measurement."""
 
     def gain_sentence(self) -> str:
-        """The gain over the baseline, with its noise."""
+        """Return a sentence that states the gain over the baseline and its interval."""
         start = self.baseline
         if start is None:
             return "No baseline completed: the gain is unknown."
         if start.trial == self.trial:
             return "This is the baseline itself."
-        noise = "; within noise" if start.is_tie else ""
-        between = f"{start.ratio_low:.3f}x to {start.ratio_high:.3f}x"
+        interval = f"{start.ratio_low:.3f}x to {start.ratio_high:.3f}x"
         interval = (
-            f"95% interval {between}" if self.final_runs else f"{between} by the ends of both 95% intervals"
+            f"95% interval {interval}" if self.final_runs else f"{interval} by the ends of both 95% intervals"
         )
-        return (
-            f"{start.ratio:.3f}x the throughput of the baseline, t{start.trial:04d} {start.label} "
-            f"({interval}{noise})."
-        )
+        noise = "; within noise" if start.is_tie else ""
+        gain = f"{start.ratio:.3f}x the throughput of the baseline"
+        return f"{gain}, t{start.trial:04d} {start.label} ({interval}{noise})."
 
     def certainty_sentence(self) -> str:
-        """How sure the ranking is."""
+        """Return a sentence that states on how many steps the ranking rests, and how clear it is."""
         steps = f"{len(self.metrics.step_times_ms)} timed steps"
         if self.final_runs:
             steps += f" in {self.final_runs} interleaved runs"
@@ -71,50 +77,47 @@ class Figures:
         rival = self.rival
         other = f"the fastest other layout, t{rival.trial:04d} {rival.label}"
         if rival.is_tie:
-            verdict = f"tie within {max(rival.ratio_high - 1, 1 - rival.ratio_low):.1%}"
+            clarity = f"tie within {max(rival.ratio_high - 1, 1 - rival.ratio_low):.1%}"
         else:
-            verdict = f"clear, by {rival.ratio_low - 1:.1%} at least"
-        return f"{steps}; {other}, differs by {rival.ratio - 1:+.1%} in step time: {verdict}."
+            clarity = f"clear, by {rival.ratio_low - 1:.1%} at least"
+        return f"{steps}; {other}, differs by {rival.ratio - 1:+.1%} in step time: {clarity}."
 
 
-def best(rows: Iterable[FinishedTrial]) -> FinishedTrial | None:
-    """The trial that stands for the fastest layout: its final in the middle, before finals its one measurement."""
-    found = answer(tuple(rows))
-    return found.best.row if found else None
+def best_trial(trials: Iterable[FinishedTrial]) -> FinishedTrial | None:
+    """Return the trial that represents the fastest layout: its median final, or its measurement before the finals."""
+    ranked = answer(tuple(trials))
+    return ranked.best.trial if ranked else None
 
 
-def tie(rows: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """The trials of the layouts that noise cannot tell from the best, itself included, fastest first."""
-    found = answer(rows)
-    return [standing.row for standing in found.tied] if found else []
+def tied_trials(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
+    """Return the trials that represent the layouts tied with the best, with the best itself first."""
+    ranked = answer(trials)
+    return [standing.trial for standing in ranked.tied] if ranked else []
 
 
-def figures(rows: Sequence[FinishedTrial], number: int | None = None) -> Figures | None:
-    """The measured facts of the best layout, or of one trial alone, beside its rival and the baseline.
-
-    Returns None where nothing completed, or that trial did not. The rival is the fastest other layout.
-    """
-    found = answer(rows)
+def figures(trials: Sequence[FinishedTrial], number: int | None = None) -> Figures | None:
+    """Return the measured facts of the best layout, or of trial `number` alone; None if there is no measurement."""
+    ranked = answer(trials)
     if number is not None:
-        row = next((row for row in rows if row.number == number), None)
-        return _figures_of_trial(row, found) if row else None
-    if found is None:
+        trial = next((trial for trial in trials if trial.number == number), None)
+        return _figures_of_trial(trial, ranked) if trial else None
+    if ranked is None:
         return None
-    rival = found.ranking[1] if len(found.ranking) > 1 else None
+    best, rival = ranked.best, ranked.ranking[1] if len(ranked.ranking) > 1 else None
     return Figures(
-        trial=found.best.row.number,
-        metrics=found.best.metrics,
-        rival=_compared(rival) if rival else None,
-        baseline=_compared(found.baseline) if found.baseline else None,
-        versions=found.best.row.result.versions,
-        device_name=found.best.row.result.device_name,
-        final_runs=len(found.best.runs) if found.is_final else 0,
+        trial=best.trial.number,
+        metrics=best.metrics,
+        rival=_over_best(rival) if rival else None,
+        baseline=_over_best(ranked.baseline) if ranked.baseline else None,
+        versions=best.trial.result.versions,
+        device_name=best.trial.result.device_name,
+        final_runs=len(best.runs) if ranked.is_final else 0,
     )
 
 
-def _compared(other: Standing) -> Comparison:
-    return Comparison(
-        trial=other.row.number,
+def _over_best(other: Standing) -> StepTimeComparison:
+    return StepTimeComparison(
+        trial=other.trial.number,
         label=other.layout.label(),
         ratio=other.over_best.value,
         ratio_low=other.over_best.low,
@@ -122,29 +125,29 @@ def _compared(other: Standing) -> Comparison:
     )
 
 
-def _figures_of_trial(row: FinishedTrial, found: Answer | None) -> Figures | None:
-    """One trial as it measured, beside the answer's standings by the ends of their intervals."""
-    metrics = row.result.metrics
+def _figures_of_trial(trial: FinishedTrial, ranked: Answer | None) -> Figures | None:
+    """Return what one trial measured, compared with the answer's standings."""
+    metrics = trial.result.metrics
     if metrics is None:
         return None
-    others = [one for one in found.ranking if one.layout != row.layout] if found else []
-    start = found.baseline if found else None
+    others = [standing for standing in ranked.ranking if standing.layout != trial.layout] if ranked else []
+    start = ranked.baseline if ranked else None
     return Figures(
-        trial=row.number,
+        trial=trial.number,
         metrics=metrics,
-        rival=_beside(others[0], metrics) if others else None,
-        baseline=_beside(start, metrics) if start else None,
-        versions=row.result.versions,
-        device_name=row.result.device_name,
+        rival=_over_metrics(others[0], metrics) if others else None,
+        baseline=_over_metrics(start, metrics) if start else None,
+        versions=trial.result.versions,
+        device_name=trial.result.device_name,
     )
 
 
-def _beside(other: Standing, ours: Metrics) -> Comparison:
-    theirs = other.metrics
-    return Comparison(
-        trial=other.row.number,
+def _over_metrics(other: Standing, ours: Metrics) -> StepTimeComparison:
+    """Compare a standing with one trial's metrics; the interval comes from the ends of both 95% intervals."""
+    return StepTimeComparison(
+        trial=other.trial.number,
         label=other.layout.label(),
-        ratio=theirs.step_time_ms / ours.step_time_ms,
-        ratio_low=theirs.step_time_low_ms / ours.step_time_high_ms,
-        ratio_high=theirs.step_time_high_ms / ours.step_time_low_ms,
+        ratio=other.metrics.step_time_ms / ours.step_time_ms,
+        ratio_low=other.metrics.step_time_low_ms / ours.step_time_high_ms,
+        ratio_high=other.metrics.step_time_high_ms / ours.step_time_low_ms,
     )

@@ -1,64 +1,63 @@
-"""What to believe of a sweep's answer, in sentences."""
+"""What to believe about a sweep's answer, in sentences."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from tuner.analysis.answer import Answer, answer, ruled_out
+from tuner.analysis.answer import Answer, answer
+from tuner.analysis.candidates import ruled_out
 from tuner.analysis.centres import refinement_sentence
 from tuner.analysis.drift import drift
 from tuner.core.layout import Layout
 from tuner.trial.finished import FinishedTrial
 
-if TYPE_CHECKING:
-    pass
 
-
-def verdict(rows: Sequence[FinishedTrial]) -> list[str]:
-    """What to believe of the answer, a sentence each: ties, who is out, the machine's drift, what was disturbed."""
-    found = answer(rows)
-    told = []
-    if found is None:
-        known = drift(sorted(rows, key=lambda row: row.number))
-        return [
-            *_outs(ruled_out(sorted(rows, key=lambda row: row.number))),
-            *([known.sentence()] if known else []),
-        ]
-    if not found.is_final:
-        told.append("By single measurements of the search: no finals ran.")
-    if len(found.tied) > 1:
-        told.append(_tie_sentence(found))
-    told += _outs(found.out)
-    if any(row.routes_at_random for row in rows):
-        told.append(
+def verdict(trials: Sequence[FinishedTrial]) -> list[str]:
+    """Return one sentence per caveat: no finals, ties, layouts that are out, drift, and disturbed measurements."""
+    ranked = answer(trials)
+    if ranked is None:
+        return _verdict_without_answer(trials)
+    sentences = []
+    if not ranked.is_final:
+        sentences.append("By single measurements of the search: no finals ran.")
+    if len(ranked.tied) > 1:
+        sentences.append(_tie_sentence(ranked))
+    sentences += _out_sentences(ranked.out)
+    if any(trial.routes_at_random for trial in trials):
+        sentences.append(
             "Losses were not compared: forced balance of experts routes at random, differently in every layout."
         )
-    if (stages := refinement_sentence(rows)) is not None:
-        told.append(stages)
-    if found.drift is not None:
-        told.append(found.drift.sentence())
-    again = sum(row.source == "repeat" for row in rows)
-    if again:
-        told.append(f"{again} trials that the machine had disturbed were measured again.")
-    if found.doubts:
-        more = f" ({len(found.doubts)} such lines)" if len(found.doubts) > 1 else ""
-        told.append(f"Measured on a disturbed machine, so less sure: {found.doubts[0]}{more}.")
-    return told
+    if (refinement := refinement_sentence(trials)) is not None:
+        sentences.append(refinement)
+    if ranked.drift is not None:
+        sentences.append(ranked.drift.sentence())
+    repeats = sum(trial.source == "repeat" for trial in trials)
+    if repeats:
+        sentences.append(f"{repeats} trials that the machine had disturbed were measured again.")
+    if ranked.doubts:
+        more = f" ({len(ranked.doubts)} such lines)" if len(ranked.doubts) > 1 else ""
+        sentences.append(f"Measured on a disturbed machine, so less sure: {ranked.doubts[0]}{more}.")
+    return sentences
 
 
-def _tie_sentence(found: Answer) -> str:
-    tied = found.tied
-    apart = max(max(one.over_best.high - 1, 1 - one.over_best.low) for one in tied[1:])
+def _verdict_without_answer(trials: Sequence[FinishedTrial]) -> list[str]:
+    ordered = sorted(trials, key=lambda trial: trial.number)
+    machine_drift = drift(ordered)
+    return [*_out_sentences(ruled_out(ordered)), *([machine_drift.sentence()] if machine_drift else [])]
+
+
+def _tie_sentence(ranked: Answer) -> str:
+    best, *others = ranked.tied
+    apart = max(max(other.over_best.high - 1, 1 - other.over_best.low) for other in others)
     names = ", ".join(
-        f"{one.layout.label()} ({one.over_best.value - 1:+.1%}, {one.metrics.peak_allocated_gib:.3g} GiB)"
-        for one in tied[1:]
+        f"{other.layout.label()} ({other.over_best.value - 1:+.1%}, {other.metrics.peak_allocated_gib:.3g} GiB)"
+        for other in others
     )
-    least = min(tied, key=lambda one: one.metrics.peak_allocated_gib)
-    memory = "it" if least is tied[0] else least.layout.label()
+    smallest = min(ranked.tied, key=lambda standing: standing.metrics.peak_allocated_gib)
+    smallest_name = "it" if smallest is best else smallest.layout.label()
     return (
-        f"Tie within {apart:.1%}: noise cannot tell the best, {tied[0].layout.label()}, from {names}; "
-        f"of these {memory} takes the least memory."
+        f"Tie within {apart:.1%}: noise cannot tell the best, {best.layout.label()}, from {names}; "
+        f"of these {smallest_name} takes the least memory."
     )
 
 
-def _outs(out: Mapping[Layout, str]) -> list[str]:
-    return [f"Out: {layout.label()} {why}." for layout, why in out.items()]
+def _out_sentences(out: Mapping[Layout, str]) -> list[str]:
+    return [f"Out: {layout.label()} {reason}." for layout, reason in out.items()]

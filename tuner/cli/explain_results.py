@@ -6,23 +6,23 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from tuner.analysis.figures import best
+from tuner.analysis.figures import best_trial
 from tuner.cli.common import print_json, stdout
 from tuner.cli.explain import print_head
 from tuner.core.layout import Layout
 from tuner.explain.evidence import gather
 from tuner.explain.findings import (
     Accuracy,
-    Compared,
-    Effect,
+    ChoiceEffect,
     Findings,
-    Prediction,
-    compared,
+    LayoutPrediction,
+    PredictedTrial,
     findings,
-    predict,
+    predict_layout,
+    predicted_trials,
 )
 from tuner.explain.importance import FEWEST_TRIALS
-from tuner.explain.neighbours import Known, Neighbour
+from tuner.explain.neighbours import Neighbour, NeighbourStatus
 from tuner.files import to_data
 from tuner.predict.memory import peak as memory
 from tuner.predict.time import step as time
@@ -35,14 +35,14 @@ def explain_results(folder: SweepFolder, json: bool) -> None:
     sweep, trials = folder.sweep(), read_trials(folder.path)
     found = findings(gather(sweep, trials, calibration=folder.read_calibration()))
     if json:
-        print_json({"sweep": sweep.name, **_findings_data(found, best(trials))})
+        print_json({"sweep": sweep.name, **_findings_data(found, best_trial(trials))})
         return
-    measured = sum(one.trial.result.metrics is not None for one in found.compared)
+    measured = sum(one.trial.result.metrics is not None for one in found.predicted_trials)
     stdout.print(f"[bold]{escape(sweep.name)}[/]: {len(trials)} trials ended, {measured} of them measured")
     _print_accuracy(found)
     _print_importances(found, measured)
     if found.best is not None:
-        _print_neighbours(found.neighbours, best(trials))
+        _print_neighbours(found.neighbours, best_trial(trials))
         _print_breakdown(found.best, "Where the best layout's step and memory go, as predicted")
 
 
@@ -50,8 +50,8 @@ def explain_prediction(folder: SweepFolder, layout: Layout, derived: dict[str, i
     """Print what a sweep expects of a valid layout, and what it measured if it tried it."""
     sweep, trials = folder.sweep(), read_trials(folder.path)
     evidence = gather(sweep, trials, [layout], folder.read_calibration())
-    expected = predict(evidence, layout)
-    tried = [one for one in compared(evidence) if one.trial.layout == layout]
+    expected = predict_layout(evidence, layout)
+    tried = [one for one in predicted_trials(evidence) if one.trial.layout == layout]
     if json:
         print_json(
             {
@@ -86,7 +86,7 @@ def _ended(trial: FinishedTrial) -> str:
 def _print_accuracy(found: Findings) -> None:
     table = _table("trial layout", "predicted_ms measured_ms ratio predicted_GiB measured_GiB ratio P(fit)")
     table.title = "\nPredicted against measured"
-    for one in found.compared:
+    for one in found.predicted_trials:
         metrics = one.trial.result.metrics
         step_ms = metrics.step_time_ms if metrics else None
         peak_gib = metrics.peak_allocated_gib if metrics else None
@@ -130,7 +130,7 @@ def _print_importances(found: Findings, measured: int) -> None:
         stdout.print(f"Shares need {FEWEST_TRIALS} measured trials at least; there are {measured}.")
 
 
-def _effect(effect: Effect) -> str:
+def _effect(effect: ChoiceEffect) -> str:
     pairs = "" if effect.pairs == 1 else f" ({effect.pairs} pairs)"
     return f"{effect.before} to {effect.after} {effect.change:+.1%}{pairs}"
 
@@ -142,11 +142,11 @@ def _print_neighbours(near: Sequence[Neighbour], fastest: FinishedTrial | None) 
     label = fastest.layout.label() if fastest else ""
     table.title = f"\nOne step from the best: {escape(label)}"
     for one in near:
-        if one.known not in (Known.INVALID, Known.OUTSIDE):
+        if one.known not in (NeighbourStatus.INVALID, NeighbourStatus.OUTSIDE):
             cost = "" if one.cost is None else f"{one.cost:+.1%}"
             table.add_row(one.choice, one.value, cost, str(one.known), escape(one.why), ", ".join(one.forced))
     stdout.print(table)
-    for known in (Known.INVALID, Known.OUTSIDE):
+    for known in (NeighbourStatus.INVALID, NeighbourStatus.OUTSIDE):
         told = [
             f"{one.choice} {one.value}" + f" ({one.why.partition(',')[0]})" * bool(one.why)
             for one in near
@@ -156,7 +156,7 @@ def _print_neighbours(near: Sequence[Neighbour], fastest: FinishedTrial | None) 
             stdout.print(f"{known}: {', '.join(told)}", markup=False)
 
 
-def _print_breakdown(expected: Prediction, title: str) -> None:
+def _print_breakdown(expected: LayoutPrediction, title: str) -> None:
     step, held = expected.step, expected.memory
     table = _table("step", "ms share")
     table.add_column(f"memory (stage {held.rank}, {held.moment})")
@@ -196,7 +196,7 @@ def _table(left: str, right: str) -> Table:
 
 def _findings_data(found: Findings, fastest: FinishedTrial | None) -> dict[str, Any]:
     return {
-        "trials": [_compared_data(one) for one in found.compared],
+        "trials": [_compared_data(one) for one in found.predicted_trials],
         "step_time": None if found.time is None else to_data(found.time),
         "peak_memory": None if found.memory is None else to_data(found.memory),
         "importances": dict(found.importances),
@@ -207,7 +207,7 @@ def _findings_data(found: Findings, fastest: FinishedTrial | None) -> dict[str, 
     }
 
 
-def _compared_data(one: Compared) -> dict[str, Any]:
+def _compared_data(one: PredictedTrial) -> dict[str, Any]:
     metrics = one.trial.result.metrics
     return {
         "number": one.trial.number,
@@ -221,7 +221,7 @@ def _compared_data(one: Compared) -> dict[str, Any]:
     }
 
 
-def _prediction_data(expected: Prediction) -> dict[str, Any]:
+def _prediction_data(expected: LayoutPrediction) -> dict[str, Any]:
     return {
         "expected_ms": expected.expected_ms,
         "fit": expected.fit,

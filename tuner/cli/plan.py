@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) -> None:
     """Count the valid layouts, what each rule removed, and list the first trials. Starts no process."""
-    from tuner.explain.audit import removed
+    from tuner.explain.audit import pruned_rows
 
     loaded = load(sweep_file)
     prepared = prepare(loaded, sweep_file)
-    gone = removed(loaded.space.table, loaded.sweep.workload, loaded.sweep.cluster) if pruned else None
+    gone = pruned_rows(loaded.space.table, loaded.sweep.workload, loaded.sweep.cluster) if pruned else None
     sweep, space, queue = loaded.sweep, loaded.space, prepared.queue
     rejected = dict(sorted(space.rejected.items(), key=lambda item: -item[1]))
     kept = Ledger(budget=sweep.budget, world_size=sweep.cluster.world_size, rows=(), lost_s=0.0, clock=None)
@@ -82,16 +82,18 @@ def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) ->
 def _stages(sweep: "Sweep", prepared: "Prepared", trials: int) -> list[dict[str, Any]]:
     """What varies in each stage of the search, over how many layouts, in how many trials at most; as JSON data."""
     from tuner.predict.feasibility import MIN_FIT
-    from tuner.search.refinement import FIRST_SHARE, around, predicted_best, with_refinements
+    from tuner.search.grid import GRID_SHARE
+    from tuner.search.refinement import predicted_centres, with_refinements
+    from tuner.search.variants import variants_of
 
     table = prepared.table
     if not sweep.refined:
         return [_stage(table, min(trials, len(table)))]
-    first = _stage(table, min(ceil(FIRST_SHARE * trials), len(table)))
-    middles = predicted_best(table, sweep.problem)
+    first = _stage(table, min(ceil(GRID_SHARE * trials), len(table)))
+    middles = predicted_centres(table, sweep.problem)
     later = with_refinements(table, middles, sweep.problem, MIN_FIT).iloc[len(table) :]
     second = _stage(later[list(sweep.refined)], trials - first["trials"])
-    changes = [around(layout, sweep.problem).changes for layout in middles]
+    changes = [variants_of(layout, sweep.problem).changes for layout in middles]
     return [
         first,
         {

@@ -43,7 +43,7 @@ def standing(progress: "Progress") -> str:
     if progress.pruned:
         parts.append(f"{progress.pruned} ruled out by memory")
     if progress.certainty is not None:
-        best_of = "the best" if progress.stage is None else f"the best of {progress.certainty.of}"
+        best_of = "the best" if progress.stage is None else f"the best of {progress.certainty.searched}"
         parts.append(f"{progress.certainty.within(NEAR):.0%} sure to be within {NEAR:.0%} of {best_of}")
     left_s = (
         progress.used_s / progress.finished * (progress.budget - progress.finished)

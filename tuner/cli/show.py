@@ -11,7 +11,9 @@ from tuner.cli.common import AsJson, ResultsFolder, print_json, results_folder, 
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
-from tuner.report.pages import html_page, summary, terminal_table
+from tuner.report.page import html_page
+from tuner.report.summary import summary
+from tuner.report.terminal import terminal_table
 from tuner.search.refinement import searched_table
 from tuner.trial.finished import read_trials
 
@@ -25,12 +27,12 @@ def show(
     ] = None,
 ) -> None:
     """Print the trials of a sweep, running or finished: fastest first, then the failed ones."""
-    from tuner.explain.audit import removed
+    from tuner.explain.audit import pruned_rows
 
     folder = results_folder(results)
     sweep, rows = folder.sweep(), read_trials(folder.path)
     valid = searched_table(sweep.problem, rows) if pruned else None
-    gone = None if valid is None else removed(valid, sweep.workload, sweep.cluster, rows)
+    gone = None if valid is None else pruned_rows(valid, sweep.workload, sweep.cluster, rows)
     if html is not None:
         page = html_page(rows, sweep.name, summary(rows, sweep.name, "", {}))
         try:
@@ -43,8 +45,8 @@ def show(
         print_json(
             {
                 "sweep": sweep.name,
-                "best": None if found is None else found.best.row.number,
-                "tied_with_best": [] if found is None else [one.row.number for one in found.tied],
+                "best": None if found is None else found.best.trial.number,
+                "tied_with_best": [] if found is None else [standing.trial.number for standing in found.tied],
                 "finals": _finals_data(found) if found and found.is_final else [],
                 "verdict": verdict(rows),
                 "trials": [

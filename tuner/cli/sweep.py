@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from tuner.analysis.figures import best, figures
+from tuner.analysis.figures import best_trial, figures
 from tuner.analysis.verdict import verdict
 from tuner.cli.common import Gpus, OnCluster, RecipeName, ResultsRoot, load, prepare, stderr, stdout
 from tuner.cli.export import override
@@ -19,7 +19,8 @@ from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
 from tuner.files import make_folder, write_json, write_text
-from tuner.report.pages import summary, terminal_table, time_shares
+from tuner.report.summary import summary, time_shares
+from tuner.report.terminal import terminal_table
 from tuner.sweep.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.finished import FinishedTrial
@@ -211,7 +212,7 @@ def _exit_code(reason: Stop, rows: list[FinishedTrial], folder: SweepFolder) -> 
             f"The last one's logs are in {folder.trials}; `megatune doctor` looks at the machine; "
             "the same command goes on"
         )
-    if best(rows) is None:
+    if best_trial(rows) is None:
         raise NothingFeasibleError(
             f"{len(rows)} trials ran, none gave a measured layout; `megatune show {folder.path}` says why each failed"
         )

@@ -25,7 +25,7 @@ AXES: Final = ("micro_batch_size", "recompute", "use_distributed_optimizer", "pp
 """The choices along which a measured OOM rules out other layouts (tuner.predict.dominance)."""
 
 
-def removed(
+def pruned_rows(
     table: pd.DataFrame, workload: Workload, cluster: Cluster, trials: Sequence[FinishedTrial] = ()
 ) -> pd.DataFrame:
     """The rows of a table of valid layouts that pruning removes, in the table's order and under its index.

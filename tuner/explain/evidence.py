@@ -13,8 +13,9 @@ from tuner.predict.feasibility import Feasibility
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import peak_gib
 from tuner.predict.time.step import step_time_ms
+from tuner.search.encoding import encode
 from tuner.search.observation import Observation
-from tuner.search.ranking import Ranking, encode
+from tuner.search.ranking import Ranking
 from tuner.search.refinement import searched_table
 from tuner.space.table import find_row, with_row
 from tuner.sweep.configuration import Sweep

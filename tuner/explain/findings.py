@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tuner.analysis.figures import best
+from tuner.analysis.figures import best_trial
 from tuner.core.choices import CHOICES, codes_of, one_step, value_of
 from tuner.core.layout import DEFAULTS, Layout
 from tuner.explain.evidence import Evidence
@@ -29,7 +29,7 @@ RANKED: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Compared:
+class PredictedTrial:
     """A trial beside what was predicted of it before any trial."""
 
     trial: FinishedTrial
@@ -53,7 +53,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Effect:
+class ChoiceEffect:
     """What changing one choice did to the step time, over the pairs of trials that differ in it and what it forces."""
 
     choice: str
@@ -65,7 +65,7 @@ class Effect:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
+class LayoutPrediction:
     """What is predicted of one layout, and what the trials make of it."""
 
     layout: Layout
@@ -82,15 +82,15 @@ class Prediction:
 class Findings:
     """What the trials of a sweep say."""
 
-    compared: tuple[Compared, ...]
+    predicted_trials: tuple[PredictedTrial, ...]
     time: Accuracy | None
     """None where no trial completed; likewise the next."""
     memory: Accuracy | None
     importances: Mapping[str, float]
     """Share of the variance of log(step time) by choice; empty where too few trials completed."""
-    effects: tuple[Effect, ...]
+    effects: tuple[ChoiceEffect, ...]
     """The strongest first."""
-    best: Prediction | None
+    best: LayoutPrediction | None
     """Of the fastest trial's layout; None where no trial completed."""
     neighbours: tuple[Neighbour, ...]
     """Of the same."""
@@ -106,25 +106,25 @@ def findings(evidence: Evidence) -> Findings:
     rows = np.array([row for row, _, _ in measured], dtype=np.intp)
     steps = np.array([metrics.step_time_ms for _, _, metrics in measured])
     peaks = np.array([metrics.peak_allocated_gib for _, _, metrics in measured])
-    fastest = best(evidence.trials)
+    fastest = best_trial(evidence.trials)
     return Findings(
-        compared=compared(evidence),
+        predicted_trials=predicted_trials(evidence),
         time=accuracy(evidence.predicted_ms[rows], steps),
         memory=accuracy(evidence.predicted_gib[rows], peaks),
         importances=importances([layout for _, layout, _ in measured], steps.tolist()),
-        effects=effects(evidence.table, rows, steps),
-        best=predict(evidence, fastest.layout) if fastest else None,
+        effects=choice_effects(evidence.table, rows, steps),
+        best=predict_layout(evidence, fastest.layout) if fastest else None,
         neighbours=neighbours(evidence, fastest) if fastest else (),
     )
 
 
-def predict(evidence: Evidence, layout: Layout) -> Prediction:
+def predict_layout(evidence: Evidence, layout: Layout) -> LayoutPrediction:
     """What is predicted of a layout that is a row of the table."""
     workload, cluster = evidence.sweep.workload, evidence.sweep.cluster
     row, implementation = find_row(evidence.table, layout), implementation_of(cluster)
     assert row is not None, "the layout is a row of the table"
     stages = memory_breakdown(layout, workload, cluster, implementation)
-    return Prediction(
+    return LayoutPrediction(
         layout=layout,
         step=time_breakdown(layout, workload, cluster, implementation, evidence.calibration),
         memory=max(stages, key=lambda stage: stage.total_gib),
@@ -133,10 +133,10 @@ def predict(evidence: Evidence, layout: Layout) -> Prediction:
     )
 
 
-def compared(evidence: Evidence) -> tuple[Compared, ...]:
+def predicted_trials(evidence: Evidence) -> tuple[PredictedTrial, ...]:
     """Every trial beside its prediction."""
     return tuple(
-        Compared(
+        PredictedTrial(
             trial=trial,
             predicted_ms=float(evidence.predicted_ms[row]),
             predicted_gib=float(evidence.predicted_gib[row]),
@@ -162,7 +162,7 @@ def accuracy(predicted: Floats, measured: Floats) -> Accuracy | None:
     )
 
 
-def effects(table: pd.DataFrame, rows: NDArray[np.intp], step_ms: Floats) -> tuple[Effect, ...]:
+def choice_effects(table: pd.DataFrame, rows: NDArray[np.intp], step_ms: Floats) -> tuple[ChoiceEffect, ...]:
     """What changing each choice did, from measured pairs one step apart; the strongest first.
 
     Args:
@@ -182,7 +182,7 @@ def effects(table: pd.DataFrame, rows: NDArray[np.intp], step_ms: Floats) -> tup
                 key = (name, value_of(name, layouts[before]), value_of(name, layouts[after]))
                 changes.setdefault(key, {})[before, after] = logs[after] - logs[before]
     found = [
-        Effect(
+        ChoiceEffect(
             choice=name,
             before=b,
             after=a,

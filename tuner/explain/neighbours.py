@@ -18,7 +18,7 @@ from tuner.trial.contract import Outcome
 from tuner.trial.finished import SEARCHED, FinishedTrial, completed
 
 
-class Known(StrEnum):
+class NeighbourStatus(StrEnum):
     """What is known of a neighbour."""
 
     MEASURED = "measured"
@@ -46,7 +46,7 @@ class Neighbour:
     forced: tuple[str, ...]
     """The choices that had to follow."""
     layout: Layout
-    known: Known
+    known: NeighbourStatus
     cost: float | None
     """Its step time, or what that is above, over the best's, less 1; None where it cannot run."""
     why: str
@@ -68,7 +68,7 @@ def neighbours(evidence: Evidence, best: FinishedTrial) -> tuple[Neighbour, ...]
 
 def _valid(evidence: Evidence, layout: Layout, best_ms: float) -> Iterator[Neighbour]:
     """The neighbours among the rows of the table."""
-    names, order = list(CHOICES), list(Known)
+    names, order = list(CHOICES), list(NeighbourStatus)
     start = find_row(evidence.table, layout)
     assert start is not None, "every trial has its row"
     for number, rows in one_step(codes_of(evidence.table), start):
@@ -87,25 +87,25 @@ def _valid(evidence: Evidence, layout: Layout, best_ms: float) -> Iterator[Neigh
         )
 
 
-def _judged(evidence: Evidence, row: int) -> tuple[Known, float | None, str]:
+def _judged(evidence: Evidence, row: int) -> tuple[NeighbourStatus, float | None, str]:
     """What is known of a row, its step time in ms where it has one, and the reason."""
     trials = [evidence.trials[each] for each in np.flatnonzero(evidence.rows == row)]
     for trial, metrics in completed(trials):
-        return Known.MEASURED, metrics.step_time_ms, f"trial {trial.number}"
+        return NeighbourStatus.MEASURED, metrics.step_time_ms, f"trial {trial.number}"
     for trial in trials:
         if (bound_ms := trial.result.slower_than_ms) is not None:
-            return Known.SLOWER, bound_ms, f"trial {trial.number}: at least, {trial.result.outcome}"
-        return Known.FAILED, None, f"trial {trial.number}: {trial.result.outcome}"
+            return NeighbourStatus.SLOWER, bound_ms, f"trial {trial.number}: at least, {trial.result.outcome}"
+        return NeighbourStatus.FAILED, None, f"trial {trial.number}: {trial.result.outcome}"
     one, sweep = evidence.table.iloc[[row]], evidence.sweep
     for trial in evidence.trials:
         if trial.result.outcome is Outcome.OOM and needs_at_least_as_much_memory(
             one, trial.layout, sweep.workload, sweep.cluster
         ):
-            return Known.RULED_OUT, None, f"needs as much memory as trial {trial.number}"
+            return NeighbourStatus.RULED_OUT, None, f"needs as much memory as trial {trial.number}"
     fits = f"peak {evidence.predicted_gib[row]:.3g} GiB, P(fit) {evidence.fit[row]:.0%}"
     if evidence.predicted_fit[row] < MIN_FIT:
-        return Known.TOO_LARGE, None, fits
-    return Known.PREDICTED, float(evidence.expected_ms[row]), fits
+        return NeighbourStatus.TOO_LARGE, None, fits
+    return NeighbourStatus.PREDICTED, float(evidence.expected_ms[row]), fits
 
 
 def _others(evidence: Evidence, layout: Layout, reached: Collection[tuple[str, str]]) -> Iterator[Neighbour]:
@@ -124,7 +124,7 @@ def _others(evidence: Evidence, layout: Layout, reached: Collection[tuple[str, s
                 value=value_of(choice, other),
                 forced=(),
                 layout=other,
-                known=Known.INVALID if broken else Known.OUTSIDE,
+                known=NeighbourStatus.INVALID if broken else NeighbourStatus.OUTSIDE,
                 cost=None,
                 why=", ".join(item.rule for item in broken),
             )

@@ -1,1 +1,1 @@
-"""Pages and tables that show a sweep; knows the answer, and decides nothing."""
+"""Pages and tables that show a sweep. Knows the answer; decides nothing."""

@@ -1,3 +1,3 @@
-"""Which row of the table comes next, and when searching more is pointless; knows predictions and measurements, and
-nothing of folders or processes.
+"""Which row of the table is measured next, and when further search is pointless. Knows predictions and measurements;
+knows neither folders nor processes.
 """

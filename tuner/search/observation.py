@@ -1,4 +1,4 @@
-"""What an ended trial says about its row, and what each outcome is to Optuna."""
+"""What the result of a trial says about its row of the table, and the state that each outcome has in Optuna."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ STATES: Mapping[Outcome, TrialState] = {
     Outcome.INFRASTRUCTURE: TrialState.WAITING,
     Outcome.INTERRUPTED: TrialState.WAITING,
 }
-"""What each outcome is to Optuna. WAITING trials are run again, with the same number and layout."""
+"""The state that each outcome has in Optuna. WAITING trials run again, with the same number and layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,22 +28,22 @@ class Observation:
     """What an ended trial says about its row."""
 
     state: TrialState
-    """COMPLETE, PRUNED or FAIL, as Optuna counts it."""
+    """The trial's state in Optuna: COMPLETE, PRUNED or FAIL."""
     step_time_ms: float | None = None
-    """Measured; present exactly if the trial completed."""
+    """The measured step time; None unless the trial completed."""
     slower_than_ms: float | None = None
-    """A lower bound of the step time, where the trial ended before it measured one."""
+    """A lower bound of the step time, if the trial ended before it measured one."""
     peak_gib: float | None = None
-    """Allocated, of the worst rank, of a trial that did its steps: completed, or given up as too slow."""
+    """The worst rank's peak of allocated memory; None unless the trial completed or was stopped as too slow."""
     out_of_memory: bool = False
     fixed_s: float = 0.0
-    """What the trial took beside its steps: start-up, build, the end."""
+    """Seconds that the trial took besides its steps: start-up, build and teardown."""
     steps: int = 0
     """Optimizer steps of a completed trial, warm-up included."""
 
     @classmethod
     def of(cls, result: TrialResult) -> Self:
-        """What the result of a trial that is not to be run again says."""
+        """Return the observation that a result makes; the trial must not be one that runs again."""
         metrics, durations = result.metrics, result.durations
         return cls(
             state=STATES[result.outcome],

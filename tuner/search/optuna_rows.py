@@ -1,4 +1,4 @@
-"""Optuna's own samplers over the rows of the table: a suggestion falls to the nearest row that is left."""
+"""Optuna's own samplers over the rows of the table: each suggestion is replaced by the nearest row that is left."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -11,35 +11,36 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tuner.core.columns import Floats
 from tuner.core.layout import KNOBS
+from tuner.search.encoding import doublings
 from tuner.search.observation import Observation
-from tuner.search.ranking import doublings
 from tuner.search.strategy import Mask, Strategy
 
 STARTUP_TRIALS: Final = 5
-"""Random trials before the Gaussian process: Optuna's ten are half of many a space."""
+"""Random trials before the Gaussian process starts. Assumed: Optuna's default of 10 is half of many a space."""
 
 
 def tpe(seed: int) -> BaseSampler:
-    """Optuna's tree-structured Parzen estimator, as it comes."""
+    """Return Optuna's tree-structured Parzen estimator with its default options."""
     return optuna.samplers.TPESampler(seed=seed)
 
 
 def gaussian_process(seed: int) -> BaseSampler:
-    """Optuna's Gaussian process."""
+    """Return Optuna's Gaussian process, which starts after STARTUP_TRIALS random trials."""
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
 
 class OptunaRows(Strategy):
-    """An Optuna sampler over the knobs that vary: sizes in doublings, switches and texts as categories.
+    """An Optuna sampler over the knobs that vary, with sizes in doublings, and switches and texts as categories.
 
-    It is told of the rows that were measured, not of the points it asked for. Its study is made anew for each
-    trial from what was told, its seed from the trial's number: nothing is lost where a sweep is resumed.
+    The sampler learns from the rows that were measured, not from the points that it suggested. Each trial gets a new
+    study, made from the measured rows and seeded by the trial's number, so a resumed sweep suggests the same rows.
 
     Args:
-        table: The valid layouts, a row each, columns as KNOBS.
+        table: The valid layouts, one row per layout, columns as KNOBS.
         sampler: Makes the sampler from a seed.
-        seed: The sweep's.
+        seed: The sweep's seed.
     """
 
     def __init__(self, table: pd.DataFrame, sampler: Callable[[int], BaseSampler], seed: int) -> None:
@@ -57,22 +58,22 @@ class OptunaRows(Strategy):
             else:
                 self._columns[knob] = column.to_numpy(dtype=object)
                 self._space[knob] = CategoricalDistribution(sorted(column.unique().tolist()))
-        self._told: list[FrozenTrial] = []
+        self._ended: list[FrozenTrial] = []
 
     def choose(self, available: Mask, number: int, in_flight: Sequence[int] = ()) -> int:
         """See Strategy."""
         seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
         study = optuna.create_study(sampler=self._sampler(seed))
-        study.add_trials([*self._told, *(self._trial(row, TrialState.RUNNING) for row in in_flight)])
-        wanted = study.ask(self._space).params
+        study.add_trials([*self._ended, *(self._trial(row, TrialState.RUNNING) for row in in_flight)])
+        suggestion = study.ask(self._space).params
         rows = np.flatnonzero(available)
-        return int(rows[self._distance(rows, wanted).argmin()])
+        return int(rows[self._distance(rows, suggestion).argmin()])
 
     def tell(self, row: int, observation: Observation) -> None:
         """See Strategy."""
-        # The logarithm: a row at twice the time is no worse a teacher than one at four times.
+        # The logarithm keeps one very slow row from hiding the differences between all other rows.
         value = None if observation.step_time_ms is None else float(np.log(observation.step_time_ms))
-        self._told.append(self._trial(row, observation.state, value))
+        self._ended.append(self._trial(row, observation.state, value))
 
     def _trial(self, row: int, state: TrialState, value: float | None = None) -> FrozenTrial:
         params = {
@@ -81,12 +82,12 @@ class OptunaRows(Strategy):
         }
         return create_trial(state=state, value=value, params=params, distributions=self._space)
 
-    def _distance(self, rows: NDArray[np.intp], wanted: dict[str, Any]) -> NDArray[np.float64]:
-        """Doublings apart, and one for each switch or text that differs."""
+    def _distance(self, rows: NDArray[np.intp], suggestion: dict[str, Any]) -> Floats:
+        """Return the distance of rows from a suggestion: doublings apart, plus 1 per differing switch or text."""
         distance = np.zeros(len(rows))
         for knob, column in self._columns.items():
             if isinstance(self._space[knob], IntDistribution):
-                distance += np.abs(column[rows] - wanted[knob])
+                distance += np.abs(column[rows] - suggestion[knob])
             else:
-                distance += column[rows] != wanted[knob]
+                distance += column[rows] != suggestion[knob]
         return distance

@@ -1,4 +1,4 @@
-"""What a sweep searches, and how: the part of its configuration that choosing a row depends on."""
+"""What a sweep searches and how: the part of a sweep's configuration that the choice of a row depends on."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,12 +19,13 @@ class Problem:
     workload: Workload
     cluster: Cluster
     domain: Domain
-    """Candidate values of every knob that is not at its default."""
+    """The candidate values of each knob of the grid; all other knobs keep their defaults."""
     refined: tuple[str, ...]
-    """Knobs that the refinement varies around the best layouts of the domain; empty if there is no refinement."""
+    """The knobs that the refinement varies around the best layouts of the grid; empty if there is no refinement."""
     lifted: frozenset[str]
-    """Rules that may be broken."""
+    """The ids of rules that layouts may break."""
     baseline: Layout | None
+    """The layout to beat; None if the sweep file states none."""
     sampler: SamplerName
     seed: int
     measurement: Measurement

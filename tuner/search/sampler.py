@@ -1,4 +1,4 @@
-"""An Optuna sampler whose suggestions are rows of the table of valid layouts: never invalid, never twice."""
+"""An Optuna sampler that suggests rows of the table of valid layouts: never an invalid one, and none twice."""
 
 import threading
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ from tuner.space.table import layout_at
 
 
 def distributions(table: pd.DataFrame, tried: Sequence[Layout] = ()) -> dict[str, BaseDistribution]:
-    """A categorical distribution for every knob that takes more than one value in the table and the tried layouts."""
-    found: dict[str, BaseDistribution] = {}
+    """Return a categorical distribution for each knob with more than one value in the table and the tried layouts."""
+    space: dict[str, BaseDistribution] = {}
     for knob in KNOBS:
         values = {value.item() if isinstance(value, np.generic) else value for value in table[knob].unique()}
         values |= {getattr(layout, knob) for layout in tried}
         if len(values) > 1:
-            found[knob] = CategoricalDistribution(sorted(values))
-    return found
+            space[knob] = CategoricalDistribution(sorted(values))
+    return space
 
 
 class TableSampler(BaseSampler):
-    """Suggests rows of a table as its strategy chooses them, each at most once; safe to share between threads.
+    """Suggests the rows of a table that its strategy chooses, each at most once; threads may share it.
 
-    A row is in flight from when it is chosen or taken until its trial is told.
+    A row is in flight from the moment that it is chosen or taken until `tell` reports its trial.
 
     Args:
-        table: The valid layouts, a row each, columns as KNOBS.
+        table: The valid layouts, one row per layout, columns as KNOBS.
         strategy: Chooses among the rows that are left.
-        tried: Layouts of earlier trials, which may lie outside a table whose sweep file has changed since.
+        tried: Layouts of earlier trials; they may lie outside the table if the sweep file has changed since.
     """
 
     def __init__(self, table: pd.DataFrame, strategy: Strategy, tried: Sequence[Layout] = ()) -> None:
@@ -50,38 +50,38 @@ class TableSampler(BaseSampler):
 
     @property
     def remaining(self) -> int:
-        """Rows that may still be suggested."""
+        """The number of rows that may still be suggested."""
         return int(self._available.sum())
 
     def is_available(self, row: int) -> bool:
-        """Whether a row is neither tried nor pruned."""
+        """Return whether a row is neither tried nor pruned."""
         return bool(self._available[row])
 
     def promises(self, row: int) -> bool:
-        """Whether a row that someone proposes is worth a trial, beside what the strategy would choose."""
+        """Return whether a proposed row is left and worth a trial, compared with the strategy's own choice."""
         with self._lock:
             return self.is_available(row) and self._strategy.promises(row, self._available)
 
     def certainty(self) -> Certainty | None:
-        """How near the best measured row is to the best of all; None where nothing is modelled or measured."""
+        """Return how near the best measured row is to the best of all; None if nothing is modelled or measured."""
         with self._lock:
             return self._strategy.certainty(self._available)
 
     def exclude(self, rows: Mask) -> int:
-        """Never suggest the rows of this mask; returns how many of them were still available."""
+        """Never suggest the rows of this mask from now on; return how many of them were still available."""
         with self._lock:
             newly = int((self._available & rows).sum())
             self._available &= ~rows
             return newly
 
     def take(self, row: int, number: int) -> None:
-        """Trial `number` measures this row."""
+        """Note that trial `number` measures this row, which is in flight from now on."""
         with self._lock:
             self._available[row] = False
             self._in_flight[number] = row
 
     def choose(self, number: int) -> int:
-        """The row of trial `number`, from now on in flight.
+        """Choose the row that trial `number` measures, which is in flight from now on, and return it.
 
         Raises:
             ValueError: if no row is left.
@@ -94,34 +94,34 @@ class TableSampler(BaseSampler):
             return row
 
     def tell(self, number: int, observation: Observation) -> None:
-        """Take in how trial `number` ended, unless that is known, or its layout lies outside the table."""
+        """Learn how trial `number` ended; ignore it if that is known already or its layout is outside the table."""
         with self._lock:
             row = self._in_flight.pop(number, None)
             if row is not None:
                 self._strategy.tell(row, observation)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All knobs that vary: a row is chosen whole."""
+        """Return all knobs that vary, because a row is chosen as a whole."""
         return self.space
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The values of the chosen row."""
+        """Choose a row and return the values of its knobs."""
         return self.params(layout_at(self._table, self.choose(trial.number)))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Refused: one knob alone says nothing about validity."""
-        raise ValueError(f"'{param_name}' is no knob of the table; a row is sampled whole")
+        """Refuse: one knob alone does not say whether a layout is valid."""
+        raise ValueError(f"'{param_name}' is no knob of the table; a row is sampled as a whole")
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """What Optuna itself knows of a trial's end: enough where nobody tells more."""
+        """Learn what Optuna itself knows about the end of a trial, which is enough if nobody calls `tell`."""
         self.tell(trial.number, Observation(state=state, step_time_ms=values[0] if values else None))
 
     def params(self, layout: Layout) -> dict[str, Any]:
-        """A layout as Optuna's parameters: the knobs that vary."""
+        """Return a layout as Optuna's parameters: the values of the knobs that vary."""
         return {knob: getattr(layout, knob) for knob in self.space}

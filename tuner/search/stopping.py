@@ -1,67 +1,69 @@
 """How near the best measured layout is to the best of all, as far as the surrogate knows.
 
-The best of the rows left is drawn from their joint posterior, those that would not fit left out of a draw: the
-share of draws in which it does not beat the measured best by more than y is the probability of being within y.
-What was measured counts as it was measured: a disturbed trial that hides the best is not foreseen.
+The step times of the rows that are left are drawn jointly from the surrogate's posterior; in each draw, rows that would
+not fit the GPU's memory are left out. The share of draws in which no row left beats the measured best by more than y
+is the probability that the measured best is within y of the best of all. Measurements count as they were measured: a
+disturbed trial that hides the best layout is not foreseen.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from tuner.core.columns import Floats
 
-DRAWS: Final = 1000
+JOINT_DRAWS: Final = 1000
+"""Joint draws of the rows that are left. Assumed: a probability of 95% is then uncertain by 0.7%."""
 MIN_MEASURED: Final = 5
-"""Measurements from which a sweep may stop by itself: of fewer, the prior alone says how far the predictor errs, and
-one disturbed trial may say anything."""
+"""Fewest measurements after which a sweep may stop by itself. Assumed: with fewer, only the prior says how far the
+predictor errs, and one disturbed trial can lead anywhere."""
 NOTHING: Final = 0.0005
-"""A gain that is shown as none."""
+"""Gains below this share of the step time are shown as none. Assumed: they would print as 0.0%."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certainty:
-    """Draws of how much slower the best measured row is than the best of all."""
+    """Draws of how much slower the best measured row is than the best of all rows."""
 
     losses: Floats
-    """Sorted: best measured / best of all - 1, at least 0, one a draw."""
+    """The draws of best measured / best of all - 1, each at least 0, sorted, of shape [draws]."""
     measured: int
-    """Measurements that they rest on."""
-    of: str = "the space"
-    """What `all` is: the rows left were of this."""
+    """The number of measurements that the draws rest on."""
+    searched: str = "the space"
+    """What "all rows" are: the space, the grid, or the grid and its refinement."""
 
     def within(self, gain: float) -> float:
-        """The probability that nothing left is worth more than `gain`, a share of the best's step time."""
+        """Return the probability that no row left gains more than `gain`, a share of its own step time."""
         return float(np.searchsorted(self.losses, gain, side="right") / len(self.losses))
 
     def suffices(self, gain: float, confidence: float) -> bool:
-        """Whether a sweep may stop: nothing left is worth more than `gain`, with this probability at least."""
+        """Return whether a sweep may stop: with at least this probability, no row left gains more than `gain`."""
         return self.measured >= MIN_MEASURED and self.within(gain) >= confidence
 
     def gain(self, confidence: float) -> float:
-        """The smallest gain that what is left does not exceed, with this probability."""
+        """Return the smallest gain that, with at least this probability, no row left exceeds."""
         return float(np.quantile(self.losses, confidence, method="inverted_cdf"))
 
     def sentence(self, confidence: float) -> str:
-        """What a user may believe."""
+        """Return a sentence that tells a user how near the best is, with this probability."""
         gain = self.gain(confidence)
         near = f"within {gain:.1%} of the best" if gain >= NOTHING else "the best"
-        return f"The best is {near} of {self.of} with probability {confidence:.0%}, as far as the surrogate knows."
+        probability = f"with probability {confidence:.0%}, as far as the surrogate knows"
+        return f"The best is {near} of {self.searched} {probability}."
 
 
 def certainty(
     best_log_ms: float, left_log_ms: Floats, fits: Floats, measured: int, random: np.random.Generator
 ) -> Certainty:
-    """What draws of the rows left say of the best measured one.
+    """Return what draws of the rows left say about the best measured row.
 
     Args:
-        best_log_ms: Logarithm of the best measured step time.
-        left_log_ms: Joint draws of the same of the rows left, shape [draws, rows].
-        fits: The probability that each of them fits.
-        measured: Measurements that the draws rest on.
-        random: Draws which rows fit.
+        best_log_ms: the logarithm of the best measured step time in ms.
+        left_log_ms: joint draws of the logarithms of the step times of the rows left, of shape [draws, rows].
+        fits: the probability that each of these rows fits the GPU's memory, of shape [rows].
+        measured: the number of measurements that the draws rest on.
+        random: draws which rows fit.
     """
     fitting = random.random(left_log_ms.shape) < fits
     best_left = np.where(fitting, left_log_ms, np.inf).min(axis=1, initial=np.inf)

@@ -14,7 +14,7 @@ from tuner.search.strategy import GridRows, RandomRows, Strategy
 
 
 def strategy_of(problem: Problem, table: pd.DataFrame, calibration: Calibration | None = None) -> Strategy:
-    """How a search chooses the rows behind its queue."""
+    """Return the strategy that chooses rows of the table once the queue of proposed layouts is empty."""
     match problem.sampler:
         case "random":
             return RandomRows(problem.seed)
@@ -28,6 +28,5 @@ def strategy_of(problem: Problem, table: pd.DataFrame, calibration: Calibration 
             workload, cluster = problem.workload, problem.cluster
             implementation = implementation_of(cluster)
             predicted_ms = step_time_ms(table, workload, cluster, implementation, calibration)
-            return PredictedRows(
-                table, predicted_ms, Feasibility(table, workload, cluster), problem.measurement
-            )
+            feasibility = Feasibility(table, workload, cluster)
+            return PredictedRows(table, predicted_ms, feasibility, problem.measurement)

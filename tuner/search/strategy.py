@@ -1,42 +1,49 @@
-"""Which row of the table comes next: what a strategy is told, what it answers, and the two that learn nothing."""
+"""The interface of a strategy, which chooses the next row of the table, and the two strategies that learn nothing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tuner.core.columns import Bools
 from tuner.search.observation import Observation
 from tuner.search.stopping import Certainty
 
-Mask = NDArray[np.bool_]
+Mask = Bools
+"""Which rows of a table are meant, of shape [rows]."""
 
 
 class Strategy(ABC):
-    """Chooses among the rows that are left, and learns from those that ended."""
+    """Chooses among the rows that are left, and learns from those whose trials ended."""
 
     @abstractmethod
     def choose(self, available: Mask, number: int, in_flight: Sequence[int] = ()) -> int:
-        """The row of trial `number`, one of the non-empty mask `available`, while other rows are being measured."""
+        """Return the row that trial `number` measures.
+
+        Args:
+            available: The rows to choose from; never empty.
+            number: The number of the trial.
+            in_flight: Rows whose trials have not ended yet.
+        """
 
     def tell(self, row: int, observation: Observation) -> None:
-        """Take in how the trial of a row ended."""
+        """Learn how the trial of a row ended."""
         return None
 
     def promises(self, row: int, available: Mask) -> bool:
-        """Whether a row that someone proposes is worth a trial, beside what this strategy would choose."""
+        """Return whether a row that somebody proposes is worth a trial, compared with this strategy's own choice."""
         return True
 
     def certainty(self, available: Mask) -> Certainty | None:
-        """How near the best measured row is to the best of all; None where nothing is modelled or measured."""
+        """Return how near the best measured row is to the best of all; None if nothing is modelled or measured."""
         return None
 
 
 class RandomRows(Strategy):
-    """Any untried row, all alike: what every other strategy must beat.
+    """Draws every row with equal probability: what every other strategy must beat.
 
-    Each trial draws by its own number, so that a resumed sweep goes on as if never stopped: Optuna stores no
-    sampler's state.
+    Each trial draws with a seed of its own, made from the sweep's seed and its number, because Optuna stores no sampler
+    state. A resumed sweep therefore draws what it would have drawn without the interruption.
     """
 
     def __init__(self, seed: int) -> None:
@@ -48,7 +55,7 @@ class RandomRows(Strategy):
 
 
 class GridRows(Strategy):
-    """The table's rows in its order."""
+    """Takes the rows in the order of the table."""
 
     def choose(self, available: Mask, number: int, in_flight: Sequence[int] = ()) -> int:
         """See Strategy."""

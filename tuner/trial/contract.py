@@ -286,7 +286,7 @@ class TrialFolder:
 
     @property
     def source(self) -> Path:
-        """Why the trial was chosen (tuner.report.pages.TrialSource)."""
+        """Why the trial was chosen (tuner.trial.finished.TrialSource)."""
         return self.path / "source.json"
 
     @property

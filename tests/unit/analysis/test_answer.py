@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trials import completed_row, failed_row
-from tuner.analysis import answer as module
-from tuner.analysis.answer import LOSS_TOLERANCE, answer, counting, pooled, trains_differently
+from tuner.analysis.answer import answer
+from tuner.analysis.bootstrap import pooled_log_times
+from tuner.analysis.losses import LOSS_TOLERANCE, trains_differently
+from tuner.analysis.runs import counting_trials
 from tuner.analysis.verdict import verdict
 from tuner.core.layout import Layout
 from tuner.core.workload import Precision
@@ -49,7 +51,7 @@ def test_the_finals_decide_and_not_the_search_that_picked_a_lucky_run() -> None:
     assert [standing.layout for standing in after.ranking] == [FAST, FASTER, START]
     assert after.best.metrics.step_time_ms == pytest.approx(85.0)
     assert len(after.best.metrics.step_times_ms) == 9
-    assert after.best.row.number == 11
+    assert after.best.trial.number == 11
     assert after.baseline is not None
     assert after.baseline.over_best.value == pytest.approx(100 / 85)
     assert 1.15 < after.baseline.over_best.low < 100 / 85 < after.baseline.over_best.high < 1.20
@@ -59,7 +61,7 @@ def test_the_finals_decide_and_not_the_search_that_picked_a_lucky_run() -> None:
 def test_throughput_follows_the_pooled_step_time() -> None:
     found = answer([*SEARCH, *ROUNDS])
     assert found is not None
-    metrics, one = found.best.metrics, found.best.row.result.metrics
+    metrics, one = found.best.metrics, found.best.trial.result.metrics
     assert one is not None
     assert metrics.tokens_per_s_per_gpu * metrics.step_time_ms == pytest.approx(
         one.tokens_per_s_per_gpu * one.step_time_ms
@@ -163,21 +165,21 @@ def test_a_repeat_takes_the_place_of_the_disturbed_measurement() -> None:
     rows = [SEARCH[0], disturbed(SEARCH[1]), SEARCH[2], again]
     found = answer(rows)
     assert found is not None
-    assert (found.best.layout, found.best.row.number, found.doubts) == (FAST, 3, ())
-    assert [row.number for row in counting(rows).values()] == [0, 3, 2]
+    assert (found.best.layout, found.best.trial.number, found.doubts) == (FAST, 3, ())
+    assert [row.number for row in counting_trials(rows).values()] == [0, 3, 2]
 
 
 def test_of_two_disturbed_measurements_the_faster_counts_and_is_doubted() -> None:
     again = disturbed(completed_row(3, 95.0, layout=FASTER, source="repeat"))
     found = answer([*SEARCH[:2], disturbed(SEARCH[2]), again])
     assert found is not None
-    assert found.best.row.number == 2
+    assert found.best.trial.number == 2
     assert found.doubts == ("t0002 tp4 pp1 mbs1: another process kept 1.5 cores busy",)
 
 
 def test_a_repeat_that_fails_leaves_the_first_measurement() -> None:
     again = replace(failed_row(3, source="repeat"), layout=FASTER)
-    assert counting([*SEARCH[:2], disturbed(SEARCH[2]), again])[2].number == 2
+    assert counting_trials([*SEARCH[:2], disturbed(SEARCH[2]), again])[2].number == 2
 
 
 def test_the_search_ranks_with_the_drift_taken_out() -> None:
@@ -221,16 +223,13 @@ def test_the_interval_holds_the_estimate_and_the_baseline_has_its_place(
 
 
 @pytest.mark.parametrize(("layouts", "runs"), [(4, 3), (2, 2)])
-def test_layouts_that_are_equal_are_told_apart_once_in_twenty(
-    layouts: int, runs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "DRAWS", 400)
+def test_layouts_that_are_equal_are_told_apart_once_in_twenty(layouts: int, runs: int) -> None:
     random = np.random.default_rng(3)
     told_apart = covered = 0
     for _ in range(200):
         shifts = random.normal(0, 0.01, (layouts, runs))
         logs = shifts[:, :, None] + random.normal(0, 0.005, (layouts, runs, 10))
-        found, draws = pooled((100 * np.exp(logs)).tolist())
+        found, draws = pooled_log_times((100 * np.exp(logs)).tolist(), draws=400)
         low, high = found[1] - found[0] + np.quantile(draws[1] - draws[0], [0.025, 0.975])
         told_apart += not low <= 0 <= high
         low, high = found[0] + np.quantile(draws[0], [0.025, 0.975])

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trials import completed_row, failed_row
-from tuner.analysis.finals import Plan, expected_s, fitting, next_final, standing_for_finals, to_repeat
+from tuner.analysis.finals import (
+    FinalsPlan,
+    eligible_finalists,
+    expected_trial_s,
+    fitting_plan,
+    next_final,
+    trials_to_repeat,
+)
 from tuner.core.layout import Layout
 from tuner.trial.contract import Outcome
 from tuner.trial.finished import FinishedTrial
@@ -22,7 +29,7 @@ A, B, C = LAYOUTS[4], LAYOUTS[3], LAYOUTS[2]
 """The three fastest, in order."""
 
 
-def played(rows: list[FinishedTrial], plan: Plan, limit: int = 99) -> list[Layout]:
+def played(rows: list[FinishedTrial], plan: FinalsPlan, limit: int = 99) -> list[Layout]:
     """The finals as they come when every one completes as the search measured it."""
     steps = {row.layout: row.result.metrics.step_time_ms for row in rows if row.result.metrics}
     ran: list[Layout] = []
@@ -34,31 +41,31 @@ def played(rows: list[FinishedTrial], plan: Plan, limit: int = 99) -> list[Layou
 
 
 def test_the_fastest_and_the_baseline_run_in_rounds_every_other_one_reversed() -> None:
-    assert played(SEARCH, Plan(3, 3)) == [A, B, C, START, START, C, B, A, A, B, C, START]
+    assert played(SEARCH, FinalsPlan(3, 3)) == [A, B, C, START, START, C, B, A, A, B, C, START]
 
 
 def test_a_baseline_among_the_fastest_runs_as_often_as_any() -> None:
     fast = [replace(SEARCH[0], result=completed_row(0, 10.0).result), *SEARCH[1:]]
-    assert played(fast, Plan(2, 2)) == [A, B, START, START, B, A]
+    assert played(fast, FinalsPlan(2, 2)) == [A, B, START, START, B, A]
 
 
 def test_without_a_measured_baseline_the_finalists_run_alone() -> None:
     rows = [failed_row(0, source="baseline"), *SEARCH[1:]]
-    assert played(rows, Plan(2, 2)) == [A, B, B, A]
+    assert played(rows, FinalsPlan(2, 2)) == [A, B, B, A]
 
 
 @pytest.mark.parametrize("rows", [[], SEARCH[:1], [failed_row(0, source="baseline"), SEARCH[1]]])
 def test_with_nothing_to_compare_there_are_no_finals(rows: list[FinishedTrial]) -> None:
-    assert next_final(rows, Plan(3, 3)) is None
+    assert next_final(rows, FinalsPlan(3, 3)) is None
 
 
 def test_no_finals_are_planned_none_run() -> None:
-    assert next_final(SEARCH, Plan(0, 0)) is None
+    assert next_final(SEARCH, FinalsPlan(0, 0)) is None
 
 
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(0, 30))
 def test_finals_go_on_wherever_they_were_cut(finalists: int, runs: int, cut: int) -> None:
-    plan = Plan(finalists, runs)
+    plan = FinalsPlan(finalists, runs)
     whole, begun = played(SEARCH, plan), played(SEARCH, plan, cut)
     steps = {row.layout: row.result.metrics.step_time_ms for row in SEARCH if row.result.metrics}
     rows = [
@@ -78,38 +85,38 @@ def test_a_finalist_that_fails_is_replaced_by_the_next_and_the_rounds_are_caught
         completed_row(6, 85.0, layout=A, source="final"),
         replace(failed_row(7, Outcome.NAN, source="final"), layout=B),
     ]
-    assert played(rows, Plan(2, 2)) == [C, START, START, C, A]
+    assert played(rows, FinalsPlan(2, 2)) == [C, START, START, C, A]
 
 
 def test_whatever_is_searched_after_the_finals_makes_them_run_again() -> None:
     rows = list(SEARCH)
-    for layout in played(SEARCH, Plan(2, 2)):
+    for layout in played(SEARCH, FinalsPlan(2, 2)):
         rows.append(completed_row(len(rows), 85.0, layout=layout, source="final"))
-    assert next_final(rows, Plan(2, 2)) is None
+    assert next_final(rows, FinalsPlan(2, 2)) is None
     rows.append(completed_row(len(rows), 50.0, layout=Layout(pp=2)))
-    assert played(rows, Plan(2, 2))[:2] == [Layout(pp=2), A]
+    assert played(rows, FinalsPlan(2, 2))[:2] == [Layout(pp=2), A]
 
 
 def test_who_trains_differently_does_not_come_into_the_finals() -> None:
     metrics = SEARCH[5].result.metrics
     assert metrics is not None
     other = replace(SEARCH[5], result=replace(SEARCH[5].result, metrics=replace(metrics, losses=(9.0,))))
-    assert standing_for_finals([*SEARCH[:5], other])[:2] == [B, C]
+    assert eligible_finalists([*SEARCH[:5], other])[:2] == [B, C]
 
 
 def test_finals_shrink_by_finalists_then_by_runs_then_to_none() -> None:
-    wanted = Plan(3, 3)
-    sizes = [fitting(wanted, 9, trials, 1e9, 60.0) for trials in (12, 11, 9, 8, 6, 5, 4, 3, 0)]
+    wanted = FinalsPlan(3, 3)
+    sizes = [fitting_plan(wanted, 9, trials, 1e9, 60.0) for trials in (12, 11, 9, 8, 6, 5, 4, 3, 0)]
     assert sizes == [
-        Plan(3, 3),
-        Plan(2, 3),
-        Plan(2, 3),
-        Plan(1, 3),
-        Plan(1, 3),
-        Plan(1, 2),
-        Plan(1, 2),
-        Plan(0, 0),
-        Plan(0, 0),
+        FinalsPlan(3, 3),
+        FinalsPlan(2, 3),
+        FinalsPlan(2, 3),
+        FinalsPlan(1, 3),
+        FinalsPlan(1, 3),
+        FinalsPlan(1, 2),
+        FinalsPlan(1, 2),
+        FinalsPlan(0, 0),
+        FinalsPlan(0, 0),
     ]
 
 
@@ -124,7 +131,7 @@ def test_finals_shrink_by_finalists_then_by_runs_then_to_none() -> None:
 def test_finals_never_take_more_than_there_is(
     finalists: int, runs: int, there: int, trials: int, seconds: float, trial_s: float
 ) -> None:
-    plan = fitting(Plan(finalists, runs), there, trials, seconds, trial_s)
+    plan = fitting_plan(FinalsPlan(finalists, runs), there, trials, seconds, trial_s)
     assert plan.trials <= trials
     assert plan.trials * trial_s <= seconds or plan.trials == 0
     assert plan.finalists <= min(finalists, there)
@@ -139,9 +146,9 @@ def test_disturbed_trials_of_the_search_are_measured_again_once_the_fastest_firs
     slow = disturbed(replace(slow, result=replace(slow.result, slower_than_ms=87.5)))
     rows = [SEARCH[0], *map(disturbed, SEARCH[1:3]), *SEARCH[3:], slow, disturbed(failed_row(8))]
     canary = disturbed(completed_row(9, 100.0, layout=START, source="canary"))
-    assert [row.number for row in to_repeat([*rows, canary])] == [7, 2, 1]
+    assert [row.number for row in trials_to_repeat([*rows, canary])] == [7, 2, 1]
     again = completed_row(10, 95.0, layout=LAYOUTS[1], source="repeat")
-    assert [row.number for row in to_repeat([*rows, canary, disturbed(again)])] == [7, 1]
+    assert [row.number for row in trials_to_repeat([*rows, canary, disturbed(again)])] == [7, 1]
 
 
 def test_a_trial_is_expected_to_take_what_its_layout_took() -> None:
@@ -150,7 +157,7 @@ def test_a_trial_is_expected_to_take_what_its_layout_took() -> None:
         return replace(row, result=replace(row.result, durations=durations))
 
     rows = [taking(SEARCH[0], 50.0), taking(SEARCH[1], 10.0), taking(SEARCH[2], 20.0), failed_row(9)]
-    assert expected_s(rows) == 20.0
-    assert expected_s(rows, [START, LAYOUTS[0]]) == 50.0
-    assert expected_s(rows, [Layout(pp=2)]) == 20.0
-    assert expected_s([]) == 0.0
+    assert expected_trial_s(rows) == 20.0
+    assert expected_trial_s(rows, [START, LAYOUTS[0]]) == 50.0
+    assert expected_trial_s(rows, [Layout(pp=2)]) == 20.0
+    assert expected_trial_s([]) == 0.0

@@ -13,7 +13,7 @@ from tests.replay import sweep_of, table_of
 from tests.trials import CLUSTER, completed_row, failed_row
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
-from tuner.explain.audit import DOMINATED, TOO_LARGE, removed
+from tuner.explain.audit import DOMINATED, TOO_LARGE, pruned_rows
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.predict.memory.peak import peak_gib
@@ -32,13 +32,13 @@ def cpu(memory_gib: float) -> Cluster:
 
 
 def test_with_room_for_all_and_no_trials_nothing_is_removed() -> None:
-    assert removed(TABLE, SWEEP.workload, SWEEP.cluster).empty
+    assert pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster).empty
 
 
 def test_rows_that_hardly_fit_are_removed_with_their_peak_and_probability() -> None:
     small = cpu(float(np.median(CPU_PEAKS)))
     fits = fit_probabilities(TABLE, SWEEP.workload, small)
-    gone = removed(TABLE, SWEEP.workload, small)
+    gone = pruned_rows(TABLE, SWEEP.workload, small)
     assert 0 < len(gone) < len(TABLE)
     assert gone.index.tolist() == np.flatnonzero(fits < MIN_FIT).tolist()
     assert set(gone["reason"]) == {TOO_LARGE}
@@ -53,7 +53,7 @@ def test_rows_above_an_oom_are_removed_with_the_first_trial_that_rules_them_out(
         replace(failed_row(1), layout=OOM),
         replace(failed_row(2), layout=replace(OOM, pp=2)),
     ]
-    gone = removed(TABLE, SWEEP.workload, SWEEP.cluster, trials)
+    gone = pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster, trials)
     assert set(gone["reason"]) == {DOMINATED}
     told = {
         layout_at(gone, row): (gone["trial"].iloc[row], gone["along"].iloc[row]) for row in range(len(gone))
@@ -69,7 +69,7 @@ def test_rows_above_an_oom_are_removed_with_the_first_trial_that_rules_them_out(
 
 def test_recompute_that_is_dropped_is_told_as_one_axis() -> None:
     full = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    gone = removed(TABLE, SWEEP.workload, SWEEP.cluster, [replace(failed_row(0), layout=full)])
+    gone = pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster, [replace(failed_row(0), layout=full)])
     told = {layout_at(gone, row): gone["along"].iloc[row] for row in range(len(gone))}
     assert told[Layout()] == "recompute"
     assert told[Layout(micro_batch_size=2)] == "micro_batch_size, recompute"
@@ -77,8 +77,8 @@ def test_recompute_that_is_dropped_is_told_as_one_axis() -> None:
 
 def test_a_row_that_was_tried_all_the_same_is_not_removed() -> None:
     none_fit = cpu(CPU_PEAKS.min() / 2)
-    assert len(removed(TABLE, SWEEP.workload, none_fit)) == len(TABLE)
-    gone = removed(TABLE, SWEEP.workload, none_fit, [replace(failed_row(0), layout=OOM)])
+    assert len(pruned_rows(TABLE, SWEEP.workload, none_fit)) == len(TABLE)
+    gone = pruned_rows(TABLE, SWEEP.workload, none_fit, [replace(failed_row(0), layout=OOM)])
     assert len(gone) == len(TABLE) - 1
     assert find_row(gone, OOM) is None
 

@@ -258,8 +258,8 @@ def test_without_a_completed_trial_there_is_no_best_and_no_accuracy() -> None:
         (),
         (),
     )
-    assert len(found.compared) == 1
-    assert findings(evidence_of([])).compared == ()
+    assert len(found.predicted_trials) == 1
+    assert findings(evidence_of([])).predicted_trials == ()
 
 
 def _swept(results: Path, **keys: Any) -> tuple[Sweep, list[FinishedTrial]]:

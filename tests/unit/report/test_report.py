@@ -13,11 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tests.trials import completed_row, failed_row, write_trial
-from tuner.analysis.figures import best, figures, tie
+from tuner.analysis.figures import best_trial, figures, tied_trials
 from tuner.analysis.verdict import verdict
 from tuner.core.layout import KNOBS, Layout
 from tuner.errors import InputError
-from tuner.report.pages import html_page, summary, terminal_table, time_shares, trial_table
+from tuner.report.page import html_page
+from tuner.report.summary import summary, time_shares
+from tuner.report.table import trial_table
+from tuner.report.terminal import terminal_table
 from tuner.trial.contract import Outcome
 from tuner.trial.finished import FinishedTrial, read_trials, trial_folder
 
@@ -75,15 +78,15 @@ def test_folders_beyond_four_digits_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_the_best_trial_is_the_fastest_completed_one() -> None:
-    assert best(NIGHT) is NIGHT[2]
-    assert best([NIGHT[1], NIGHT[4]]) is None
-    assert best([]) is None
+    assert best_trial(NIGHT) is NIGHT[2]
+    assert best_trial([NIGHT[1], NIGHT[4]]) is None
+    assert best_trial([]) is None
 
 
 def test_trials_tie_where_their_intervals_overlap() -> None:
     # 79..81 against 80.5..82.5 overlap; 99..101 lies apart.
-    assert [row.number for row in tie(NIGHT)] == [2, 3]
-    assert tie([NIGHT[1]]) == []
+    assert [row.number for row in tied_trials(NIGHT)] == [2, 3]
+    assert tied_trials([NIGHT[1]]) == []
 
 
 @settings(deadline=None)
@@ -93,8 +96,8 @@ def test_no_tie_is_told_apart_by_its_intervals(times: list[tuple[float, float]])
         completed_row(number, step, half_interval_ms=half, layout=Layout(micro_batch_size=number + 1))
         for number, (step, half) in enumerate(times)
     ]
-    tied = tie(rows)
-    assert tied[0] == best(rows)
+    tied = tied_trials(rows)
+    assert tied[0] == best_trial(rows)
     fastest = tied[0].result.metrics
     assert fastest is not None
     for row in rows:
@@ -266,8 +269,8 @@ def test_finals_head_the_terminal_and_their_winner_is_the_best() -> None:
     assert "+24.9%" in finals
     assert "tie" in finals
     assert "t0011" not in search
-    assert best(rows) is FINALS[1]
-    assert [row.layout for row in tie(rows)] == [Layout(tp=4), Layout(tp=2, sp=True)]
+    assert best_trial(rows) is FINALS[1]
+    assert [row.layout for row in tied_trials(rows)] == [Layout(tp=4), Layout(tp=2, sp=True)]
 
 
 def test_figures_of_finals_hold_all_their_runs() -> None:

@@ -1,13 +1,15 @@
-"""Optuna's samplers over the rows: valid, never twice, taught by what was measured, the same after a resume."""
+"""Optuna's samplers over the rows: each row is valid, none comes twice, measurements teach, and a resume repeats."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from optuna.samplers import BaseSampler
+from numpy.typing import NDArray
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
 from optuna.trial import TrialState
 
 from tests.replay import step_time_ms, sweep_of, table_of
+from tuner.core.layout import Layout
 from tuner.search import optuna_rows
 from tuner.search.observation import Observation
 from tuner.search.optuna_rows import OptunaRows
@@ -25,13 +27,13 @@ def measured(row: int) -> Observation:
 
 def searched(rows: OptunaRows, trials: int) -> list[int]:
     available = np.ones(len(TABLE), dtype=np.bool_)
-    found = []
+    chosen = []
     for number in range(trials):
         row = rows.choose(available, number)
         available[row] = False
         rows.tell(row, measured(row) if number % 5 else Observation(state=TrialState.PRUNED))
-        found.append(row)
-    return found
+        chosen.append(row)
+    return chosen
 
 
 @SAMPLERS
@@ -41,8 +43,8 @@ def test_every_row_is_chosen_once(sampler: Sampler) -> None:
 
 
 @SAMPLERS
-def test_a_sampler_that_is_told_the_same_goes_on_the_same(sampler: Sampler) -> None:
-    """Without what it asked for in between: a resumed sweep has only the trials."""
+def test_after_a_resume_a_sampler_suggests_what_it_would_have_suggested(sampler: Sampler) -> None:
+    """A resumed sweep has only the trials, not what the sampler suggested for them."""
     first, resumed = OptunaRows(TABLE, sampler, 3), OptunaRows(TABLE, sampler, 3)
     rows = searched(first, 12)
     for number, row in enumerate(rows):
@@ -58,8 +60,8 @@ def test_another_seed_begins_elsewhere(sampler: Sampler) -> None:
 
 
 @SAMPLERS
-def test_what_was_measured_is_learnt(sampler: Sampler) -> None:
-    """Of the half that is left after thirty trials' lesson, it takes the better rows first."""
+def test_a_sampler_learns_from_what_was_measured(sampler: Sampler) -> None:
+    """After half of the rows were measured, it chooses one of the better rows of the other half."""
     better = []
     for seed in range(5):
         rows, random = OptunaRows(TABLE, sampler, seed), np.random.default_rng(seed)
@@ -83,18 +85,31 @@ def test_rows_in_flight_are_known_to_it(sampler: Sampler) -> None:
     assert rows.choose(available, 13, [first]) != first
 
 
-def test_a_suggestion_falls_to_the_row_that_is_fewest_doublings_and_switches_away() -> None:
-    rows = OptunaRows(TABLE, optuna_rows.tpe, 0)
-    wanted = {knob: (column[5]) for knob, column in rows._columns.items()}
-    distance = rows._distance(np.arange(len(TABLE)), wanted)
-    assert distance.argmin() == 5
-    assert distance[5] == 0
-    own = layout_at(TABLE, 5)
-    for row in range(len(TABLE)):
-        other = layout_at(TABLE, row)
-        if other.recompute_granularity == own.recompute_granularity:
-            apart = sum(
-                abs(np.log2(getattr(own, knob)) - np.log2(getattr(other, knob)))
-                for knob in ("tp", "pp", "micro_batch_size")
-            )
-            assert distance[row] == pytest.approx(apart + (own.sp != other.sp))
+SIZES = ("tp", "pp", "micro_batch_size")
+SWITCHES_AND_TEXTS = ("sp", "recompute_granularity", "recompute_method", "recompute_num_layers")
+
+
+def nearest(wanted: Layout, available: NDArray[np.bool_]) -> int:
+    """The row that is chosen for a suggestion of the layout `wanted`."""
+    params = {knob: round(np.log2(getattr(wanted, knob))) for knob in SIZES}
+    params |= {knob: getattr(wanted, knob) for knob in SWITCHES_AND_TEXTS[:3]}
+    # A size of 0 counts as 1/2.
+    params["recompute_num_layers"] = 0 if wanted.recompute_num_layers else -1
+    fixed = {knob: value for knob, value in params.items() if TABLE[knob].nunique() > 1}
+    rows = OptunaRows(TABLE, lambda seed: PartialFixedSampler(fixed, RandomSampler(seed)), 0)
+    return rows.choose(available, 0)
+
+
+def doublings_and_switches_apart(one: Layout, other: Layout) -> float:
+    doublings = sum(abs(np.log2(getattr(one, knob)) - np.log2(getattr(other, knob))) for knob in SIZES)
+    return float(doublings) + sum(getattr(one, knob) != getattr(other, knob) for knob in SWITCHES_AND_TEXTS)
+
+
+@pytest.mark.parametrize("row", [0, 5, 20])
+def test_a_suggestion_becomes_the_row_that_is_the_fewest_doublings_and_switches_away(row: int) -> None:
+    wanted = layout_at(TABLE, row)
+    everything = np.ones(len(TABLE), dtype=np.bool_)
+    assert nearest(wanted, everything) == row
+    others = np.arange(len(TABLE)) != row
+    distances = [doublings_and_switches_apart(wanted, layout_at(TABLE, other)) for other in range(len(TABLE))]
+    assert distances[nearest(wanted, others)] == np.min(np.array(distances)[others])

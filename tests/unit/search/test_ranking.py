@@ -10,7 +10,8 @@ from tests.bench.problems import recorded
 from tests.bench.recorded import LARGE_GROUP, STEP_TIMES
 from tests.bench.replay import table
 from tuner.core.layout import DEFAULTS, KNOBS
-from tuner.search.ranking import Ranking, encode
+from tuner.search.encoding import encode
+from tuner.search.ranking import Ranking
 
 GRID = np.array([(tp, micro) for tp in range(4) for micro in range(5)], dtype=np.float64)
 

@@ -141,7 +141,7 @@ def test_optuna_gets_whole_rows_and_one_knob_alone_is_refused() -> None:
     assert not sampler.is_available(row)
     with pytest.raises(ValueError, match="'lr' is no knob of the table"):
         trial.suggest_float("lr", 0, 1)
-    with pytest.raises(ValueError, match="a row is sampled whole"):
+    with pytest.raises(ValueError, match="a row is sampled as a whole"):
         sampler.sample_independent(study, study.trials[0], "tp", FloatDistribution(0, 1))
 
 

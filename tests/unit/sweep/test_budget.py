@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trials import completed_row
-from tuner.analysis.finals import Plan
+from tuner.analysis.finals import FinalsPlan
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.sweep.budget import Clock, Ledger, Stop, deadline_of, shrunk
@@ -106,9 +106,9 @@ def test_search_and_finals_together_take_the_budget_and_no_more(
 def test_the_finals_do_not_grow_smaller_as_they_run() -> None:
     rows = rows_of(28)
     plans = {ledger(finals(rows, count), trials=40).plan() for count in range(12)}
-    assert plans == {Plan(3, 3)}
+    assert plans == {FinalsPlan(3, 3)}
     hours = {ledger(finals(rows, count), trials=100, hours=600 / 3600).plan() for count in range(12)}
-    assert hours == {Plan(3, 3)}
+    assert hours == {FinalsPlan(3, 3)}
 
 
 def test_a_disturbed_trial_is_measured_again_while_the_finals_keep_their_size() -> None:
@@ -130,12 +130,12 @@ def test_lost_attempts_are_used_time() -> None:
 
 
 def test_smaller_finals_are_said() -> None:
-    assert shrunk(Plan(3, 3), Plan(3, 3), 9) is None
-    assert shrunk(Plan(3, 3), Plan(1, 3), 1) is None
-    assert shrunk(Plan(0, 0), Plan(0, 0), 9) is None
-    told = shrunk(Plan(3, 3), Plan(1, 2), 9)
+    assert shrunk(FinalsPlan(3, 3), FinalsPlan(3, 3), 9) is None
+    assert shrunk(FinalsPlan(3, 3), FinalsPlan(1, 3), 1) is None
+    assert shrunk(FinalsPlan(0, 0), FinalsPlan(0, 0), 9) is None
+    told = shrunk(FinalsPlan(3, 3), FinalsPlan(1, 2), 9)
     assert told is not None and "3 finalists and the baseline 3 times each do not fit" in told
-    none = shrunk(Plan(3, 3), Plan(0, 0), 9)
+    none = shrunk(FinalsPlan(3, 3), FinalsPlan(0, 0), 9)
     assert none is not None and none.startswith("No finals")
 
 

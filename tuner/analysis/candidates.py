@@ -1,0 +1,61 @@
+"""The layouts that the search measured and that may win, and the layouts that measured and yet cannot win. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tuner.analysis.drift import Drift
+from tuner.analysis.losses import trains_differently
+from tuner.analysis.runs import counting_trials, finals_of
+from tuner.core.layout import Layout
+from tuner.trial.contract import Metrics
+from tuner.trial.finished import UNFINISHED, FinishedTrial
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A layout that the search measured, with the trial that counts for it."""
+
+    trial: FinishedTrial
+    metrics: Metrics
+    """The trial's metrics as measured, without any correction."""
+    factor: float
+    """Duration of a step on the machine at the time of the trial, over its duration at the start of the sweep."""
+
+    @property
+    def step_time_ms(self) -> float:
+        """The step time in ms that the machine would have measured at the start of the sweep."""
+        return self.metrics.step_time_ms / self.factor
+
+
+def candidates(
+    trials: Sequence[FinishedTrial], machine_drift: Drift | None, out: Mapping[Layout, str]
+) -> list[Candidate]:
+    """Return the layouts that the search measured, fastest first, each once; equal ones in the order of their trials.
+
+    Args:
+        trials: the finished trials of a sweep.
+        machine_drift: the drift to correct for; None corrects nothing.
+        out: layouts to leave out.
+    """
+    measured = [
+        Candidate(
+            trial=trial,
+            metrics=trial.result.metrics,
+            factor=machine_drift.factor(trial) if machine_drift else 1.0,
+        )
+        for trial in counting_trials(trials).values()
+        if trial.result.metrics is not None and trial.layout not in out
+    ]
+    measured.sort(key=lambda candidate: (candidate.step_time_ms, candidate.trial.number))
+    fastest = {candidate.trial.layout: candidate for candidate in reversed(measured)}
+    return [candidate for candidate in measured if fastest[candidate.trial.layout] is candidate]
+
+
+def ruled_out(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
+    """Return the layouts that measured and yet cannot win, and why: they failed in a final, or train differently."""
+    failed = {
+        trial.layout: f"failed in the final t{trial.number:04d}: {trial.result.outcome}: {trial.result.reason}"
+        for trial in finals_of(trials)
+        if trial.result.metrics is None and trial.result.outcome not in UNFINISHED
+    }
+    return {**trains_differently(trials), **failed}
