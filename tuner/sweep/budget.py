@@ -7,8 +7,15 @@ from enum import Enum
 from math import inf
 from typing import Final
 
-from tuner.analysis.answer import finals_of
-from tuner.analysis.finals import Plan, expected_s, fitting, next_final, standing_for_finals, to_repeat
+from tuner.analysis.finals import (
+    FinalsPlan,
+    eligible_finalists,
+    expected_trial_s,
+    fitting_plan,
+    next_final,
+    trials_to_repeat,
+)
+from tuner.analysis.runs import finals_of
 from tuner.errors import InputError
 from tuner.sweep.configuration import Budget
 from tuner.trial.finished import FinishedTrial
@@ -94,10 +101,10 @@ class Ledger:
         )
 
     @property
-    def wanted(self) -> Plan:
+    def wanted(self) -> FinalsPlan:
         """The finals that the sweep asks for."""
         runs = self.budget.final_runs
-        return Plan(self.budget.finalists, runs) if self.budget.finalists else Plan(0, 0)
+        return FinalsPlan(self.budget.finalists, runs) if self.budget.finalists else FinalsPlan(0, 0)
 
     def time_limits_s(self) -> dict[Stop, float]:
         """The wall clock that all trials together may take, by the budget that says so."""
@@ -127,9 +134,9 @@ class Ledger:
         """Trials kept for the finals and for what is measured again before them."""
         limits_s = [*self.time_limits_s().values(), *([self.clock.whole_s] if self.clock else [])]
         share, share_s = self.budget.trials * LARGEST_SHARE, min(limits_s, default=inf) * LARGEST_SHARE
-        trial_s = expected_s(self.rows)
-        finals = fitting(self.wanted, self.wanted.finalists, share, share_s, trial_s).trials
-        again = len(to_repeat(self.rows)) if finals else 0
+        trial_s = expected_trial_s(self.rows)
+        finals = fitting_plan(self.wanted, self.wanted.finalists, share, share_s, trial_s).trials
+        again = len(trials_to_repeat(self.rows)) if finals else 0
         return int(min(finals + again, share, share_s / trial_s if trial_s else inf))
 
     def search_is_over(self, share: float = 1.0) -> Stop | None:
@@ -143,7 +150,7 @@ class Ledger:
         before, reserve = self.searched, self.searched.reserve()
         if len(before.rows) >= share * (self.budget.trials - reserve):
             return Stop.TRIALS
-        trial_s = expected_s(before.rows)
+        trial_s = expected_trial_s(before.rows)
         for reason, limit_s in self.time_limits_s().items():
             if before.used_s >= share * (limit_s - reserve * trial_s):
                 return reason
@@ -154,30 +161,32 @@ class Ledger:
         later_s = (1 - share) * (self.clock.whole_s - reserve * trial_s)
         return Stop.DEADLINE if (1 + reserve) * trial_s > self.clock.left_s - later_s else None
 
-    def plan(self, more: int = 0) -> Plan:
+    def plan(self, more: int = 0) -> FinalsPlan:
         """The finals that fit into what is left behind the search and `more` further trials."""
-        before, layouts = self.searched, standing_for_finals(self.rows)
+        before, layouts = self.searched, eligible_finalists(self.rows)
         wanted = self.wanted
-        trial_s = expected_s(self.rows, layouts[: wanted.finalists])
+        trial_s = expected_trial_s(self.rows, layouts[: wanted.finalists])
         seconds = min((limit_s - before.used_s for limit_s in self.time_limits_s().values()), default=inf)
         if self.clock:
             seconds = min(
                 seconds, self.clock.left_s + sum(row.result.durations.total_s for row in self.finals)
             )
         left = self.budget.trials - len(before.rows)
-        return fitting(wanted, len(layouts), left - more, seconds - more * expected_s(self.rows), trial_s)
+        return fitting_plan(
+            wanted, len(layouts), left - more, seconds - more * expected_trial_s(self.rows), trial_s
+        )
 
     def next_repeat(self) -> FinishedTrial | None:
         """The disturbed trial that is measured again next: while that makes the finals no smaller."""
-        waiting = to_repeat(self.rows)
+        waiting = trials_to_repeat(self.rows)
         if not waiting or self.finals or not self.wanted.finalists:
             return None
         return waiting[0] if self.plan(more=1) == self.plan() else None
 
 
-def shrunk(wanted: Plan, plan: Plan, finalists: int) -> str | None:
+def shrunk(wanted: FinalsPlan, plan: FinalsPlan, finalists: int) -> str | None:
     """What to say where the finals are smaller than asked for; `finalists` layouts there were."""
-    full = Plan(min(wanted.finalists, finalists), wanted.runs)
+    full = FinalsPlan(min(wanted.finalists, finalists), wanted.runs)
     if plan == full or not wanted.finalists or not finalists:
         return None
     asked = f"{full.finalists} finalists and the baseline {full.runs} times each do not fit into the budget"

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 import optuna
 import pandas as pd
 
-from tuner.analysis.answer import candidates, counting, ruled_out
+from tuner.analysis.candidates import candidates, ruled_out
+from tuner.analysis.runs import counting_trials
 from tuner.analysis.centres import refinement_centres
 from tuner.analysis.drift import canary_due, drift
-from tuner.analysis.figures import best
-from tuner.analysis.finals import expected_s, next_final, standing_for_finals
+from tuner.analysis.figures import best_trial
+from tuner.analysis.finals import eligible_finalists, expected_trial_s, next_final
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import make_folder, read_json, write_json
@@ -21,7 +22,8 @@ from tuner.predict.calibration import Calibration
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT
 from tuner.search.observation import STATES, Observation
-from tuner.search.refinement import FIRST_SHARE, best_trials, middles, with_refinements
+from tuner.search.grid import GRID_SHARE
+from tuner.search.refinement import centre_layouts, choose_centres, with_refinements
 from tuner.search.sampler import TableSampler
 from tuner.search.stopping import Certainty
 from tuner.search.strategies import strategy_of
@@ -183,7 +185,7 @@ class SweepLoop:
             else min(self._sweep.budget.trials, possible),
             used_s=ledger.used_s,
             left_s=ledger.left_s(),
-            best=best(self.rows),
+            best=best_trial(self.rows),
             pruned=self._pruned,
             certainty=self._certainty,
             own_s=self._own_s,
@@ -197,7 +199,7 @@ class SweepLoop:
         plan = ledger.plan()
         if ledger.finals and next_final(self.rows, plan) is not None:
             return f"The finals are not through: {len(ledger.finals)} of {plan.trials} trials ran."
-        return shrunk(ledger.wanted, plan, len(standing_for_finals(self.rows)))
+        return shrunk(ledger.wanted, plan, len(eligible_finalists(self.rows)))
 
     def _ledger(self) -> Ledger:
         clock = None
@@ -229,7 +231,7 @@ class SweepLoop:
         known = [step.layout] if step.layout is not None else []
         if not self._waiting:
             step = replace(step, origin=replace(step.origin, around=self._around))
-        used_up = ledger.used_up(expected_s(self.rows, known))
+        used_up = ledger.used_up(expected_trial_s(self.rows, known))
         return step if used_up is None else over or used_up
 
     def _search_is_over(self, ledger: Ledger) -> Stop | None:
@@ -240,7 +242,7 @@ class SweepLoop:
             reason = Stop.DEADLINE
         first_is_over = reason is None and self._stage == 1 and self._stage_is_over(ledger)
         # Where nothing is measured yet, there is nothing to refine.
-        if first_is_over and (best_of_first := best_trials(self.rows, self._sweep.problem)):
+        if first_is_over and (best_of_first := choose_centres(self.rows, self._sweep.problem)):
             self._begin_stage(best_of_first, self._begun())
         if not self._sampler.remaining:
             return Stop.EXHAUSTED
@@ -255,7 +257,7 @@ class SweepLoop:
     def _stage_is_over(self, ledger: Ledger) -> bool:
         """Whether the first of two stages is: nothing to gain in it, or its share of the budget is used."""
         ended = not self._sampler.remaining or self._has_converged()
-        return ended or ledger.search_is_over(FIRST_SHARE) is not None
+        return ended or ledger.search_is_over(GRID_SHARE) is not None
 
     def _has_converged(self) -> bool:
         budget = self._sweep.budget
@@ -375,7 +377,7 @@ class SweepLoop:
         """
         self._around = around
         self._table = with_refinements(
-            self._table, middles(around, self._tried), self._sweep.problem, MIN_FIT
+            self._table, centre_layouts(around, self._tried), self._sweep.problem, MIN_FIT
         )
         self._relearn()
         trials = [
@@ -397,7 +399,7 @@ class SweepLoop:
         self._sampler = TableSampler(self._table, strategy, self._tried)
         self._pruned = 0
         by_number = {row.number: row for row in sorted(self.rows, key=lambda row: row.number)}
-        for number, row in counting(self.rows).items():
+        for number, row in counting_trials(self.rows).items():
             self._take(row.layout, number, TrialSource(source=by_number[number].source))
             self._learn(by_number[number], row)
         for number, (layout, origin, _) in self._waiting.items():
@@ -408,8 +410,8 @@ class SweepLoop:
 
     def _known_certainty(self) -> Certainty | None:
         found = self._sampler.certainty() if self._sampler.remaining else None
-        of = {None: "the space", 1: "the first stage", 2: "both stages"}[self._stage]
-        return found and replace(found, of=of)
+        searched = {None: "the space", 1: "the grid", 2: "the grid and its refinement"}[self._stage]
+        return found and replace(found, searched=searched)
 
     def _learn(self, first: FinishedTrial, row: FinishedTrial) -> None:
         """Learn of a trial of the search what `row` measured: itself, or its repeat; the machine's drift taken out."""
