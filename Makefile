@@ -1,4 +1,5 @@
-# make sweep: a real sweep of a tiny GPT and a tiny MoE on 4 CPU ranks. make test: all tests. Both set up what they need.
+# `make sweep` tunes a tiny GPT and a tiny MoE with real jobs on 4 CPU ranks. `make test` runs all tests. Both set up what
+# they need.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
@@ -24,9 +25,9 @@ test-unit: $(READY)
 test-integration: $(READY)
 	$(VENV)/bin/python -m pytest tests/integration --cov --cov-append --cov-report=term
 
-# Megatron Bridge beside a newer Megatron-Core, and megatune in it as in a container. Its wheels ask for Python 3.12, of
-# which they use one name, and for packages that need a GPU: tests/bridge/standins.py stands in for both, in every
-# Python that starts there.
+# An environment with Megatron Bridge, a newer Megatron-Core and megatune, as in a container. Bridge's wheels ask for
+# Python 3.12, of which they use one name, and for packages that need a GPU. tests/bridge/standins.py replaces both, in
+# every Python process of this environment.
 BRIDGE := .venv-bridge
 BRIDGE_TESTS := tests/bridge
 $(BRIDGE)/.ready: tests/bridge/requirements.txt constraints.txt
