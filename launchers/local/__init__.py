@@ -1,1 +1,1 @@
-"""Jobs of this machine alone: torchrun, and the process that forks it; knows nothing of other machines."""
+"""Runs jobs on this machine alone, under torchrun or forked from a process that knows it; knows no other machine."""

@@ -1,4 +1,4 @@
-"""Jobs that start warm: forked from a process that has imported their program, instead of started cold."""
+"""Starts jobs warm: as forks of a process that has imported their program, instead of cold."""
 
 import json
 import signal
@@ -14,29 +14,30 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launchers.processes import MARKER, STARTED_AT, Job, RunningJob, end_processes
+from launchers.processes import MARKER, STARTED_AT, ColdJob, RunningJob, end_processes, is_running
 
 if TYPE_CHECKING:  # importing it would import torch into the tuner
-    from launchers.local.fork_server import Answer, Request
+    from launchers.local.fork_server import ForkAnswer, ForkRequest
 
 IMPORTED: Mapping[str, str] = {
     "launchers.programs.megatron_core": "launchers.programs.megatron_core.__main__",
     "launchers.programs.megatron_bridge": "launchers.programs.megatron_bridge.ahead",
 }
-"""What is imported ahead for a program's module; for any other torch alone, since its import may be its run."""
+"""The module that is imported ahead for a program's module. For any other program it is torch alone, since importing
+the program may run it."""
 
 _TORCH = "torch._dynamo"
-"""All of torch: where a rank fails, its logging would import this, which takes seconds each time."""
+"""A module that imports all of torch: the logging of a failing rank would import it, which takes seconds each time."""
 
 _TORCHRUN = ("-m", "torch.distributed.run")
 _READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "NVTE_")
-"""Prefixes of variables that nobody reads while importing: a fork may still set them."""
+"""Prefixes of variables that nobody reads while importing, so that a fork may still set them."""
 _END_S = 10.0
-"""How long the parent of an ended job may take to say so."""
+"""How long a server may take to report the end of an ended job. Assumed."""
 
 
 class Preload:
-    """Starts jobs as forks of processes that have imported their program: one such server per job that runs at a time.
+    """Starts jobs as forks of servers, processes that have imported their program; one per job that runs at a time.
 
     A server imports at its first job, and serves later jobs of the same program and environment. `start` may be
     called from several threads. Use it as a context manager: at the end everything it started is ended.
@@ -61,18 +62,18 @@ class Preload:
                 server.close()
 
     def jobs(self) -> list[psutil.Process]:
-        """Return the living processes of all jobs."""
+        """Return the running processes of all jobs."""
         with self._lock:
             return [process for server in self._servers for process in server.jobs()]
 
     def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> RunningJob:
-        """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.processes.Job`.
+        """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.processes.ColdJob`.
 
         Raises:
             OSError: if nothing can be started.
         """
         if argv[1 : 1 + len(_TORCHRUN)] != _TORCHRUN:
-            return Job(argv, env, folder, output)
+            return ColdJob(argv, env, folder, output)
         module = argv[argv.index("-m", 1 + len(_TORCHRUN)) + 1]
         early = {name: value for name, value in env.items() if not name.startswith(_READ_LATE)}
         with self._lock:
@@ -87,7 +88,7 @@ class Preload:
         """Return a server of this program and environment without a job; a new one replaces those that are idle."""
         idle = [server for server in self._servers if not server.is_busy]
         for server in idle:
-            if server.alive() and server.key == (module, env):
+            if server.is_alive() and server.key == (module, env):
                 return server
         for server in idle:
             server.close()
@@ -98,24 +99,25 @@ class Preload:
 
 
 class _Server:
-    """One process that has imported a program and serves one job at a time, and the line to it."""
+    """One process that has imported a program and serves one job at a time, and the pipes to it."""
 
     def __init__(self, module: str, env: dict[str, str], marker: str, output: Path) -> None:
         self.key = (module, env)
         """The program's module and the environment that it was imported in."""
         self.is_busy = False
-        """Whether it has a job: set where the job is started, cleared where the job is ended."""
+        """Whether the server has a job: set where the job is started, cleared where the job is ended."""
         with output.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "launchers.local.fork_server", IMPORTED.get(module, _TORCH)],
-                # torch asks CUDA's driver how many devices there are, after which a fork could not use them.
+                # Otherwise torch asks CUDA's driver how many devices there are, and a fork could not use them.
                 env={**env, MARKER: marker, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 start_new_session=True,
             )
-        self.answers: Queue[Answer | None] = Queue()
+        self.answers: Queue[ForkAnswer | None] = Queue()
+        """The server's answers; None after the last one."""
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -123,25 +125,26 @@ class _Server:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.answers.put(json.loads(line))
-        self.answers.put(None)  # its end
+        self.answers.put(None)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def ask(self, request: "Request") -> None:
+    def ask(self, request: "ForkRequest") -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
 
     def jobs(self) -> list[psutil.Process]:
-        """Return all that lives below it: the processes of its one job."""
+        """Return the running processes below the server: those of its one job."""
         try:
-            found = psutil.Process(self.process.pid).children(recursive=True)
+            descendants = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.Error:
             return []
-        return [process for process in found if _is_running(process)]
+        return [process for process in descendants if is_running(process)]
 
     def close(self) -> None:
+        """End the server and its job at once; may be called again."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.send_signal(signal.SIGSTOP)  # it may be about to fork
         end_processes(self.jobs, grace_s=0.0)
@@ -152,26 +155,20 @@ class _Server:
         self.process.stdout.close()
 
 
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
 class ForkedJob:
-    """The processes of one job below the process that forks them; like `launchers.processes.Job` otherwise."""
+    """A job whose processes are forks below a server."""
 
-    def __init__(self, server: _Server, request: "Request") -> None:
+    def __init__(self, server: _Server, request: "ForkRequest") -> None:
         self._server = server
         self._started = self._ended = False
         self._survivors: tuple[int, ...] | None = None
+        """What `end` returned; None before it was called."""
         self.exit_code: int | None = None
-        with suppress(BrokenPipeError):  # it has died, which its answers tell
+        with suppress(BrokenPipeError):  # the server has died, which its answers tell
             server.ask(request)
 
     def ended(self) -> bool:
-        """Whether the agent has ended, or the process that was to fork it."""
+        """Return whether torchrun's agent has ended, or the server that was to fork it."""
         while not self._ended:
             try:
                 self._take(self._server.answers.get_nowait())
@@ -180,23 +177,23 @@ class ForkedJob:
         return self._ended
 
     def end(self, grace_s: float) -> tuple[int, ...]:
-        """See RunningJob. A second call does nothing: the server may have another job by then."""
+        """See RunningJob. A second call does nothing, since the server may have another job by then."""
         if self._survivors is not None:
             return self._survivors
         self.ended()
         if not self._started and not self._ended:
             self._server.close()
-        left = end_processes(self._server.jobs, grace_s)
+        survivors = end_processes(self._server.jobs, grace_s)
         with suppress(Empty):
             while not self._ended:
                 self._take(self._server.answers.get(timeout=_END_S))
         if not self._ended:  # its late answer would pass for that of the next job
             self._server.close()
-        self._survivors = tuple(process.pid for process in left)
+        self._survivors = tuple(process.pid for process in survivors)
         self._server.is_busy = False
         return self._survivors
 
-    def _take(self, answer: "Answer | None") -> None:
+    def _take(self, answer: "ForkAnswer | None") -> None:
         if answer is None:
             self._ended, self.exit_code = True, self._server.process.wait()
         elif answer["event"] == "started":

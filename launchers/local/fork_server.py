@@ -1,12 +1,13 @@
-"""Fork torchrun jobs from a process that imported their program once: `python -m launchers.local.fork_server MODULE`.
+"""Forks torchrun jobs from a process that imported their program once: `python -m launchers.local.fork_server MODULE`.
 
 Importing torch and Megatron takes longer than most trials. Requests come as lines of JSON on the standard input,
-each the torchrun command of a job; answers go as lines to what was the standard output. One job at a time. The job
-is torchrun's own agent, run with the same arguments in a fork, and its ranks are forks of that: they have their own
-processes, process group, device context and output, as cold ones have. Importing initialises no CUDA, so a fork may.
+each the torchrun command of a job; answers go as lines to what was the standard output. The server runs one job at a
+time. The job is torchrun's own agent, run with the same arguments in a fork, and its ranks are forks of the agent:
+they have their own processes, process group, device context and output, as the ranks of a cold job have. Importing
+initialises no CUDA, so a fork may initialise it.
 
-When the input ends, so does everything: whoever asked for the jobs is gone. While it imports, which takes many
-seconds on a busy machine, it cannot look at its input, and dies with the thread that started it.
+When the input ends, the client is gone, and the server ends its job and itself. While it imports, which takes many
+seconds on a busy machine, it cannot look at its input; during that time it dies with the thread that started it.
 """
 
 import ctypes
@@ -26,13 +27,16 @@ from typing import Any, Literal, NoReturn, TypedDict
 
 import psutil
 
+from launchers.processes import is_running
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+"""Options of prctl, from linux/prctl.h."""
 _POLL_MS = 500
 
 
-class Request(TypedDict):
-    """One job."""
+class ForkRequest(TypedDict):
+    """One job to start."""
 
     argv: list[str]
     """torchrun's arguments."""
@@ -44,24 +48,24 @@ class Request(TypedDict):
     """The file that the agent's output is appended to."""
 
 
-class Answer(TypedDict):
-    """What became of a request: first that its job runs, later how it ended."""
+class ForkAnswer(TypedDict):
+    """What the server reports: that it has imported its module, that a job has started, or that it has ended."""
 
     event: Literal["ready", "started", "ended"]
     value: int
-    """Process id, or exit code (negative for a signal)."""
+    """Process id of the server or of the agent, or the agent's exit code (negative for a signal)."""
 
 
 def main(module: str) -> int:
-    """Import `module`, the expensive part of the programs to come, then serve requests until the input ends."""
+    """Import `module`, the expensive part of the jobs' program, then serve requests until the input ends; return 0."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
     # Neither the jobs nor a chatty import may write into the answers.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    # What outlives its parent in a job stays below this process, where it is found and ended.
+    # A process that outlives its parent in a job becomes a child of this one, where it is found and ended.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if _has_ended(requests.fileno()):  # before it could be noticed
+    if _has_ended(requests.fileno()):  # the client died before the line above
         return 0
     importlib.import_module("torch.distributed.run")
     importlib.import_module(module)
@@ -91,16 +95,16 @@ def _prctl(option: int, value: int) -> None:
 
 def _has_ended(requests: int) -> bool:
     poll = select.poll()
-    poll.register(requests, 0)  # a hang-up is told unasked
+    poll.register(requests, 0)  # a hang-up is reported without being asked for
     return bool(poll.poll(0))
 
 
-def _answer(answers: int, answer: Answer) -> None:
+def _answer(answers: int, answer: ForkAnswer) -> None:
     os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
 def _exit_code(pid: int, requests: int) -> int | None:
-    """Wait for a job; None if the input ended before it did."""
+    """Wait for a job; return its exit code, or None if the input ended first."""
     ended = os.pidfd_open(pid)
     try:
         poll = select.poll()
@@ -110,14 +114,14 @@ def _exit_code(pid: int, requests: int) -> int | None:
             ready = {descriptor for descriptor, _ in poll.poll(_POLL_MS)}
             if ended in ready:
                 return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if requests in ready:  # nothing is asked for while a job runs, so that this is the end
+            if requests in ready:  # nothing is asked for while a job runs, so the input has ended
                 return None
     finally:
         os.close(ended)
 
 
 def _reap() -> None:
-    """Take in the orphans of earlier jobs."""
+    """Reap the orphans of earlier jobs."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -126,23 +130,18 @@ def _reap() -> None:
 
 
 def _end_descendants() -> None:
-    # Again and again: a process may be forked while the others are ended.
-    while alive := [process for process in psutil.Process().children(recursive=True) if _is_running(process)]:
-        for process in alive:
+    # Again and again, since a process may be forked while the others are ended.
+    while running := [
+        process for process in psutil.Process().children(recursive=True) if is_running(process)
+    ]:
+        for process in running:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(0.01)
 
 
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _become_job(request: Request) -> NoReturn:
-    """Be torchrun's agent, in a fork."""
+def _become_job(request: ForkRequest) -> NoReturn:
+    """Turn this fork into torchrun's agent; never return."""
     code = 1
     try:
         os.setsid()
@@ -154,7 +153,7 @@ def _become_job(request: Request) -> NoReturn:
         os.environ.clear()
         os.environ.update(request["env"])
         code = _run(request["argv"])
-    except BaseException:  # whatever it is, this fork must not return into the loop
+    except BaseException:  # this fork must not return into the server's loop
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
@@ -163,7 +162,7 @@ def _become_job(request: Request) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
-    # Imported long ago, but not when this file was.
+    # The server has imported them; importing this file must not.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -180,7 +179,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _be_rank(module: str, arguments: list[str]) -> None:
-    """Run the program as `python -m MODULE ARGUMENTS...` would; in a fork of the agent."""
+    """Run the program in a fork of the agent, as `python -m MODULE ARGUMENTS...` would."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     sys.argv = [module, *arguments]
@@ -190,7 +189,9 @@ def _be_rank(module: str, arguments: list[str]) -> None:
         return
     except SystemExit as end:
         code = end.code
-    except BaseException:  # multiprocessing would tell the agent, and leave the rank's own log without a word
+    except (
+        BaseException
+    ):  # multiprocessing would tell only the agent, and the rank's own log would stay empty
         traceback.print_exc()
     if code:
         sys.stdout.flush()

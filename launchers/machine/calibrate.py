@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pynvml
 
-from launchers.processes import MARKER, Job, inherited_environment, python_path
+from launchers.processes import MARKER, ColdJob, inherited_environment, python_path
 from launchers.watch import logs
-from launchers.watch.classify import failed_ranks
+from launchers.watch.log_text import failed_ranks
 from tuner.core.cluster import Cluster
 from tuner.core.workload import Precision
 from tuner.errors import InputError, MegatuneError
@@ -144,7 +144,7 @@ def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: fl
     argv += ["-m", PROGRAM, str(folder / "plan.json"), str(folder / "calibration.json")]
     environment = {**inherited_environment(), **_environment(plan.machine, folder)}
     deadline_s = time.monotonic() + limit_s
-    job = Job(tuple(argv), environment, folder, log / "torchrun.log")
+    job = ColdJob(tuple(argv), environment, folder, log / "torchrun.log")
     try:
         while not (ended := job.ended()) and time.monotonic() < deadline_s and not stop.wait(_POLL_S):
             pass

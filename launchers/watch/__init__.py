@@ -1,1 +1,1 @@
-"""What watches a running job and judges how it ended: heartbeats, limits, logs, telemetry, evidence; starts nothing."""
+"""Watches a running job and judges how it ended: heartbeats, limits, logs, telemetry, evidence; starts nothing."""

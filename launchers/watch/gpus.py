@@ -1,6 +1,8 @@
-"""GPUs as free after a trial as before it: asked of the driver, never of torch, which would take memory itself."""
+"""Tells whether GPUs are as free after a trial as before it.
 
-import os
+It asks the driver and never torch, which would take memory of a GPU itself.
+"""
+
 import threading
 import time
 from dataclasses import dataclass
@@ -9,52 +11,67 @@ from typing import Any
 import pynvml
 
 RELEASE_S = 30.0
-"""How long the driver may take to give back what ended processes held."""
+"""How long the driver may take to give back what ended processes held. Assumed."""
 TOLERANCE_GIB = 0.25
-"""What a GPU's use may grow by without a process of ours: the driver's own state."""
+"""How much a GPU's use may grow without a process of ours. Assumed: above the driver's own state."""
 _GIB = 1024**3
 _POLL_S = 0.5
 _ANSWER_S = 10.0
-"""How long the driver may take to answer."""
+"""How long the driver may take to answer. Assumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSelection:
+    """The GPUs of a job: the first `count` of those that it sees."""
+
+    count: int
+    """0 on CPU."""
+    visible_devices: str | None = None
+    """The job's CUDA_VISIBLE_DEVICES; None where it is not set, and the job sees every GPU."""
+
+    def names(self) -> list[str]:
+        """Return the index or the identifier of each GPU; NVML must be initialised."""
+        return visible(self.visible_devices, pynvml.nvmlDeviceGetCount())[: self.count]
 
 
 @dataclass(frozen=True, slots=True)
 class GpuUse:
-    """What is held of one GPU, and by whom."""
+    """How much memory of one GPU is in use, and by which processes."""
 
     name: str
     used_gib: float
     pids: tuple[int, ...] = ()
 
 
-def gpus_in_use(count: int) -> tuple[GpuUse, ...]:
-    """Ask for the first `count` GPUs that a job sees; nothing where the driver does not answer."""
+def gpus_in_use(selection: GpuSelection) -> tuple[GpuUse, ...]:
+    """Ask the driver for the use of each selected GPU; empty where the driver does not answer."""
     answers: list[tuple[GpuUse, ...]] = []
-    if count:  # in a thread, since the driver may wait for a broken GPU for ever
-        thread = threading.Thread(target=lambda: answers.append(_ask(count)), daemon=True)
+    if selection.count:  # in a thread, since the driver may wait for a broken GPU for ever
+        thread = threading.Thread(target=lambda: answers.append(_ask(selection)), daemon=True)
         thread.start()
         thread.join(_ANSWER_S)
     return answers[0] if answers else ()
 
 
-def _ask(count: int) -> tuple[GpuUse, ...]:
+def _ask(selection: GpuSelection) -> tuple[GpuUse, ...]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
     try:
-        names = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), pynvml.nvmlDeviceGetCount())
-        return tuple(_use(name) for name in names[:count])
+        return tuple(_use(name) for name in selection.names())
     except pynvml.NVMLError:
         return ()
     finally:
         pynvml.nvmlShutdown()
 
 
-def wait_for_release(before: tuple[GpuUse, ...], limit_s: float = RELEASE_S) -> tuple[str, ...]:
-    """Wait until the GPUs are as free as they were; returns a line for each that is not within `limit_s`."""
+def wait_for_release(
+    selection: GpuSelection, before: tuple[GpuUse, ...], limit_s: float = RELEASE_S
+) -> tuple[str, ...]:
+    """Wait until the GPUs are as free as they were; return one line for each that is not within `limit_s`."""
     deadline_s = time.monotonic() + limit_s
-    while before and (held := still_held(before, gpus_in_use(len(before)))):
+    while before and (held := still_held(before, gpus_in_use(selection))):
         if time.monotonic() > deadline_s:
             return held
         time.sleep(_POLL_S)
@@ -62,7 +79,7 @@ def wait_for_release(before: tuple[GpuUse, ...], limit_s: float = RELEASE_S) -> 
 
 
 def still_held(before: tuple[GpuUse, ...], now: tuple[GpuUse, ...]) -> tuple[str, ...]:
-    """Say which GPUs are fuller than they were, by how much, and whose processes are there."""
+    """Return one line for each GPU that is fuller than it was: by how much, and whose processes are there."""
     if len(now) < len(before):
         return (f"the driver answers for {len(now)} GPUs, before the trial for {len(before)}",)
     return tuple(
@@ -73,15 +90,15 @@ def still_held(before: tuple[GpuUse, ...], now: tuple[GpuUse, ...]) -> tuple[str
     )
 
 
-def visible(selected: str | None, count: int) -> list[str]:
-    """The indices or identifiers of CUDA_VISIBLE_DEVICES in its order, else every index."""
-    if selected is None:
+def visible(visible_devices: str | None, count: int) -> list[str]:
+    """Return the indices or identifiers in CUDA_VISIBLE_DEVICES in its order; every index where it is not set."""
+    if visible_devices is None:
         return [str(index) for index in range(count)]
-    return [name for part in selected.split(",") if (name := part.strip())]
+    return [name for part in visible_devices.split(",") if (name := part.strip())]
 
 
 def handle_of(name: str) -> Any:
-    """NVML's handle of a GPU that `visible` names."""
+    """Return NVML's handle of a GPU that `visible` names."""
     if name.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(name))
     return pynvml.nvmlDeviceGetHandleByUUID(name)

@@ -1,18 +1,18 @@
-"""The output of a job: bounded in size while it grows, and read from its end."""
+"""Bounds the output of a job in size while it grows, and reads it from its end."""
 
 from pathlib import Path
 
 KEPT_BYTES = 1 << 20
-"""What is kept of a file that was cut, from its start and from its end each."""
+"""How much is kept of the start of a file that is cut, and how much of its end."""
 
 
 def bound(folder: Path, limit_bytes: int) -> dict[Path, bytes]:
     """Cut the files under `folder` to their heads once they take more than `limit_bytes` on disk together.
 
-    Their writers go on where they were, which leaves a hole that takes no space.
+    Their writers go on at the position they had reached, which leaves a hole that takes no space.
 
     Returns:
-        The files that were cut, and their tails until then: for `close_gap`, once their writers are gone.
+        The tail that each cut file had. `close_gap` takes it once the file's writer is gone.
     """
     sizes = {path: path.stat().st_blocks * 512 for path in folder.rglob("*.log")}
     if sum(sizes.values()) <= limit_bytes:
@@ -21,24 +21,30 @@ def bound(folder: Path, limit_bytes: int) -> dict[Path, bytes]:
 
 
 def _cut(path: Path) -> bytes:
+    """Cut a file to its head; return the tail that it had."""
     with path.open("r+b") as file:
         file.seek(max(KEPT_BYTES, file.seek(0, 2) - KEPT_BYTES))
-        end = file.read()
+        file_tail = file.read()
         file.truncate(KEPT_BYTES)
-    return end.replace(b"\0", b"")
+    return file_tail.replace(b"\0", b"")
 
 
-def close_gap(path: Path, earlier: bytes) -> None:
-    """Rewrite a cut file as its head, a line that says so, and its tail, which `earlier` may begin."""
+def close_gap(path: Path, earlier_tail: bytes) -> None:
+    """Rewrite a cut file as its head, a line that says so, and its newest output.
+
+    Args:
+        path: The file.
+        earlier_tail: The tail that the file had when it was cut; it precedes what was written since.
+    """
     with path.open("rb") as file:
         head = file.read(KEPT_BYTES)
         file.seek(max(KEPT_BYTES, file.seek(0, 2) - KEPT_BYTES))
-        end = (earlier + file.read().replace(b"\0", b""))[-KEPT_BYTES:]
-    path.write_bytes(head + b"\n[... output cut here: the job wrote too much ...]\n" + end)
+        newest = (earlier_tail + file.read().replace(b"\0", b""))[-KEPT_BYTES:]
+    path.write_bytes(head + b"\n[... output cut here: the job wrote too much ...]\n" + newest)
 
 
 def tail(path: Path, size_bytes: int = 1 << 16) -> str:
-    """The end of a text file, whatever bytes it holds; empty if there is none."""
+    """Return the end of a file as text, whatever bytes it holds; empty if there is no such file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - size_bytes))

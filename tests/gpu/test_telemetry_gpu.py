@@ -1,4 +1,4 @@
-"""What NVML tells of the real GPUs."""
+"""NVML reports the state of the real GPUs."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launchers.watch.telemetry import Ours, Sampler, summarise
+from launchers.watch.gpus import GpuSelection
+from launchers.watch.meters import OwnProcesses
+from launchers.watch.sampling import Sampler
+from launchers.watch.telemetry import summarise
 from tuner.trial.contract import TrialFolder
 
 pytestmark = [
@@ -15,9 +18,9 @@ pytestmark = [
 ]
 
 
-def test_a_gpu_at_work_tells_its_clock_its_power_and_that_nobody_else_is_there(tmp_path: Path) -> None:
-    assert Ours(tmp_path).holds(0) is False
-    sampler = Sampler(TrialFolder(tmp_path), 1, 60.0, lambda: "measure")
+def test_a_gpu_at_work_reports_its_clock_its_power_and_no_foreign_process(tmp_path: Path) -> None:
+    assert OwnProcesses(tmp_path).holds(0) is False
+    sampler = Sampler(TrialFolder(tmp_path), GpuSelection(1), 60.0, lambda: "measure")
     sampler.start()
     matrix = torch.randn(4096, 4096, device="cuda")
     end_s = time.monotonic() + 2.0

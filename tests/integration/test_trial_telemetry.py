@@ -1,4 +1,4 @@
-"""What a launcher sees of this machine while a real job runs on it."""
+"""A launcher samples this machine while a real job runs on it."""
 
 import json
 import os
@@ -18,7 +18,8 @@ import pytest
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.processes import MARKER
-from launchers.watch.telemetry import FOREIGN_LOAD, CpuMeter, Ours
+from launchers.watch.meters import CpuMeter, OwnProcesses
+from launchers.watch.telemetry import FOREIGN_LOAD
 from tests.integration.programs.measures import TIMED_S
 from tests.trials import CLUSTER, spec_of
 from tuner.core.layout import Layout
@@ -43,8 +44,8 @@ def run(program: str, folder: TrialFolder, launcher: TorchrunLauncher = LAUNCHER
 
 @contextmanager
 def foreign_process() -> Iterator[None]:
-    """A process that keeps a core busy and is no child of ours: its parent has ended."""
-    busy = f"[sys.executable, '-c', {BUSY!r}], stdout=subprocess.DEVNULL"  # our pipe would wait for it
+    """Keep a core busy with a process that is no child of ours, since its parent has ended."""
+    busy = f"[sys.executable, '-c', {BUSY!r}], stdout=subprocess.DEVNULL"  # our pipe would stay open with it
     start = f"import subprocess, sys; print(subprocess.Popen({busy}).pid)"
     pid = int(subprocess.check_output([sys.executable, "-c", start]))
     try:
@@ -81,37 +82,37 @@ def test_the_work_of_the_ranks_and_of_the_tuners_children_is_not_foreign(tmp_pat
         own_child.wait()
     samples = [json.loads(line) for line in folder.telemetry.read_text().splitlines()]
     timed = [sample["cpu"] | sample for sample in samples if sample["phase"] == "measure"]
-    told = [sample for sample in timed if sample["own_s"] is not None]
-    assert len(told) >= 2
-    busy_s, own_s, window_s = (told[-1][key] - told[0][key] for key in ("busy_s", "own_s", "time_s"))
+    counted = [sample for sample in timed if sample["own_s"] is not None]
+    assert len(counted) >= 2
+    busy_s, own_s, window_s = (counted[-1][key] - counted[0][key] for key in ("busy_s", "own_s", "time_s"))
     used_s = sum(float((folder.path / f"used{rank}.txt").read_text()) for rank in range(2))
     assert own_s > 0.7 * used_s * window_s / TIMED_S
     assert result.telemetry is not None
     assert result.telemetry.samples == len(timed)
     assert result.telemetry.foreign_load == pytest.approx(max(0.0, (busy_s - own_s) / window_s))
-    # Two ranks and the child want more cores than a small machine has: what is left of them is foreign.
+    # Two ranks and the child claim more cores than a small machine has, so other processes get the rest only.
     assert result.telemetry.foreign_load < len(os.sched_getaffinity(0)) - own_s / window_s + 0.15
 
 
-def test_a_process_is_ours_by_the_marker_of_its_trial_or_of_its_sweep(tmp_path: Path) -> None:
+def test_a_process_is_the_trials_by_the_marker_of_the_trial_or_of_the_sweep(tmp_path: Path) -> None:
     trial = tmp_path / "night" / "trials" / "t0003"
-    ours = Ours(trial)
+    own = OwnProcesses(trial)
     code = "import time; time.sleep(60)"
     markers = {trial: True, tmp_path / "night": True, tmp_path / "night" / "trials" / "t0004": False}
     for marker, expected in markers.items():
         child = subprocess.Popen([sys.executable, "-c", code], env={MARKER: str(marker)})
         try:
-            assert ours.holds(child.pid) is expected
+            assert own.holds(child.pid) is expected
         finally:
             child.kill()
             child.wait()
-    assert ours.holds(os.getpid())
-    assert not ours.holds(1)
-    assert os.getpid() in {process.pid for process in ours.processes()}
+    assert own.holds(os.getpid())
+    assert not own.holds(1)
+    assert os.getpid() in {process.pid for process in own.processes()}
 
 
 def test_a_look_at_the_cpu_takes_less_than_a_hundredth_of_a_core(tmp_path: Path) -> None:
-    meter = CpuMeter(Ours(tmp_path))
+    meter = CpuMeter(OwnProcesses(tmp_path))
     meter.read("measure")
     began_s = time.thread_time()
     for _ in range(50):

@@ -1,12 +1,14 @@
-"""Every way a trial can end is recognised from its evidence."""
+"""Every way in which a trial can end is recognised from its evidence."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launchers.watch.classify import Evidence, classify, failed_ranks
+from launchers.watch.classify import classify
+from launchers.watch.evidence import Evidence
 from launchers.watch.limits import Ending
+from launchers.watch.log_text import failed_ranks
 from tests.trials import metrics_of
 from tuner.trial.contract import Failure, Heartbeat, Limits, Outcome, Phase, RankRecord, TrialResult
 
@@ -58,11 +60,11 @@ def test_the_report_gives_the_exit_codes_with_the_root_cause_first() -> None:
 
 def test_a_result_counts_only_if_every_rank_ended_well() -> None:
     assert classify(replace(ENDED, exit_code=0, result=COMPLETED)).outcome is Outcome.COMPLETED
-    verdict = classify(replace(ENDED, exit_code=1, result=COMPLETED, exit_codes={1: 3}))
-    assert (verdict.outcome, verdict.rank) == (Outcome.INFRASTRUCTURE, 1)
+    judgement = classify(replace(ENDED, exit_code=1, result=COMPLETED, exit_codes={1: 3}))
+    assert (judgement.outcome, judgement.rank) == (Outcome.INFRASTRUCTURE, 1)
 
 
-def test_what_the_program_decided_itself_stands() -> None:
+def test_a_result_that_the_program_decided_itself_stands() -> None:
     slow = TrialResult(outcome=Outcome.TOO_SLOW, reason="cannot beat 100 ms", phase="measure")
     assert classify(replace(ENDED, exit_code=0, result=slow)).outcome is Outcome.TOO_SLOW
     nan = TrialResult(outcome=Outcome.NAN, reason="loss is nan", phase="warmup", rank=0)
@@ -73,8 +75,8 @@ def test_what_the_program_decided_itself_stands() -> None:
 def test_a_lost_connection_is_the_consequence_of_another_failure(
     records: tuple[RankRecord, ...],
 ) -> None:
-    verdict = classify(replace(ENDED, records=records))
-    assert (verdict.outcome, verdict.rank, verdict.phase) == (Outcome.OOM, 1, "measure")
+    judgement = classify(replace(ENDED, records=records))
+    assert (judgement.outcome, judgement.rank, judgement.phase) == (Outcome.OOM, 1, "measure")
 
 
 def test_a_lost_connection_is_the_consequence_even_where_its_clock_is_early() -> None:
@@ -82,23 +84,23 @@ def test_a_lost_connection_is_the_consequence_even_where_its_clock_is_early() ->
     assert classify(replace(ENDED, records=(early, OOM))).rank == 1
 
 
-def test_of_several_failures_the_earliest_is_the_cause() -> None:
+def test_the_earliest_of_several_failures_is_the_cause() -> None:
     later = failed(0, "RuntimeError", "shape mismatch", 60.0, step=0)
     assert classify(replace(ENDED, records=(later, OOM))).outcome is Outcome.OOM
 
 
 def test_a_lost_connection_alone_is_communication() -> None:
-    verdict = classify(replace(ENDED, records=(PEER,)))
-    assert (verdict.outcome, verdict.rank) == (Outcome.COMMUNICATION, 0)
+    judgement = classify(replace(ENDED, records=(PEER,)))
+    assert (judgement.outcome, judgement.rank) == (Outcome.COMMUNICATION, 0)
 
 
-def test_a_failure_after_we_ended_the_job_is_our_doing() -> None:
+def test_a_failure_after_the_launcher_ended_the_job_is_its_consequence() -> None:
     after = replace(ENDED, records=(PEER,), ended_at_s=50.5)
     assert classify(replace(after, ending="stop")).outcome is Outcome.INTERRUPTED
     assert classify(replace(after, ending="step")).outcome is Outcome.HANG
 
 
-def test_a_failure_before_we_ended_the_job_is_why_the_others_hung() -> None:
+def test_a_failure_before_the_launcher_ended_the_job_is_the_cause() -> None:
     assert classify(replace(ENDED, records=(OOM,), ending="step", ended_at_s=90.0)).outcome is Outcome.OOM
 
 
@@ -111,11 +113,13 @@ def test_a_failure_before_we_ended_the_job_is_why_the_others_hung() -> None:
         ("trial", Outcome.TIMEOUT, "1800 s (limits.trial_s)"),
     ],
 )
-def test_what_we_ended_says_why(ending: Ending, outcome: Outcome, word: str) -> None:
+def test_a_job_that_the_launcher_ended_is_judged_by_the_reason(
+    ending: Ending, outcome: Outcome, word: str
+) -> None:
     evidence = replace(ENDED, ending=ending, exit_code=-15, exit_codes={0: -15, 1: -15})
-    verdict = classify(evidence)
-    assert (verdict.outcome, verdict.phase) == (outcome, "measure")
-    assert word in verdict.reason
+    judgement = classify(evidence)
+    assert (judgement.outcome, judgement.phase) == (outcome, "measure")
+    assert word in judgement.reason
 
 
 @pytest.mark.parametrize(
@@ -129,54 +133,56 @@ def test_what_we_ended_says_why(ending: Ending, outcome: Outcome, word: str) -> 
 )
 def test_every_allocators_text_is_out_of_memory(line: str) -> None:
     tails = {0: "all fine\n", 1: f"step 4\n{line}\nbye\n"}
-    verdict = classify(replace(ENDED, exit_codes={1: 1}, tails=tails, records=(PEER,)))
-    assert (verdict.outcome, verdict.rank, verdict.reason) == (Outcome.OOM, 1, line)
+    judgement = classify(replace(ENDED, exit_codes={1: 1}, tails=tails, records=(PEER,)))
+    assert (judgement.outcome, judgement.rank, judgement.reason) == (Outcome.OOM, 1, line)
 
 
 def test_a_kill_by_the_kernel_is_out_of_memory_and_another_is_not() -> None:
     killed = replace(ENDED, exit_codes=failed_ranks(REPORT), records=(PEER,))
     assert classify(replace(killed, host_oom_kills=1)).outcome is Outcome.OOM
-    verdict = classify(killed)
-    assert (verdict.outcome, verdict.rank) == (Outcome.INFRASTRUCTURE, 1)
-    assert "SIGKILL, which nobody here sent" in verdict.reason
+    judgement = classify(killed)
+    assert (judgement.outcome, judgement.rank) == (Outcome.INFRASTRUCTURE, 1)
+    assert "SIGKILL, which nobody here sent" in judgement.reason
 
 
 @pytest.mark.parametrize("other", [-9, -15, 1])
-def test_what_torchrun_does_to_the_other_ranks_says_nothing(other: int) -> None:
+def test_how_torchrun_ends_the_other_ranks_does_not_count(other: int) -> None:
     nan = TrialResult(outcome=Outcome.NAN, reason="loss is nan", phase="warmup", rank=0)
     ended = replace(ENDED, exit_codes={0: 1, 1: other}, host_oom_kills=1)
     assert classify(replace(ended, result=nan)).outcome is Outcome.NAN
-    verdict = classify(ended)
-    assert (verdict.outcome, verdict.rank) == (Outcome.INFRASTRUCTURE, 0)
-    assert "rank 0 ended with exit code 1" in verdict.reason
+    judgement = classify(ended)
+    assert (judgement.outcome, judgement.rank) == (Outcome.INFRASTRUCTURE, 0)
+    assert "rank 0 ended with exit code 1" in judgement.reason
 
 
 def test_a_signal_of_the_first_failing_rank_comes_before_what_the_others_saw() -> None:
     lost = TrialResult(outcome=Outcome.COMMUNICATION, reason="connection closed", phase="measure", rank=0)
-    verdict = classify(replace(ENDED, result=lost, records=(PEER,), exit_codes={1: -11, 0: 1}))
-    assert (verdict.outcome, verdict.rank) == (Outcome.INFRASTRUCTURE, 1)
+    judgement = classify(replace(ENDED, result=lost, records=(PEER,), exit_codes={1: -11, 0: 1}))
+    assert (judgement.outcome, judgement.rank) == (Outcome.INFRASTRUCTURE, 1)
 
 
 @pytest.mark.parametrize(("written_s", "outcome"), [(49.0, Outcome.NAN), (51.0, Outcome.HANG)])
-def test_a_result_written_after_we_ended_the_job_is_our_doing(written_s: float, outcome: Outcome) -> None:
+def test_a_result_written_after_the_launcher_ended_the_job_does_not_count(
+    written_s: float, outcome: Outcome
+) -> None:
     nan = TrialResult(outcome=Outcome.NAN, reason="loss is nan", phase="warmup", rank=0)
     ended = replace(ENDED, ending="step", ended_at_s=50.0, exit_codes={0: -9, 1: -9})
     assert classify(replace(ended, result=nan, result_at_s=written_s)).outcome is outcome
 
 
-def test_a_hang_says_how_long_it_was_silent_and_why_that_is_too_long() -> None:
-    verdict = classify(replace(ENDED, ending="step", ended_at_s=50.0, silence_s=42.5))
+def test_a_hang_states_its_silence_and_why_it_is_too_long() -> None:
+    judgement = classify(replace(ENDED, ending="step", ended_at_s=50.0, silence_s=42.5))
     assert (
         "no heartbeat for 42.5 s (20 times the slowest step so far, at least 30 s) after step 4"
-        in verdict.reason
+        in judgement.reason
     )
 
 
 def test_gpus_that_are_not_given_back_override_even_a_measurement() -> None:
     held = ("GPU 0 holds 13.50 GiB, 1.00 GiB before the trial (processes: 4242)",)
-    verdict = classify(replace(ENDED, exit_code=0, result=COMPLETED, held_gpus=held))
-    assert verdict.outcome is Outcome.INFRASTRUCTURE
-    assert "processes: 4242" in verdict.reason
+    judgement = classify(replace(ENDED, exit_code=0, result=COMPLETED, held_gpus=held))
+    assert judgement.outcome is Outcome.INFRASTRUCTURE
+    assert "processes: 4242" in judgement.reason
 
 
 FULL = "[Errno 28] No space left on device"
@@ -191,28 +197,28 @@ FULL = "[Errno 28] No space left on device"
     ],
     ids=["recorded", "printed", "nothing could be written"],
 )
-def test_a_full_disk_is_told_with_the_trials_folder(evidence: Evidence) -> None:
-    verdict = classify(replace(evidence, folder=Path("/nights/t0007")))
-    assert verdict.outcome is Outcome.INFRASTRUCTURE
-    assert "no space left in measure on the disk of /nights/t0007" in verdict.reason
+def test_a_full_disk_is_reported_with_the_trials_folder(evidence: Evidence) -> None:
+    judgement = classify(replace(evidence, folder=Path("/nights/t0007")))
+    assert judgement.outcome is Outcome.INFRASTRUCTURE
+    assert "no space left in measure on the disk of /nights/t0007" in judgement.reason
 
 
-def test_a_port_that_is_taken_is_communication_however_it_is_told() -> None:
+def test_a_port_that_is_taken_is_communication_wherever_it_is_reported() -> None:
     recorded = failed(0, "OSError", "[Errno 98] Address already in use", 50.0, "startup", 0)
     torch = (
         "The server socket has failed to listen. code: -98, name: EADDRINUSE, message: address already in use"
     )
-    told = (
+    lost_ports = (
         replace(ENDED, records=(recorded,)),
         replace(ENDED, records=(failed(0, "torch.distributed.DistNetworkError", torch, 50.0, "startup", 0),)),
         replace(ENDED, launcher_tail=f"torch.distributed.DistNetworkError: {torch}"),
     )
-    assert {classify(each).outcome for each in told} == {Outcome.COMMUNICATION}
+    assert {classify(each).outcome for each in lost_ports} == {Outcome.COMMUNICATION}
 
 
-def test_the_kernel_may_also_choose_the_launcher_itself() -> None:
-    verdict = classify(replace(ENDED, exit_code=-9, host_oom_kills=1))
-    assert (verdict.outcome, verdict.rank) == (Outcome.OOM, None)
+def test_the_kernel_may_also_kill_the_launcher_for_memory() -> None:
+    judgement = classify(replace(ENDED, exit_code=-9, host_oom_kills=1))
+    assert (judgement.outcome, judgement.rank) == (Outcome.OOM, None)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +230,7 @@ def test_the_kernel_may_also_choose_the_launcher_itself() -> None:
         ("CUDA error: an illegal memory access was encountered", Outcome.INFRASTRUCTURE),
     ],
 )
-def test_an_abort_is_told_by_its_last_words(tail: str, outcome: Outcome) -> None:
+def test_an_abort_is_judged_by_its_last_words(tail: str, outcome: Outcome) -> None:
     assert classify(replace(ENDED, exit_codes={1: -6}, tails={1: tail})).outcome is outcome
 
 
@@ -241,36 +247,36 @@ def test_an_exception_that_no_rank_recorded_is_read_from_the_log(
 ) -> None:
     tail = f"Traceback (most recent call last):\n  File 'x.py', line 1\n{exception}\n"
     heartbeat = Heartbeat(phase=phase, step=step, time_s=1.0)
-    verdict = classify(replace(ENDED, heartbeat=heartbeat, exit_codes={0: 1}, tails={0: tail}))
-    assert (verdict.outcome, verdict.phase, verdict.rank) == (outcome, phase, 0)
-    assert exception.partition(": ")[2] in verdict.reason
+    judgement = classify(replace(ENDED, heartbeat=heartbeat, exit_codes={0: 1}, tails={0: tail}))
+    assert (judgement.outcome, judgement.phase, judgement.rank) == (outcome, phase, 0)
+    assert exception.partition(": ")[2] in judgement.reason
 
 
 def test_a_failed_rendezvous_is_communication() -> None:
     text = "torch.distributed.elastic.rendezvous.api.RendezvousConnectionError: no connection"
-    verdict = classify(replace(ENDED, heartbeat=None, launcher_tail=text))
-    assert (verdict.outcome, verdict.phase) == (Outcome.COMMUNICATION, "startup")
+    judgement = classify(replace(ENDED, heartbeat=None, launcher_tail=text))
+    assert (judgement.outcome, judgement.phase) == (Outcome.COMMUNICATION, "startup")
 
 
 def test_a_process_that_cannot_be_ended_overrides_everything() -> None:
-    verdict = classify(replace(ENDED, exit_code=0, result=COMPLETED, survivors=(4242,)))
-    assert verdict.outcome is Outcome.INFRASTRUCTURE
-    assert "process 4242" in verdict.reason
+    judgement = classify(replace(ENDED, exit_code=0, result=COMPLETED, survivors=(4242,)))
+    assert judgement.outcome is Outcome.INFRASTRUCTURE
+    assert "process 4242" in judgement.reason
 
 
 def test_an_end_without_any_evidence_is_infrastructure_and_quotes_the_last_words() -> None:
-    verdict = classify(replace(ENDED, exit_codes={1: 3}, tails={0: "zero", 1: "first\nlast words here\n"}))
-    assert (verdict.outcome, verdict.rank) == (Outcome.INFRASTRUCTURE, 1)
-    assert "exit code 3" in verdict.reason and "last words here" in verdict.reason
+    judgement = classify(replace(ENDED, exit_codes={1: 3}, tails={0: "zero", 1: "first\nlast words here\n"}))
+    assert (judgement.outcome, judgement.rank) == (Outcome.INFRASTRUCTURE, 1)
+    assert "exit code 3" in judgement.reason and "last words here" in judgement.reason
 
 
-def test_a_result_that_cannot_be_read_is_said_so() -> None:
-    verdict = classify(replace(ENDED, exit_code=0, result_error="result.json: is not JSON"))
-    assert verdict.outcome is Outcome.INFRASTRUCTURE
-    assert "result.json: is not JSON" in verdict.reason
+def test_a_result_that_cannot_be_read_is_reported_as_such() -> None:
+    judgement = classify(replace(ENDED, exit_code=0, result_error="result.json: is not JSON"))
+    assert judgement.outcome is Outcome.INFRASTRUCTURE
+    assert "result.json: is not JSON" in judgement.reason
 
 
 def test_every_reason_is_one_line() -> None:
     message = "CUDA out of memory.\n  Tried\tto allocate\n" + "x" * 5000
-    verdict = classify(replace(ENDED, records=(failed(1, "torch.OutOfMemoryError", message, 50.0),)))
-    assert "\n" not in verdict.reason and len(verdict.reason) <= 400
+    judgement = classify(replace(ENDED, records=(failed(1, "torch.OutOfMemoryError", message, 50.0),)))
+    assert "\n" not in judgement.reason and len(judgement.reason) <= 400

@@ -1,4 +1,4 @@
-"""What samples of the machine amount to, and when they make a measurement suspect."""
+"""Samples of the machine are read in our units, summed up, and make a measurement suspect where it was disturbed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.watch.telemetry import MOST_SHARE, Cpu, Gpu, Sample, pause_s, read_gpu, summarise, suspicions
+from launchers.watch.meters import CpuReading, GpuReading, Sample, read_gpu
+from launchers.watch.sampling import MOST_SHARE, pause_s
+from launchers.watch.telemetry import summarise, suspicions
 from tuner.trial.contract import Phase, Telemetry
 
-QUIET = Gpu(
+QUIET = GpuReading(
     clock_mhz=1980.0,
     power_w=640.0,
     energy_j=None,
@@ -24,12 +26,12 @@ QUIET = Gpu(
 GIB = 1024**3
 
 
-def of_gpus(*readings: Gpu, phase: Phase = "measure", time_s: float = 0.0) -> Sample:
+def of_gpus(*readings: GpuReading, phase: Phase = "measure", time_s: float = 0.0) -> Sample:
     return Sample(time_s=time_s, phase=phase, gpus=readings)
 
 
 def of_cpu(time_s: float, busy_s: float, own_s: float | None, phase: Phase = "measure") -> Sample:
-    return Sample(time_s=time_s, phase=phase, cpu=Cpu(clock_mhz=2600.0, busy_s=busy_s, own_s=own_s))
+    return Sample(time_s=time_s, phase=phase, cpu=CpuReading(clock_mhz=2600.0, busy_s=busy_s, own_s=own_s))
 
 
 def test_only_the_timed_steps_count() -> None:
@@ -43,7 +45,7 @@ def test_only_the_timed_steps_count() -> None:
     assert suspicions(telemetry, cores=16) == ()
 
 
-def test_power_is_that_of_all_gpus_and_energy_a_token_follows_from_the_rate() -> None:
+def test_power_sums_over_all_gpus_and_energy_per_token_follows_from_the_rate() -> None:
     telemetry = summarise([of_gpus(QUIET, QUIET), of_gpus(QUIET, replace(QUIET, power_w=660.0))], 26_000.0)
     assert telemetry is not None
     assert telemetry.power_w == pytest.approx(1290.0)
@@ -64,13 +66,13 @@ def test_energy_counters_are_believed_before_power_readings_which_lag() -> None:
     assert blink.power_w == pytest.approx(295.0), "over so short a time the counter is too coarse"
 
 
-def test_a_gpu_that_tells_no_power_leaves_the_sum_unknown() -> None:
+def test_a_gpu_without_a_power_reading_leaves_the_sum_unknown() -> None:
     telemetry = summarise([of_gpus(QUIET, replace(QUIET, power_w=None))], 100.0)
     assert telemetry is not None
     assert telemetry.power_w is None
 
 
-def test_foreign_load_is_what_the_cores_did_beyond_ours() -> None:
+def test_foreign_load_is_the_load_beyond_our_own() -> None:
     samples = [of_cpu(0.0, 100.0, None), of_cpu(1.0, 102.0, 50.0), of_cpu(3.0, 106.0, 53.0)]
     telemetry = summarise([*samples, of_cpu(4.0, 108.0, None)], None)
     assert telemetry is not None
@@ -80,7 +82,7 @@ def test_foreign_load_is_what_the_cores_did_beyond_ours() -> None:
 
 
 @pytest.mark.parametrize("end_s", [1.0, 1.4])
-def test_a_short_look_tells_of_no_load(end_s: float) -> None:
+def test_samples_over_a_short_time_give_no_load(end_s: float) -> None:
     telemetry = summarise([of_cpu(1.0, 102.0, 50.0), of_cpu(end_s, 103.0, 50.0)], None)
     assert telemetry is not None
     assert telemetry.foreign_load is None
@@ -92,7 +94,7 @@ def test_a_short_look_tells_of_no_load(end_s: float) -> None:
         max_size=8,
     )
 )
-def test_whatever_was_sampled_can_be_summed_up(readings: list[tuple[float, float, float | None]]) -> None:
+def test_any_samples_can_be_summed_up(readings: list[tuple[float, float, float | None]]) -> None:
     samples = [of_cpu(*reading) for reading in sorted(readings, key=lambda reading: reading[0])]
     telemetry = summarise(samples, 1.0)
     assert (telemetry is None) is (not samples)
@@ -147,7 +149,7 @@ def raises(code: int) -> Callable[..., Any]:
 
 
 def nvml(**functions: Any) -> SimpleNamespace:
-    """The functions of NVML as an H100 at work answers them, but for those given."""
+    """Return the functions of NVML as an H100 at work answers them, with those given in their place."""
     answers = {
         "nvmlDeviceGetPowerUsage": lambda handle: 641_250,
         "nvmlDeviceGetTotalEnergyConsumption": lambda handle: 91_234_567_890,
@@ -166,7 +168,7 @@ def process(pid: int, used_gib: float | None) -> SimpleNamespace:
     return SimpleNamespace(pid=pid, usedGpuMemory=None if used_gib is None else int(used_gib * GIB))
 
 
-def is_ours(pid: int) -> bool:
+def is_own(pid: int) -> bool:
     return pid == 7
 
 
@@ -175,7 +177,7 @@ def test_every_function_that_is_asked_for_is_one_of_nvml() -> None:
 
 
 def test_a_gpu_is_read_in_our_units() -> None:
-    assert read_gpu(nvml(), "handle", is_ours) == Gpu(
+    assert read_gpu(nvml(), "handle", is_own) == GpuReading(
         clock_mhz=1755,
         power_w=641.25,
         energy_j=91_234_567.89,
@@ -186,10 +188,10 @@ def test_a_gpu_is_read_in_our_units() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in vars(nvml()) if name.startswith("nvmlDevice")])
-def test_what_a_gpu_does_not_tell_is_left_out_and_the_rest_is_read(name: str) -> None:
-    usual = read_gpu(nvml(), "handle", is_ours)
-    found = read_gpu(nvml(**{name: raises(pynvml.NVML_ERROR_NOT_SUPPORTED)}), "handle", is_ours)
-    changed = [field for field in Gpu.__slots__ if getattr(found, field) != getattr(usual, field)]
+def test_a_figure_that_a_gpu_lacks_is_left_out_and_the_rest_is_read(name: str) -> None:
+    usual = read_gpu(nvml(), "handle", is_own)
+    found = read_gpu(nvml(**{name: raises(pynvml.NVML_ERROR_NOT_SUPPORTED)}), "handle", is_own)
+    changed = [field for field in GpuReading.__slots__ if getattr(found, field) != getattr(usual, field)]
     assert len(changed) == 1
     assert getattr(found, changed[0]) in (None, ())
 
@@ -213,7 +215,7 @@ def test_throttle_reasons_are_nvmls_but_for_those_that_are_no_trouble(
     mask: int, reasons: tuple[str, ...]
 ) -> None:
     functions = nvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: mask)
-    assert read_gpu(functions, "handle", is_ours).throttle_reasons == reasons
+    assert read_gpu(functions, "handle", is_own).throttle_reasons == reasons
 
 
 @pytest.mark.parametrize(
@@ -226,9 +228,9 @@ def test_throttle_reasons_are_nvmls_but_for_those_that_are_no_trouble(
         ([process(7, 60.0), process(8, None)], 0.0),
     ],
 )
-def test_foreign_memory_is_told_where_ours_is_known(processes: list[Any], foreign_gib: float | None) -> None:
+def test_foreign_memory_is_known_where_our_own_is(processes: list[Any], foreign_gib: float | None) -> None:
     functions = nvml(nvmlDeviceGetComputeRunningProcesses=lambda handle: processes)
-    assert read_gpu(functions, "handle", is_ours).foreign_memory_gib == foreign_gib
+    assert read_gpu(functions, "handle", is_own).foreign_memory_gib == foreign_gib
 
 
 @given(st.floats(0, 1e5), st.floats(0, 1.0), st.floats(1.0, 60.0))

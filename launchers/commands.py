@@ -1,0 +1,110 @@
+"""What a trial's job runs: the command of its program and the environment, whatever starts it."""
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+
+from launchers.processes import MARKER, python_path
+from tuner.core.environment import cuda_environment
+from tuner.core.layout import KNOBS, data_parallel_size, num_microbatches
+from tuner.errors import InputError, did_you_mean
+from tuner.frameworks.megatron_bridge.override import bridge_words
+from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
+from tuner.frameworks.megatron_lm.trial_command import trial_words
+from tuner.trial.contract import TrialFolder, TrialSpec
+from tuner.trial.program import BridgeRecipe, Command, MegatronLm, fill
+
+PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}
+"""The module of each program that a spec may name."""
+
+BRIDGE = "launchers.programs.megatron_bridge"
+"""The module that runs a recipe of Megatron Bridge."""
+
+COMMAND = "launchers.programs.command"
+"""The module that runs any other program."""
+
+
+def job_argv(
+    spec: TrialSpec, folder: TrialFolder, torchrun: tuple[str, ...], programs: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return the command line of a trial's job.
+
+    Args:
+        spec: The trial.
+        folder: Its folder.
+        torchrun: The words that start one rank per GPU, up to the program's own words.
+        programs: The module of each program that the spec may name.
+
+    Raises:
+        InputError: if `programs` lacks the spec's program.
+    """
+    files = (str(folder.spec), str(folder.path))
+    if isinstance(spec.program, Command):  # which processes it starts is for the command itself to say
+        return (sys.executable, "-m", COMMAND, *files, *filled_command(spec, folder))
+    if isinstance(spec.program, MegatronLm):
+        steps = spec.measurement.warmup_steps + spec.measurement.max_steps
+        words = trial_words(spec.program.megatron_lm, spec.layout, spec.workload, steps)
+        # Its output is what is measured, so none of it may go into files of the ranks.
+        return (sys.executable, "-m", COMMAND, *files, *torchrun, "--redirects=0", *words)
+    if isinstance(spec.program, BridgeRecipe):
+        return (*torchrun, "-m", BRIDGE, *files)
+    if spec.program not in programs:
+        raise InputError(
+            f"key 'program': unknown program '{spec.program}'{did_you_mean(spec.program, programs)}"
+            f"; known: {', '.join(sorted(programs))}"
+        )
+    return (*torchrun, "-m", programs[spec.program], *files)
+
+
+def filled_command(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
+    """Return the words of a spec's command with its placeholders filled in.
+
+    Raises:
+        TypeError: if the spec's program is no command.
+    """
+    if not isinstance(spec.program, Command):
+        raise TypeError(f"program '{spec.program}' is no command")
+    workload, cluster, layout = spec.workload, spec.cluster, spec.layout
+    dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
+    values = {
+        **{knob: str(getattr(layout, knob)) for knob in KNOBS},
+        "spec": str(folder.spec),
+        "folder": str(folder.path),
+        "seed": str(spec.seed),
+        "steps": str(spec.measurement.warmup_steps + spec.measurement.max_steps),
+        "nodes": str(cluster.nodes),
+        "gpus_per_node": str(cluster.gpus_per_node),
+        "world_size": str(cluster.world_size),
+        "dp": str(dp),
+        "num_microbatches": str(num_microbatches(workload.global_batch_size, layout.micro_batch_size, dp)),
+        "seq_length": str(workload.seq_length),
+        "global_batch_size": str(workload.global_batch_size),
+    }
+    arguments = [word for flag, words in megatron_lm_arguments(layout).items() for word in (flag, *words)]
+    return fill(spec.program.command, values, {"megatron_lm": arguments, "bridge": bridge_words(spec)})
+
+
+def job_environment(spec: TrialSpec, folder: TrialFolder, cores: int, grace_s: float) -> dict[str, str]:
+    """Return the variables that are set on top of the inherited environment.
+
+    Args:
+        spec: The trial.
+        folder: Its folder, which marks the job's processes.
+        cores: CPU cores of a node that the ranks share.
+        grace_s: The time that the ranks get between SIGTERM and SIGKILL.
+    """
+    cluster = spec.cluster
+    on_cpu = cluster.device == "cpu"
+    env = {
+        MARKER: str(folder.path),
+        "PYTHONPATH": os.pathsep.join(python_path()),
+        "PYTHONFAULTHANDLER": "1",
+        "OMP_NUM_THREADS": str(max(1, cores // cluster.world_size) if on_cpu else 1),
+        "GLOO_SOCKET_IFNAME": "lo",
+        # How long torchrun waits for its ranks after SIGTERM; once a rank has failed, it waits 30 s whatever is set.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
+    }
+    if on_cpu:
+        return env
+    return env | cuda_environment(spec.layout, cluster, complete=isinstance(spec.program, BridgeRecipe))

@@ -1,0 +1,201 @@
+"""Runs the plan of a trial to its end, whatever starts the job's processes: the part that all launchers share.
+
+A launcher plans and brings a `Start`; this module prepares the folder, watches the job, ends it, collects the
+evidence, and writes the result.
+"""
+
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from launchers.commands import COMMAND
+from launchers.processes import MARKER, STARTED_AT, RunningJob, end_marked, inherited_environment
+from launchers.watch.classify import Judgement, classify
+from launchers.watch.evidence import Evidence, as_single_rank, launcher_log, rank_logs, with_files
+from launchers.watch.host import HostBefore
+from launchers.watch.limits import LimitWatch
+from launchers.watch.meters import Sample
+from launchers.watch.sampling import Sampler
+from launchers.watch.telemetry import summarise, suspicions
+from launchers.watch.watcher import JobWatcher
+from tuner.core.environment import recorded_environment
+from tuner.files import write_json, write_text
+from tuner.trial.contract import Heartbeat, Outcome, TrialFolder, TrialResult
+from tuner.trial.launcher import LaunchPlan
+
+Start = Callable[[tuple[str, ...], Mapping[str, str], Path, Path], RunningJob]
+"""Starts a command with an environment in a folder, its output appended to a file; raises OSError."""
+
+OnHeartbeat = Callable[[Heartbeat], None]
+
+_RESERVE = ".reserve"
+"""A file that stands in the folder while the job runs: its removal makes room for the result on a full disk."""
+_RESERVE_BYTES = 1 << 18
+"""Assumed: several times the size of a result, its log lines and the ranks' records."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """Runs launch plans. `run` may be called from several threads at once, each with the plan of another trial."""
+
+    start: Start
+    grace_s: float
+    """The time between SIGTERM and SIGKILL."""
+    cores: int
+    """CPU cores that the ranks of a trial share."""
+
+    def run(
+        self, plan: LaunchPlan, stop: threading.Event, on_heartbeat: OnHeartbeat | None = None
+    ) -> TrialResult:
+        """See `tuner.trial.launcher.Launcher.run`."""
+        folder, started_s = TrialFolder(plan.folder), time.monotonic()
+        try:
+            evidence, samples = self._watched(plan, folder, stop, on_heartbeat)
+            result = judged_result(evidence, classify(evidence), folder)
+            result = _with_telemetry(result, samples, plan.world_size, self.cores)
+        except OSError as error:
+            # The disk is full, the folder is gone, or no process can be started: the machine is at fault.
+            reason = f"the trial cannot be run in {folder.path}: {error}"
+            result = TrialResult(outcome=Outcome.INFRASTRUCTURE, reason=reason)
+        durations = replace(result.durations, total_s=time.monotonic() - started_s)
+        finished_at = datetime.now(UTC).isoformat(timespec="seconds")
+        return _written(replace(result, durations=durations, finished_at=finished_at), folder)
+
+    def _watched(
+        self,
+        plan: LaunchPlan,
+        folder: TrialFolder,
+        stop: threading.Event,
+        on_heartbeat: OnHeartbeat | None,
+    ) -> tuple[Evidence, tuple[Sample, ...]]:
+        """Run the job to its end; return what is left of it, and what was sampled of the machine meanwhile."""
+        if survivors := end_marked(plan.env[MARKER], self.grace_s):
+            return Evidence(limits=plan.limits, folder=folder.path, exit_code=None, survivors=survivors), ()
+        _prepare(folder, plan)
+        host = HostBefore.of(plan.gpus, {**os.environ, **plan.env}.get("CUDA_VISIBLE_DEVICES"))
+        watch = LimitWatch(plan.limits, time.monotonic())
+        watcher = JobWatcher(folder, watch, on_heartbeat)
+        environment = {**inherited_environment(), **plan.env, STARTED_AT: repr(time.time())}
+        job = self.start(plan.argv, environment, folder.path, launcher_log(folder))
+        sampler = Sampler(folder, host.gpus, plan.limits.trial_s, lambda: watch.phase)
+        try:
+            sampler.start()
+            ending = watcher.until_end(job, stop)
+            ended_at_s = time.time() if ending else math.inf
+            silence_s, slower_than_ms = watch.silence_s, watch.slower_than_ms(time.monotonic())
+        finally:
+            samples = sampler.end()
+            survivors = job.end(self.grace_s)
+            free_bytes = shutil.disk_usage(folder.path).free
+            (folder.path / _RESERVE).unlink(missing_ok=True)
+            watcher.close_gaps()
+        evidence = Evidence(
+            limits=plan.limits,
+            folder=folder.path,
+            exit_code=job.exit_code,
+            ending=ending,
+            ended_at_s=ended_at_s,
+            silence_s=silence_s,
+            free_bytes=free_bytes,
+            survivors=survivors,
+            held_gpus=host.held_gpus(),
+            heartbeat=watch.heartbeat,
+            slower_than_ms=slower_than_ms,
+            host_oom_kills=host.oom_kills_since(),
+        )
+        evidence = with_files(evidence, folder, plan.world_size)
+        return (as_single_rank(evidence) if COMMAND in plan.argv else evidence), samples
+
+
+def _prepare(folder: TrialFolder, plan: LaunchPlan) -> None:
+    """Make the folder ready for the job: without an earlier attempt's files, with the plan and the planned files."""
+    set_aside(folder)
+    folder.log.mkdir(parents=True)
+    for name, text in plan.files.items():
+        write_text(folder.path / name, text)
+    inherited = recorded_environment(inherited_environment())
+    write_json(folder.plan, {**plan.to_data(), "inherited": inherited})
+    (folder.path / _RESERVE).write_bytes(os.urandom(_RESERVE_BYTES))
+
+
+def set_aside(folder: TrialFolder) -> None:
+    """Move the files of an earlier attempt into a folder of their own.
+
+    The result moves first: while it is there, the trial counts as done.
+    """
+    attempt_paths = (
+        folder.result,
+        folder.heartbeat,
+        folder.ranks,
+        folder.log,
+        folder.plan,
+        folder.telemetry,
+    )
+    stale = [path for path in attempt_paths if path.exists()]
+    if not stale:
+        return
+    attempt = 1
+    while folder.set_aside(attempt).exists():
+        attempt += 1
+    folder.set_aside(attempt).mkdir()
+    for path in stale:
+        path.rename(folder.set_aside(attempt) / path.name)
+
+
+def judged_result(evidence: Evidence, judgement: Judgement, folder: TrialFolder) -> TrialResult:
+    """Return the program's own result where the judgement agrees with it, else its records under our judgement."""
+    reported = evidence.result
+    has_measured = judgement.outcome in {Outcome.COMPLETED, Outcome.TOO_SLOW}
+    if reported and reported.outcome is judgement.outcome and has_measured:
+        return reported
+    reason = judgement.reason
+    if evidence.exit_code != 0:
+        reason += f" (log: {_telling_log(folder, judgement.rank).relative_to(folder.path)})"
+    return replace(
+        reported or TrialResult(outcome=Outcome.INFRASTRUCTURE, reason=""),
+        outcome=judgement.outcome,
+        reason=reason,
+        phase=judgement.phase,
+        rank=judgement.rank,
+        metrics=None,
+        slower_than_ms=evidence.slower_than_ms if judgement.outcome is Outcome.TIMEOUT else None,
+        ranks=evidence.records or (reported.ranks if reported else ()),
+    )
+
+
+def _telling_log(folder: TrialFolder, rank: int | None) -> Path:
+    """Return the file that a reader of a failure opens first: the rank's error output, else the launcher's output."""
+    paths = [] if rank is None else rank_logs(folder).get(rank, [])
+    return next((path for path in paths if path.name == "stderr.log"), launcher_log(folder))
+
+
+def _with_telemetry(
+    result: TrialResult, samples: Sequence[Sample], world_size: int, cores: int
+) -> TrialResult:
+    """Add what the machine did while steps were timed, and whether that disturbed them."""
+    metrics = result.metrics
+    telemetry = summarise(samples, metrics.tokens_per_s_per_gpu * world_size if metrics else None)
+    if telemetry is None:
+        return result
+    return replace(result, telemetry=telemetry, suspicions=suspicions(telemetry, cores))
+
+
+def _written(result: TrialResult, folder: TrialFolder) -> TrialResult:
+    """Write the result; return it, or the failure to write it. A completed trial's own file stands in that case."""
+    try:
+        write_json(folder.result, result)
+    except OSError as error:
+        if result.outcome is not Outcome.COMPLETED:
+            return TrialResult(
+                outcome=Outcome.INFRASTRUCTURE,
+                reason=f"the result cannot be written in {folder.path}: {error}",
+                durations=result.durations,
+                finished_at=result.finished_at,
+            )
+    return result

@@ -1,0 +1,210 @@
+"""Reads what the machine does at one moment: a GPU through NVML, a CPU through the kernel's counters."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import pynvml
+
+from launchers.processes import MARKER
+from launchers.watch.gpus import GpuSelection, handle_of
+from tuner.trial.contract import Phase
+
+_GIB = 1024**3
+
+_THROTTLE_REASONS: Mapping[str, int] = {
+    "SwPowerCap": 0x4,
+    "HwSlowdown": 0x8,
+    "SyncBoost": 0x10,
+    "SwThermalSlowdown": 0x20,
+    "HwThermalSlowdown": 0x40,
+    "HwPowerBrakeSlowdown": 0x80,
+}
+"""Published: bits of nvmlClocksEventReasons in nvml.h. Those that are no trouble are left out: an idle GPU, clocks that
+a user set, and a display's clocks."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuReading:
+    """One reading of a GPU; a field is None where the driver does not say."""
+
+    clock_mhz: float | None
+    """SM clock."""
+    power_w: float | None
+    energy_j: float | None
+    """Energy used since the driver was loaded."""
+    temperature_c: float | None
+    throttle_reasons: tuple[str, ...]
+    """NVML's names of the reasons for which the clock is lowered."""
+    foreign_memory_gib: float | None
+    """Memory that processes other than the trial's hold."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpuReading:
+    """One reading of the cores that the trial may use."""
+
+    clock_mhz: float | None
+    """Mean clock of the cores."""
+    busy_s: float
+    """Busy time of all the cores together since the machine started, with the time that a virtual machine's host took
+    away."""
+    own_s: float | None
+    """CPU time of the trial's processes and of the tuner with its children; None outside the timed steps, and once one
+    of them has ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One look at the machine."""
+
+    time_s: float
+    """Seconds since the epoch."""
+    phase: Phase
+    """The trial's phase."""
+    gpus: tuple[GpuReading, ...] = ()
+    """One reading for each GPU of the trial."""
+    cpu: CpuReading | None = None
+    """The reading of the cores where the trial has no GPUs."""
+
+
+class Meter(Protocol):
+    """Reads the machine."""
+
+    def read(self, phase: Phase) -> Sample:
+        """Look at the machine once, while the trial is in `phase`."""
+
+
+class OwnProcesses:
+    """Tells the trial's processes and the tuner's from all others.
+
+    The trial's carry its folder as a marker in their environment. A forked rank shows the marker of the process that
+    it was forked from, which is the sweep's folder, above the trial's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._is_own: dict[int, bool] = {}
+        """By process id, for the processes that were asked about before."""
+
+    def holds(self, pid: int) -> bool:
+        """Return whether a process is the trial's or the tuner itself."""
+        if pid not in self._is_own:
+            self._is_own[pid] = pid == os.getpid() or self._is_marked(pid)
+        return self._is_own[pid]
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the trial's processes that run now, the tuner, and the tuner's descendants."""
+        tuner = psutil.Process()
+        own = {tuner, *tuner.children(recursive=True)}
+        for pid in psutil.pids():
+            with suppress(psutil.Error):
+                if self._is_marked(pid):
+                    own.add(psutil.Process(pid))
+        return list(own)
+
+    def _is_marked(self, pid: int) -> bool:
+        try:
+            marker = psutil.Process(pid).environ().get(MARKER)
+        except (psutil.Error, OSError):  # another user's, or ended, or outside our container
+            return False
+        return marker is not None and self._folder.is_relative_to(marker)
+
+
+class CpuMeter:
+    """Reads the cores that this process, and so the trial, may use."""
+
+    def __init__(self, own: OwnProcesses) -> None:
+        self._own = own
+        self._cores = sorted(os.sched_getaffinity(0))
+        self._processes: list[psutil.Process] = []
+
+    def read(self, phase: Phase) -> Sample:
+        """See Meter."""
+        if phase == "measure" and not self._processes:
+            # All ranks are there now. It is done once, because it looks at every process of the machine.
+            self._processes = self._own.processes()
+        own_s = self._own_s() if phase == "measure" else None
+        cpu = CpuReading(clock_mhz=self._clock_mhz(), busy_s=self._busy_s(), own_s=own_s)
+        return Sample(time_s=time.time(), phase=phase, cpu=cpu)
+
+    def _busy_s(self) -> float:
+        # Interrupts are left out: the kernel charges them to no process, and the ranks' own messages cause most.
+        times = psutil.cpu_times(percpu=True)
+        chosen = [times[core] for core in self._cores if core < len(times)]
+        return sum(each.user + each.nice + each.system + getattr(each, "steal", 0.0) for each in chosen)
+
+    def _own_s(self) -> float | None:
+        total_s = 0.0
+        try:
+            for process in self._processes:
+                times = process.cpu_times()
+                total_s += times.user + times.system
+        except psutil.Error:  # it has ended, and its count is gone
+            return None
+        return total_s
+
+    def _clock_mhz(self) -> float | None:
+        clocks = psutil.cpu_freq(percpu=True) or []
+        chosen = [clocks[core].current for core in self._cores if core < len(clocks)]
+        return fmean(chosen) if chosen else None
+
+
+class GpuMeter:
+    """Reads the GPUs of the trial; NVML must be initialised."""
+
+    def __init__(self, selection: GpuSelection, own: OwnProcesses) -> None:
+        self._handles = [handle_of(name) for name in selection.names()]
+        self._own = own
+
+    def read(self, phase: Phase) -> Sample:
+        """See Meter."""
+        readings = tuple(read_gpu(pynvml, handle, self._own.holds) for handle in self._handles)
+        return Sample(time_s=time.time(), phase=phase, gpus=readings)
+
+
+def read_gpu(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> GpuReading:
+    """Read one GPU.
+
+    Args:
+        nvml: The module pynvml, or an object with its functions.
+        handle: NVML's handle of the GPU.
+        is_own: Tells whether the process of an id is the trial's.
+    """
+
+    def answer_of(ask: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return ask(handle, *arguments)
+        except nvml.NVMLError:  # this GPU, a slice of one, or this driver does not have it
+            return None
+
+    milliwatts = answer_of(nvml.nvmlDeviceGetPowerUsage)
+    millijoules = answer_of(nvml.nvmlDeviceGetTotalEnergyConsumption)
+    reasons = answer_of(nvml.nvmlDeviceGetCurrentClocksThrottleReasons) or 0
+    return GpuReading(
+        clock_mhz=answer_of(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+        power_w=None if milliwatts is None else milliwatts / 1000,
+        energy_j=None if millijoules is None else millijoules / 1000,
+        temperature_c=answer_of(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+        throttle_reasons=tuple(name for name, bit in _THROTTLE_REASONS.items() if reasons & bit),
+        foreign_memory_gib=_foreign_gib(answer_of(nvml.nvmlDeviceGetComputeRunningProcesses) or [], is_own),
+    )
+
+
+def _foreign_gib(processes: Sequence[Any], is_own: Callable[[int], bool]) -> float | None:
+    """Return what processes other than the trial's hold; None where none of the trial's is among them.
+
+    In that case no rank is there yet, or a container hides who is who, and a rank would pass for a foreign process.
+    """
+    foreign = [process for process in processes if not is_own(process.pid)]
+    if len(foreign) == len(processes):
+        return None
+    return sum(process.usedGpuMemory or 0 for process in foreign) / _GIB
