@@ -1,6 +1,7 @@
-"""What `megatune explain` prints of a sweep's results."""
+"""What `megatune explain` prints about a sweep's results."""
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from rich.markup import escape
@@ -24,34 +25,37 @@ from tuner.explain.findings import (
 from tuner.explain.importance import FEWEST_TRIALS
 from tuner.explain.neighbours import Neighbour, NeighbourStatus
 from tuner.files import to_data
-from tuner.predict.memory import peak as memory
-from tuner.predict.time import step as time
+from tuner.predict.memory.peak import PARTS as MEMORY_PARTS
+from tuner.predict.time.step import STEP_PARTS
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.finished import FinishedTrial, read_trials
+
+LISTED_BELOW = (NeighbourStatus.INVALID, NeighbourStatus.OUTSIDE)
+"""The neighbours that are listed in one line each below the table of neighbours."""
 
 
 def explain_results(folder: SweepFolder, json: bool) -> None:
     """Print what the trials of a sweep say."""
     sweep, trials = folder.sweep(), read_trials(folder.path)
-    found = findings(gather(sweep, trials, calibration=folder.read_calibration()))
+    said = findings(gather(sweep, trials, calibration=folder.read_calibration()))
     if json:
-        print_json({"sweep": sweep.name, **_findings_data(found, best_trial(trials))})
+        print_json({"sweep": sweep.name, **_findings_data(said, best_trial(trials))})
         return
-    measured = sum(one.trial.result.metrics is not None for one in found.predicted_trials)
+    measured = sum(predicted.trial.result.metrics is not None for predicted in said.predicted_trials)
     stdout.print(f"[bold]{escape(sweep.name)}[/]: {len(trials)} trials ended, {measured} of them measured")
-    _print_accuracy(found)
-    _print_importances(found, measured)
-    if found.best is not None:
-        _print_neighbours(found.neighbours, best_trial(trials))
-        _print_breakdown(found.best, "Where the best layout's step and memory go, as predicted")
+    _print_accuracy(said)
+    _print_importances(said, measured)
+    if said.best is not None:
+        _print_neighbours(said.neighbours, best_trial(trials))
+        _print_breakdown(said.best, "Where the best layout's step and memory go, as predicted")
 
 
 def explain_prediction(folder: SweepFolder, layout: Layout, derived: dict[str, int], json: bool) -> None:
-    """Print what a sweep expects of a valid layout, and what it measured if it tried it."""
+    """Print what a sweep expects of a valid layout, and what its trials measured of it."""
     sweep, trials = folder.sweep(), read_trials(folder.path)
     evidence = gather(sweep, trials, [layout], folder.read_calibration())
-    expected = predict_layout(evidence, layout)
-    tried = [one for one in predicted_trials(evidence) if one.trial.layout == layout]
+    prediction = predict_layout(evidence, layout)
+    tried = [predicted for predicted in predicted_trials(evidence) if predicted.trial.layout == layout]
     if json:
         print_json(
             {
@@ -59,174 +63,193 @@ def explain_prediction(folder: SweepFolder, layout: Layout, derived: dict[str, i
                 "valid": True,
                 "derived": derived,
                 "broken": [],
-                "prediction": _prediction_data(expected),
-                "trials": [_compared_data(one) for one in tried],
+                "prediction": _prediction_data(prediction),
+                "trials": [_trial_data(predicted) for predicted in tried],
             }
         )
         return
     print_head(layout, derived)
     stdout.print("[green]valid[/]: breaks no rule")
-    for one in tried:
-        stdout.print(f"trial {one.trial.number}: {_ended(one.trial)}", markup=False)
+    for predicted in tried:
+        stdout.print(f"trial {predicted.trial.number}: {_ending(predicted.trial)}", markup=False)
     stdout.print(
-        f"expected after {len(trials)} trials: {expected.expected_ms:,.1f} ms a step (predicted "
-        f"{expected.step.total_ms:,.1f}), P(fit) {expected.fit:.0%} (predicted peak {expected.memory.total_gib:.3g} "
-        f"of {sweep.cluster.gpu.memory_gib:g} GiB)"
+        f"expected after {len(trials)} trials: {prediction.expected_ms:,.1f} ms per step "
+        f"(predicted {prediction.step.total_ms:,.1f}), P(fit) {prediction.fit:.0%} "
+        f"(predicted peak {prediction.memory.total_gib:.3g} of {sweep.cluster.gpu.memory_gib:g} GiB)"
     )
-    _print_breakdown(expected, "Where its step and memory go, as predicted")
+    _print_breakdown(prediction, "Where its step and memory go, as predicted")
 
 
-def _ended(trial: FinishedTrial) -> str:
+def _ending(trial: FinishedTrial) -> str:
     metrics = trial.result.metrics
     if metrics is None:
         return f"{trial.result.outcome}: {trial.result.reason}"
-    return f"measured {metrics.step_time_ms:,.1f} ms a step, peak {metrics.peak_allocated_gib:.3g} GiB"
+    return f"measured {metrics.step_time_ms:,.1f} ms per step, peak {metrics.peak_allocated_gib:.3g} GiB"
 
 
-def _print_accuracy(found: Findings) -> None:
+def _print_accuracy(said: Findings) -> None:
     table = _table("trial layout", "predicted_ms measured_ms ratio predicted_GiB measured_GiB ratio P(fit)")
     table.title = "\nPredicted against measured"
-    for one in found.predicted_trials:
-        metrics = one.trial.result.metrics
-        step_ms = metrics.step_time_ms if metrics else None
-        peak_gib = metrics.peak_allocated_gib if metrics else None
-        table.add_row(
-            f"t{one.trial.number:04d}",
-            escape(one.trial.layout.label()),
-            f"{one.predicted_ms:,.1f}",
-            str(one.trial.result.outcome) if step_ms is None else f"{step_ms:,.1f}",
-            "" if step_ms is None else f"{step_ms / one.predicted_ms:.2f}",
-            f"{one.predicted_gib:.3g}",
-            "" if peak_gib is None else f"{peak_gib:.3g}",
-            "" if peak_gib is None else f"{peak_gib / one.predicted_gib:.2f}",
-            f"{one.predicted_fit:.0%}",
-        )
+    for predicted in said.predicted_trials:
+        table.add_row(*_accuracy_cells(predicted))
     stdout.print(table)
-    for what, accuracy in (("step time", found.time), ("peak memory", found.memory)):
+    for quantity, accuracy in (("step time", said.time), ("peak memory", said.memory)):
         if accuracy is not None:
-            stdout.print(f"{what}: {_sentence(accuracy)}")
+            stdout.print(f"{quantity}: {_accuracy_sentence(accuracy)}")
 
 
-def _sentence(accuracy: Accuracy) -> str:
-    told = (
-        f"measured is {accuracy.factor:.3g} times predicted over {accuracy.trials} trials; beyond that factor the mean "
-        f"error is {accuracy.error:.1%}"
+def _accuracy_cells(predicted: PredictedTrial) -> tuple[str, ...]:
+    trial, metrics = predicted.trial, predicted.trial.result.metrics
+    step_ms = metrics.step_time_ms if metrics else None
+    peak_gib = metrics.peak_allocated_gib if metrics else None
+    return (
+        f"t{trial.number:04d}",
+        escape(trial.layout.label()),
+        f"{predicted.predicted_ms:,.1f}",
+        str(trial.result.outcome) if step_ms is None else f"{step_ms:,.1f}",
+        "" if step_ms is None else f"{step_ms / predicted.predicted_ms:.2f}",
+        f"{predicted.predicted_gib:.3g}",
+        "" if peak_gib is None else f"{peak_gib:.3g}",
+        "" if peak_gib is None else f"{peak_gib / predicted.predicted_gib:.2f}",
+        f"{predicted.predicted_fit:.0%}",
     )
-    return told if accuracy.spearman is None else f"{told}, rank correlation {accuracy.spearman:.2f}"
 
 
-def _print_importances(found: Findings, measured: int) -> None:
+def _accuracy_sentence(accuracy: Accuracy) -> str:
+    factor = f"measured is {accuracy.factor:.3g} times predicted over {accuracy.trials} trials"
+    sentence = f"{factor}; beyond that factor the mean error is {accuracy.error:.1%}"
+    return sentence if accuracy.spearman is None else f"{sentence}, rank correlation {accuracy.spearman:.2f}"
+
+
+def _print_importances(said: Findings, measured: int) -> None:
     table = _table("choice", "share")
     table.add_column("what changing it did to the step time, over measured pairs that differ in nothing else")
     table.title = f"\nWhich knobs mattered, in the {measured} measured trials (not in the whole space)"
-    named = dict.fromkeys([*found.importances, *(effect.choice for effect in found.effects)])
-    for choice in named:
-        told = (_effect(effect) for effect in found.effects if effect.choice == choice)
-        share = found.importances.get(choice)
-        table.add_row(choice, "" if share is None else f"{share:.0%}", "; ".join(told))
-    if named:
+    choices = dict.fromkeys([*said.importances, *(effect.choice for effect in said.effects)])
+    for choice in choices:
+        effects = (_effect_phrase(effect) for effect in said.effects if effect.choice == choice)
+        share = said.importances.get(choice)
+        table.add_row(choice, "" if share is None else f"{share:.0%}", "; ".join(effects))
+    if choices:
         stdout.print(table)
     if measured < FEWEST_TRIALS:
         stdout.print(f"Shares need {FEWEST_TRIALS} measured trials at least; there are {measured}.")
 
 
-def _effect(effect: ChoiceEffect) -> str:
+def _effect_phrase(effect: ChoiceEffect) -> str:
     pairs = "" if effect.pairs == 1 else f" ({effect.pairs} pairs)"
     return f"{effect.before} to {effect.after} {effect.change:+.1%}{pairs}"
 
 
-def _print_neighbours(near: Sequence[Neighbour], fastest: FinishedTrial | None) -> None:
+def _print_neighbours(neighbours: Sequence[Neighbour], best: FinishedTrial | None) -> None:
     table = _table("choice value", "cost")
     for heading in ("known", "why", "forced with it"):
         table.add_column(heading)
-    label = fastest.layout.label() if fastest else ""
+    label = best.layout.label() if best else ""
     table.title = f"\nOne step from the best: {escape(label)}"
-    for one in near:
-        if one.known not in (NeighbourStatus.INVALID, NeighbourStatus.OUTSIDE):
-            cost = "" if one.cost is None else f"{one.cost:+.1%}"
-            table.add_row(one.choice, one.value, cost, str(one.known), escape(one.why), ", ".join(one.forced))
+    for neighbour in neighbours:
+        if neighbour.known not in LISTED_BELOW:
+            table.add_row(
+                neighbour.choice,
+                neighbour.value,
+                "" if neighbour.cost is None else f"{neighbour.cost:+.1%}",
+                str(neighbour.known),
+                escape(neighbour.why),
+                ", ".join(neighbour.forced),
+            )
     stdout.print(table)
-    for known in (NeighbourStatus.INVALID, NeighbourStatus.OUTSIDE):
-        told = [
-            f"{one.choice} {one.value}" + f" ({one.why.partition(',')[0]})" * bool(one.why)
-            for one in near
-            if one.known is known
-        ]
-        if told:
-            stdout.print(f"{known}: {', '.join(told)}", markup=False)
+    for status in LISTED_BELOW:
+        values = [_value_phrase(neighbour) for neighbour in neighbours if neighbour.known is status]
+        if values:
+            stdout.print(f"{status}: {', '.join(values)}", markup=False)
 
 
-def _print_breakdown(expected: LayoutPrediction, title: str) -> None:
-    step, held = expected.step, expected.memory
+def _value_phrase(neighbour: Neighbour) -> str:
+    first_reason = f" ({neighbour.why.partition(',')[0]})" if neighbour.why else ""
+    return f"{neighbour.choice} {neighbour.value}{first_reason}"
+
+
+def _print_breakdown(prediction: LayoutPrediction, title: str) -> None:
+    step, stage = prediction.step, prediction.memory
     table = _table("step", "ms share")
-    table.add_column(f"memory (stage {held.rank}, {held.moment})")
+    table.add_column(f"memory (stage {stage.rank}, {stage.moment})")
     table.add_column("GiB", justify="right")
     table.add_column("share", justify="right")
     table.title = f"\n{title}"
-    left = _shares(step, time.PARTS, step.total_ms, "_ms", ",.1f")
-    right = _shares(held, memory.PARTS, held.total_gib, "_gib", ".3g")
-    for place in range(max(len(left), len(right))):
-        one, other = (side[place] if place < len(side) else ("", "", "") for side in (left, right))
-        table.add_row(*one, *other)
+    step_lines = _share_lines(step, STEP_PARTS, step.total_ms, unit="_ms", number_format=",.1f")
+    memory_lines = _share_lines(stage, MEMORY_PARTS, stage.total_gib, unit="_gib", number_format=".3g")
+    for step_line, memory_line in zip_longest(step_lines, memory_lines, fillvalue=("", "", "")):
+        table.add_row(*step_line, *memory_line)
     stdout.print(table)
 
 
-def _shares(
-    parts: Any, names: Iterable[str], total: float, unit: str, form: str
+def _share_lines(
+    breakdown: Any, parts: Iterable[str], total: float, *, unit: str, number_format: str
 ) -> list[tuple[str, str, str]]:
-    """Name, figure and share of the parts, the largest first; those below half a percent together."""
-    values = sorted(((getattr(parts, name), name) for name in names), reverse=True)
+    """Return name, figure and share of the parts, largest first; parts below half a percent are added up.
+
+    Args:
+        breakdown: the object that has the parts as attributes.
+        parts: the names of these attributes.
+        total: the sum of the parts.
+        unit: the suffix of the attributes' names, which is not printed.
+        number_format: the format of the figures.
+    """
+    values = sorted(((getattr(breakdown, part), part) for part in parts), reverse=True)
     shown = [
-        (name.removesuffix(unit).replace("_", " "), value) for value, name in values if value >= total / 200
+        (part.removesuffix(unit).replace("_", " "), value) for value, part in values if value >= total / 200
     ]
     rest = total - sum(value for _, value in shown)
     lines = [*shown, *([("the rest", rest)] if rest > total * 1e-6 else []), ("total", total)]
-    return [(name, format(value, form), f"{value / total:.0%}") for name, value in lines]
+    return [(name, format(value, number_format), f"{value / total:.0%}") for name, value in lines]
 
 
-def _table(left: str, right: str) -> Table:
-    """A plain table with columns of text and columns of figures; `_` in a heading breaks its line."""
+def _table(text_headings: str, figure_headings: str) -> Table:
+    """Return a plain table with columns of texts and columns of figures.
+
+    Headings are separated by blanks; a `_` in the heading of a figure breaks its line.
+    """
     table = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
-    for heading in left.split():
+    for heading in text_headings.split():
         table.add_column(heading, overflow="fold")
-    for heading in right.split():
+    for heading in figure_headings.split():
         table.add_column(heading.replace("_", "\n"), justify="right", no_wrap=True)
     return table
 
 
-def _findings_data(found: Findings, fastest: FinishedTrial | None) -> dict[str, Any]:
+def _findings_data(said: Findings, best: FinishedTrial | None) -> dict[str, Any]:
     return {
-        "trials": [_compared_data(one) for one in found.predicted_trials],
-        "step_time": None if found.time is None else to_data(found.time),
-        "peak_memory": None if found.memory is None else to_data(found.memory),
-        "importances": dict(found.importances),
-        "effects": [to_data(effect) for effect in found.effects],
-        "best": None if fastest is None else fastest.number,
-        "prediction": None if found.best is None else _prediction_data(found.best),
-        "neighbours": [to_data(one) for one in found.neighbours],
+        "trials": [_trial_data(predicted) for predicted in said.predicted_trials],
+        "step_time": None if said.time is None else to_data(said.time),
+        "peak_memory": None if said.memory is None else to_data(said.memory),
+        "importances": dict(said.importances),
+        "effects": [to_data(effect) for effect in said.effects],
+        "best": None if best is None else best.number,
+        "prediction": None if said.best is None else _prediction_data(said.best),
+        "neighbours": [to_data(neighbour) for neighbour in said.neighbours],
     }
 
 
-def _compared_data(one: PredictedTrial) -> dict[str, Any]:
-    metrics = one.trial.result.metrics
+def _trial_data(predicted: PredictedTrial) -> dict[str, Any]:
+    metrics = predicted.trial.result.metrics
     return {
-        "number": one.trial.number,
-        "layout": to_data(one.trial.layout),
-        "outcome": str(one.trial.result.outcome),
-        "predicted_ms": one.predicted_ms,
+        "number": predicted.trial.number,
+        "layout": to_data(predicted.trial.layout),
+        "outcome": str(predicted.trial.result.outcome),
+        "predicted_ms": predicted.predicted_ms,
         "measured_ms": metrics.step_time_ms if metrics else None,
-        "predicted_gib": one.predicted_gib,
+        "predicted_gib": predicted.predicted_gib,
         "measured_gib": metrics.peak_allocated_gib if metrics else None,
-        "predicted_fit": one.predicted_fit,
+        "predicted_fit": predicted.predicted_fit,
     }
 
 
-def _prediction_data(expected: LayoutPrediction) -> dict[str, Any]:
+def _prediction_data(prediction: LayoutPrediction) -> dict[str, Any]:
     return {
-        "expected_ms": expected.expected_ms,
-        "fit": expected.fit,
-        "predicted_ms": expected.step.total_ms,
-        "predicted_gib": expected.memory.total_gib,
-        "step": to_data(expected.step),
-        "memory": to_data(expected.memory),
+        "expected_ms": prediction.expected_ms,
+        "fit": prediction.fit,
+        "predicted_ms": prediction.step.total_ms,
+        "predicted_gib": prediction.memory.total_gib,
+        "step": to_data(prediction.step),
+        "memory": to_data(prediction.memory),
     }

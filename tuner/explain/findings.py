@@ -1,4 +1,4 @@
-"""What a sweep's trials say beside which was fastest: how the predictions held, and which choices mattered."""
+"""What a sweep's trials say besides which layout is fastest: how predictions held, and which choices mattered."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tuner.analysis.figures import best_trial
 from tuner.core.choices import CHOICES, codes_of, one_step, value_of
+from tuner.core.columns import Floats
 from tuner.core.layout import DEFAULTS, Layout
 from tuner.explain.evidence import Evidence
 from tuner.explain.importance import importances
@@ -17,65 +18,72 @@ from tuner.explain.neighbours import Neighbour, neighbours
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import StageMemory
 from tuner.predict.memory.peak import breakdown as memory_breakdown
-from tuner.predict.time.step import StepTime
-from tuner.predict.time.step import breakdown as time_breakdown
+from tuner.predict.time.step import StepTime, step_breakdown
 from tuner.space.table import find_row, layout_at
 from tuner.trial.finished import FinishedTrial
 
-Floats = NDArray[np.float64]
-
-RANKED: Final = 5
-"""Trials from which a rank correlation says anything."""
+FEWEST_RANKED: Final = 5
+"""Fewest trials that a rank correlation is computed from. Assumed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictedTrial:
-    """A trial beside what was predicted of it before any trial."""
+    """A trial beside what was predicted of its layout before any trial."""
 
     trial: FinishedTrial
     predicted_ms: float
+    """The predicted step time."""
     predicted_gib: float
+    """The predicted peak of memory."""
     predicted_fit: float
-    """P(peak <= the GPU's memory)."""
+    """The probability that the peak is at most the GPU's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """How predictions held on the completed trials."""
+    """How well predictions agree with the measurements of the completed trials."""
 
     trials: int
+    """The number of completed trials."""
     factor: float
-    """Geometric mean of measured / predicted: what all predictions are off by."""
+    """The geometric mean of measured / predicted: the error that all predictions share."""
     error: float
-    """Mean of |measured / (factor * predicted) - 1|: what single ones are off by beyond that."""
+    """The mean of |measured / (factor * predicted) - 1|: the errors of single predictions besides the factor."""
     spearman: float | None
-    """Rank correlation of predicted and measured; None below RANKED trials, or where either is constant."""
+    """The rank correlation of predicted and measured; None below FEWEST_RANKED trials, or if either is constant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceEffect:
-    """What changing one choice did to the step time, over the pairs of trials that differ in it and what it forces."""
+    """What a change of one choice did to the step time.
+
+    It is taken over the pairs of trials that differ in this choice, and in the choices that have to follow.
+    """
 
     choice: str
     before: str
+    """The value that the change starts from."""
     after: str
+    """The value that the change leads to."""
     change: float
-    """Geometric mean of the ratios of measured step times, less 1: -0.1 is a tenth less time."""
+    """The geometric mean of the ratios of measured step times, minus 1; -0.1 means that a step takes a tenth less."""
     pairs: int
+    """The number of pairs of trials."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutPrediction:
-    """What is predicted of one layout, and what the trials make of it."""
+    """What is predicted of one layout, before any trial and after the sweep's trials."""
 
     layout: Layout
     step: StepTime
-    """Before any trial; likewise `memory`."""
+    """The parts of the predicted step time, before any trial."""
     memory: StageMemory
-    """The worst pipeline stage's."""
+    """The parts of the predicted peak of memory on the worst pipeline stage, before any trial."""
     expected_ms: float
+    """The predicted step time, corrected by the trials."""
     fit: float
-    """P(peak <= the GPU's memory); both corrected by the trials."""
+    """The probability that the peak is at most the GPU's memory, corrected by the trials."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,50 +91,52 @@ class Findings:
     """What the trials of a sweep say."""
 
     predicted_trials: tuple[PredictedTrial, ...]
+    """Every trial beside its prediction."""
     time: Accuracy | None
-    """None where no trial completed; likewise the next."""
+    """How well predicted step times held; None if no trial completed."""
     memory: Accuracy | None
+    """How well predicted peaks of memory held; None if no trial completed."""
     importances: Mapping[str, float]
-    """Share of the variance of log(step time) by choice; empty where too few trials completed."""
+    """Each choice's share of the variance of log(step time); empty if too few trials completed."""
     effects: tuple[ChoiceEffect, ...]
-    """The strongest first."""
+    """What changes of one choice did, strongest first."""
     best: LayoutPrediction | None
-    """Of the fastest trial's layout; None where no trial completed."""
+    """The prediction for the best trial's layout; None if no trial completed."""
     neighbours: tuple[Neighbour, ...]
-    """Of the same."""
+    """The neighbours of the best trial's layout; empty if no trial completed."""
 
 
 def findings(evidence: Evidence) -> Findings:
-    """Everything that the trials of a sweep say."""
+    """Return everything that the trials of a sweep say."""
     measured = [
         (row, trial.layout, trial.result.metrics)
         for row, trial in zip(evidence.rows, evidence.trials, strict=True)
         if trial.result.metrics is not None
     ]
     rows = np.array([row for row, _, _ in measured], dtype=np.intp)
-    steps = np.array([metrics.step_time_ms for _, _, metrics in measured])
-    peaks = np.array([metrics.peak_allocated_gib for _, _, metrics in measured])
-    fastest = best_trial(evidence.trials)
+    steps_ms = np.array([metrics.step_time_ms for _, _, metrics in measured])
+    peaks_gib = np.array([metrics.peak_allocated_gib for _, _, metrics in measured])
+    best = best_trial(evidence.trials)
     return Findings(
         predicted_trials=predicted_trials(evidence),
-        time=accuracy(evidence.predicted_ms[rows], steps),
-        memory=accuracy(evidence.predicted_gib[rows], peaks),
-        importances=importances([layout for _, layout, _ in measured], steps.tolist()),
-        effects=choice_effects(evidence.table, rows, steps),
-        best=predict_layout(evidence, fastest.layout) if fastest else None,
-        neighbours=neighbours(evidence, fastest) if fastest else (),
+        time=accuracy(evidence.predicted_ms[rows], steps_ms),
+        memory=accuracy(evidence.predicted_gib[rows], peaks_gib),
+        importances=importances([layout for _, layout, _ in measured], steps_ms.tolist()),
+        effects=choice_effects(evidence.table, rows, steps_ms),
+        best=predict_layout(evidence, best.layout) if best else None,
+        neighbours=neighbours(evidence, best) if best else (),
     )
 
 
 def predict_layout(evidence: Evidence, layout: Layout) -> LayoutPrediction:
-    """What is predicted of a layout that is a row of the table."""
+    """Return what is predicted of a layout, which must be a row of the evidence's table."""
     workload, cluster = evidence.sweep.workload, evidence.sweep.cluster
     row, implementation = find_row(evidence.table, layout), implementation_of(cluster)
     assert row is not None, "the layout is a row of the table"
     stages = memory_breakdown(layout, workload, cluster, implementation)
     return LayoutPrediction(
         layout=layout,
-        step=time_breakdown(layout, workload, cluster, implementation, evidence.calibration),
+        step=step_breakdown(layout, workload, cluster, implementation, evidence.calibration),
         memory=max(stages, key=lambda stage: stage.total_gib),
         expected_ms=float(evidence.expected_ms[row]),
         fit=float(evidence.fit[row]),
@@ -134,7 +144,7 @@ def predict_layout(evidence: Evidence, layout: Layout) -> LayoutPrediction:
 
 
 def predicted_trials(evidence: Evidence) -> tuple[PredictedTrial, ...]:
-    """Every trial beside its prediction."""
+    """Return every trial beside its prediction."""
     return tuple(
         PredictedTrial(
             trial=trial,
@@ -147,57 +157,63 @@ def predicted_trials(evidence: Evidence) -> tuple[PredictedTrial, ...]:
 
 
 def accuracy(predicted: Floats, measured: Floats) -> Accuracy | None:
-    """How predictions above 0 held against measurements above 0, one a trial; None without any."""
+    """Return how well predictions hold against measurements; None if there are none.
+
+    Args:
+        predicted: the predictions, all above 0, of shape [trials].
+        measured: the measurements in the same unit, all above 0, of shape [trials].
+    """
     if not len(measured):
         return None
     ratio = measured / predicted
     factor = float(np.exp(np.log(ratio).mean()))
     ranks = [pd.Series(values).rank() for values in (predicted, measured)]
-    ranked = len(measured) >= RANKED and all(rank.nunique() > 1 for rank in ranks)
+    are_ranked = len(measured) >= FEWEST_RANKED and all(rank.nunique() > 1 for rank in ranks)
     return Accuracy(
         trials=len(measured),
         factor=factor,
         error=float(np.abs(ratio / factor - 1).mean()),
-        spearman=float(ranks[0].corr(ranks[1])) if ranked else None,
+        spearman=float(ranks[0].corr(ranks[1])) if are_ranked else None,
     )
 
 
 def choice_effects(table: pd.DataFrame, rows: NDArray[np.intp], step_ms: Floats) -> tuple[ChoiceEffect, ...]:
-    """What changing each choice did, from measured pairs one step apart; the strongest first.
+    """Return what a change of each choice did, strongest first, from pairs of measured rows one step apart.
 
     Args:
-        table: The valid layouts: they say what a change forces.
-        rows: The row of each completed trial.
-        step_ms: What each measured.
+        table: the valid layouts; they say which choices have to follow a change.
+        rows: the row of each completed trial, of shape [trials].
+        step_ms: the measured step time of each of these trials, of shape [trials].
     """
-    codes, names = codes_of(table), list(CHOICES)
-    logs = {int(row): float(np.log(ms)) for row, ms in zip(rows, step_ms, strict=True)}
-    layouts = {row: layout_at(table, row) for row in logs}
+    codes, choices = codes_of(table), list(CHOICES)
+    log_ms = {int(row): float(np.log(ms)) for row, ms in zip(rows, step_ms, strict=True)}
+    layouts = {row: layout_at(table, row) for row in log_ms}
+    # Keyed by choice, value before and value after; then by the pair of rows, so that no pair counts twice.
     changes: dict[tuple[str, str, str], dict[tuple[int, int], float]] = {}
-    for row in logs:
-        for choice, others in one_step(codes, row):
-            for other in set(others.tolist()) & logs.keys():
-                name = names[choice]
-                before, after = sorted((row, other), key=lambda each: _order(name, layouts[each]))
-                key = (name, value_of(name, layouts[before]), value_of(name, layouts[after]))
-                changes.setdefault(key, {})[before, after] = logs[after] - logs[before]
-    found = [
+    for row in log_ms:
+        for number, others in one_step(codes, row):
+            choice = choices[number]
+            for other in set(others.tolist()) & log_ms.keys():
+                before, after = sorted((row, other), key=lambda each: _order(choice, layouts[each]))
+                key = (choice, value_of(choice, layouts[before]), value_of(choice, layouts[after]))
+                changes.setdefault(key, {})[before, after] = log_ms[after] - log_ms[before]
+    effects = [
         ChoiceEffect(
-            choice=name,
-            before=b,
-            after=a,
+            choice=choice,
+            before=before_value,
+            after=after_value,
             change=float(np.expm1(np.mean(list(pairs.values())))),
             pairs=len(pairs),
         )
-        for (name, b, a), pairs in changes.items()
+        for (choice, before_value, after_value), pairs in changes.items()
     ]
-    return tuple(sorted(found, key=lambda effect: -abs(np.log1p(effect.change))))
+    return tuple(sorted(effects, key=lambda effect: -abs(np.log1p(effect.change))))
 
 
 def _order(choice: str, layout: Layout) -> tuple[tuple[int, str], ...]:
-    """Which of two values is told first: the smaller, what is off; of texts the default."""
-    taken = ((knob, getattr(layout, knob)) for knob in CHOICES[choice])
+    """Return a sort key that puts first the value that a change starts from: the smaller size, off, or the default."""
+    values = ((knob, getattr(layout, knob)) for knob in CHOICES[choice])
     return tuple(
         (int(value != DEFAULTS[knob]), value) if isinstance(value, str) else (int(value), "")
-        for knob, value in taken
+        for knob, value in values
     )

@@ -56,7 +56,7 @@ def needs_at_least_as_much_memory(
 def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -> Bools:
     """Return the rows of which every knob but pp is equal to the layout's or differs in the stated direction."""
     mask: Bools = np.ones(len(table), dtype=bool)
-    same_recompute = np.ones(len(table), dtype=bool)
+    same_or_no_recompute = np.ones(len(table), dtype=bool)
     for knob in KNOBS:
         column, value = table[knob].to_numpy(), getattr(layout, knob)
         if knob == "micro_batch_size":
@@ -68,12 +68,12 @@ def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bo
         elif knob == "cpu_offloading_num_layers":
             mask &= (column == value) | (column == 0)
         elif knob in _RECOMPUTE:
-            same_recompute &= column == value
+            same_or_no_recompute &= column == value
         elif knob != "pp":
             mask &= column == value
     if may_drop_recompute:
-        return mask & (same_recompute | (table["recompute_granularity"].to_numpy() == "none"))
-    return mask & same_recompute
+        same_or_no_recompute |= table["recompute_granularity"].to_numpy() == "none"
+    return mask & same_or_no_recompute
 
 
 def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Bools:

@@ -17,7 +17,7 @@ from tuner.cli.common import load, prepare
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import NothingFeasibleError
-from tuner.predict.feasibility import BIAS, ERROR, MIN_FIT, Feasibility, fit_probabilities
+from tuner.predict.feasibility import LAYOUT_ERROR, MIN_FIT, SHARED_ERROR, Feasibility, fit_probabilities
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.overhead import beyond_allocated_gib, reserved_ratio
 from tuner.predict.memory.peak import peak_gib
@@ -178,7 +178,7 @@ def test_a_true_error_scale_is_met_on_average() -> None:
     stated, fit = [], []
     for _ in range(100):
         memory_gib = float(random.choice(peaks) * np.exp(random.normal() * 0.03))
-        bias, error = random.normal() * BIAS, ERROR * 2 ** random.normal()
+        bias, error = random.normal() * SHARED_ERROR, LAYOUT_ERROR * 2 ** random.normal()
         measured = peaks * np.exp(bias + error * random.normal(size=len(peaks)))
         of, _ = feasibility(memory_gib)
         for row in random.permutation(len(peaks))[:8]:

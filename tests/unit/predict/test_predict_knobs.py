@@ -24,7 +24,7 @@ from tuner.predict.memory.peak import breakdown as memory_of
 from tuner.predict.memory.stages import DENSE, MOE, stages_in_flight
 from tuner.predict.time.stages import layers_by_rank
 from tuner.predict.time.step import StepTime, step_time_ms
-from tuner.predict.time.step import breakdown as time_of
+from tuner.predict.time.step import step_breakdown as time_of
 
 H100 = replace(load_cluster("dgx-h100"), nodes=4)
 NODE = replace(H100, nodes=1)

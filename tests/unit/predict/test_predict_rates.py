@@ -15,8 +15,9 @@ from tuner.core.layout import Layout, layout_from
 from tuner.predict.calibration import Calibration, Collective, Machine, TimeTable
 from tuner.predict.time.collectives import process_groups
 from tuner.predict.time.rates import MeasuredRates, Rates
-from tuner.predict.time.step import PARTS, StepTime, breakdown, step_time_ms
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.predict.time.step import STEP_PARTS, StepTime, step_breakdown, step_time_ms
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 
 
 def ranks_on(cores: int | None, count: int = 4, **fields: object) -> Cluster:
@@ -54,7 +55,7 @@ def ints(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 
 
 def on_cpu(layout: Layout, on: Cluster = CPU, calibration: Calibration | None = None) -> StepTime:
-    return breakdown(layout, DENSE, on, "torch", calibration)
+    return step_breakdown(layout, DENSE, on, "torch", calibration)
 
 
 def test_collectives_take_as_long_as_measured_by_where_their_ranks_are() -> None:
@@ -109,8 +110,8 @@ def test_calibrated_times_are_the_sum_of_their_parts(name: str) -> None:
     table = enumerate_layouts(given_workload, CPU, domain).table.sample(60, random_state=1)
     times = step_time_ms(table, given_workload, CPU, "torch", CALIBRATION)
     for (_, row), time_ms in zip(table.iterrows(), times, strict=True):
-        parts = breakdown(layout_from(dict(row)), given_workload, CPU, "torch", CALIBRATION)
-        assert all(getattr(parts, part) >= 0 for part in PARTS)
+        parts = step_breakdown(layout_from(dict(row)), given_workload, CPU, "torch", CALIBRATION)
+        assert all(getattr(parts, part) >= 0 for part in STEP_PARTS)
         assert time_ms == pytest.approx(parts.total_ms)
 
 
@@ -142,8 +143,8 @@ def test_nothing_overlaps_on_a_processor() -> None:
 def test_gradients_in_16_bits_are_reduced_in_half_the_time() -> None:
     wide = workload(dense(hidden_size=1024, ffn_hidden_size=4096, kv_channels=128))
     plain = Layout(use_distributed_optimizer=False)
-    fp32 = breakdown(plain, wide, cluster(8))
-    half = breakdown(plain, replace(wide, grad_reduce_in_fp32=False), cluster(8))
+    fp32 = step_breakdown(plain, wide, cluster(8))
+    half = step_breakdown(plain, replace(wide, grad_reduce_in_fp32=False), cluster(8))
     assert half.dp_ms == pytest.approx(fp32.dp_ms / 2, rel=0.05)
 
 
@@ -151,7 +152,7 @@ def test_weights_in_fp8_are_gathered_in_half_the_time() -> None:
     gpu = cluster(8).gpu
     narrow = cluster(8, gpu=replace(gpu, peak_tflops={**gpu.peak_tflops, "fp8": 2000.0}))
     fp8 = workload(dense(hidden_size=1024, ffn_hidden_size=4096, kv_channels=128), precision="fp8")
-    wide, alone = (breakdown(Layout(), replace(fp8, fp8_param=only), narrow) for only in (False, True))
+    wide, alone = (step_breakdown(Layout(), replace(fp8, fp8_param=only), narrow) for only in (False, True))
     # Gradients of 4 bytes scattered and weights of 2 gathered, against 4 and 1.
     assert alone.dp_ms == pytest.approx(wide.dp_ms * 5 / 6, rel=0.05)
 

@@ -20,8 +20,9 @@ from tuner.core.layout import Layout, layout_from
 from tuner.core.parameters import total_parameters
 from tuner.core.workload import Workload
 from tuner.errors import InputError
-from tuner.predict.time.step import PARTS, StepTime, breakdown, step_time_ms
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.predict.time.step import STEP_PARTS, StepTime, step_breakdown, step_time_ms
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 
 NODES = cluster(8, nodes=2)
 WORKLOADS = {model.name: workload(model) for model in (dense(), mixture(), latent(mtp_num_layers=1))}
@@ -42,7 +43,7 @@ def drawn(name: str, row: int) -> Layout:
 
 
 def llama(**knobs: object) -> StepTime:
-    return breakdown(Layout(**knobs), LLAMA, H100)  # type: ignore[arg-type]
+    return step_breakdown(Layout(**knobs), LLAMA, H100)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
@@ -56,9 +57,9 @@ def test_every_row_of_the_space_has_a_finite_positive_time(name: str) -> None:
 def test_the_parts_are_never_negative_and_sum_to_the_time_of_the_row(drawn_row: tuple[Workload, int]) -> None:
     given_workload, row = drawn_row
     table = TABLES[given_workload.model.name].iloc[[row]]
-    parts = breakdown(layout_from(dict(table.iloc[0])), given_workload, NODES)
-    assert all(getattr(parts, part) >= 0 for part in PARTS)
-    assert parts.total_ms == pytest.approx(sum(getattr(parts, part) for part in PARTS))
+    parts = step_breakdown(layout_from(dict(table.iloc[0])), given_workload, NODES)
+    assert all(getattr(parts, part) >= 0 for part in STEP_PARTS)
+    assert parts.total_ms == pytest.approx(sum(getattr(parts, part) for part in STEP_PARTS))
     assert step_time_ms(table, given_workload, NODES)[0] == pytest.approx(parts.total_ms, rel=1e-12)
 
 
@@ -66,7 +67,7 @@ def test_the_parts_are_never_negative_and_sum_to_the_time_of_the_row(drawn_row: 
 def test_many_rows_at_once_equal_each_row_alone(name: str) -> None:
     table = TABLES[name].sample(200, random_state=1)
     alone = [
-        breakdown(layout_from(dict(row)), WORKLOADS[name], NODES).total_ms for _, row in table.iterrows()
+        step_breakdown(layout_from(dict(row)), WORKLOADS[name], NODES).total_ms for _, row in table.iterrows()
     ]
     np.testing.assert_allclose(step_time_ms(table, WORKLOADS[name], NODES), alone, rtol=1e-12)
 
@@ -80,8 +81,8 @@ def test_many_rows_at_once_equal_each_row_alone(name: str) -> None:
 def test_a_faster_cluster_is_never_slower(drawn_row: tuple[Workload, int], what: str, factor: float) -> None:
     given_workload, row = drawn_row
     layout = drawn(given_workload.model.name, row)
-    slow = breakdown(layout, given_workload, NODES).total_ms
-    assert breakdown(layout, given_workload, _faster(NODES, what, factor)).total_ms <= slow * (1 + 1e-9)
+    slow = step_breakdown(layout, given_workload, NODES).total_ms
+    assert step_breakdown(layout, given_workload, _faster(NODES, what, factor)).total_ms <= slow * (1 + 1e-9)
 
 
 def _faster(slow: Cluster, what: str, factor: float) -> Cluster:
@@ -104,10 +105,10 @@ def test_recompute_never_saves_time(drawn_row: tuple[Workload, int]) -> None:
         recompute_modules="none",
     )
     none, selective = (
-        breakdown(replace(layout, recompute_granularity=how), given_workload, NODES)
+        step_breakdown(replace(layout, recompute_granularity=how), given_workload, NODES)
         for how in ("none", "selective")
     )
-    full = breakdown(
+    full = step_breakdown(
         replace(layout, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
         given_workload,
         NODES,
@@ -129,7 +130,7 @@ def test_the_products_take_the_models_flops_at_three_quarters_of_the_peak_and_li
 def test_the_bubble_of_even_stages_is_pp_minus_1_passes_of_one(pp: int) -> None:
     # A vocabulary of a few words takes the head out of it.
     even = replace(LLAMA, model=replace(LLAMA.model, vocab_size=128))
-    found = breakdown(Layout(pp=pp, tp=8), even, H100)
+    found = step_breakdown(Layout(pp=pp, tp=8), even, H100)
     busy = found.total_ms - found.bubble_ms - found.p2p_ms - found.dp_ms - found.optimizer_ms
     micro_batches = 256 * pp * 8 // 64
     assert found.bubble_ms == pytest.approx((pp - 1) * busy / micro_batches, rel=0.02)
@@ -144,7 +145,7 @@ def test_interleaving_divides_the_bubble_and_multiplies_the_messages() -> None:
 def test_the_bubble_does_not_grow_with_the_batch() -> None:
     twice = replace(LLAMA, global_batch_size=512)
     layout = Layout(pp=4, tp=8)
-    once, more = breakdown(layout, LLAMA, H100), breakdown(layout, twice, H100)
+    once, more = step_breakdown(layout, LLAMA, H100), step_breakdown(layout, twice, H100)
     assert more.bubble_ms == pytest.approx(once.bubble_ms)
     assert more.gemm_ms == pytest.approx(2 * once.gemm_ms)
 
@@ -176,27 +177,27 @@ def test_overlap_hides_gradients_and_parameters_but_not_the_last_bucket() -> Non
 def test_tensor_parallelism_costs_more_across_nvlink_domains() -> None:
     islands = replace(H100, nvlink_domain_gpus=4)
     layout = Layout(tp=8, sp=True)
-    assert breakdown(layout, LLAMA, islands).tp_ms > 1.9 * breakdown(layout, LLAMA, H100).tp_ms
+    assert step_breakdown(layout, LLAMA, islands).tp_ms > 1.9 * step_breakdown(layout, LLAMA, H100).tp_ms
 
 
 def test_experts_across_domains_cost_more_and_the_flex_dispatcher_less() -> None:
     given_workload = Workload(model=load_model("qwen3-30b-a3b"), seq_length=4096, global_batch_size=1024)
-    inside = breakdown(Layout(ep=8), given_workload, H100)
-    across = breakdown(Layout(ep=64), given_workload, H100)
-    flex = breakdown(Layout(ep=64, moe_token_dispatcher_type="flex"), given_workload, H100)
+    inside = step_breakdown(Layout(ep=8), given_workload, H100)
+    across = step_breakdown(Layout(ep=64), given_workload, H100)
+    flex = step_breakdown(Layout(ep=64, moe_token_dispatcher_type="flex"), given_workload, H100)
     assert 0 < inside.ep_ms < flex.ep_ms < across.ep_ms
 
 
 def test_small_micro_batches_wait_for_the_host() -> None:
     small = replace(LLAMA, model=load_model("qwen3-0.6b"), seq_length=1024)
-    one, eight = (breakdown(Layout(tp=4, micro_batch_size=size), small, H100) for size in (1, 8))
+    one, eight = (step_breakdown(Layout(tp=4, micro_batch_size=size), small, H100) for size in (1, 8))
     assert one.host_ms > one.total_ms / 2
     assert eight.total_ms < one.total_ms / 3
 
 
 def test_a_precision_without_a_stated_peak_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"'dgx-a100-80'.*gpu\.peak_tflops.*fp8.*bf16"):
-        breakdown(Layout(), replace(LLAMA, precision="fp8"), load_cluster("dgx-a100-80"))
+        step_breakdown(Layout(), replace(LLAMA, precision="fp8"), load_cluster("dgx-a100-80"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_gpt_from_one_billion_to_a_trillion_parameters_reaches_its_published_rat
     chunks = [count for count in (1, 2, 3) if pp > 2 and layers % (pp * count) == 0] or [1]
     sizes = [size for size in (1, 2, 4, 8) if batch % (gpus // (tp * pp) * size) == 0]
     least_ms = min(
-        breakdown(replace(layout, micro_batch_size=size, vpp=vpp), given_workload, a100, "torch").total_ms
+        step_breakdown(replace(layout, micro_batch_size=size, vpp=vpp), given_workload, a100, "torch").total_ms
         for size in sizes
         for vpp in chunks
     )

@@ -11,7 +11,7 @@ from tuner.core.workload import Model, Workload
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class LayerKind:
     """A kind of layer: all layers of a kind cost the same."""
 
     moe: bool
@@ -29,9 +29,9 @@ class LayersByRank:
     writes out its pipeline are all those that differ from each other, in no particular order, with exact counts.
     """
 
-    layers: dict[Kind, Floats]
+    layers: dict[LayerKind, Floats]
     """Layers of each kind. A layer of multi-token prediction counts as one more layer of the kind of the last layer."""
-    totals: dict[Kind, int]
+    totals: dict[LayerKind, int]
     """Layers of each kind in the whole model."""
     heads: Floats
     """Output layers with their loss: one, and one more for each token predicted beyond the next."""
@@ -56,7 +56,7 @@ def layers_by_rank(workload: Workload, c: Columns) -> LayersByRank:
     )
 
 
-def _held(partition: Partition, model: Model, pattern: tuple[Kind, ...]) -> Floats:
+def _held(partition: Partition, model: Model, pattern: tuple[LayerKind, ...]) -> Floats:
     """Return the layers of each kind, the heads and the embeddings of the ranks that differ: [kinds + 2, ranks]."""
     kinds = list(dict.fromkeys(pattern))
     # Entry i of each row is the number of layers of that kind among the first i layers of the model.
@@ -76,7 +76,7 @@ def _exact(partition: Partition, before: Ints) -> Floats:
     return layers
 
 
-def _mean(partition: Partition, before: Ints, pattern: tuple[Kind, ...]) -> Floats:
+def _mean(partition: Partition, before: Ints, pattern: tuple[LayerKind, ...]) -> Floats:
     """Return the decoder layers of each kind on every rank, as a mean where kinds alternate: [kinds, ranks].
 
     Layers in front of the first one of the last kind (dense layers in front of those with experts) are in the first
@@ -91,8 +91,8 @@ def _mean(partition: Partition, before: Ints, pattern: tuple[Kind, ...]) -> Floa
     return held
 
 
-def _pattern(model: Model) -> tuple[Kind, ...]:
+def _pattern(model: Model) -> tuple[LayerKind, ...]:
     """Return the kind of every layer, in order."""
     return tuple(
-        Kind(moe, slides(model, number)) for number, moe in enumerate(model.moe_layer_pattern(), start=1)
+        LayerKind(moe, slides(model, number)) for number, moe in enumerate(model.moe_layer_pattern(), start=1)
     )
