@@ -1,3 +1,4 @@
-"""The nouns of a training job (workload, cluster, layout, how layers lie on stages); knows nothing of validity,
-predictions, trials or files on disk.
+"""The nouns of a training job: workload, cluster, layout, and how layers lie on pipeline stages.
+
+This room knows nothing of validity, predictions, trials or files on disk.
 """

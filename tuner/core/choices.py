@@ -1,6 +1,6 @@
-"""What one decides at once: a choice is a knob, or the knobs that mean something only together.
+"""Choices: a choice is one knob, or a set of knobs that have a meaning only together.
 
-Two layouts are one step apart where they differ in one choice, and beyond it in nothing but what it forces.
+Two layouts are one step apart if they differ in one choice, and otherwise only in choices that this one forces.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tuner.core.layout import KNOBS, Layout
 
 Codes = NDArray[np.int64]
-"""[rows, choices]: which value of each choice a layout takes, as a number."""
+"""The value that each layout takes for each choice, as a number: shape [rows, choices]."""
 
 _SPLIT: Final = (
     "num_layers_in_first_pipeline_stage",
@@ -26,45 +26,53 @@ _DISPATCHER: Final = ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend"
 _GRAPHS: Final = ("cuda_graph_impl", "cuda_graph_scope")
 _FSDP: Final = ("use_megatron_fsdp", "data_parallel_sharding_strategy")
 _RECOMPUTE: Final = tuple(knob for knob in KNOBS if knob.startswith("recompute_"))
-_TOGETHER: Final[Mapping[str, tuple[str, ...]]] = {
+_KNOBS_OF_CHOICE: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(_SPLIT, _SPLIT),
     **dict.fromkeys(_RECOMPUTE, _RECOMPUTE),
     **dict.fromkeys(_DISPATCHER, _DISPATCHER),
     **dict.fromkeys(_GRAPHS, _GRAPHS),
     **dict.fromkeys(_FSDP, _FSDP),
 }
+"""All knobs of the choice that a knob belongs to; knobs that are a choice of their own are not in it."""
 _NAMES: Final = {
     _SPLIT: "layer split",
     _RECOMPUTE: "recompute",
     _GRAPHS: "CUDA graphs",
     _FSDP: "Megatron-FSDP",
 }
+"""Names of the choices of several knobs; the others have the name of their first knob."""
 
-
-def _choices() -> Mapping[str, tuple[str, ...]]:
-    members = dict.fromkeys(_TOGETHER.get(knob, (knob,)) for knob in KNOBS)
-    return {_NAMES.get(knobs, knobs[0]): knobs for knobs in members}
-
-
-CHOICES: Final[Mapping[str, tuple[str, ...]]] = _choices()
+CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    _NAMES.get(knobs, knobs[0]): knobs
+    for knobs in dict.fromkeys(_KNOBS_OF_CHOICE.get(knob, (knob,)) for knob in KNOBS)
+}
 """The knobs of every choice, in the order of KNOBS."""
 
 FOLLOWERS: Final = frozenset(
     {
-        *("vpp", "etp", "sp", "layer split", "microbatch_group_size_per_vp_stage", "overlap_p2p_comm"),
-        *("tp_comm_overlap", "overlap_param_gather", "moe_shared_expert_overlap"),
-        *("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"),
-        *("cp_comm_type", "cuda_device_max_connections"),
+        "vpp",
+        "etp",
+        "sp",
+        "layer split",
+        "microbatch_group_size_per_vp_stage",
+        "overlap_p2p_comm",
+        "tp_comm_overlap",
+        "overlap_param_gather",
+        "moe_shared_expert_overlap",
+        "overlap_moe_expert_parallel_comm",
+        "delay_wgrad_compute",
+        "cp_comm_type",
+        "cuda_device_max_connections",
     }
 )
-"""Choices that another one may force: tp 1 has no sequence parallelism, pp 1 no chunks and no messages, cp 1 no
-exchange of keys and values."""
+"""Choices that another choice may force: tp 1 rules out sequence parallelism, pp 1 rules out chunks and messages, and
+cp 1 rules out the exchange of keys and values."""
 
-_FOLLOWS: Final = np.array([choice in FOLLOWERS for choice in CHOICES])
+_IS_FOLLOWER: Final = np.array([choice in FOLLOWERS for choice in CHOICES])
 
 
 def value_of(choice: str, layout: Layout) -> str:
-    """What a layout takes for a choice, as a person reads it."""
+    """Return the value that a layout takes for a choice, for a person to read."""
     if choice == "recompute":
         return _recompute_value(layout)
     if choice == "layer split":
@@ -110,7 +118,7 @@ def _split_value(layout: Layout) -> str:
 
 
 def codes_of(table: pd.DataFrame) -> Codes:
-    """The values of every choice of every row as numbers: two rows with the same number take the same value."""
+    """Return the value of every choice in every row as a number; rows with equal numbers take equal values."""
     columns = []
     for knobs in CHOICES.values():
         joined = np.zeros(len(table), dtype=np.int64)
@@ -122,23 +130,24 @@ def codes_of(table: pd.DataFrame) -> Codes:
 
 
 def one_step(codes: Codes, row: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """The rows one step from `row`: a choice's position in CHOICES and the rows that take one other value of it.
+    """Yield the rows that are one step from `row`, for each other value of each choice.
 
-    They agree with `row` in everything else, but for the fewest followers without which no row takes that value.
-    A row is one step away by one choice only, the first.
+    Each item is the position of a choice in CHOICES, and the rows that take one other value for it. These rows agree
+    with `row` in all other choices except followers, and differ in as few followers as any row with that value does. A
+    row appears once, with the first choice that it is one step away by.
     """
     differs = codes != codes[row]
-    apart = differs[:, ~_FOLLOWS].sum(axis=1)
-    near = np.flatnonzero((apart <= 1) & differs.any(axis=1))
-    codes, differs, apart = codes[near], differs[near], apart[near]
-    seen = np.zeros(len(near), dtype=bool)
-    for choice, follows in enumerate(_FOLLOWS):
-        only = differs[:, choice] & (apart == (0 if follows else 1))
-        for value in np.unique(codes[only, choice]):
-            rows = np.flatnonzero(only & (codes[:, choice] == value))
-            forced = differs[rows].sum(axis=1)
-            fewest = rows[forced == forced.min()]
-            fresh = fewest[~seen[fewest]]
-            seen[fewest] = True
+    free_differences = differs[:, ~_IS_FOLLOWER].sum(axis=1)
+    near = np.flatnonzero((free_differences <= 1) & differs.any(axis=1))
+    codes, differs, free_differences = codes[near], differs[near], free_differences[near]
+    yielded = np.zeros(len(near), dtype=bool)
+    for choice, is_follower in enumerate(_IS_FOLLOWER):
+        by_choice = differs[:, choice] & (free_differences == (0 if is_follower else 1))
+        for value in np.unique(codes[by_choice, choice]):
+            rows = np.flatnonzero(by_choice & (codes[:, choice] == value))
+            differences = differs[rows].sum(axis=1)
+            fewest = rows[differences == differences.min()]
+            fresh = fewest[~yielded[fewest]]
+            yielded[fewest] = True
             if len(fresh):
                 yield choice, near[fresh]

@@ -1,4 +1,4 @@
-"""The cluster: the GPUs a sweep may use, and what connects them."""
+"""The cluster: the GPUs that a sweep may use, and what connects them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,11 +19,11 @@ class Gpu:
 
     name: str
     memory_gib: float
-    """Memory a process can allocate, in GiB (1024^3 bytes)."""
+    """Memory that a process can allocate, in GiB (1024^3 bytes)."""
     peak_tflops: Mapping[Precision, float]
-    """Dense peak (no sparsity) in TFLOP/s, by precision."""
+    """Peak of dense products (without sparsity) in TFLOP/s, by precision."""
     memory_bandwidth_gb_per_s: float
-    """HBM bandwidth in GB/s (10^9 bytes)."""
+    """Bandwidth of the GPU's memory in GB/s (10^9 bytes)."""
 
     def __post_init__(self) -> None:
         if self.memory_gib <= 0 or self.memory_bandwidth_gb_per_s <= 0:
@@ -34,7 +34,10 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """`nodes` machines of `gpus_per_node` equal GPUs. Bandwidths are a GPU's, one way, in GB/s (10^9 bytes)."""
+    """`nodes` machines with `gpus_per_node` equal GPUs each.
+
+    Bandwidths are per GPU and direction, in GB/s (10^9 bytes).
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -44,16 +47,16 @@ class Cluster:
     nodes: int = 1
     gpus_per_node: int
     cores: int | None = None
-    """Processor cores that a node's CPU ranks share; None: each has one of its own."""
+    """Processor cores that the CPU ranks of a node share; None gives each rank a core."""
     nvlink_domain_gpus: int
-    """GPUs that reach each other at `nvlink_bandwidth_gb_per_s`; may span nodes (NVL72)."""
+    """GPUs that reach each other at `nvlink_bandwidth_gb_per_s`; a domain may span nodes (NVL72)."""
     nvlink_bandwidth_gb_per_s: float
     nvlink_latency_us: float
     fabric_bandwidth_gb_per_s: float
-    """Between NVLink domains."""
+    """Bandwidth between NVLink domains."""
     fabric_latency_us: float
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Where each figure comes from, by field name."""
+    """Source of each figure, by field name."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "nvlink_domain_gpus"):
@@ -64,22 +67,24 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """GPUs in the cluster, each with one rank."""
+        """Return the number of GPUs in the cluster; each runs one rank."""
         return self.nodes * self.gpus_per_node
 
 
 def with_gpus(cluster: Cluster, gpus: int) -> Cluster:
-    """The cluster with so many GPUs: whole nodes, or a part of one.
+    """Return the cluster with so many GPUs: whole nodes, or a part of one node.
 
     Raises:
-        InputError: if they are neither.
+        InputError: if the GPUs are neither.
     """
     if gpus < 1:
         raise InputError(f"{gpus} GPUs: give at least 1")
-    each = min(gpus, cluster.gpus_per_node)
-    if gpus % each:
+    gpus_per_node = min(gpus, cluster.gpus_per_node)
+    if gpus % gpus_per_node:
         raise InputError(
             f"{gpus} GPUs are no whole nodes of {cluster.name}, {cluster.gpus_per_node} GPUs each"
         )
     domain = min(gpus, cluster.nvlink_domain_gpus)
-    return replace(cluster, nodes=gpus // each, gpus_per_node=each, nvlink_domain_gpus=domain)
+    return replace(
+        cluster, nodes=gpus // gpus_per_node, gpus_per_node=gpus_per_node, nvlink_domain_gpus=domain
+    )

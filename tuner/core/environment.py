@@ -1,4 +1,4 @@
-"""Environment variables: those of CUDA that a layout asks for, and those that a trial's record keeps."""
+"""Environment variables: those that a layout sets in a CUDA job, and those that the record of a trial keeps."""
 
 import math
 import re
@@ -10,22 +10,29 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 
 BLACKWELL_OR_LATER = re.compile(r"\b(GB|B|VR|R)\d{3}\b", re.IGNORECASE)
+"""Matches the names of GPUs from Blackwell on."""
+NVLS_IF_AVAILABLE = "2"
+"""Value of NCCL_NVLS_ENABLE that uses NVLink's switches if they can reduce: NCCL's default. With 1, NCCL fails if they
+cannot."""
 
 
 def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -> dict[str, str]:
-    """Return what a CUDA job of this layout sets.
+    """Return the environment variables that a CUDA job of this layout sets.
 
-    HybridEP, one of the flex dispatchers, asks how many ranks of an expert group share an NVLink domain. NCCL must not
-    register what CUDA graphs reach in segments that grow. Source: Megatron-LM's arguments.py; Megatron Bridge's
-    scripts/performance/utils/overrides.py, and the `env_vars` of its perf_recipes.
+    HybridEP, one of the flex dispatchers, needs to know how many ranks of an expert group share an NVLink domain. If
+    segments grow, NCCL must not register the memory that CUDA graphs use. Sources: Megatron-LM, arguments.py; Megatron
+    Bridge, scripts/performance/utils/overrides.py and the `env_vars` of perf_recipes.
 
     Args:
         layout: The layout.
         cluster: The GPUs.
-        complete: State also those variables whose knob has its default, since a recipe may set them otherwise.
+        complete: Whether variables whose knob has its default are stated too, since a recipe may set them to other
+            values.
     """
     variables = {
-        "CUDA_DEVICE_MAX_CONNECTIONS": str(layout.cuda_device_max_connections or _queues(layout, cluster))
+        "CUDA_DEVICE_MAX_CONNECTIONS": str(
+            layout.cuda_device_max_connections or _default_queues(layout, cluster)
+        )
     }
     if layout.moe_token_dispatcher_type == "flex" and layout.moe_flex_dispatcher_backend == "hybridep":  # noqa: S105
         ranks = min(layout.ep, cluster.nvlink_domain_gpus)
@@ -35,19 +42,15 @@ def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -
     if layout.expandable_segments and layout.cuda_graph_impl != "none":
         variables["NCCL_GRAPH_REGISTER"] = "0"
     if not layout.nccl_nvls_enable or complete:
-        variables["NCCL_NVLS_ENABLE"] = NVLS_WHERE_THERE_IS_ANY if layout.nccl_nvls_enable else "0"
+        variables["NCCL_NVLS_ENABLE"] = NVLS_IF_AVAILABLE if layout.nccl_nvls_enable else "0"
     return variables
 
 
-NVLS_WHERE_THERE_IS_ANY = "2"
-"""NCCL's default; its 1 fails where the switches cannot."""
+def _default_queues(layout: Layout, cluster: Cluster) -> int:
+    """Return the number of hardware queues that suits the layout.
 
-
-def _queues(layout: Layout, cluster: Cluster) -> int:
-    """Hardware queues.
-
-    Up to Hopper, communication that overlaps tp or cp must be queued before the compute it overlaps with, as only a
-    single queue promises; expert dispatch that overlaps compute, Megatron-FSDP and Blackwell want many.
+    Up to Hopper, communication of tp or cp that overlaps compute must be queued before that compute, which only a
+    single queue guarantees. Expert dispatch that overlaps compute, Megatron-FSDP and Blackwell need many queues.
     """
     if BLACKWELL_OR_LATER.search(cluster.gpu.name):
         return 32
@@ -58,21 +61,26 @@ def _queues(layout: Layout, cluster: Cluster) -> int:
 
 
 RECORDED = ("CUBLAS_", "CUDA_", "GLOO_", "MEGATUNE_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "UCX_")
-"""Prefixes of the variables that a measurement may depend on; of all others not even the name is kept."""
+"""Prefixes of the variables that a measurement may depend on; a record does not keep even the names of others."""
 _RECORDED_NAMES = frozenset({"LD_LIBRARY_PATH", "MKL_NUM_THREADS", "OMP_NUM_THREADS"})
+"""Further variables that a measurement may depend on."""
 _SECRET_WORDS = re.compile(
     r"TOKEN|SECRET|PASSW|PWD|CREDENTIAL|AUTH|(^|_)(API_?|ACCESS_?|PRIVATE_?)?KEYS?(_|$)"
 )
+"""Matches names of variables that may hold a secret."""
 _KEY_LIKE = re.compile(r"[A-Za-z0-9_=+-]{24,}")
+"""Matches a run of characters that is long enough for a key."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/=]{32,}")
+"""Matches a run of characters that may be data in Base64; a path may match too."""
 _DEVICE = re.compile(r"\b(GPU|MIG)-[0-9a-f-]{36}\b")
+"""Matches the identifier of a GPU, which is random but no secret."""
 _KEY_BITS = 3.5
-"""Shannon's entropy a character of a word of random letters and digits is above 4, of an identifier's below 3.5,
-random hexadecimal digits are between: 3.6 for 24 of them."""
+"""Shannon entropy, in bits per character, above which a word is taken for a key. Assumed between what names and keys
+have: random letters and digits have more than 4, identifiers less than 3.5, and 24 random hexadecimal digits 3.6."""
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a process that a measurement may depend on, by name, without any that looks like a secret."""
+    """Return the variables that a measurement may depend on, sorted by name, without any that looks like a secret."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -81,7 +89,10 @@ def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def looks_secret(name: str, value: str) -> bool:
-    """Whether a variable may hold a secret: by its name, a URL with a password in it, or a word without a pattern."""
+    """Return whether a variable may hold a secret.
+
+    It may if its name says so, or if its value contains a URL with a password or a word that looks random.
+    """
     if _SECRET_WORDS.search(name.upper()):
         return True
     return any(_has_password(word) or _is_random(word) for word in re.split(r"[\s,;\"']+", value))
@@ -90,17 +101,18 @@ def looks_secret(name: str, value: str) -> bool:
 def _has_password(word: str) -> bool:
     try:
         return urlsplit(word).password is not None
-    except ValueError:  # what is no URL has no password in it, but one that cannot be read may
+    except ValueError:  # a URL that cannot be parsed may still hold a password
         return "@" in word
 
 
 def _is_random(word: str) -> bool:
-    """Whether a word holds a run of characters as keys have it: long, with digits, and too mixed for a name."""
+    """Return whether a word holds a run of characters like a key: long, with digits, and too mixed for a name."""
     word = _DEVICE.sub("", word)
     runs = _KEY_LIKE.findall(word) + ([] if word.startswith("/") else _BASE64.findall(word))
-    return any(any(each.isdigit() for each in run) and _entropy_bits(run) > _KEY_BITS for run in runs)
+    return any(any(char.isdigit() for char in run) and _entropy_bits(run) > _KEY_BITS for run in runs)
 
 
 def _entropy_bits(text: str) -> float:
+    """Return the Shannon entropy of a text, in bits per character."""
     counts = Counter(text).values()
     return -sum(count / len(text) * math.log2(count / len(text)) for count in counts)

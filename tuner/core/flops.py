@@ -1,21 +1,21 @@
-"""Model FLOPs as Megatron counts them: forward and backward, recomputation left out.
+"""FLOPs of a model as Megatron counts them: forward and backward passes, without recomputation.
 
-Source: Megatron Bridge, training/utils/flop_utils.py, `num_floating_point_operations` (`transformer_flops`).
-Not counted: router, a layer's norms, embedding look-up, softmax, optimizer and communication. The parts below
-are multiply-adds ("macs") of one token's forward pass.
+Source: Megatron Bridge, training/utils/flop_utils.py, `num_floating_point_operations` (`transformer_flops`). Router,
+norms of a layer, embedding look-up, softmax, optimizer and communication do not count. Functions whose name ends in
+`macs` return the multiply-adds of the forward pass of one token.
 """
 
 from tuner.core.workload import Model, Workload
 
 FLOPS_PER_MAC = 6
-"""A multiply-add is 2 FLOPs, and the backward pass does two for each of the forward's."""
+"""FLOPs per multiply-add of the forward pass: it is 2 FLOPs, and the backward pass does twice as many."""
 
 
 def model_flops_per_token(workload: Workload, tp: int = 1) -> float:
-    """FLOPs a token, forward and backward, at the workload's sequence length.
+    """Return the FLOPs per token, forward and backward, at the workload's sequence length.
 
-    `tp` sets the padding of the vocabulary, which Megatron counts in the logits. A multi-token-prediction
-    layer counts as one more layer of the last kind, with its own projection and logits.
+    `tp` sets the padding of the vocabulary, which Megatron counts in the logits. A layer of multi-token prediction
+    counts as one more layer of the kind of the last layer, with its own projection and logits.
     """
     model, seq_length = workload.model, workload.seq_length
     mtp = model.mtp_num_layers or 0
@@ -31,7 +31,7 @@ def model_flops_per_token(workload: Workload, tp: int = 1) -> float:
 
 
 def mlp_macs(model: Model, moe: bool) -> int:
-    """One layer's MLP: the dense one, or the routed and shared experts that a token visits."""
+    """Return the multiply-adds of one layer's MLP: the dense MLP, or the routed and shared experts of a token."""
     matrices = 3 if model.gated_linear_unit else 2
     if not moe:
         return matrices * model.hidden_size * model.ffn_hidden_size
@@ -40,7 +40,7 @@ def mlp_macs(model: Model, moe: bool) -> int:
 
 
 def attention_projection_macs(model: Model) -> int:
-    """One layer's projections around the core attention; the norms of latents count as well."""
+    """Return the multiply-adds of one layer's projections around core attention, and of the norms of latents."""
     heads, hidden = model.num_attention_heads, model.hidden_size
     if not model.multi_latent_attention:
         return 2 * hidden * model.kv_channels * (heads + model.num_query_groups)
@@ -54,7 +54,10 @@ def attention_projection_macs(model: Model) -> int:
 
 
 def core_attention_macs(model: Model, seq_length: int, sliding: bool) -> float:
-    """One layer's scores and weighted values: a token sees half the sequence on average, or its window."""
+    """Return the multiply-adds of one layer's scores and weighted values.
+
+    A token sees half of the sequence on average, or its window if the layer is `sliding`.
+    """
     context = seq_length / 2
     if sliding and model.window_size is not None:
         window = sum(model.window_size) + 1
@@ -65,12 +68,15 @@ def core_attention_macs(model: Model, seq_length: int, sliding: bool) -> float:
 
 
 def mtp_projection_macs(model: Model) -> int:
-    """One multi-token-prediction layer's projection of state and embedding, and its three norms."""
+    """Return the multiply-adds of the projection and the three norms of one layer of multi-token prediction."""
     return 3 * model.hidden_size + 2 * model.hidden_size**2
 
 
 def slides(model: Model, layer_number: int) -> bool:
-    """Whether a layer, numbered from 1, attends in the window only (Megatron: is_layer_window_attention)."""
+    """Return whether a layer, numbered from 1, attends in the window only.
+
+    Source: Megatron-Core, is_layer_window_attention.
+    """
     if model.window_size is None:
         return False
     return model.window_attn_skip_freq is None or layer_number % model.window_attn_skip_freq != 0

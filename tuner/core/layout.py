@@ -21,19 +21,24 @@ ShardingStrategy = Literal["no_shard", "optim", "optim_grads", "optim_grads_para
 Size = TypeVar("Size", int, NDArray[np.int64])
 
 MOST = 32767
-"""Of any size: a table's columns hold 16 bits, and no job comes near."""
+"""The largest value of a size knob: a column of the table holds 16 bits, and no job comes near this size."""
+DEFAULT_RECOMPUTE_MODULE = "core_attn"
+"""The module that selective recompute drops if `recompute_modules` is `none`. Published: Megatron-Core,
+transformer_config.py, __post_init__."""
 
 
 def _knob(default: object, megatron: str, flag: str, label: str = "") -> Any:
+    """Return a field of Layout with its metadata."""
     return field(default=default, metadata={"megatron": megatron, "flag": flag, "label": label})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """One choice of the execution knobs; `0` and `"none"` stand for Megatron's None, so each is one table column.
+    """One choice of the execution knobs.
 
-    Each field's metadata holds `megatron` (the field in Megatron Bridge's ConfigContainer; `env_vars.` names a variable
-    of the job's environment), `flag` (Megatron-LM's argument; empty for a variable) and `label` (its short form in
+    `0` and `"none"` stand for Megatron's None, so that each knob is one column of a table. The metadata of a field
+    holds `megatron` (its name in Megatron Bridge's ConfigContainer; `env_vars.` names a variable of the job's
+    environment), `flag` (its argument in Megatron-LM; empty for a variable) and `label` (its short form in
     `Layout.label`).
     """
 
@@ -44,14 +49,14 @@ class Layout:
     vpp: int = _knob(
         1, "model.virtual_pipeline_model_parallel_size", "--num-virtual-stages-per-pipeline-rank", "vpp"
     )
-    """Model chunks a pipeline rank; 1 is no interleaving."""
+    """Model chunks per pipeline rank; 1 is no interleaving."""
     cp: int = _knob(1, "model.context_parallel_size", "--context-parallel-size", "cp")
     ep: int = _knob(1, "model.expert_model_parallel_size", "--expert-model-parallel-size", "ep")
     etp: int = _knob(1, "model.expert_tensor_parallel_size", "--expert-tensor-parallel-size", "etp")
-    """Always stated: Megatron-Core's None means tp, Megatron Bridge's means 1."""
+    """Always stated, since None means tp to Megatron-Core and 1 to Megatron Bridge."""
     sp: bool = _knob(False, "model.sequence_parallel", "--sequence-parallel", "sp")
     micro_batch_size: int = _knob(1, "train.micro_batch_size", "--micro-batch-size", "mbs")
-    """Samples a rank takes through the model at once."""
+    """Samples that a rank takes through the model at once."""
 
     num_layers_in_first_pipeline_stage: int = _knob(
         0, "model.num_layers_in_first_pipeline_stage", "--decoder-first-pipeline-num-layers", "first"
@@ -74,12 +79,12 @@ class Layout:
         "--microbatch-group-size-per-virtual-pipeline-stage",
         "group",
     )
-    """Contiguous micro-batches a virtual stage takes; 0 is Megatron's default, pp."""
+    """Micro-batches that a model chunk takes before the next chunk's turn; 0 is Megatron's default, pp."""
     pipeline_model_parallel_layout: str = _knob(
         "none", "model.pipeline_model_parallel_layout", "--pipeline-model-parallel-layout", "stages"
     )
-    """What each of the pp * vpp chunks holds, in Megatron's letters (`Et*3|(t*4|)*14tmL`); `none` leaves it to the
-    knobs above."""
+    """What each of the pp * vpp chunks holds, in Megatron's letters (`Et*3|(t*4|)*14tmL`); with `none` the knobs above
+    decide."""
     cp_comm_type: CpCommType = _knob("p2p", "model.cp_comm_type", "--cp-comm-type", "cpc")
 
     recompute_granularity: RecomputeGranularity = _knob(
@@ -88,7 +93,8 @@ class Layout:
     recompute_method: RecomputeMethod = _knob("none", "model.recompute_method", "--recompute-method", "")
     recompute_num_layers: int = _knob(0, "model.recompute_num_layers", "--recompute-num-layers", "")
     recompute_modules: str = _knob("none", "model.recompute_modules", "--recompute-modules", "")
-    """What selective recompute drops, joined by `+` (`core_attn+layernorm`); `none` is core_attn, the default."""
+    """The modules that selective recompute drops, joined by `+` (`core_attn+layernorm`); `none` is Megatron's default,
+    `DEFAULT_RECOMPUTE_MODULE`."""
 
     use_distributed_optimizer: bool = _knob(
         True, "ddp.use_distributed_optimizer", "--use-distributed-optimizer", "zero1"
@@ -98,7 +104,8 @@ class Layout:
     overlap_p2p_comm: bool = _knob(
         False, "comm_overlap.overlap_p2p_comm", "--no-overlap-p2p-communication", "op2p"
     )
-    """Pipeline sends and receives overlap compute; interleaved schedules only. Megatron-LM's flag turns it off."""
+    """Whether the pipeline's sends and receives overlap compute, which needs an interleaved schedule. Megatron-LM's
+    flag turns it off."""
     tp_comm_overlap: bool = _knob(False, "comm_overlap.tp_comm_overlap", "--tp-comm-overlap", "otp")
 
     moe_token_dispatcher_type: TokenDispatcher = _knob(
@@ -107,7 +114,7 @@ class Layout:
     moe_flex_dispatcher_backend: FlexBackend = _knob(
         "deepep", "model.moe_flex_dispatcher_backend", "--moe-flex-dispatcher-backend", "flex"
     )
-    """Who dispatches where `moe_token_dispatcher_type` is flex."""
+    """The library that dispatches tokens if `moe_token_dispatcher_type` is flex."""
     moe_shared_expert_overlap: bool = _knob(
         False, "model.moe_shared_expert_overlap", "--moe-shared-expert-overlap", "ose"
     )
@@ -120,26 +127,26 @@ class Layout:
 
     cuda_graph_impl: CudaGraphImpl = _knob("none", "model.cuda_graph_impl", "--cuda-graph-impl", "graph")
     cuda_graph_scope: str = _knob("none", "model.cuda_graph_modules", "--cuda-graph-modules", "scope")
-    """What a graph captures of a layer, joined by `+` (`attn+moe_router`); `none` is the whole layer. Megatron-Core
-    0.16 has it as cuda_graph_scope."""
+    """The parts of a layer that a graph captures, joined by `+` (`attn+moe_router`); `none` is the whole layer.
+    Megatron-Core 0.16 calls the field cuda_graph_scope."""
     use_megatron_fsdp: bool = _knob(False, "ddp.use_megatron_fsdp", "--use-megatron-fsdp", "fsdp")
     data_parallel_sharding_strategy: ShardingStrategy = _knob(
         "no_shard", "ddp.data_parallel_sharding_strategy", "--data-parallel-sharding-strategy", "shard"
     )
-    """What Megatron-FSDP shards over dp; of no meaning without it."""
+    """What Megatron-FSDP shards over dp; without Megatron-FSDP the knob has no meaning."""
     cpu_offloading_num_layers: int = _knob(
         0, "model.cpu_offloading_num_layers", "--cpu-offloading-num-layers", "offload"
     )
-    """Layers whose activations wait in the host's memory; 0 is no offloading."""
+    """Layers whose activations wait in host memory; 0 is no offloading."""
     nccl_ub: bool = _knob(False, "ddp.nccl_ub", "--use-nccl-ub", "ncclub")
-    """Gradients and weights lie in buffers that are registered with NCCL."""
+    """Whether gradients and weights lie in buffers that are registered with NCCL."""
 
     cuda_device_max_connections: int = _knob(0, "env_vars.CUDA_DEVICE_MAX_CONNECTIONS", "", "queues")
-    """Hardware queues a process uses; 0 takes what the other knobs ask for."""
+    """Hardware queues that a process uses; with 0 they follow from the other knobs (tuner/core/environment.py)."""
     expandable_segments: bool = _knob(False, "env_vars.PYTORCH_CUDA_ALLOC_CONF", "", "segments")
-    """PyTorch's allocator grows its segments in place: less fragmentation."""
+    """Whether PyTorch's allocator grows its segments in place, which reduces fragmentation."""
     nccl_nvls_enable: bool = _knob(True, "env_vars.NCCL_NVLS_ENABLE", "", "nvls")
-    """NCCL reduces in NVLink's switches where there are any, for which it takes memory."""
+    """Whether NCCL reduces inside NVLink's switches if it can; this takes memory."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"):
@@ -163,7 +170,7 @@ class Layout:
                 raise ValueError(f"{knob.name} must be at most {MOST}, not {value}")
 
     def label(self) -> str:
-        """A short name: the knobs that differ from their default, `tp2 pp4 mbs2 sp rc=full`; tp, pp and mbs always."""
+        """Return a short name, `tp2 pp4 mbs2 sp rc=full`: tp, pp, mbs, and the knobs that differ from their default."""
         parts = []
         for knob in fields(self):
             value, label = getattr(self, knob.name), knob.metadata["label"]
@@ -194,18 +201,22 @@ MOE_KNOBS: tuple[str, ...] = (
     "overlap_moe_expert_parallel_comm",
     "delay_wgrad_compute",
 )
-"""The knobs that a dense model has no use for."""
+"""The knobs without a meaning for a dense model."""
 
 ENVIRONMENT_KNOBS: tuple[str, ...] = tuple(
     knob.name for knob in fields(Layout) if knob.metadata["megatron"].startswith("env_vars.")
 )
-"""The knobs that are variables of the job's environment, no fields of Megatron."""
+"""The knobs that are variables of the job's environment and not fields of Megatron."""
 
 DEFAULTS: Mapping[str, Any] = {knob.name: knob.default for knob in fields(Layout)}
+"""The default of every knob."""
 
 
 def layout_from(row: Mapping[str, Any]) -> Layout:
-    """Build a layout from a table row or mapping: NumPy scalars become plain ones; missing knobs take their default."""
+    """Return the layout of a row of a table or a mapping.
+
+    NumPy scalars become plain ones, and a knob that is missing takes its default.
+    """
     values = {name: row[name] for name in KNOBS if name in row}
     return Layout(
         **{name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
@@ -213,26 +224,31 @@ def layout_from(row: Mapping[str, Any]) -> Layout:
 
 
 def data_parallel_size(world_size: int, tp: Size, pp: Size, cp: Size) -> Size:
-    """dp = world / (tp*pp*cp): ranks that hold the same dense weights and read different samples."""
+    """Return dp = world / (tp*pp*cp): the number of ranks that hold equal dense weights and read different samples."""
     return world_size // (tp * pp * cp)
 
 
 def expert_data_parallel_size(world_size: int, pp: Size, ep: Size, etp: Size) -> Size:
-    """edp = world / (pp*ep*etp): ranks that hold the same experts."""
+    """Return edp = world / (pp*ep*etp): the number of ranks that hold equal experts."""
     return world_size // (pp * ep * etp)
 
 
 def min_gpus(tp: Size, pp: Size, cp: Size, ep: Size, etp: Size) -> Size:
-    """pp * max(tp*cp, ep*etp): the dense and the expert grid of a pipeline stage share its GPUs (arXiv:2504.14960)."""
+    """Return pp * max(tp*cp, ep*etp): dense layers and experts share the GPUs of a stage (arXiv:2504.14960)."""
     stage: Size = np.maximum(tp * cp, ep * etp)
     return pp * stage
 
 
 def num_microbatches(global_batch_size: int, micro_batch_size: Size, dp: Size) -> Size:
-    """Micro-batches a rank takes through the model in one optimizer step."""
+    """Return the number of micro-batches that a rank takes through the model in one optimizer step."""
     return global_batch_size // (micro_batch_size * dp)
 
 
 def module_names(modules: str) -> Iterable[str]:
-    """The modules of a `recompute_modules` or `cuda_graph_scope` knob; empty for Megatron's default."""
+    """Return the modules that a `recompute_modules` or `cuda_graph_scope` knob names; none for Megatron's default."""
     return () if modules == "none" else tuple(modules.split("+"))
+
+
+def recomputed_modules(modules: str) -> Iterable[str]:
+    """Return the modules that selective recompute drops with a `recompute_modules` knob; `none` drops the default."""
+    return module_names(modules) or (DEFAULT_RECOMPUTE_MODULE,)

@@ -1,8 +1,8 @@
-"""Parameters of a model, module by module: the one place of each count.
+"""Parameters of a model, counted module by module.
 
-The counts are those of Megatron-Core's own modules (attention.py, multi_latent_attention.py, mlp.py,
-moe/router.py, multi_token_prediction.py), without the vocabulary's padding; a test builds the real modules
-and compares. Buffers, such as the router's expert bias, are no parameters.
+The counts are those of Megatron-Core's modules (attention.py, multi_latent_attention.py, mlp.py, moe/router.py,
+multi_token_prediction.py) without the padding of the vocabulary; a test builds the modules and compares. Buffers, such
+as the expert bias of the router, are not parameters.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from tuner.core.workload import Model
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
-    """The parameters of one module, by how tensor parallelism holds them."""
+    """Parameters of one module, divided by how tensor parallelism places them."""
 
     sharded: int
-    """Divided by tp (by etp in a routed expert)."""
+    """Parameters that are divided over the tp ranks (over the etp ranks in a routed expert)."""
     replicated: int
-    """Whole on every such rank."""
+    """Parameters that every one of these ranks holds whole."""
 
     @property
     def total(self) -> int:
-        """All of them, each once."""
+        """Return the number of parameters of the whole module."""
         return self.sharded + self.replicated
 
 
@@ -29,17 +29,20 @@ _NONE = Parameters(sharded=0, replicated=0)
 
 
 def norm(model: Model, width: int | None = None) -> int:
-    """Parameters of one norm over `width` (the hidden size): scale, and shift with LayerNorm."""
+    """Return the parameters of one norm over `width` (default: hidden size): a scale, and a shift in LayerNorm."""
     return (2 if model.normalization == "LayerNorm" else 1) * (width or model.hidden_size)
 
 
 def layer_norms(model: Model) -> int:
-    """Parameters of one layer's norms around attention and MLP, whole on each rank."""
+    """Return the parameters of one layer's norms around attention and MLP, which every rank holds whole."""
     return (4 if model.sandwich_layernorm else 2) * norm(model)
 
 
 def attention(model: Model) -> Parameters:
-    """One layer's attention; latent down-projections, inner norms and output bias are whole on each rank."""
+    """Return the parameters of one layer's attention.
+
+    Every rank holds latent down-projections, inner norms and the bias of the output whole.
+    """
     return _latent_attention(model) if model.multi_latent_attention else _grouped_attention(model)
 
 
@@ -83,18 +86,18 @@ def _mlp(model: Model, width: int) -> Parameters:
 
 
 def dense_mlp(model: Model) -> Parameters:
-    """The MLP of one dense layer."""
+    """Return the parameters of the MLP of one dense layer."""
     return _mlp(model, model.ffn_hidden_size)
 
 
 def expert(model: Model) -> Parameters:
-    """One routed expert; nothing in a dense model."""
+    """Return the parameters of one routed expert; none in a dense model."""
     width = model.moe_ffn_hidden_size
     return _mlp(model, width) if width else _NONE
 
 
 def shared_experts(model: Model) -> Parameters:
-    """The shared experts of one layer together and their gate; nothing without them."""
+    """Return the parameters of all shared experts of one layer and their gate; none without shared experts."""
     width = model.moe_shared_expert_intermediate_size
     if not width:
         return _NONE
@@ -104,57 +107,67 @@ def shared_experts(model: Model) -> Parameters:
 
 
 def router(model: Model) -> int:
-    """One layer's router, whole on every rank."""
+    """Return the parameters of one layer's router, which every rank holds whole."""
     return (model.num_moe_experts or 0) * (model.hidden_size + (1 if model.add_bias_linear else 0))
 
 
 def embedding(model: Model) -> int:
-    """Token embedding (divided by tp; vocabulary not padded) and learned positions (whole on a rank)."""
+    """Return the parameters of the embedding of tokens (vocabulary not padded) and of learned positions."""
     learned = model.position_embedding_type == "learned_absolute"
     return (model.vocab_size + (model.max_position_embeddings if learned else 0)) * model.hidden_size
 
 
 def output(model: Model) -> int:
-    """The output layer; 0 where it shares the embedding's weights."""
+    """Return the parameters of the output layer; 0 if it shares the weights of the embedding."""
     return 0 if model.share_embeddings_and_output_weights else model.vocab_size * model.hidden_size
 
 
 def layer(model: Model, moe: bool, experts: int | None = None) -> int:
-    """One whole layer with its norms; `moe` with `experts` of its routed experts, all by default."""
-    around = attention(model).total + layer_norms(model)
+    """Return the parameters of one layer with its norms.
+
+    Args:
+        model: The model.
+        moe: Whether the layer has experts.
+        experts: How many of the routed experts are counted; None counts all.
+    """
+    attention_and_norms = attention(model).total + layer_norms(model)
     if not moe:
-        return around + dense_mlp(model).total
+        return attention_and_norms + dense_mlp(model).total
     count = model.num_moe_experts if experts is None else experts
-    return around + router(model) + shared_experts(model).total + (count or 0) * expert(model).total
+    routed = (count or 0) * expert(model).total
+    return attention_and_norms + router(model) + shared_experts(model).total + routed
 
 
 def mtp_layers(model: Model) -> int:
-    """All multi-token-prediction layers: three norms, a projection and a layer of the last kind each.
+    """Return the parameters of all layers of multi-token prediction.
 
-    They share the embedding and the output layer with the model.
+    Each has three norms, a projection, and a layer of the kind of the model's last layer. They share the embedding and
+    the output layer with the model.
     """
-    each = 3 * norm(model) + 2 * model.hidden_size**2 + layer(model, model.moe_layer_pattern()[-1])
-    return (model.mtp_num_layers or 0) * each
+    of_layer = 3 * norm(model) + 2 * model.hidden_size**2 + layer(model, model.moe_layer_pattern()[-1])
+    return (model.mtp_num_layers or 0) * of_layer
 
 
 def total_parameters(model: Model) -> int:
-    """Parameters of the model as published sizes count them: embeddings in, shared ones once; MTP layers out.
+    """Return the parameters of the model as published sizes count them.
 
-    `total_parameters + mtp_layers` is what a training job holds, besides the vocabulary's padding.
+    Embeddings count, shared ones once; layers of multi-token prediction do not count. A training job holds
+    `total_parameters + mtp_layers` parameters and the padding of the vocabulary.
     """
     return _sum(model, None)
 
 
 def active_parameters(model: Model) -> int:
-    """Parameters that one token passes: as `total_parameters`, with `moe_router_topk` experts a layer.
+    """Return the parameters that one token passes: `total_parameters` with only `moe_router_topk` experts per layer.
 
-    Model cards differ: Qwen, Mistral and Ai2 count both embeddings, as here; OpenAI and DeepSeek leave out
-    the look-up table, GLM and Moonlight both.
+    Model cards differ. Qwen, Mistral and Ai2 count the embedding and the output layer, as this function does; OpenAI
+    and DeepSeek leave out the embedding; GLM and Moonlight leave out both.
     """
     return _sum(model, model.moe_router_topk)
 
 
 def _sum(model: Model, experts: int | None) -> int:
+    """Return the parameters of the model with so many routed experts per layer; None counts all."""
     moe = sum(model.moe_layer_pattern())
     layers = moe * layer(model, True, experts) + (model.num_layers - moe) * layer(model, False)
     return embedding(model) + layers + norm(model) + output(model)

@@ -1,4 +1,4 @@
-"""The text of `pipeline_model_parallel_layout`: what each chunk of the pipeline holds, in Megatron's letters."""
+"""The text of `pipeline_model_parallel_layout`, which writes out what each chunk of the pipeline holds."""
 
 import re
 from collections import Counter
@@ -17,21 +17,26 @@ DECODER: Final = "t"
 MTP: Final = "m"
 LOSS: Final = "L"
 LETTERS: Final = (EMBEDDING, DECODER, MTP, LOSS)
+"""Megatron's letters: embedding, decoder layer, layer of multi-token prediction, and output layer with loss."""
 
 Chunk = tuple[str, ...]
+"""The letters of one chunk."""
 
 _REPEATS: Final = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
+"""Repeated groups and repeated letters, in the order in which Megatron unrolls them."""
 
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> tuple[Chunk, ...]:
-    """The letters of every chunk, in the model's order: chunk i is virtual stage i // pp of pipeline rank i % pp.
+    """Return the letters of every chunk, in the model's order.
+
+    Chunk i of the result is chunk i // pp of pipeline rank i % pp.
 
     The grammar is Megatron's (megatron/core/transformer/pipeline_parallel_layer_layout.py, parse_str_to_list): `|`
-    ends a chunk, `t*3` repeats a letter, `(tt|)*4` a group, groups do not nest, commas say nothing.
+    ends a chunk, `t*3` repeats a letter, `(tt|)*4` repeats a group, groups do not nest, and commas are ignored.
 
     Raises:
-        ValueError: if Megatron would not read the text, or it unrolls to more letters than a job can have layers.
+        ValueError: if Megatron cannot read the text, or the text unrolls to more letters than a job can have layers.
     """
     unrolled = text.replace(",", "")
     for repeat in _REPEATS:
@@ -46,14 +51,14 @@ def parse(text: str) -> tuple[Chunk, ...]:
 
 
 def write(chunks: Iterable[Iterable[str]]) -> str:
-    """The text of the chunks, repeated letters and chunks shortened: `parse(write(chunks))` is `chunks`."""
+    """Return the text of chunks, with repeated letters and chunks shortened; `parse(write(chunks))` is `chunks`."""
     texts = ["".join(_shortened(chunk)) for chunk in chunks]
     runs = [(text, len(list(run))) for text, run in groupby(texts[:-1])]
     return "".join(f"({text}|)*{count}" if count > 1 else f"{text}|" for text, count in runs) + texts[-1]
 
 
 def readable(text: str) -> bool:
-    """Whether Megatron can read the text at all."""
+    """Return whether Megatron can read the text."""
     try:
         parse(text)
     except ValueError:
@@ -62,19 +67,15 @@ def readable(text: str) -> bool:
 
 
 def decoders(text: str) -> NDArray[np.int64]:
-    """Decoder layers a chunk, in the model's order: shape [pp * vpp]."""
+    """Return the decoder layers of each chunk, in the model's order: shape [pp * vpp]."""
     return np.array([chunk.count(DECODER) for chunk in parse(text)], dtype=np.int64)
 
 
-def mtp_layers(text: str) -> NDArray[np.int64]:
-    """Layers of multi-token prediction a chunk, in the model's order: shape [pp * vpp]."""
-    return np.array([chunk.count(MTP) for chunk in parse(text)], dtype=np.int64)
-
-
 def fault(text: str, num_layers: int, mtp_num_layers: int | None) -> str | None:
-    """What Megatron refuses of the text for a model with so many layers, whatever the pipeline; None for nothing.
+    """Return why Megatron refuses the text for a model with so many layers, or None if it accepts it.
 
-    After pipeline_parallel_layer_layout.py, validate_layer_layout. What depends on pp is `mtp_fault`'s.
+    The checks are those of pipeline_parallel_layer_layout.py, validate_layer_layout, that do not depend on pp;
+    `mtp_fault` does the one that does.
     """
     try:
         chunks = parse(text)
@@ -101,7 +102,10 @@ def fault(text: str, num_layers: int, mtp_num_layers: int | None) -> str | None:
 
 
 def mtp_fault(text: str, pp: int) -> str | None:
-    """Where multi-token prediction may not be: it needs the last chunk of its rank; None where it is well placed."""
+    """Return why Megatron refuses the chunk that holds multi-token prediction, or None if it accepts it.
+
+    Multi-token prediction must be in the last chunk of its rank.
+    """
     chunks = parse(text)
     places = [place for place, chunk in enumerate(chunks) if MTP in chunk]
     if places and places[0] < len(chunks) - pp:
@@ -113,6 +117,7 @@ def mtp_fault(text: str, pp: int) -> str | None:
 
 
 def _unroll(match: re.Match[str]) -> str:
+    """Return the repeated letter or group of a match, written out."""
     group, times = match.group(1), int(match.group(2))
     if len(group) * times > MOST:
         raise ValueError(
@@ -123,6 +128,7 @@ def _unroll(match: re.Match[str]) -> str:
 
 
 def _shortened(chunk: Iterable[str]) -> Iterable[str]:
+    """Yield the texts of runs of equal letters; a run of three or more letters becomes `t*3`."""
     for letter, run in groupby(chunk):
         count = len(list(run))
         yield letter * count if count < 3 else f"{letter}*{count}"

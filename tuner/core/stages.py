@@ -1,4 +1,4 @@
-"""How the layers of a model lie on pipeline stages and their chunks, for many layouts at once."""
+"""How many layers the first, a middle and the last pipeline rank hold, for many layouts at once."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,10 @@ from tuner.core.workload import Workload
 
 
 class StageLayers(NamedTuple):
-    """Slots of layers on the first, a middle and the last pipeline rank, all chunks together.
+    """A count for the first, a middle and the last pipeline rank of each layout: arrays of shape [rows].
 
-    A slot is a layer, or the embedding or the loss where the split counts them as one, at the cost of a
-    layer.
-    Meaningful where the split rules hold; `middle` also where there is no middle rank.
+    The counts have a meaning only for layouts that the rules of the split accept. `middle` has a value even in a
+    pipeline without a middle rank.
     """
 
     first: Ints
@@ -22,7 +21,11 @@ class StageLayers(NamedTuple):
 
 
 def stage_slots(c: Columns, w: Workload) -> StageLayers:
-    """Slots a pipeline rank, as Megatron's get_num_layers_to_build spreads them."""
+    """Return the slots of each pipeline rank, all of its chunks together.
+
+    A slot is a layer; the embedding and the loss take one slot each if the split accounts for them. Source:
+    Megatron-Core, transformer_block.py, get_num_layers_to_build.
+    """
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
     spread = w.model.num_layers - first - last + accounted_slots(c)
     middle = spread // np.maximum(unstated_stages(c), 1)
@@ -30,9 +33,9 @@ def stage_slots(c: Columns, w: Workload) -> StageLayers:
 
 
 def chunk_layers(c: Columns, w: Workload) -> StageLayers:
-    """Layers in the very first chunk, in one between, and in the very last chunk of the model.
+    """Return the layers of the first chunk of the model, of a chunk in between, and of the last chunk of the model.
 
-    Of layouts whose layers no text places: tuner.core.pipeline_layout counts those.
+    A layout that writes out its pipeline has other counts: see `decoders` in tuner/core/pipeline_layout.py.
     """
     slots = stage_slots(c, w)
     emb = c.on("account_for_embedding_in_pipeline_split") & (c["pp"] > 1)
@@ -42,14 +45,14 @@ def chunk_layers(c: Columns, w: Workload) -> StageLayers:
 
 
 def accounted_slots(c: Columns) -> Ints:
-    """Slots that embedding and loss take; on a single stage they take one and give it back."""
+    """Return the slots that embedding and loss take: 0, 1 or 2. On a single stage each takes one and gives it back."""
     both = c.on("account_for_embedding_in_pipeline_split").astype(np.int64)
     both += c.on("account_for_loss_in_pipeline_split")
     return np.where(c["pp"] > 1, both, 0)
 
 
 def unstated_stages(c: Columns) -> Ints:
-    """Stages whose layers are not stated."""
+    """Return the number of stages whose layers no knob states."""
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
-    left: Ints = c["pp"] - (first > 0) - (last > 0)
-    return left
+    unstated: Ints = c["pp"] - (first > 0) - (last > 0)
+    return unstated

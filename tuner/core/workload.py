@@ -1,4 +1,4 @@
-"""The model and the workload: what is trained. A sweep never changes any of it."""
+"""The model and the workload: what is trained, which a sweep never changes."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,6 +8,7 @@ from pydantic import ConfigDict
 from tuner.files import STRICT
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"]
+"""Precision of the products of linear layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +16,7 @@ class Model:
     """A decoder architecture in Megatron-Core's own field names (TransformerConfig and GPTModel).
 
     Raises:
-        ValueError: if the fields contradict each other whatever the layout.
+        ValueError: if the fields contradict each other under every layout.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -24,12 +25,12 @@ class Model:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Width of a dense layer's MLP; of the leading dense layers in a mixture of experts."""
+    """Width of the MLP of a dense layer; a mixture of experts may have some dense layers too."""
     num_attention_heads: int
     num_query_groups: int
     """Key-value heads; equal to `num_attention_heads` without grouped-query attention."""
     kv_channels: int
-    """Head dimension (not used by multi-latent attention)."""
+    """Head dimension; multi-latent attention does not use it."""
     vocab_size: int
     make_vocab_size_divisible_by: int = 128
     gated_linear_unit: bool = True
@@ -37,34 +38,37 @@ class Model:
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     max_position_embeddings: int = 0
-    """Rows of the learned position table; 0 with rotary positions."""
+    """Rows of the table of learned positions; 0 with rotary positions."""
     rotary_base: int = 10000
     share_embeddings_and_output_weights: bool = False
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     window_size: tuple[int, int] | None = None
-    """Sliding window (left, right) in tokens; None is full causal attention."""
+    """Tokens that attention sees to the left and to the right; None is full causal attention."""
     window_attn_skip_freq: int | None = None
-    """Every how many layers attention is full; None slides in every layer."""
+    """N: attention is full in every Nth layer and sees the window in the others; None: the window in every layer."""
     softmax_type: Literal["vanilla", "learnable"] = "vanilla"
-    """`learnable` gives each head an attention sink, which rules out some attention kernels."""
+    """`learnable` gives each head an attention sink; some attention kernels cannot do this."""
     sandwich_layernorm: bool = False
-    """A second norm behind attention and behind the MLP, before each sum: Gemma 2 and 3, GLM-4 (not Megatron's)."""
+    """Whether a second norm follows attention and the MLP, before each residual sum: Gemma 2, Gemma 3 and GLM-4.
+    Megatron has no such field."""
     attn_logit_softcapping: float | None = None
-    """Bounds attention's scores by a tanh, which rules out its fused kernels: Gemma 2 (Megatron Bridge's field)."""
+    """Bound that a tanh puts on the scores of attention (Gemma 2); fused kernels cannot do this. Megatron Bridge's
+    field."""
     final_logit_softcapping: float | None = None
-    """Bounds the output layer's logits likewise (Megatron Bridge's field)."""
+    """Bound that a tanh puts on the logits of the output layer (Gemma 2). Megatron Bridge's field."""
 
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_router_topk: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
-    """Summed width of all shared experts; None without."""
+    """Summed width of all shared experts; None without shared experts."""
     moe_shared_expert_gate: bool = False
-    """Weighs the shared experts' output by a learned gate of the token: Qwen 2."""
+    """Whether a learned gate weighs the output of the shared experts per token (Qwen 2)."""
     moe_layer_freq: int | tuple[int, ...] = 1
-    """N: every Nth layer has experts, the first included; a tuple of 0 (dense) and 1 (experts), one a layer."""
+    """N: every Nth layer has experts, the first included. A tuple has one entry per layer: 0 for dense, 1 for
+    experts."""
     moe_router_load_balancing_type: Literal[
         "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"
     ] = "aux_loss"
@@ -77,14 +81,14 @@ class Model:
 
     multi_latent_attention: bool = False
     q_lora_rank: int | None = None
-    """None projects queries directly."""
+    """Rank of the latent of queries; None projects queries directly."""
     kv_lora_rank: int | None = None
     qk_head_dim: int | None = None
     qk_pos_emb_head_dim: int | None = None
     v_head_dim: int | None = None
 
     mtp_num_layers: int | None = None
-    """Multi-token-prediction layers behind the last one; None without."""
+    """Layers of multi-token prediction, which follow the last decoder layer; None without them."""
 
     def __post_init__(self) -> None:
         positive = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -123,11 +127,11 @@ class Model:
 
     @property
     def is_moe(self) -> bool:
-        """Whether any layer has routed experts."""
+        """Return whether any layer has routed experts."""
         return self.num_moe_experts is not None
 
     def moe_layer_pattern(self) -> tuple[bool, ...]:
-        """Whether each of the `num_layers` layers has routed experts (Megatron: gpt_layer_specs.py)."""
+        """Return whether each of the `num_layers` layers has routed experts (Megatron-Core, gpt_layer_specs.py)."""
         if self.num_moe_experts is None:
             return (False,) * self.num_layers
         if isinstance(self.moe_layer_freq, tuple):
@@ -135,7 +139,10 @@ class Model:
         return tuple(layer % self.moe_layer_freq == 0 for layer in range(self.num_layers))
 
     def padded_vocab_size(self, tp: int) -> int:
-        """Rows of the embedding after Megatron's padding for `tp` (megatron/training: vocab_size_with_padding)."""
+        """Return the rows of the embedding after Megatron's padding for `tp`.
+
+        Source: megatron/training, vocab_size_with_padding.
+        """
         multiple = self.make_vocab_size_divisible_by * tp
         return -(-self.vocab_size // multiple) * multiple
 
@@ -148,16 +155,17 @@ class Workload:
 
     model: Model
     seq_length: int
-    """Tokens a sample."""
+    """Tokens per sample."""
     global_batch_size: int
-    """Samples an optimizer step, over all GPUs."""
+    """Samples per optimizer step, over all GPUs."""
     precision: Precision = "bf16"
     grad_reduce_in_fp32: bool = True
-    """Gradients are added up and reduced in fp32; False keeps them in the weights' own 16 bits."""
+    """Whether gradients are added up and reduced in fp32; otherwise they have the precision of the weights."""
     fp8_param: bool = False
-    """Linear layers keep their weights in fp8 alone, where the optimizer's fp32 ones are rounded to."""
+    """Whether linear layers keep their weights in fp8 only, to which the optimizer rounds its fp32 weights."""
     moe_router_force_load_balancing: bool = False
-    """Routes every token at random instead of by the router: flatters time and memory, so it is recorded."""
+    """Whether tokens are routed at random instead of by the router. This makes time and memory look better, so results
+    record it."""
 
     def __post_init__(self) -> None:
         if self.seq_length < 1 or self.global_batch_size < 1:
@@ -176,5 +184,23 @@ class Workload:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens an optimizer step, over all GPUs."""
+        """Return the tokens per optimizer step, over all GPUs."""
         return self.global_batch_size * self.seq_length
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of one weight in the model, beside any copies in 8 or 4 bits; an activation has as many."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Return the bytes of one gradient as it is added up and reduced."""
+        return 4 if self.grad_reduce_in_fp32 else self.weight_bytes
+
+    @property
+    def adam_bytes(self) -> int:
+        """Return the bytes that Adam holds per weight.
+
+        Adam holds two fp32 moments, and an fp32 copy of the weight if the model's weight is not fp32.
+        """
+        return 8 if self.precision == "fp32" else 12
