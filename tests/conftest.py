@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""What all tests share: settings of Hypothesis, a cache of their own, and folders in memory."""
 
 import os
 import tempfile
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Cores that other jobs share: how long an example takes says nothing.
+# Other jobs share the cores, so how long an example takes says nothing.
 settings.register_profile("megatune", deadline=None)
 settings.load_profile("megatune")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What was calibrated on this machine is neither read nor replaced."""
+    """The tests neither read nor replace what was calibrated on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -23,7 +23,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def in_memory() -> Iterator[Path]:
-    """A folder in memory where there is such a place: a study commits two hundred times a sweep."""
+    """A folder in memory, if the machine has such a place, since a study commits two hundred times per sweep."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
         yield Path(name)
@@ -31,5 +31,5 @@ def in_memory() -> Iterator[Path]:
 
 @pytest.fixture
 def results(in_memory: Path) -> Path:
-    """Where a sweep's results folder may be made."""
+    """The path of a results folder that does not exist yet."""
     return Path(tempfile.mkdtemp(dir=in_memory)) / "night"

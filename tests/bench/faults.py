@@ -1,8 +1,8 @@
-"""What becomes of a trial that fails: `python -m tests.bench.faults [cold] [forked] [FAULT...]`.
+"""Injects faults into trials and checks their outcomes: `python -m tests.bench.faults [cold] [forked] [FAULT...]`.
 
-Every fault is really injected into a torchrun job of two ranks, started cold or forked, and followed by a trial that
-has to complete. Without arguments the tuner itself is killed a hundred times as well (tests/bench/kill.py). Exits
-with 1 if anything is not as it has to be.
+Every fault is injected into a real torchrun job of two ranks, started cold or forked. A trial that must complete
+follows each faulty one. Without arguments the tuner itself is killed a hundred times as well (tests/bench/kill.py).
+The exit code is 1 if any outcome is wrong.
 """
 
 import shutil
@@ -23,31 +23,44 @@ from tests.faults import FAULTS, Fault, Programs, lost, small_disk, spec_for, wr
 from tuner.trial.contract import Outcome, TrialFolder
 
 LOG_LIMIT_MIB = 64
+"""The most that the logs of a trial may hold. Assumed."""
+
 GRACE_S = 2.0
+"""How long a job may take to end after SIGTERM. Assumed."""
+
 KILLS = 100
+"""How often the tuner is killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was seen of one fault."""
+    """The result of one injected fault: a row of the printed table."""
 
     fault: Fault
     start: str
+    """`cold` or `forked`."""
     injected: bool
+    """False if this machine cannot inject the fault."""
     wrong: str = ""
+    """What is wrong with the outcome; empty if nothing is."""
     ended_s: float = 0.0
+    """How long the trial took."""
     log_mib: float = 0.0
+    """The size of the trial's logs."""
     lost: tuple[str, ...] = ()
+    """The evidence that is missing from the trial's folder."""
     orphans: int = 0
+    """How many processes of the trial were alive after its end."""
     next_trial: str = "ok"
+    """The reason why the following trial did not complete; `ok` if it did."""
 
     def passed(self) -> bool:
-        """Whether everything is as it has to be; what cannot be injected here proves nothing, and fails nothing."""
+        """Whether everything is right; a fault that this machine cannot inject passes."""
         in_time = self.ended_s <= self.fault.within_s and self.log_mib <= LOG_LIMIT_MIB
         return not (self.wrong or self.lost or self.orphans) and in_time and self.next_trial == "ok"
 
     def cells(self) -> tuple[str, ...]:
-        """The row as the table shows it."""
+        """The cells of the row in the printed table."""
         name = (self.fault.program, self.start, self.fault.outcome.value)
         if not self.injected:
             return (*name, "not injected: no disk can be mounted here", *[""] * 6)
@@ -70,7 +83,7 @@ TITLES = (
 
 
 def try_fault(fault: Fault, start: str, launcher: TorchrunLauncher, root: Path) -> Row:
-    """Run a trial that fails and one that does not, and look at what is left of the first."""
+    """Run a trial with the fault and then one without, and look at what is left of the first one."""
     folder = TrialFolder(root / f"{start} {fault.program}")
     folder.path.mkdir()
     row = Row(fault, start, injected=True)
@@ -98,7 +111,7 @@ def try_fault(fault: Fault, start: str, launcher: TorchrunLauncher, root: Path) 
 
 
 def try_all(faults: Sequence[Fault], starts: Sequence[str], root: Path) -> Iterator[Row]:
-    """Try every fault in each way of starting, one after the other."""
+    """Try every fault with each way of starting a job, one after the other."""
     with Preload(root) as preload:
         cold = TorchrunLauncher(programs=Programs(), grace_s=GRACE_S)
         launchers = {"cold": cold, "forked": replace(cold, start=preload.start)}
@@ -114,7 +127,7 @@ def line(cells: Iterable[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Print the table as it grows; returns 1 if a row is wrong."""
-    # Ended from outside, it still ends the job under way and takes the small disk away.
+    # On SIGTERM the context managers still end the running job and remove the small disk.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     starts = [start for start in ("cold", "forked") if start in arguments] or ["cold", "forked"]
     named = set(arguments) - {"cold", "forked"}

@@ -1,10 +1,9 @@
-"""Is a night's table the same however often the tuner is killed?
+"""Kills the tuner again and again: `python -m tests.bench.kill [KILLS=100] [SEED=0]`.
 
-`python -m tests.bench.kill [KILLS=100] [SEED=0]`
-
-SIGKILL at random moments of a sweep over a deterministic program, a new tuner on the same folder after each, until
-the sweep has ended; then the next sweep, until all kills are spent. Prints counts; fails unless every table is that
-of a sweep which nobody killed, no result was written twice, and nothing outlived its tuner by more than 5 s.
+SIGKILL ends the tuner at random moments of a sweep over a deterministic program. After each kill a new tuner continues
+in the same folder, until the sweep has ended; then the next sweep begins, until all kills are used. The command prints
+counts. It fails unless every table of results equals that of a sweep which was never killed, no result was written
+twice, and no process lived more than 5 s longer than its tuner.
 """
 
 import argparse

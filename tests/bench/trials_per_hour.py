@@ -1,8 +1,8 @@
-"""Trials an hour, forked against cold, and the tuner's own time: `python -m tests.bench.trials_per_hour [TRIALS]`.
+"""Trials per hour, forked against cold, and the tuner's own time: `python -m tests.bench.trials_per_hour [TRIALS]`.
 
-The sweep of a tiny GPT on 4 CPU ranks runs three times, for so many trials each, with the same seed: its trials forked
-from a loaded process, then each a torchrun of its own, then forked again, which shows how noisy the machine is. Between
-two trials the tuner learns, chooses, writes and logs; that is its own time.
+The sweep of a tiny GPT on 4 CPU ranks runs three times with the same seed, for TRIALS trials each. The trials are
+forked from a loaded process, then each is started with a new torchrun, then they are forked again, which shows how
+noisy the machine is. The tuner's own time is the time between two trials, in which it learns, chooses, writes and logs.
 """
 
 import sys
@@ -29,14 +29,16 @@ from tuner.trial.launcher import Launcher, LaunchPlan
 
 SWEEP: Final = Path(__file__).parents[2] / "search_spaces" / "sweeps" / "tiny-gpt.yaml"
 TRIALS: Final = 12
+"""The default of TRIALS."""
 
 
 @dataclass(slots=True)
 class Stopwatch:
-    """A launcher that notes when each trial began and ended, in monotonic seconds."""
+    """A launcher that runs trials with another launcher, and notes when each began and ended."""
 
     launcher: Launcher
     spans: list[tuple[float, float]] = field(default_factory=list)
+    """The beginning and the end of each trial, in seconds of the monotonic clock."""
     results: list[TrialResult] = field(default_factory=list)
 
     def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
@@ -58,7 +60,7 @@ class Stopwatch:
 
 
 def measured(trials: int, results: Path, cold: bool) -> dict[str, float | str]:
-    """Run the sweep in `results`; returns a line of the table."""
+    """Run the sweep in the folder `results`; returns a line of the printed table."""
     loaded = load(SWEEP)
     budget = replace(loaded.sweep.budget, trials=trials, min_gain=None)
     loaded = replace(loaded, sweep=replace(loaded.sweep, budget=budget))
@@ -106,7 +108,7 @@ def main(trials: int) -> None:
     table = pd.DataFrame(lines)
     print(table.round(3).to_string(index=False))
     forked, cold = (table[table["trials"] == kind]["trials_per_hour"].mean() for kind in ("forked", "cold"))
-    print(f"trials an hour, forked over cold: {forked / cold:.1f}; the target is 3")
+    print(f"trials per hour, forked over cold: {forked / cold:.1f}; the target is 3")
     print(
         f"the tuner's own time between forked trials: {table['between_trials_share'].iloc[[0, 2]].mean():.1%} of the "
         "wall clock; the target is 2%"

@@ -1,4 +1,4 @@
-"""No shell, no code from data: what the source may not call, and what a results folder from someone else may not do."""
+"""No shell, no code from data: calls that the source may not make, and results folders that someone else wrote."""
 
 import ast
 import json
@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.replay import ReplayLauncher, run_to_end, sweep_of
+from tests.replay import ReplayLauncher, sweep_of
 from tests.trials import completed_row, failed_row, write_trial
+from tests.unit.cli.commands import write_results
 from tuner.cli.app import run
+from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import read_yaml_data, to_data
 from tuner.sweep.folder import SweepFolder
@@ -39,8 +41,8 @@ _SHELLS = frozenset({"sh", "bash", "dash", "zsh"})
 
 
 def offences(source: str) -> list[str]:
-    """What a module does that would let data run as code."""
-    return [told for node in ast.walk(ast.parse(source)) for told in _offences(node)]
+    """The constructs in a module's source that would let data run as code."""
+    return [offence for node in ast.walk(ast.parse(source)) for offence in _offences(node)]
 
 
 def _offences(node: ast.AST) -> Iterator[str]:
@@ -50,14 +52,14 @@ def _offences(node: ast.AST) -> Iterator[str]:
         case ast.ImportFrom(module=str(module)) if module.partition(".")[0] in _MODULES:
             yield module
         case ast.Call(func=func, keywords=keywords):
-            name, given = ast.unparse(func), {each.arg: ast.unparse(each.value) for each in keywords}
+            name, values = ast.unparse(func), {word.arg: ast.unparse(word.value) for word in keywords}
             if name in _BUILTINS | _CALLS:
                 yield name
-            if given.get("shell", "False") != "False":
+            if values.get("shell", "False") != "False":
                 yield f"{name} with a shell"
-            if given.get("allow_pickle", "False") != "False":
+            if values.get("allow_pickle", "False") != "False":
                 yield f"{name} of pickles"
-            if name == "torch.load" and given.get("weights_only") != "True":
+            if name == "torch.load" and values.get("weights_only") != "True":
                 yield "torch.load of pickles"
         case (
             ast.List(elts=[ast.Constant(value=str(first)), *_])
@@ -100,21 +102,22 @@ def test_no_module_lets_data_run_as_code() -> None:
         path for house in ("tuner", "launchers", "search_spaces") for path in (ROOT / house).rglob("*.py")
     ]
     assert len(modules) > 80
-    found = {str(path.relative_to(ROOT)): told for path in modules if (told := offences(path.read_text()))}
-    assert found == {}
+    offenders = {str(path.relative_to(ROOT)): offences(path.read_text()) for path in modules}
+    assert {path: names for path, names in offenders.items() if names} == {}
 
 
 @pytest.fixture(scope="module")
 def finished(in_memory: Path) -> Path:
-    """The results of a sweep with measured and failed trials."""
+    """The results of a sweep with measured trials and one that ran out of memory."""
     results = in_memory / "finished"
-    run_to_end(results, ReplayLauncher(limit_gib=60.0), sweep_of(budget={"trials": 4}))
+    layouts = [Layout(tp=4, pp=2), Layout(micro_batch_size=2), Layout(tp=2), Layout(pp=2)]
+    write_results(results, sweep_of(), layouts, ReplayLauncher(limit_gib=60.0))
     return results
 
 
 @pytest.fixture
 def night(finished: Path, results: Path) -> Path:
-    """A copy of them, to spoil."""
+    """A copy of the finished results, which a test may spoil."""
     return Path(shutil.copytree(finished, results))
 
 
@@ -124,19 +127,20 @@ def _change(path: Path, change: Callable[[Any], None]) -> None:
     path.write_text(json.dumps(data))
 
 
-READ: tuple[tuple[str, ...], ...] = (("show",), ("show", "--json"), ("export",), ("explain",))
+READING_COMMANDS = ("show", "show --json", "export", "explain")
 
 
-def _read_all(results: Path, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, ...], tuple[int, str]]:
-    told = {}
-    for command in READ:
-        code = run([command[0], str(results), *command[1:]])
-        out, err = capsys.readouterr()
-        told[command] = code, out + err
-    return told
+def _read_all(results: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[int, str]]:
+    """Run each command that reads results; returns its exit code and everything that it printed."""
+    answers = {}
+    for command in READING_COMMANDS:
+        name, *options = command.split()
+        code = run([name, str(results), *options])
+        answers[command] = code, "".join(capsys.readouterr())
+    return answers
 
 
-def test_texts_of_someone_else_are_shown_as_they_are_and_steer_nothing(
+def test_texts_from_someone_else_are_shown_as_they_are_and_change_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hostile = "[red]x[/] [link=file:///etc]y[/link] \x1b[2J\x1b]0;title\x07\x9b31m <script>alert(1)</script>"
@@ -147,14 +151,14 @@ def test_texts_of_someone_else_are_shown_as_they_are_and_steer_nothing(
     write_trial(tmp_path, completed_row(1, 90.0, source=hostile, note=hostile))
     write_trial(tmp_path, failed_row(2, reason=hostile))
     page = tmp_path / "page.html"
-    told = _read_all(tmp_path, capsys)
+    answers = _read_all(tmp_path, capsys)
     assert run(["show", str(tmp_path), "--html", str(page)]) == 0
-    told[("show", "--html")] = 0, "".join(capsys.readouterr())
-    for command, (code, text) in told.items():
+    answers["show --html"] = 0, "".join(capsys.readouterr())
+    for command, (code, text) in answers.items():
         assert code == 0, (command, text)
-        assert all(each.isprintable() or each in "\n\t" for each in text), command
-    assert "[red]x[/]" in " ".join(told["show",][1].split())
-    assert "[bold][red]x[/]" in told["explain",][1]
+        assert all(character.isprintable() or character in "\n\t" for character in text), command
+    assert "[red]x[/]" in " ".join(answers["show"][1].split())
+    assert "[bold][red]x[/]" in answers["explain"][1]
     assert "<script>alert" not in page.read_text()
     assert "&lt;script&gt;alert" in page.read_text()
 
@@ -162,7 +166,7 @@ def test_texts_of_someone_else_are_shown_as_they_are_and_steer_nothing(
 _HUGE = 10**30
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what no sweep holds
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of sizes that no sweep has
 @pytest.mark.parametrize(
     ("file", "change"),
     [
@@ -187,13 +191,13 @@ _HUGE = 10**30
         ("source.json", lambda data: data.update(source=["baseline"])),
     ],
 )
-def test_numbers_and_types_that_no_sweep_writes_are_an_error_of_the_input_or_shown(
+def test_numbers_and_types_that_no_sweep_writes_are_shown_or_are_an_input_error(
     night: Path, capsys: pytest.CaptureFixture[str], file: str, change: Callable[[Any], None]
 ) -> None:
     _change(SweepFolder(night).trial(0).path / file, change)
-    for command, (code, said) in _read_all(night, capsys).items():
-        assert code in (0, 2, 3), (command, said)
-        assert code != 2 or file in said, said
+    for command, (code, text) in _read_all(night, capsys).items():
+        assert code in (0, 2, 3), (command, text)
+        assert code != 2 or file in text, text
 
 
 _TORN = ["[" * 200_000, '{"a": ' * 200_000, "1" * 5000, "", "\x00" * 512, '"\\ud800"']
@@ -203,21 +207,21 @@ _FILES = ["result.json", "spec.json", "source.json", "../../sweep.json"]
 @pytest.mark.parametrize(
     ("name", "content"), [*zip(_FILES, _TORN, strict=False), *(("result.json", text) for text in _TORN[1:])]
 )
-def test_files_that_no_sweep_writes_are_an_error_of_the_input(
+def test_files_that_no_sweep_writes_are_an_input_error(
     night: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
 ) -> None:
     path = (SweepFolder(night).trial(0).path / name).resolve()
     path.write_text(content)
-    for command, (code, said) in _read_all(night, capsys).items():
-        assert code == 2, (command, said)
-        assert path.name in said
+    for command, (code, text) in _read_all(night, capsys).items():
+        assert code == 2, (command, text)
+        assert path.name in text
 
 
 @pytest.mark.parametrize(
     "place",
     ["trials/t0001/result.json", "trials/t0001/log/stderr.log", "trials/t0001", "sweep.json", "mlflow.db"],
 )
-def test_links_that_leave_the_results_are_refused_whatever_they_lead_to(
+def test_links_that_lead_out_of_the_results_are_refused_whatever_they_lead_to(
     night: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     path = night / place
@@ -225,9 +229,9 @@ def test_links_that_leave_the_results_are_refused_whatever_they_lead_to(
     if path.exists():
         path.rename(target)
     path.symlink_to(target)
-    for command, (code, said) in _read_all(night, capsys).items():
+    for command, (code, text) in _read_all(night, capsys).items():
         assert code == 2, command
-        assert f"{path}: is a link that leads out of the results, to {target}" in said
+        assert f"{path}: is a link that leads out of the results, to {target}" in text
     with pytest.raises(InputError, match="is a link that leads out of the results"):
         SweepFolder(night).claim(sweep_of())
 
@@ -246,13 +250,13 @@ def test_ten_lines_of_yaml_cannot_fill_the_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: &a [*a]", "a: " + "[" * 5000])
-def test_yaml_without_an_end_is_told(tmp_path: Path, text: str) -> None:
+def test_yaml_that_contains_itself_or_nests_too_deeply_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(InputError, match="is nested too deeply, or contains itself"):
         read_yaml_data(tmp_path / "a.yaml")
 
 
-def test_the_server_that_we_start_listens_to_this_machine_alone(
+def test_the_server_that_megatune_starts_listens_to_this_machine_alone(
     night: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
