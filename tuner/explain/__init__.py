@@ -1,1 +1,3 @@
-"""Why: what predictions and trials together say of layouts, knobs and neighbours; reads a sweep and changes nothing."""
+"""Why layouts are fast or slow: what predictions and trials say about layouts, knobs and neighbours. Reads a sweep and
+changes nothing.
+"""

@@ -1,4 +1,4 @@
-"""What the predictions and the trials of a sweep together say of every row of its table."""
+"""What the predictions and the trials of a sweep together say about every row of its table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tuner.core.columns import Floats
 from tuner.core.layout import Layout
 from tuner.predict.calibration import Calibration
 from tuner.predict.feasibility import Feasibility
@@ -21,31 +22,30 @@ from tuner.space.table import find_row, with_row
 from tuner.sweep.configuration import Sweep
 from tuner.trial.finished import FinishedTrial
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evidence:
-    """A sweep, its trials, and what is known of every row of its table; arrays of one value a row."""
+    """A sweep, its trials, and what is known about every row of its table; arrays have shape [rows] unless stated."""
 
     sweep: Sweep
     calibration: Calibration | None
-    """What the predicted step times rest on."""
+    """The machine's calibration that the predicted step times rest on; None if there is none."""
     trials: tuple[FinishedTrial, ...]
-    """The finished ones."""
+    """The finished trials."""
     table: pd.DataFrame
-    """The valid layouts, those of the trials among them."""
+    """The valid layouts, the layouts of the trials included, one row per layout, columns as KNOBS."""
     rows: NDArray[np.intp]
-    """The row of each trial."""
+    """The row of each trial, of shape [trials]."""
     predicted_ms: Floats
-    """Before any trial; likewise the next two."""
+    """The step time that is predicted before any trial."""
     predicted_gib: Floats
+    """The peak of memory that is predicted before any trial."""
     predicted_fit: Floats
-    """P(peak <= the GPU's memory)."""
+    """The probability, before any trial, that the peak is at most the GPU's memory."""
     expected_ms: Floats
-    """What the trials make of `predicted_ms`."""
+    """The predicted step time, corrected by the trials."""
     fit: Floats
-    """What they make of `predicted_fit`."""
+    """The probability that the peak is at most the GPU's memory, corrected by the trials."""
 
 
 def gather(
@@ -54,7 +54,14 @@ def gather(
     layouts: Sequence[Layout] = (),
     calibration: Calibration | None = None,
 ) -> Evidence:
-    """Gather the evidence of a sweep's finished trials; `layouts` are further rows to judge."""
+    """Gather the evidence of a sweep.
+
+    Args:
+        sweep: the sweep.
+        trials: its finished trials.
+        layouts: further layouts that the table is to hold.
+        calibration: the machine's calibration, for predicted step times.
+    """
     workload, cluster = sweep.workload, sweep.cluster
     table = searched_table(sweep.problem, trials)
     for layout in (*(trial.layout for trial in trials), *layouts):
@@ -65,13 +72,7 @@ def gather(
     feasibility, ranking = Feasibility(table, workload, cluster), Ranking(encode(table), predicted_ms)
     predicted_fit = feasibility.probabilities()
     for row, trial in zip(rows.tolist(), trials, strict=True):
-        seen = Observation.of(trial.result)
-        if seen.step_time_ms is not None:
-            ranking.tell(row, seen.step_time_ms)
-        elif seen.slower_than_ms is not None:
-            ranking.tell_slower(row, seen.slower_than_ms)
-        if seen.out_of_memory or seen.peak_gib is not None:
-            feasibility.tell(row, seen.peak_gib)
+        _learn(ranking, feasibility, row, Observation.of(trial.result))
     return Evidence(
         sweep=sweep,
         calibration=calibration,
@@ -84,3 +85,12 @@ def gather(
         expected_ms=ranking.expected_ms(np.arange(len(table))),
         fit=feasibility.probabilities(),
     )
+
+
+def _learn(ranking: Ranking, feasibility: Feasibility, row: int, observation: Observation) -> None:
+    if observation.step_time_ms is not None:
+        ranking.tell(row, observation.step_time_ms)
+    elif observation.slower_than_ms is not None:
+        ranking.tell_slower(row, observation.slower_than_ms)
+    if observation.out_of_memory or observation.peak_gib is not None:
+        feasibility.tell(row, observation.peak_gib)

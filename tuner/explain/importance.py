@@ -1,4 +1,4 @@
-"""Which choices mattered in a sweep: shares of the variance of its measured step times."""
+"""Which choices mattered in a sweep: their shares of the variance of its measured step times."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -13,15 +13,21 @@ from tuner.core.choices import CHOICES, value_of
 from tuner.core.layout import Layout
 
 FEWEST_TRIALS: Final = 8
-"""Fewer say nothing: a forest of trees over three or four points a choice splits on noise."""
+"""Fewest trials that shares are computed from. Assumed: with three or four values per choice and fewer trials, a forest
+of trees splits on noise."""
 
 
 def importances(layouts: Sequence[Layout], step_time_ms: Sequence[float]) -> dict[str, float]:
-    """The share of each choice that varied, the largest first; they sum to 1.
+    """Return the share of each choice that varied, largest first; the shares sum to 1.
 
-    Empty below FEWEST_TRIALS, or where nothing varied. Functional ANOVA on log(step time) of the completed trials
-    (Hutter, Hoos and Leyton-Brown 2014, "An efficient approach for assessing hyperparameter importance"), by Optuna. It
-    describes the layouts that were tried, which no sampler draws evenly: not the space.
+    The shares come from a functional ANOVA on log(step time) of the completed trials, computed by Optuna (Hutter, Hoos
+    and Leyton-Brown 2014, "An efficient approach for assessing hyperparameter importance"). They describe the layouts
+    that were tried, not the space: no sampler draws the space evenly. The result is empty for fewer trials than
+    FEWEST_TRIALS, or if nothing varied.
+
+    Args:
+        layouts: the layouts of the completed trials.
+        step_time_ms: the measured step time of each of these trials.
     """
     values = [{choice: value_of(choice, layout) for choice in CHOICES} for layout in layouts]
     space: dict[str, BaseDistribution] = {

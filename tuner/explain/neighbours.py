@@ -19,97 +19,128 @@ from tuner.trial.finished import SEARCHED, FinishedTrial, completed
 
 
 class NeighbourStatus(StrEnum):
-    """What is known of a neighbour."""
+    """How a neighbour's cost is known, or why it has none; earlier members say more."""
 
     MEASURED = "measured"
     SLOWER = "slower"
-    """Ended before it was measured to the end: its cost is a lower bound."""
+    """Its trial ended before it measured a step time, so its cost is a lower bound."""
     PREDICTED = "predicted"
-    """Not tried: what the trials make of its predicted step time."""
+    """It was not tried; its cost is the predicted one, corrected by the trials."""
     FAILED = "failed"
     RULED_OUT = "ruled out"
-    """Needs as much memory as a layout that ran out of it."""
+    """It needs at least as much memory as a layout that ran out of memory."""
     TOO_LARGE = "too large"
-    """Predicted to need more memory than there is."""
+    """It is predicted to need more memory than the GPU has."""
     INVALID = "invalid"
     OUTSIDE = "not searched"
-    """Valid, but none of the sweep's layouts."""
+    """It is valid, but not one of the sweep's layouts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbour:
-    """A layout that differs from the best in one choice, and in what that forces."""
+    """A layout that differs from the best one in one choice, and in the choices that have to follow."""
 
     choice: str
     value: str
-    """What it takes for the choice."""
+    """The neighbour's value of the choice."""
     forced: tuple[str, ...]
-    """The choices that had to follow."""
+    """The choices that have to follow."""
     layout: Layout
     known: NeighbourStatus
     cost: float | None
-    """Its step time, or what that is above, over the best's, less 1; None where it cannot run."""
+    """Its step time, or the lower bound of it, over the best's, minus 1; None if the neighbour cannot run."""
     why: str
-    """The trial that measured it or how that ended, or what is in its way."""
+    """The trial that measured the neighbour and how it ended, or the reason why the neighbour cannot run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RowStatus:
+    """What is known about one row of the table."""
+
+    status: NeighbourStatus
+    step_ms: float | None
+    """The row's step time, or the lower bound of it; None if the row cannot run."""
+    why: str
+
+    @property
+    def sort_key(self) -> tuple[int, float]:
+        """Rows whose status says more come first, then the faster ones."""
+        return list(NeighbourStatus).index(self.status), self.step_ms or 0.0
 
 
 def neighbours(evidence: Evidence, best: FinishedTrial) -> tuple[Neighbour, ...]:
-    """The neighbours of a completed trial's layout: the fastest first, then those that cannot run."""
+    """Return the neighbours of a completed trial's layout: the fastest first, then those that cannot run."""
     assert best.result.metrics is not None, "only a completed trial is the best"
-    # Its neighbours were measured in the search: beside them stands what it measured there, not its finals.
+    # The search measured the neighbours, so they are compared with its measurement of the best layout, not with finals.
     searched = [
         trial for trial in evidence.trials if trial.layout == best.layout and trial.source in SEARCHED
     ]
-    metrics = [own for _, own in completed(searched)] or [best.result.metrics]
-    near = [*_valid(evidence, best.layout, metrics[0].step_time_ms)]
-    near += _others(evidence, best.layout, {(one.choice, one.value) for one in near})
-    return tuple(sorted(near, key=lambda one: (one.cost is None, one.cost or 0.0)))
+    best_metrics = [metrics for _, metrics in completed(searched)] or [best.result.metrics]
+    valid = list(_valid_neighbours(evidence, best.layout, best_metrics[0].step_time_ms))
+    reached = {(neighbour.choice, neighbour.value) for neighbour in valid}
+    found = [*valid, *_unreached_values(evidence, best.layout, reached)]
+    return tuple(sorted(found, key=lambda neighbour: (neighbour.cost is None, neighbour.cost or 0.0)))
 
 
-def _valid(evidence: Evidence, layout: Layout, best_ms: float) -> Iterator[Neighbour]:
-    """The neighbours among the rows of the table."""
-    names, order = list(CHOICES), list(NeighbourStatus)
-    start = find_row(evidence.table, layout)
+def _valid_neighbours(evidence: Evidence, layout: Layout, best_ms: float) -> Iterator[Neighbour]:
+    """Yield the neighbours among the rows of the table."""
+    choices, start = list(CHOICES), find_row(evidence.table, layout)
     assert start is not None, "every trial has its row"
     for number, rows in one_step(codes_of(evidence.table), start):
-        judged = [(*_judged(evidence, int(row)), layout_at(evidence.table, int(row))) for row in rows]
-        # Where several could follow alike, what was measured says most, then what is expected to be fastest.
-        known, step_ms, why, other = min(judged, key=lambda one: (order.index(one[0]), one[1] or 0.0))
-        choice = names[number]
+        # Several rows may take this value, each with other choices that follow.
+        statuses = {int(row): _row_status(evidence, int(row)) for row in rows}
+        row = min(statuses, key=lambda row: statuses[row].sort_key)
+        choice, known, other = choices[number], statuses[row], layout_at(evidence.table, row)
+        differing = [name for name in choices if value_of(name, other) != value_of(name, layout)]
         yield Neighbour(
             choice=choice,
             value=value_of(choice, other),
-            forced=tuple(n for n in names if n != choice and value_of(n, other) != value_of(n, layout)),
+            forced=tuple(name for name in differing if name != choice),
             layout=other,
-            known=known,
-            cost=None if step_ms is None else step_ms / best_ms - 1,
-            why=why,
+            known=known.status,
+            cost=None if known.step_ms is None else known.step_ms / best_ms - 1,
+            why=known.why,
         )
 
 
-def _judged(evidence: Evidence, row: int) -> tuple[NeighbourStatus, float | None, str]:
-    """What is known of a row, its step time in ms where it has one, and the reason."""
-    trials = [evidence.trials[each] for each in np.flatnonzero(evidence.rows == row)]
+def _row_status(evidence: Evidence, row: int) -> _RowStatus:
+    trials = [evidence.trials[index] for index in np.flatnonzero(evidence.rows == row)]
+    return _tried_status(trials) if trials else _untried_status(evidence, row)
+
+
+def _tried_status(trials: list[FinishedTrial]) -> _RowStatus:
+    """Return what the trials of one row say: the fastest measurement, or how the first trial ended."""
     for trial, metrics in completed(trials):
-        return NeighbourStatus.MEASURED, metrics.step_time_ms, f"trial {trial.number}"
-    for trial in trials:
-        if (bound_ms := trial.result.slower_than_ms) is not None:
-            return NeighbourStatus.SLOWER, bound_ms, f"trial {trial.number}: at least, {trial.result.outcome}"
-        return NeighbourStatus.FAILED, None, f"trial {trial.number}: {trial.result.outcome}"
-    one, sweep = evidence.table.iloc[[row]], evidence.sweep
+        return _RowStatus(
+            status=NeighbourStatus.MEASURED, step_ms=metrics.step_time_ms, why=f"trial {trial.number}"
+        )
+    first = trials[0]
+    outcome, bound_ms = first.result.outcome, first.result.slower_than_ms
+    if bound_ms is not None:
+        why = f"trial {first.number}: at least, {outcome}"
+        return _RowStatus(status=NeighbourStatus.SLOWER, step_ms=bound_ms, why=why)
+    return _RowStatus(status=NeighbourStatus.FAILED, step_ms=None, why=f"trial {first.number}: {outcome}")
+
+
+def _untried_status(evidence: Evidence, row: int) -> _RowStatus:
+    """Return what the trials of other rows, and the predictions, say about a row without a trial."""
+    only_row, sweep = evidence.table.iloc[[row]], evidence.sweep
     for trial in evidence.trials:
         if trial.result.outcome is Outcome.OOM and needs_at_least_as_much_memory(
-            one, trial.layout, sweep.workload, sweep.cluster
+            only_row, trial.layout, sweep.workload, sweep.cluster
         ):
-            return NeighbourStatus.RULED_OUT, None, f"needs as much memory as trial {trial.number}"
-    fits = f"peak {evidence.predicted_gib[row]:.3g} GiB, P(fit) {evidence.fit[row]:.0%}"
+            why = f"needs as much memory as trial {trial.number}"
+            return _RowStatus(status=NeighbourStatus.RULED_OUT, step_ms=None, why=why)
+    fit = f"peak {evidence.predicted_gib[row]:.3g} GiB, P(fit) {evidence.fit[row]:.0%}"
     if evidence.predicted_fit[row] < MIN_FIT:
-        return NeighbourStatus.TOO_LARGE, None, fits
-    return NeighbourStatus.PREDICTED, float(evidence.expected_ms[row]), fits
+        return _RowStatus(status=NeighbourStatus.TOO_LARGE, step_ms=None, why=fit)
+    return _RowStatus(status=NeighbourStatus.PREDICTED, step_ms=float(evidence.expected_ms[row]), why=fit)
 
 
-def _others(evidence: Evidence, layout: Layout, reached: Collection[tuple[str, str]]) -> Iterator[Neighbour]:
-    """The values that the sweep searches and no neighbour takes: what is in their way."""
+def _unreached_values(
+    evidence: Evidence, layout: Layout, reached: Collection[tuple[str, str]]
+) -> Iterator[Neighbour]:
+    """Yield the values that the sweep searches and that no neighbour takes, with the rules that they break."""
     sweep = evidence.sweep
     for choice, knobs in CHOICES.items():
         values = sweep.domain.get(choice, ()) if len(knobs) == 1 else ()
@@ -118,13 +149,13 @@ def _others(evidence: Evidence, layout: Layout, reached: Collection[tuple[str, s
             other = replace(layout, **changed)
             if other == layout or (choice, value_of(choice, other)) in reached:
                 continue
-            broken = broken_rules(other, sweep.workload, sweep.cluster, sweep.lifted)
+            violations = broken_rules(other, sweep.workload, sweep.cluster, sweep.lifted)
             yield Neighbour(
                 choice=choice,
                 value=value_of(choice, other),
                 forced=(),
                 layout=other,
-                known=NeighbourStatus.INVALID if broken else NeighbourStatus.OUTSIDE,
+                known=NeighbourStatus.INVALID if violations else NeighbourStatus.OUTSIDE,
                 cost=None,
-                why=", ".join(item.rule for item in broken),
+                why=", ".join(violation.rule for violation in violations),
             )
