@@ -15,7 +15,8 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import layout_from
 from tuner.core.workload import Model, Workload
 from tuner.predict.memory.peak import breakdown, peak_gib
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 
 B200 = Path(__file__).parents[3] / "shared" / "data" / "b200_memory.csv"
 """Measured on 8 B200 by the authors of SimuMax (MooreThreads/SimuMax, docs/b200, Apache-2.0)."""

@@ -21,7 +21,9 @@ from tuner.core.layout import Layout, data_parallel_size, layout_from, num_micro
 from tuner.core.workload import Model, Workload
 from tuner.predict.feasibility import fit_probabilities
 from tuner.predict.memory.peak import StageMemory, breakdown, peak_gib
-from tuner.space.enumeration import Domain, enumerate_layouts, layer_placements
+from tuner.space.domain import Domain
+from tuner.space.enumeration import enumerate_layouts
+from tuner.space.placements import layer_placements
 
 PROCESSES = 2
 WRITTEN_OUT = 0.3

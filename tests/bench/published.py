@@ -22,7 +22,8 @@ from tuner.core.layout import layout_from
 from tuner.core.workload import Workload
 from tuner.predict.feasibility import fit_probabilities
 from tuner.predict.time.step import step_time_ms
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 
 LIKELY: Final = 0.5
 """The probability from which a layout is said to fit."""

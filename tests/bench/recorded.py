@@ -13,7 +13,8 @@ from search_spaces.loader import load_cluster, load_model
 from tuner.core.cluster import Cluster
 from tuner.core.layout import DEFAULTS, KNOBS
 from tuner.core.workload import Model, Precision, Workload
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 
 DATA: Final = Path(__file__).parents[3] / "shared" / "data"
 STEP_TIMES: Final = DATA / "a100_step_times.csv"

@@ -9,7 +9,9 @@ import time
 from search_spaces.loader import load_model
 from tuner.core.cluster import Cluster, Gpu
 from tuner.core.workload import Workload
-from tuner.space.enumeration import default_domain, enumerate_layouts, with_derived
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
+from tuner.space.table import with_derived
 
 NODES = 512
 

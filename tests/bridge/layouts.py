@@ -10,7 +10,9 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import DEFAULTS, Layout, layout_from
 from tuner.core.workload import Workload
 from tuner.rules.validity import broken_rules
-from tuner.space.enumeration import Domain, enumerate_layouts, layer_placements, refined_domain
+from tuner.space.domain import Domain, refined_domain
+from tuner.space.enumeration import enumerate_layouts
+from tuner.space.placements import layer_placements
 
 T = TypeVar("T")
 

@@ -30,7 +30,7 @@ from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.report.export import Format
-from tuner.space.enumeration import Domain
+from tuner.space.domain import Domain
 from tuner.trial.contract import TrialSpec
 from tuner.trial.program import BridgeRecipe
 

@@ -15,7 +15,7 @@ from tuner.core.workload import Workload
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import trial_words
 from tuner.report.export import Format
-from tuner.space.enumeration import refined_domain
+from tuner.space.domain import refined_domain
 
 CLUSTER = load_cluster("dgx-h100", nodes=4)
 

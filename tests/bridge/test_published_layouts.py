@@ -33,7 +33,8 @@ from tuner.frameworks.megatron_bridge.values import values_of
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.report.export import Format
 from tuner.rules.validity import broken_rules
-from tuner.space.enumeration import enumerate_layouts, search_domain
+from tuner.space.domain import search_domain
+from tuner.space.enumeration import enumerate_layouts
 from tuner.space.guide import read_guide
 from tuner.space.heuristics import seeds
 

@@ -14,7 +14,8 @@ from tuner.core.pipeline_layout import DECODER, EMBEDDING, LOSS, MTP, write
 from tuner.core.workload import Model, Workload
 from tuner.rules.recompute import MODULES
 from tuner.rules.validity import broken_rules
-from tuner.space.enumeration import Domain, enumerate_layouts
+from tuner.space.domain import Domain
+from tuner.space.enumeration import enumerate_layouts
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 

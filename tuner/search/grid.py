@@ -13,7 +13,8 @@ from tuner.core.columns import Columns
 from tuner.core.layout import DEFAULTS
 from tuner.rules.validity import active_rules
 from tuner.search.problem import Problem
-from tuner.space.enumeration import Space, Value, enumerate_layouts
+from tuner.space.domain import Value
+from tuner.space.enumeration import Space, enumerate_layouts
 
 GRID_SHARE: Final = 0.6
 """Share of the search's budget that the grid may use. Assumed: a wrong grid costs more than a wrong detail."""

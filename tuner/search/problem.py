@@ -6,7 +6,7 @@ from typing import Literal
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.space.enumeration import Domain
+from tuner.space.domain import Domain
 from tuner.trial.contract import Measurement
 
 SamplerName = Literal["predicted", "random", "tpe", "gp", "grid"]

@@ -24,7 +24,7 @@ from tuner.predict.time.step import step_time_ms
 from tuner.search.grid import grid_space
 from tuner.search.problem import Problem
 from tuner.search.variants import variants_of
-from tuner.space.enumeration import Value
+from tuner.space.domain import Value
 from tuner.trial.finished import FinishedTrial
 
 MAX_CENTRES: Final = 3

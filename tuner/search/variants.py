@@ -24,7 +24,8 @@ from tuner.rules.recompute import MODULES
 from tuner.rules.rule import Rule
 from tuner.rules.validity import active_rules
 from tuner.search.problem import Problem
-from tuner.space.enumeration import Domain, Value, layer_placements, refined_domain
+from tuner.space.domain import Domain, Value, refined_domain
+from tuner.space.placements import layer_placements
 
 MOST_PRODUCTS: Final = 4096
 """Largest number of combinations of options that is enumerated whole. Assumed: at most so many trials are never needed,

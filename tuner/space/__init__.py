@@ -1,3 +1,4 @@
-"""Every valid layout of a search as one table, its look-ups, and the published layouts to start from; knows nothing
-of what was measured.
+"""Every valid layout of a search as one table, its look-ups, and the published layouts to start from.
+
+Knows nothing of predictions or of what was measured.
 """

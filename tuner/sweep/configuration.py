@@ -25,7 +25,7 @@ from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import resolved_program
 from tuner.rules.validity import active_rules, gone_rules
 from tuner.search.problem import Problem, SamplerName
-from tuner.space.enumeration import REFINED, Domain, default_domain, search_domain
+from tuner.space.domain import REFINED, Domain, default_domain, search_domain
 from tuner.trial.contract import Limits, Measurement
 from tuner.trial.program import (
     BUILT_IN,

@@ -8,7 +8,7 @@ import pytest
 from tests.unit.cli.commands import SWEEP, refused, write
 from tuner.cli.app import run
 from tuner.rules.validity import RULES
-from tuner.space.enumeration import REFINED
+from tuner.space.domain import REFINED
 
 
 def test_plan_counts_the_layouts_the_rejections_and_the_first_trials(

@@ -13,7 +13,8 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.command import read_command
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import layout_at
 
 GPT = (

@@ -21,7 +21,8 @@ from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import trial_words, with_layout
 from tuner.report.export import Format, export
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import layout_at
 from tuner.sweep.configuration import Sweep, load_sweep
 from tuner.trial.program import MegatronLm

@@ -21,7 +21,8 @@ from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.overhead import beyond_allocated_gib, reserved_ratio
 from tuner.predict.memory.peak import peak_gib
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import find_row, layout_at
 
 SWEEP = sweep_of(

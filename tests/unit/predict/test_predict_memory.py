@@ -19,7 +19,8 @@ from tuner.predict.implementation import Implementation
 from tuner.predict.memory.activations import Layers
 from tuner.predict.memory.peak import GIB, PARTS, StageMemory, breakdown, peak_gib
 from tuner.predict.memory.stages import stages_in_flight
-from tuner.space.enumeration import default_domain, enumerate_layouts
+from tuner.space.domain import default_domain
+from tuner.space.enumeration import enumerate_layouts
 
 MODELS = {"dense": dense(), "mixture": mixture(), "latent": latent(mtp_num_layers=1)}
 FULL: dict[str, Any] = {

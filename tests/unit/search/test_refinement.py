@@ -38,7 +38,7 @@ from tuner.predict.time.step import step_time_ms as predicted_ms
 from tuner.search.grid import GRID_SHARE
 from tuner.search.refinement import MAX_CENTRES, centre_layouts, with_refinements
 from tuner.search.variants import variants_of
-from tuner.space.enumeration import REFINED
+from tuner.space.domain import REFINED
 from tuner.space.table import find_row, layout_at
 from tuner.sweep.budget import Clock, Ledger, Stop
 from tuner.sweep.configuration import Budget, Sweep

@@ -15,7 +15,8 @@ from tests.unit.search.default_sweeps import (
 from tuner.core.choices import codes_of
 from tuner.core.layout import KNOBS, Layout
 from tuner.search.variants import refined_values, variants_of
-from tuner.space.enumeration import REFINED, enumerate_layouts
+from tuner.space.domain import REFINED
+from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import layout_at
 
 GRID_KNOBS = [knob for knob in KNOBS if knob not in REFINED]

@@ -23,7 +23,8 @@ from tuner.core.layout import (
 )
 from tuner.core.workload import Workload
 from tuner.rules.validity import RULES, broken_rules
-from tuner.space.enumeration import enumerate_layouts, search_domain
+from tuner.space.domain import search_domain
+from tuner.space.enumeration import enumerate_layouts
 from tuner.space.guide import DenseRow, MinimumGpus, MoeRow, Pitfall, Range, Scaling, read_guide
 from tuner.space.heuristics import GRID_WEIGHTS, Seed, seeds
 

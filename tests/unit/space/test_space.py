@@ -13,14 +13,9 @@ from tuner.core.layout import DEFAULTS, KNOBS, Layout, layout_from, min_gpus
 from tuner.core.workload import Model, Workload
 from tuner.errors import InputError
 from tuner.rules.validity import RULES, broken_rules, valid_mask
-from tuner.space.enumeration import (
-    Domain,
-    Space,
-    default_domain,
-    enumerate_layouts,
-    search_domain,
-    with_derived,
-)
+from tuner.space.domain import Domain, default_domain, search_domain
+from tuner.space.enumeration import Space, enumerate_layouts
+from tuner.space.table import with_derived
 
 SMALL_DOMAIN: Domain = {
     "tp": (1, 2, 3, 4),
