@@ -1,4 +1,4 @@
-"""A layout in Megatron's own words: the fields of its configs, and the arguments of Megatron-LM. Pure."""
+"""A layout in Megatron's own words: the fields of its configs, and their values. Pure."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,7 +15,7 @@ _FULL_ITERATION = "full_iteration"
 
 
 def megatron_value(knob: str, value: Any) -> Any:
-    """A knob's value as Megatron has it: our 0 and `none` are its None, and so is a vpp of 1."""
+    """A knob's value as Megatron has it: a 0 or `none` that stands for None becomes None, and so does a vpp of 1."""
     if knob == "cuda_graph_scope":
         return [name for name in module_names(value) if name != _FULL_ITERATION]
     if knob == "recompute_modules":
@@ -28,7 +28,12 @@ def megatron_value(knob: str, value: Any) -> Any:
 
 
 def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any]:
-    """Megatron's values by `group.field`: of the knobs that differ from `base`, of every knob without one."""
+    """Megatron's values by `group.field` of every knob, except those of the environment.
+
+    Args:
+        layout: The layout.
+        base: With it, only the knobs that differ from it.
+    """
     values = {
         knob.metadata["megatron"]: megatron_value(knob.name, getattr(layout, knob.name))
         for knob in fields(Layout)
@@ -41,10 +46,13 @@ def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any
 
 
 def is_full_iteration(layout: Layout) -> bool:
-    """Whether one graph holds the whole step: a scope in Megatron-Core 0.16, an implementation from 0.19 on."""
+    """Whether one CUDA graph holds the whole step.
+
+    Megatron-Core 0.16 states this as a scope of graphs; from 0.19 on it is an implementation of graphs.
+    """
     return layout.cuda_graph_impl != "none" and _FULL_ITERATION in module_names(layout.cuda_graph_scope)
 
 
 def expert_metadata(key: str) -> set[str]:
-    """The fields (`megatron`) or arguments (`flag`) that a dense model has no use for."""
+    """The fields (key `megatron`) or arguments (key `flag`) of the knobs that only a mixture of experts has."""
     return {knob.metadata[key] for knob in fields(Layout) if knob.name in MOE_KNOBS}

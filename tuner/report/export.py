@@ -1,13 +1,11 @@
-"""The override: a measured layout in the form that a launcher takes, with the evidence on top. Pure."""
+"""The override of a measured layout in the format that a launcher takes, headed by the evidence. Pure."""
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Any
-
-import yaml
 
 from tuner.analysis.figures import Figures
 from tuner.core.environment import cuda_environment
@@ -17,17 +15,22 @@ from tuner.frameworks.megatron_bridge.override import (
     bridge_overrides,
     bridge_python,
     bridge_words,
-    nested,
-    with_class,
+    bridge_yaml,
 )
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.override import megatron_lm_override, megatron_lm_usage
 from tuner.trial.contract import TrialSpec
 from tuner.trial.program import MegatronLm, Program
 
+_BRIDGE_CLI_USAGE = (
+    "append to the command line of run_recipe.py",
+    "++ and not the plain form: it also works where the recipe's model config is nested or lacks the key",
+)
+_BRIDGE_YAML_USAGE = "for process_config_with_overrides(config, config_filepath=<this file>)"
+
 
 class Format(StrEnum):
-    """What an override is written for."""
+    """The formats of an override."""
 
     BRIDGE_CLI = "bridge-cli"
     BRIDGE_PYTHON = "bridge-python"
@@ -37,7 +40,7 @@ class Format(StrEnum):
 
     @classmethod
     def of(cls, program: Program) -> "Format":
-        """What fits the program that was measured."""
+        """The format that fits the program that was measured."""
         return cls.MEGATRON_LM if isinstance(program, MegatronLm) else cls.BRIDGE_CLI
 
 
@@ -47,11 +50,11 @@ def export(
     """Write the override that selects a measured layout, ending with a newline.
 
     Args:
-        format: what it is for.
-        spec: the measured trial's.
-        figures: its measurements; they head the text as comments (in JSON as fields).
-        rerun_command: the shell command that runs the trial again.
-        recipe_layout: the layout that the recipe has now: only what differs is written; None writes all.
+        format: The format to write.
+        spec: The specification of the measured trial.
+        figures: The trial's measurements; they head the text as comments (in JSON they are fields).
+        rerun_command: The shell command that runs the trial again.
+        recipe_layout: The layout that the recipe has now: only the difference is written. None writes everything.
     """
     environment = _environment(format, spec)
     changes = bridge_overrides(spec, recipe_layout)
@@ -65,23 +68,20 @@ def export(
         return _comments(header) + bridge_python(changes, environment)
     lines = [*header, *_environment_block(environment)]
     if format is Format.BRIDGE_YAML:
-        lines.append("for process_config_with_overrides(config, config_filepath=<this file>)")
-        return _comments(lines) + yaml.safe_dump(nested(with_class(changes)), sort_keys=False)
-    lines += [
-        "append to the command line of run_recipe.py",
-        "++ and not the plain form: it also works where the recipe's model config is nested or lacks the key",
-    ]
-    return _comments(lines) + _continued(bridge_words(spec, recipe_layout))
+        return _comments([*lines, _BRIDGE_YAML_USAGE]) + bridge_yaml(changes)
+    words = bridge_words(spec, recipe_layout)
+    return _comments([*lines, *_BRIDGE_CLI_USAGE]) + " \\\n".join(map(shlex.quote, words)) + "\n"
 
 
 def _environment(format: Format, spec: TrialSpec) -> dict[str, str]:
-    """A recipe of Bridge may state any of the variables, so that all are stated over it."""
+    """The environment variables of the job; for Bridge all of them, since a recipe may set any of them otherwise."""
     if spec.cluster.device != "cuda":
         return {}
     return cuda_environment(spec.layout, spec.cluster, complete=format is not Format.MEGATRON_LM)
 
 
 def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
+    """The lines that say what was measured, on what, and how to measure it again."""
     metrics, workload, cluster = figures.metrics, spec.workload, spec.cluster
     mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
     reserved = "" if metrics.peak_reserved_gib is None else f", {metrics.peak_reserved_gib:.4g} GiB reserved"
@@ -105,19 +105,15 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
 
 
 def _environment_block(environment: Mapping[str, str]) -> list[str]:
-    """Bridge and Megatron-LM take variables from the shell, where they win over those of a recipe."""
+    """The lines that set the variables in the shell of the job; without variables there are none."""
     lines = [f"    export {name}={value}" for name, value in environment.items()]
     return ["the job's environment, which wins over a recipe's env_vars:", *lines] if lines else []
 
 
-def _comments(lines: list[str]) -> str:
-    # A line break of any kind in a name must not turn the rest of it into code.
+def _comments(lines: Iterable[str]) -> str:
+    # A line break in a name, of any kind, must not turn the rest of the name into code.
     clean = ("".join(letter if letter.isprintable() else " " for letter in line) for line in lines)
     return "".join(f"# {line}\n" for line in clean)
-
-
-def _continued(arguments: list[str]) -> str:
-    return " \\\n".join(shlex.quote(argument) for argument in arguments) + "\n"
 
 
 def _json(

@@ -17,7 +17,7 @@ from tests.trials import CLUSTER, MODEL, WORKLOAD, completed_row, spec_of
 from tuner.analysis.figures import Figures, figures
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
-from tuner.frameworks.megatron_bridge.override import bridge_settings
+from tuner.frameworks.megatron_bridge.settings import bridge_settings
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.report.export import Format, export
 

@@ -8,14 +8,15 @@ from tuner.frameworks.megatron_fields import expert_metadata, is_full_iteration,
 
 
 def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
-    """Megatron-LM's arguments for a layout: flag to values; none for a flag that stands alone.
+    """Megatron-LM's arguments for a layout: flag to values, which are empty for a flag that stands alone.
 
-    Source: Megatron-LM, megatron/training/arguments.py; interleaving turns p2p overlap on by itself there.
+    Source: Megatron-LM, megatron/training/arguments.py. Interleaving turns the overlap of p2p messages on there, and
+    the argument of that knob turns it off.
     """
     values = megatron_fields(layout)
     arguments: dict[str, list[str]] = {}
     for knob in fields(Layout):
-        if knob.name in ENVIRONMENT_KNOBS or _is_idle(knob.name, layout):
+        if knob.name in ENVIRONMENT_KNOBS or _has_no_effect(knob.name, layout):
             continue
         value = values[knob.metadata["megatron"]]
         if knob.name == "overlap_p2p_comm":
@@ -26,20 +27,22 @@ def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
             arguments |= {knob.metadata["flag"]: value} if value else {}
         elif value is not None and value is not False:
             arguments[knob.metadata["flag"]] = [str(value)]
-    return arguments | _megatron_lm_companions(layout)
+    return arguments | _companions(layout)
 
 
 def megatron_lm_words(layout: Layout, model: Model) -> list[str]:
-    """The arguments as words of a command line; without those of experts where there are none."""
-    useless = set() if model.is_moe else expert_metadata("flag")
+    """The arguments as words of a command line; for a dense model without the arguments of experts."""
+    omitted_flags = set() if model.is_moe else expert_metadata("flag")
     arguments = megatron_lm_arguments(layout)
-    return [word for flag, values in arguments.items() if flag not in useless for word in (flag, *values)]
+    return [
+        word for flag, values in arguments.items() if flag not in omitted_flags for word in (flag, *values)
+    ]
 
 
-def _is_idle(knob: str, layout: Layout) -> bool:
-    """Whether a knob's argument would say nothing new, so that older releases need not know it."""
+def _has_no_effect(knob: str, layout: Layout) -> bool:
+    """Whether a knob has no effect in a layout; its argument is left out, since older releases may not know it."""
     match knob:
-        case "vpp":  # a placement tells it, and is refused beside it
+        case "vpp":  # a placement implies it, and Megatron-LM refuses both together
             return layout.pipeline_model_parallel_layout != "none"
         case "cp_comm_type":
             return layout.cp == 1
@@ -55,8 +58,8 @@ def _is_idle(knob: str, layout: Layout) -> bool:
             return False
 
 
-def _megatron_lm_companions(layout: Layout) -> dict[str, list[str]]:
-    """What Megatron-LM's `validate_args` wants beside the knobs."""
+def _companions(layout: Layout) -> dict[str, list[str]]:
+    """The arguments that Megatron-LM's `validate_args` requires beside those of the knobs."""
     companions: dict[str, list[str]] = {}
     if layout.use_megatron_fsdp:
         companions["--ckpt-format"] = ["fsdp_dtensor"]

@@ -1,4 +1,4 @@
-"""What selects a layout in Megatron-LM: its arguments, or the user's own command with them replaced."""
+"""The override that gives Megatron-LM a trial's layout: its arguments, or the user's whole command with them."""
 
 import shlex
 
@@ -11,7 +11,12 @@ from tuner.trial.program import MegatronLm
 
 
 def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
-    """Where the text of `megatron_lm_override` goes, and which arguments of the layout `base` must be removed."""
+    """Say where the text of `megatron_lm_override` goes, and which of the command's arguments to remove.
+
+    Args:
+        spec: The specification of the measured trial.
+        base: The layout that the command has now; None if it is not known.
+    """
     if isinstance(spec.program, MegatronLm):
         return ["behind torchrun and its arguments: the command with the layout in the place of its own"]
     wanted = megatron_lm_arguments(spec.layout)
@@ -23,11 +28,12 @@ def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
 
 
 def megatron_lm_override(spec: TrialSpec, base: Layout | None) -> str:
-    """The arguments that select a trial's layout, one per line with a continuation; ends with a newline.
+    """The arguments that select a trial's layout, one per continued line; ends with a newline.
 
     Args:
-        spec: the measured trial's; if its program is a Megatron-LM command, the whole command is written.
-        base: the layout that the command has now: only what differs is written; None writes all.
+        spec: The specification of the measured trial. If its program is a Megatron-LM command, the text is that
+            whole command with the trial's layout.
+        base: The layout that the command has now: only the difference is written. None writes everything.
     """
     if isinstance(spec.program, MegatronLm):
         words = with_layout(spec.program.megatron_lm, spec.layout, spec.workload)

@@ -1,0 +1,148 @@
+"""The fields of Megatron Bridge's configuration that select a layout: all of them, or those that a recipe lacks."""
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from tuner.core.layout import Layout
+from tuner.frameworks.megatron_fields import is_full_iteration, megatron_fields
+
+COMM_OVERLAP: Final = "comm_overlap"
+"""The path of Bridge's CommOverlapConfig."""
+
+_PLACEMENT: Final = "model.pipeline_model_parallel_layout"
+_CHECKPOINT_FORMAT: Final = "checkpoint.ckpt_format"
+_DATA_PARALLEL_OVERLAPS: Final = frozenset(
+    {"ddp.overlap_grad_reduce", "ddp.overlap_param_gather", "optimizer.overlap_param_gather"}
+)
+
+_OLDER_GRAPH_FIELDS: Final[dict[str, Any]] = {
+    "cuda_graph_scope": None,
+    "enable_cuda_graph": False,
+    "external_cuda_graph": False,
+}
+"""Older fields of CUDA graphs, each with its value that states nothing.
+
+Bridge refuses any other value beside the newer fields, or prefers it to theirs.
+"""
+
+_DEPENDENT_FIELDS: Final[tuple[frozenset[str], ...]] = (
+    frozenset({"model.context_parallel_size", "model.cp_comm_type"}),
+    frozenset(
+        {
+            "model.recompute_granularity",
+            "model.recompute_method",
+            "model.recompute_num_layers",
+            "model.recompute_modules",
+        }
+    ),
+    frozenset({"model.moe_token_dispatcher_type", "model.moe_flex_dispatcher_backend"}),
+    frozenset(
+        {
+            "model.cuda_graph_impl",
+            "model.cuda_graph_modules",
+            *(f"model.{name}" for name in _OLDER_GRAPH_FIELDS),
+        }
+    ),
+    frozenset({"model.cpu_offloading", "model.cpu_offloading_num_layers"}),
+    frozenset(
+        {
+            "ddp.use_megatron_fsdp",
+            "dist.use_megatron_fsdp",
+            "ddp.data_parallel_sharding_strategy",
+            "model.init_model_with_meta_device",
+            "ddp.fsdp_manual_registration",
+            "ddp.nccl_ub",
+        }
+    ),
+)
+"""Sets of fields of which some have no effect without another.
+
+A recipe may hold any value in a field that has no effect, and its layout does not tell it. So if one field of a set
+changes, all of the set are stated.
+"""
+
+_KNOBS_OF_OVERLAPS: Final = ("tp", "pp", "vpp", "cp", "use_distributed_optimizer", "use_megatron_fsdp")
+"""The knobs by which Bridge chooses the overlaps that a recipe leaves open."""
+
+
+def bridge_settings(layout: Layout) -> dict[str, Any]:
+    """Every field, by path, of Megatron Bridge's ConfigContainer that selects the layout, whatever a recipe has.
+
+    Source: Megatron Bridge, training/comm_overlap.py (`CommOverlapConfig`) and training/config.py.
+    """
+    settings = megatron_fields(layout)
+    overlaps = {path: value for path, value in settings.items() if path.startswith(f"{COMM_OVERLAP}.")}
+    settings = {path: value for path, value in settings.items() if path not in overlaps}
+    # Bridge shards the optimizer if either of two fields asks for it; its own recipes set the gather in both.
+    settings["optimizer.use_distributed_optimizer"] = layout.use_distributed_optimizer
+    settings["optimizer.overlap_param_gather"] = layout.overlap_param_gather
+    settings |= _companions(layout)
+    if not any(overlaps.values()):
+        # Without a CommOverlapConfig, the fields of `ddp` count; with one, its defaults would replace them.
+        return {**settings, COMM_OVERLAP: None}
+    return {
+        **settings,
+        **overlaps,
+        f"{COMM_OVERLAP}.batch_p2p_comm": not layout.overlap_p2p_comm,
+        f"{COMM_OVERLAP}.overlap_grad_reduce": layout.overlap_grad_reduce,
+        f"{COMM_OVERLAP}.overlap_param_gather": layout.overlap_param_gather,
+        # A recipe's preset of user buffers belongs to the recipe's own tp and micro-batch.
+        f"{COMM_OVERLAP}.tp_comm_overlap_cfg": None,
+    }
+
+
+def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, Any]:
+    """The part of `bridge_settings` to set in a recipe with the layout `recipe_layout`; None sets all."""
+    wanted = bridge_settings(layout)
+    if recipe_layout is None:
+        return wanted
+    if layout == recipe_layout:
+        return {}
+    present = bridge_settings(recipe_layout)
+    changed = {path for path, value in wanted.items() if path not in present or present[path] != value}
+    if layout.pp > 1 or recipe_layout.pp > 1:
+        # If no placement is stated, Bridge places the layers by a table of its own when the stages change.
+        changed.add(_PLACEMENT)
+    if recipe_layout.use_megatron_fsdp and not layout.use_megatron_fsdp:
+        wanted[_CHECKPOINT_FORMAT] = "torch_dist"
+        changed.add(_CHECKPOINT_FORMAT)
+    for dependent_fields in _DEPENDENT_FIELDS:
+        if changed & dependent_fields:
+            changed |= dependent_fields
+    # If the overlaps may be chosen anew, all are stated. Those of `ddp` are stated too, since a recipe may set them to
+    # values that Bridge's choice has replaced until now.
+    if any(map(_is_overlap, changed)) or _differ(layout, recipe_layout, _KNOBS_OF_OVERLAPS):
+        changed |= set(filter(_is_overlap, wanted))
+    return {path: value for path, value in wanted.items() if path in changed}
+
+
+def _companions(layout: Layout) -> dict[str, Any]:
+    """The fields that Bridge needs beside the knobs.
+
+    Source: Megatron Bridge, training/config.py, models/gpt_provider.py, utils/cuda_graph.py.
+    """
+    fsdp = layout.use_megatron_fsdp
+    shards_weights = fsdp and layout.data_parallel_sharding_strategy == "optim_grads_params"
+    companions: dict[str, Any] = {
+        **{f"model.{name}": value for name, value in _OLDER_GRAPH_FIELDS.items()},
+        "model.cpu_offloading": layout.cpu_offloading_num_layers > 0,
+        "dist.use_megatron_fsdp": fsdp,
+        "ddp.fsdp_manual_registration": fsdp and layout.nccl_ub,
+        # No GPU can hold all weights if they are sharded, not even while the model is built.
+        "model.init_model_with_meta_device": shards_weights,
+    }
+    if fsdp:
+        companions[_CHECKPOINT_FORMAT] = "fsdp_dtensor"
+    if layout.cuda_graph_impl != "none":
+        companions |= {"model.use_te_rng_tracker": True, "rng.te_rng_tracker": True}
+    if is_full_iteration(layout):
+        companions["rerun_state_machine.check_for_nan_in_loss"] = False
+    return companions
+
+
+def _differ(layout: Layout, other: Layout, knobs: Iterable[str]) -> bool:
+    return any(getattr(layout, knob) != getattr(other, knob) for knob in knobs)
+
+
+def _is_overlap(path: str) -> bool:
+    return path.split(".")[0] == COMM_OVERLAP or path in _DATA_PARALLEL_OVERLAPS
