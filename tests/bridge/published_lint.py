@@ -14,7 +14,8 @@ from launchers.machine.recipes import read_recipes
 from tests.bridge.configs import write_configs
 from tuner.cli.lint import cluster_of
 from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest
-from tuner.lint.judge import RecipeVerdict, judge_recipe
+from tuner.lint.recipes import judge_recipe
+from tuner.lint.verdict import RecipeVerdict
 
 COLUMNS = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout", "peak_gib", "memory_gib")
 

@@ -23,7 +23,7 @@ from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest
 from tuner.frameworks.megatron_bridge.limits import unstated_architecture
 from tuner.frameworks.megatron_bridge.recipe_layout import layout_of
 from tuner.frameworks.megatron_bridge.saved_config import saved_facts
-from tuner.lint.judge import RecipeVerdict
+from tuner.lint.verdict import RecipeVerdict
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published" / "lint" / "recipes.csv"
 TINY = Path(__file__).parent / "tiny_recipe.py"

@@ -131,7 +131,7 @@ def refuse_invalid(sweep: Sweep, layout: Layout, what: str) -> None:
 
 def check_baseline(sweep: Sweep, source: Path) -> None:
     """Refuse a stated baseline that is no valid layout; raises InputError."""
-    from tuner.lint.judge import refused_beside_bridge
+    from tuner.lint.recipes import refused_beside_bridge
     from tuner.trial.program import BridgeRecipe
 
     if sweep.baseline is not None and isinstance(sweep.program, BridgeRecipe):

@@ -1,6 +1,5 @@
-"""megatune lint: whether training commands and recipes would start, without running them."""
+"""megatune lint: says whether training commands and recipes would start, without running them."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,23 +10,24 @@ from rich.markup import escape
 from search_spaces.loader import load_cluster
 from tuner.cli.common import AsJson, detect, print_json, read_recipe, stdout
 from tuner.core.cluster import Cluster, with_gpus
-from tuner.core.layout import Layout
-from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.files import read_yaml_data
 from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest
 from tuner.frameworks.megatron_bridge.saved_config import saved_facts
 from tuner.frameworks.megatron_lm.command import read_command
-from tuner.lint.judge import LIKELY, Verdict, judge, judge_recipe
+from tuner.lint.judge import judge
+from tuner.lint.recipes import judge_recipe
+from tuner.lint.verdict import LIKELY, JobVerdict
 from tuner.rules.rule import Violation
 from tuner.sweep.configuration import load_sweep
 from tuner.trial.program import BridgeRecipe
 
 REFUSED = 2
-"""The exit code where any of the targets would not start, or is not likely to fit."""
+"""The exit code if one of the targets would not start, or is not likely to fit."""
 EVERYTHING = "bridge"
 """The target that stands for every recipe of the installed Megatron Bridge."""
 DEFAULT_CLUSTER = "dgx-h100"
+"""The built-in cluster for a target that states no kind of GPU."""
 
 _CLUSTERS = {
     "a100": "dgx-a100-80",
@@ -38,9 +38,9 @@ _CLUSTERS = {
     "gb200": "gb200-nvl72",
     "gb300": "gb300-nvl72",
 }
-"""The built-in cluster of a kind of GPU, as a recipe's name states it."""
-_UNKNOWN = {"r100": "dgx-b300", "vr200": "gb300-nvl72"}
-"""Kinds whose figures nobody has published yet, and a cluster of the same nodes."""
+"""Built-in clusters by the kind of GPU in a recipe's name."""
+_UNPUBLISHED = {"r100": "dgx-b300", "vr200": "gb300-nvl72"}
+"""Kinds of GPU without published figures, each with a built-in cluster of nodes of the same shape."""
 
 
 def lint(
@@ -57,19 +57,20 @@ def lint(
         str | None,
         typer.Option(
             "--cluster",
-            help="What it is to run on: a built-in cluster or its YAML. Default: what a recipe's name states, else "
-            f"{DEFAULT_CLUSTER}.",
+            help="The cluster of the job: a built-in one, or a YAML file. Default: the GPUs that a recipe's name "
+            f"states, else {DEFAULT_CLUSTER}.",
         ),
     ] = None,
     gpus: Annotated[
         int | None,
         typer.Option(
             "--gpus",
-            help="How many GPUs; default: what the command gives torchrun, or the recipe's name states.",
+            help="The number of GPUs. Default: the number in torchrun's arguments, or in the recipe's name.",
         ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", help="Where only the run could ask the tokenizer.")
+        int | None,
+        typer.Option("--vocab-size", help="The vocabulary, if only a run could ask the tokenizer."),
     ] = None,
     hf_configs: Annotated[
         Path | None,
@@ -81,7 +82,7 @@ def lint(
     ] = None,
     json: AsJson = False,
 ) -> int:
-    """Say what Megatron would refuse and why, the memory needed, what lies near. Exit code 2 if one would not run."""
+    """Say what Megatron would refuse and why, and the memory needed. Exit code 2 if a target would not run."""
     findings: list[_Finding] = []
     for target in targets:
         if _is_recipe(target):
@@ -105,12 +106,18 @@ _COLOURS = {"starts": "green", "refused": "red", "too large": "red", "not judged
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Finding:
+    """What lint prints of one job."""
+
     source: str
+    """The file or recipe that states the job."""
     cluster: Cluster
     state: str
-    verdict: Verdict | None
+    """A key of `_COLOURS`."""
+    verdict: JobVerdict | None
+    """None if the job's architecture cannot be stated."""
     refused: tuple[Violation, ...]
     unjudged: tuple[str, ...] = ()
+    """Arguments that were not judged, or the reason why there is no verdict."""
     notes: tuple[str, ...] = ()
 
 
@@ -140,20 +147,22 @@ def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Pat
 
 
 def _shown(file: str) -> str:
+    """The path from the working directory if the file lies in it."""
     path, here = Path(file), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
-def _recipe(facts: RecipeFacts, source: str, chosen: str | None) -> _Finding:
+def _recipe(facts: RecipeFacts, source: str, cluster_name: str | None) -> _Finding:
+    """Judge a recipe on a named cluster; without a name, on the GPUs that it was resolved for."""
     world = max(facts.gpus, 1)
-    if chosen is not None:
-        whole, is_known, note = with_gpus(load_cluster(chosen), world), True, ""
+    if cluster_name is not None:
+        cluster, is_known, note = with_gpus(load_cluster(cluster_name), world), True, ""
     else:
-        whole, is_known, note = cluster_of(facts.gpu, world)
-    judged = judge_recipe(facts, whole, is_known)
+        cluster, is_known, note = cluster_of(facts.gpu, world)
+    judged = judge_recipe(facts, cluster, is_known)
     return _Finding(
         source=source,
-        cluster=whole,
+        cluster=cluster,
         state=judged.state,
         verdict=judged.verdict,
         refused=judged.refused or (judged.verdict.refused if judged.verdict else ()),
@@ -163,17 +172,18 @@ def _recipe(facts: RecipeFacts, source: str, chosen: str | None) -> _Finding:
 
 
 def cluster_of(gpu: str, gpus: int) -> tuple[Cluster, bool, str]:
-    """As many GPUs of a kind, whether their memory is known, and what to say where it is not."""
+    """A cluster of GPUs of a kind, whether their memory is known, and a note for the reader if it is not.
+
+    Args:
+        gpu: The kind of GPU, such as h100.
+        gpus: The number of GPUs.
+    """
     if gpu in _CLUSTERS:
         return with_gpus(load_cluster(_CLUSTERS[gpu]), gpus), True, ""
-    name = _UNKNOWN.get(gpu, DEFAULT_CLUSTER)
-    whole = with_gpus(load_cluster(name), gpus)
-    renamed = replace(whole, gpu=replace(whole.gpu, name=f"NVIDIA {gpu.upper()}"))
-    return (
-        renamed,
-        False,
-        f"{gpu}: its memory is not known here; the memory is compared with {whole.gpu.name}'s",
-    )
+    similar = with_gpus(load_cluster(_UNPUBLISHED.get(gpu, DEFAULT_CLUSTER)), gpus)
+    renamed = replace(similar, gpu=replace(similar.gpu, name=f"NVIDIA {gpu.upper()}"))
+    note = f"{gpu}: its memory is not known here; the memory is compared with {similar.gpu.name}'s"
+    return renamed, False, note
 
 
 def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | None) -> _Finding:
@@ -184,32 +194,26 @@ def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | N
         sweep = load_sweep(path, detect, read_recipe)
         if sweep.baseline is None:
             raise InputError(f"{path}: states no baseline, so there is no layout to judge")
-        asked = isinstance(sweep.program, BridgeRecipe)
-        return _judged(path, sweep.workload, sweep.cluster, sweep.baseline, asked=asked, lifted=sweep.lifted)
+        is_resolved = isinstance(sweep.program, BridgeRecipe)
+        verdict = judge(
+            sweep.baseline, sweep.workload, sweep.cluster, is_resolved=is_resolved, lifted=sweep.lifted
+        )
+        return _finding(path, sweep.cluster, verdict)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     command = read_command(text, str(path), gpus, vocab_size)
-    whole = with_gpus(load_cluster(cluster or DEFAULT_CLUSTER), command.world_size)
-    return _judged(path, command.workload, whole, command.layout, command.unjudged)
+    gpus_of_command = with_gpus(load_cluster(cluster or DEFAULT_CLUSTER), command.world_size)
+    verdict = judge(command.layout, command.workload, gpus_of_command)
+    return _finding(path, gpus_of_command, verdict, command.unjudged)
 
 
-def _judged(
-    path: Path,
-    workload: Workload,
-    cluster: Cluster,
-    layout: Layout,
-    unjudged: tuple[str, ...] = (),
-    asked: bool = False,
-    lifted: Collection[str] = frozenset(),
-) -> _Finding:
-    verdict = judge(layout, workload, cluster, asked=asked, lifted=lifted)
-    state = "starts" if verdict.starts else "refused" if verdict.refused else "too large"
+def _finding(path: Path, cluster: Cluster, verdict: JobVerdict, unjudged: tuple[str, ...] = ()) -> _Finding:
     return _Finding(
         source=str(path),
         cluster=cluster,
-        state=state,
+        state="starts" if verdict.starts else "refused" if verdict.refused else "too large",
         verdict=verdict,
         refused=verdict.refused,
         unjudged=unjudged,
@@ -240,16 +244,16 @@ def _print(finding: _Finding) -> None:
         )
 
 
-def _print_verdict(verdict: Verdict, cluster: Cluster) -> None:
+def _print_verdict(verdict: JobVerdict, cluster: Cluster) -> None:
     if verdict.worst is not None and verdict.fits is not None:
-        said = (
+        meaning = (
             f"fits with probability {verdict.fits:.0%}"
             if verdict.memory_counts
             else "an upper bound, see the notes"
         )
         stdout.print(
             f"  peak {verdict.worst.total_gib:.1f} GiB on pipeline stage {verdict.worst.rank}, of "
-            f"{cluster.gpu.memory_gib:g} GiB: {said}",
+            f"{cluster.gpu.memory_gib:g} GiB: {meaning}",
             soft_wrap=True,
         )
     for warning in verdict.warnings:

@@ -24,7 +24,7 @@ from tuner.frameworks.megatron_bridge.recipe_layout import layout_of, smallest_w
 from tuner.frameworks.megatron_bridge.recipe_workload import model_of, workload_of
 from tuner.frameworks.megatron_bridge.saved_config import saved_facts
 from tuner.frameworks.megatron_bridge.values import PATHS
-from tuner.lint.judge import judge_recipe
+from tuner.lint.recipes import judge_recipe
 from tuner.sweep.configuration import Sweep, load_sweep
 from tuner.trial.program import BridgeRecipe
 

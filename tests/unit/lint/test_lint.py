@@ -15,7 +15,9 @@ from tests.unit.frameworks.test_recipe import DENSE, as_saved
 from tuner.cli.app import run
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.lint.judge import LIKELY, judge, nearest
+from tuner.lint.judge import judge
+from tuner.lint.nearest import nearest_layouts
+from tuner.lint.verdict import LIKELY
 from tuner.rules.validity import broken_rules
 
 H100 = load_cluster("dgx-h100", nodes=4)
@@ -73,7 +75,7 @@ def test_what_starts_and_is_slow_is_a_warning(layout: Layout, workload: Workload
     )
 )
 def test_the_nearest_layouts_are_valid_whatever_they_are_near_to(layout: Layout) -> None:
-    for near in nearest(layout, LLAMA_70B, H100):
+    for near in nearest_layouts(layout, LLAMA_70B, H100):
         assert broken_rules(near.layout, LLAMA_70B, H100) == ()
 
 
