@@ -1,4 +1,7 @@
-"""The parallelism guide of Megatron Bridge: its tables as nouns, read from `search_spaces/heuristics/`."""
+"""The parallelism guide of Megatron Bridge: one class per table, read from `search_spaces/heuristics/`.
+
+A size named tp, pp, cp, ep or etp is a number of ranks, as in `Layout`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,19 +14,21 @@ from pydantic import ConfigDict
 from tuner.files import STRICT, read_yaml
 
 Range = tuple[int, int]
-"""Lowest and highest; the steps between are powers of two."""
+"""The lowest and the highest of some sizes; each size is twice the one before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseRow:
-    """Where to start with a dense model, by its size."""
+    """The sizes to start from for dense models of some size."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
+    """The row's first cell in the guide, which also names the row in a seed's source."""
     parameters_billions: tuple[float, float]
-    """From the first, to below the second."""
+    """The row's models have at least the first and less than the second number of parameters, in 10^9."""
     gpus: Range
+    """GPUs that the guide names for such models."""
     tp: Range
     pp: Range
     cp: Range
@@ -31,69 +36,82 @@ class DenseRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeRow:
-    """Where to start with a mixture of experts."""
+    """The sizes to start from for one mixture of experts."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
+    """The row's first cell in the guide, which also names the row in a seed's source."""
     model: str
-    """The built-in model that the row is about."""
+    """The name of the built-in model that the row is about."""
     total_billions: float
+    """All parameters of the model, in 10^9."""
     active_billions: float
+    """The parameters that one token passes, in 10^9."""
     tp: int
     pp: int
     ep: int
     cp: int = 1
     note: str = ""
+    """What the guide remarks on the row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pattern:
-    """A rule of thumb behind the rows for mixtures of experts."""
+    """A rule of thumb that the guide draws from the rows for mixtures of experts."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     id: str
+    """The pattern's name in kebab-case."""
     text: str
+    """The pattern in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopologyRow:
-    """Where to start on a kind of network."""
+    """The sizes to start from on a kind of network."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
+    """The guide's name for the network, which also names the row in a seed's source."""
     network: Literal["nvlink", "infiniband", "ethernet"]
+    """What connects the GPUs of a job: NVLink alone, or a fabric between nodes."""
     tp: int
     pp: int | None = None
-    """None where the guide leaves it open."""
+    """None if the guide leaves it open."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRow:
-    """What a sequence length adds."""
+    """What the guide adds for sequences of some length."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
+    """The row's first cell in the guide, which also names the row in a seed's source."""
     from_tokens: int
+    """Shortest sequence of the row, in tokens; the next row's value ends it."""
     sp: bool
+    """Whether sequence parallelism is on where tp is above 1."""
     cp: Range
     note: str = ""
+    """What the guide remarks on the row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A combination that the guide spells out."""
+    """A combination of several kinds of parallelism that the guide spells out."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
+    """Names the recipe in a seed's source."""
     model: str | None = None
-    """The built-in model it is for; None is any dense model."""
+    """The name of the built-in model that the recipe is for; None stands for any dense model."""
     gpus: int | None = None
-    """As the guide states it, right or wrong."""
+    """GPUs that the guide states, right or wrong; None if it states none."""
     tp: int
     pp: int
     cp: int = 1
@@ -103,7 +121,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MinimumGpus:
-    """An example of the fewest GPUs of a layout, and of the product that is mistaken for it."""
+    """An example of the fewest GPUs that hold a layout."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -113,12 +131,14 @@ class MinimumGpus:
     ep: int
     etp: int
     wrong_product: int
+    """The product of all sizes, which the guide warns isn't the number of GPUs."""
     correct: int
+    """The fewest GPUs that hold the layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """An example of both data-parallel sizes on a number of GPUs."""
+    """An example of both data-parallel sizes of a layout on a number of GPUs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -129,12 +149,14 @@ class Scaling:
     ep: int
     etp: int
     dp: int
+    """Replicas of the dense layers."""
     edp: int
+    """Replicas of the experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryParts:
-    """Memory in decimal GB (10^9 bytes)."""
+    """The parts of a job's memory, in decimal GB (10^9 bytes)."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -147,7 +169,7 @@ class MemoryParts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryExample:
-    """The guide's worked example of a model's memory, unsharded and a GPU."""
+    """The guide's worked example of a model's memory."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -158,19 +180,23 @@ class MemoryExample:
     pp: int
     dp: int
     whole_gb: MemoryParts
+    """Memory of the whole model, before it is divided among GPUs."""
     per_gpu_gb: MemoryParts
+    """Memory of each GPU: the whole divided by tp*pp."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pitfall:
-    """A mistake the guide warns of, and the rules that refuse it; without rules it is advice."""
+    """A mistake that the guide warns of."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     number: int
+    """Its number in the guide."""
     text: str
+    """The warning in words."""
     rules: tuple[str, ...]
-    """Ids in `tuner.rules.RULES`."""
+    """Ids of the rules (`tuner.rules.validity.RULES`) that refuse the mistake; empty if the guide only advises."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,28 +206,29 @@ class Guide:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     document: str
+    """The document that the tables are taken from."""
     sections: Mapping[str, str]
-    """The guide's section that each table is from, by field name."""
+    """The title of the guide's section that each table is taken from, by the name of the field here."""
     dense: tuple[DenseRow, ...]
-    """By size, ascending, without gaps."""
+    """In ascending order of size, without gaps."""
     moe: tuple[MoeRow, ...]
     patterns: tuple[Pattern, ...]
     topology: tuple[TopologyRow, ...]
     infiniband_from_gb_per_s: float
-    """A fabric slower than this, in GB/s (10^9 bytes) a GPU, is a limited network."""
+    """The slowest fabric that counts as InfiniBand, in GB/s (10^9 bytes) per GPU; slower ones are limited networks."""
     sequence: tuple[SequenceRow, ...]
-    """By length, ascending, from 0."""
+    """In ascending order of length, from 0 tokens on."""
     recipes: tuple[Recipe, ...]
     minimum_gpus: tuple[MinimumGpus, ...]
     scaling: tuple[Scaling, ...]
     memory: MemoryExample
     pitfalls: tuple[Pitfall, ...]
     virtual_stages: int
-    """Model chunks a rank that an interleaved seed asks for."""
+    """Model chunks per pipeline rank that a seed with a pipeline asks for."""
 
 
 @cache
 def read_guide() -> Guide:
-    """Read the parallelism guide that ships with the package."""
+    """Return the parallelism guide that ships with the package; the file is read once per process."""
     with resources.as_file(resources.files("search_spaces")) as folder:
         return read_yaml(Guide, folder / "heuristics" / "parallelism-strategies.yaml")
