@@ -1,4 +1,4 @@
-"""MLflow is a faithful view of the trial folders: every trial once, healed after failures, never in the way."""
+"""MLflow is a faithful view of the trial folders: it holds each trial once, whatever fails, and delays no sweep."""
 
 import multiprocessing
 import os
@@ -44,11 +44,13 @@ NIGHT = [
     failed_row(3, Outcome.INTERRUPTED, "stopped by the user"),
     completed_row(4, 90.0, layout=Layout(tp=4), source="final"),
 ]
-NUMBERS = [row.number for row in NIGHT]
+NUMBERS = [trial.number for trial in NIGHT]
 ENDED = SweepEnd(status="FINISHED", ended_ms=1_772_330_000_000, summary="# night\n" + "a finding\n" * 1000)
 ROOT = Path(__file__).parents[2]
 AT_ONCE_S = 2.0
-"""It takes microseconds; a machine with a hundred other jobs may take longer, one request to MLflow up to 10 s."""
+"""The longest that a call may take which waits for nobody. It takes microseconds on a quiet machine, longer on a busy
+one; a call that waited for MLflow would take up to 10 s.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def folder(in_memory: Path) -> Path:
 
 @dataclass(frozen=True)
 class _First:
-    """What `megatune sync` left where there was no MLflow at all."""
+    """The files and the output of a `megatune sync` that made its own SQLite store."""
 
     results: Path
     written_elsewhere: list[Path]
@@ -77,7 +79,7 @@ class _First:
 
 @pytest.fixture(scope="module")
 def first(in_memory: Path) -> _First:
-    """Its store is copied by the others: making the tables takes seconds."""
+    """The first sync of a sweep. The other tests copy its store, since making the tables takes seconds."""
     results, elsewhere = in_memory / "first", in_memory / "elsewhere"
     elsewhere.mkdir()
     _night(results, NIGHT[:1], experiment="first")
@@ -95,21 +97,21 @@ def first(in_memory: Path) -> _First:
 
 @pytest.fixture
 def database(first: _First, folder: Path) -> str:
-    """A store of its own."""
+    """A store for one test."""
     return f"sqlite:///{shutil.copy(first.store, folder / 'store.db')}"
 
 
 @pytest.fixture(scope="module")
 def shared(first: _First, in_memory: Path) -> str:
-    """One store for those who do not mind others in it."""
+    """A store for all tests that do not mind the sweeps of others in it."""
     return f"sqlite:///{shutil.copy(first.store, in_memory / 'shared.db')}"
 
 
-def _night(path: Path, rows: list[FinishedTrial] = NIGHT, experiment: str = "night shift") -> Path:
-    """A sweep's folder with these trials in it."""
+def _night(path: Path, trials: list[FinishedTrial] = NIGHT, experiment: str = "night shift") -> Path:
+    """Write a sweep's folder with these trials, and return its path."""
     SweepFolder(path).claim(sweep_of(tracking={"experiment": experiment}))
-    for row in rows:
-        write_trial(path, row)
+    for trial in trials:
+        write_trial(path, trial)
     return path
 
 
@@ -123,7 +125,7 @@ def _open(results: Path, uri: str) -> MlflowRuns:
 
 
 def _log(results: Path, uri: str) -> MlflowRuns:
-    """Log what is missing, as the tuner and `megatune sync` do."""
+    """Log what MLflow lacks, as the tuner and `megatune sync` do."""
     runs = _open(results, uri)
     runs.catch_up(Spool(results), lambda entry: None)
     return runs
@@ -134,7 +136,7 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _trials(results: Path, uri: str) -> dict[int, Run]:
-    """The trials' runs; no trial may have two."""
+    """The MLflow runs of the trials by number; fails if a trial or the sweep has two."""
     client = _client(uri)
     identity = (results / "sweep_id").read_text().strip()
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -147,27 +149,27 @@ def _trials(results: Path, uri: str) -> dict[int, Run]:
     return dict(zip(numbers, trials, strict=True))
 
 
-def _assert_every_trial_is_there_once(results: Path, uri: str, rows: list[FinishedTrial] = NIGHT) -> None:
+def _assert_every_trial_is_there_once(results: Path, uri: str, trials: list[FinishedTrial] = NIGHT) -> None:
     runs, client = _trials(results, uri), _client(uri)
-    assert sorted(runs) == [row.number for row in rows]
-    for row in rows:
-        run = runs[row.number]
+    assert sorted(runs) == [trial.number for trial in trials]
+    for trial in trials:
+        run = runs[trial.number]
         assert RECORD in run.data.tags
         assert run.info.status != "RUNNING"
-        wanted = trial_metrics(row.result)
-        for name in {name for name, _, _ in wanted}:
+        expected = trial_metrics(trial.result)
+        for name in {point.name for point in expected}:
             points = [(p.value, p.step) for p in client.get_metric_history(run.info.run_id, name)]
-            assert points == [(value, step) for other, value, step in wanted if other == name]
+            assert points == [(point.value, point.step) for point in expected if point.name == name]
         paths = {item.path for item in client.list_artifacts(run.info.run_id)}
         assert paths == {"spec.json", "source.json", "plan.json", "result.json", "log"}
         parent = run.data.tags["mlflow.parentRunId"]
     steps = [p.step for p in client.get_metric_history(parent, "best/step_time_ms")]
-    assert steps == [row.number for row in rows if row.result.metrics]
+    assert steps == [trial.number for trial in trials if trial.result.metrics]
 
 
 @pytest.fixture(scope="module")
 def logged(in_memory: Path, shared: str) -> Path:
-    """A night that is in MLflow, to look at."""
+    """A night that the shared store holds; tests only read it."""
     path = _night(in_memory / "logged")
     _log(path, shared)
     return path
@@ -206,7 +208,7 @@ def test_every_trial_has_every_parameter_under_megatrons_name(logged: Path, shar
 
 def test_a_completed_trial_has_every_metric_and_its_steps_as_a_series(logged: Path, shared: str) -> None:
     run = _trials(logged, shared)[2]
-    assert set(run.data.metrics) == {name for name, _, _ in trial_metrics(NIGHT[2].result)}
+    assert set(run.data.metrics) == {point.name for point in trial_metrics(NIGHT[2].result)}
     assert run.data.metrics["step/time_median_ms"] == 80.0
     assert run.data.metrics["throughput/tokens_per_s_per_gpu"] == 3200.0
     assert run.data.metrics["throughput/mfu"] == 0.5
@@ -229,7 +231,7 @@ def test_the_searches_of_the_document_find_what_they_say(logged: Path, shared: s
     document = (ROOT / "docs" / "mlflow.md").read_text(encoding="utf-8")
     searches = document.split("```sql\n")[1].split("```")[0].splitlines()
     runs = _open(logged, shared)
-    found = [
+    answers = [
         sorted(
             run.data.tags.get("megatune.trial", "sweep")
             for run in _client(shared).search_runs([runs.experiment_id], search, max_results=1000)
@@ -237,26 +239,26 @@ def test_the_searches_of_the_document_find_what_they_say(logged: Path, shared: s
         )
         for search in searches
     ]
-    assert found == [["0", "1", "2", "3", "4"], ["1"], ["2"], ["4"], ["2"], ["sweep"]]
+    assert answers == [["0", "1", "2", "3", "4"], ["1"], ["2"], ["4"], ["2"], ["sweep"]]
 
 
 def test_every_tag_is_a_documented_one(results: Path, shared: str) -> None:
     note_end(results, ENDED)
     runs = _log(results, shared)
 
-    def unknown(run: Run, known: set[str]) -> set[str]:
-        # MLflow's own are its own, but for those that we set.
-        tags = {name for name in run.data.tags if name not in known and not name.startswith("mlflow.")}
+    def undocumented(run: Run, documented: set[str]) -> set[str]:
+        # MLflow sets tags of its own, which megatune need not document.
+        tags = {name for name in run.data.tags if name not in documented and not name.startswith("mlflow.")}
         return {name for name in tags if not name.startswith("megatune.versions.")}
 
     trials = _trials(results, shared)
     for run in trials.values():
-        assert unknown(run, {*RUN_TAGS, *TRIAL_TAGS}) == set()
+        assert undocumented(run, {*RUN_TAGS, *TRIAL_TAGS}) == set()
     tags = trials[2].data.tags
     assert tags["megatune.versions.torch"] == "2.13.0"
     assert tags["megatune.source_note"] == "guide says tp=4: moved"
     assert tags["megatune.config_hash"] == config_hash(spec_of(2, Layout(tp=2)))
-    assert unknown(_client(shared).get_run(runs.run_id), {*RUN_TAGS, *SWEEP_TAGS}) == set()
+    assert undocumented(_client(shared).get_run(runs.run_id), {*RUN_TAGS, *SWEEP_TAGS}) == set()
 
 
 def test_the_commit_of_the_working_directory_is_on_every_run(
@@ -344,7 +346,7 @@ def test_a_run_that_a_kill_left_half_written_is_replaced_and_a_double_goes(
     half, whole = trials[2], trials[4]
     client.delete_tag(half.info.run_id, RECORD)
     client.update_run(half.info.run_id, status="RUNNING")
-    # A server that created it, and whose answer never came.
+    # As if a server had created the run, and its answer had never come.
     tags = {name: text for name, text in whole.data.tags.items() if name != RECORD}
     client.create_run(whole.info.experiment_id, tags=tags)
     _log(results, database)
@@ -388,14 +390,14 @@ def test_a_password_stays_out_of_what_others_may_read(
     assert "secret" not in Path(path).read_text()
     assert "me:***@127.0.0.1" in Path(path).read_text()
     assert megatune(["sync", str(results)]) == 2
-    told = capfd.readouterr().err
-    assert "secret" not in told
-    assert secret.replace("secret", "***") in told
+    message = capfd.readouterr().err
+    assert "secret" not in message
+    assert secret.replace("secret", "***") in message
 
 
 def test_without_a_uri_the_view_lies_in_the_results(first: _First) -> None:
     uri = f"sqlite:///{first.store}"
-    # MLflow's default would be files in the working directory, and its migrations a hundred lines.
+    # By default MLflow would write files into the working directory and print a hundred lines about its migrations.
     assert (first.out, first.written_elsewhere) == ("", [])
     assert first.err == f"all 1 trials of {first.results} are in MLflow at {uri}\n"
     trials = _trials(first.results, uri)
@@ -431,9 +433,9 @@ def test_a_deleted_experiment_is_named(folder: Path, shared: str, capfd: pytest.
     client.delete_experiment(client.create_experiment("gone"))
     results = _night(folder / "night", experiment="gone")
     assert megatune(["sync", str(results), "--uri", shared]) == 2
-    told = capfd.readouterr().err
-    assert "experiment 'gone' is deleted" in told
-    assert "mlflow experiments restore" in told
+    message = capfd.readouterr().err
+    assert "experiment 'gone' is deleted" in message
+    assert "mlflow experiments restore" in message
 
 
 def test_a_torn_folder_is_named_and_keeps_no_other_trial_back(
@@ -466,7 +468,7 @@ make_server("127.0.0.1", int(sys.argv[1]), server.app, threaded=True).serve_fore
 
 
 class _Server:
-    """A real tracking server, in its own process, to start and to kill."""
+    """A real tracking server in its own process, which a test can start and kill."""
 
     def __init__(self, folder: Path, database: str) -> None:
         self.port = _free_port()
@@ -497,18 +499,20 @@ def server(folder: Path, database: str) -> Iterator[_Server]:
     server.kill()
 
 
-def _wait_until(condition: Callable[[], bool], told: Callable[[], str] = str, timeout_s: float = 120) -> None:
+def _wait_until(
+    condition: Callable[[], bool], describe: Callable[[], str] = str, timeout_s: float = 120
+) -> None:
     until_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < until_s, told()
+        assert time.monotonic() < until_s, describe()
         time.sleep(0.05)
 
 
-def _log_trial(tracker: Tracker, results: Path, row: FinishedTrial) -> None:
-    """Log a trial, and hold the tracker to its word that nobody waits for it."""
-    folder = write_trial(results, row)
+def _log_trial(tracker: Tracker, results: Path, trial: FinishedTrial) -> None:
+    """Log a trial, and check that the tracker returns at once."""
+    folder = write_trial(results, trial)
     begun_s = time.monotonic()
-    tracker.log_trial(row, folder)
+    tracker.log_trial(trial, folder)
     assert time.monotonic() - begun_s < AT_ONCE_S
 
 
@@ -525,8 +529,8 @@ def test_a_server_that_dies_amid_a_sweep_costs_nothing_and_gets_everything_later
     tracker.sync(NIGHT[:1])
     _wait_until(lambda: (results / "sweep_id").exists() and 0 in _whole(results, database))
     server.kill()
-    for row in NIGHT[1:]:
-        _log_trial(tracker, results, row)
+    for trial in NIGHT[1:]:
+        _log_trial(tracker, results, trial)
     begun_s = time.monotonic()
     tracker.finish("the end", "FINISHED")
     assert time.monotonic() - begun_s < tracking.FINISH_S + AT_ONCE_S
@@ -553,7 +557,7 @@ def _sweep_runs(results: Path, uri: str) -> set[str]:
     return {run.data.tags["mlflow.parentRunId"] for run in _trials(results, uri).values()}
 
 
-def test_what_fails_from_the_start_is_told_and_logged_once_it_is_mended(
+def test_an_mlflow_that_fails_from_the_start_is_reported_and_gets_everything_once_it_works(
     folder: Path, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     results, client = _night(folder / "night", NIGHT[:2]), _client(database)
@@ -565,8 +569,8 @@ def test_what_fails_from_the_start_is_told_and_logged_once_it_is_mended(
     assert time.monotonic() - begun_s < AT_ONCE_S
     _wait_until(lambda: "cannot be used now (experiment 'night shift' is deleted" in caplog.text)
     client.restore_experiment(experiment_id)
-    for row in NIGHT[2:]:
-        _log_trial(tracker, results, row)
+    for trial in NIGHT[2:]:
+        _log_trial(tracker, results, trial)
     tracker.finish("the end", "FINISHED")
     assert "not known to be in MLflow" not in caplog.text
     assert f"MLflow at {database} answers again" in caplog.text
@@ -582,7 +586,7 @@ def test_a_server_that_never_answers_is_not_waited_for(
         silent.listen(16)
         tracker = Tracker.open(results, f"http://127.0.0.1:{silent.getsockname()[1]}")
         tracker.sync(NIGHT[:4])
-        # Only once it hangs in a request.
+        # Go on only once the logging process hangs in a request.
         silent.settimeout(60)
         connection, _ = silent.accept()
         with connection:
@@ -680,7 +684,7 @@ def test_a_trial_that_mlflow_refuses_keeps_no_other_back(results: Path, database
             "create trigger picky before insert on tags when new.key = 'megatune.trial' and new.value = '1' "
             "begin select raise(abort, 'not this one'); end"
         )
-    known: list[Entry] = []
+    logged: list[Entry] = []
     with pytest.raises(InputError, match=r"trial 1: .*not this one"):
-        _open(results, database).catch_up(Spool(results), known.append)
-    assert [entry.trial.number for entry in known] == sorted(_trials(results, database)) == [0, 2, 3, 4]
+        _open(results, database).catch_up(Spool(results), logged.append)
+    assert [entry.trial.number for entry in logged] == sorted(_trials(results, database)) == [0, 2, 3, 4]

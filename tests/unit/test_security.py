@@ -249,7 +249,7 @@ def test_ten_lines_of_yaml_cannot_fill_the_memory(tmp_path: Path) -> None:
         read_yaml_data(tmp_path / "a.yaml")
 
 
-@pytest.mark.parametrize("text", ["a: &a [*a]", "a: " + "[" * 5000])
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: " + "[" * 1000])
 def test_yaml_that_contains_itself_or_nests_too_deeply_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(InputError, match="is nested too deeply, or contains itself"):

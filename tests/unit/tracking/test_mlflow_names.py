@@ -1,4 +1,4 @@
-"""docs/mlflow.md lists what is logged, no more and no less, and the names are ones that MLflow takes."""
+"""docs/mlflow.md lists exactly the names that are logged, MLflow takes each name, and the values are those measured."""
 
 import re
 from collections.abc import Iterable
@@ -28,14 +28,14 @@ TABLES: dict[str, list[tuple[str, str]]] = {
 }
 
 
-def _table(heading: str) -> list[tuple[str, ...]]:
+def _documented(heading: str) -> list[tuple[str, ...]]:
     section = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"^\| `(.+?)` \| (.+) \|$", section, re.MULTILINE)
 
 
 @pytest.mark.parametrize("heading", TABLES)
 def test_the_document_lists_exactly_what_is_logged(heading: str) -> None:
-    assert _table(heading) == TABLES[heading]
+    assert _documented(heading) == TABLES[heading]
 
 
 def test_mlflow_takes_every_name() -> None:
@@ -75,13 +75,13 @@ TELEMETRY = Telemetry(
 
 
 def _everything() -> FinishedTrial:
-    """A completed trial of which everything is known that a completed trial can know."""
-    row = completed_row(0, 80.0, source="final")
-    assert row.result.metrics is not None
-    metrics = replace(row.result.metrics, warmup_times_ms=(200.0, 90.0, 85.0), outliers=(0, 2))
+    """A completed trial with every value that a completed trial can have."""
+    trial = completed_row(0, 80.0, source="final")
+    assert trial.result.metrics is not None
+    metrics = replace(trial.result.metrics, warmup_times_ms=(200.0, 90.0, 85.0), outliers=(0, 2))
     suspicions = ("throttled: sw_thermal_slowdown", "1.5 GiB held by others")
     return replace(
-        row, result=replace(row.result, metrics=metrics, telemetry=TELEMETRY, suspicions=suspicions)
+        trial, result=replace(trial.result, metrics=metrics, telemetry=TELEMETRY, suspicions=suspicions)
     )
 
 
@@ -102,9 +102,9 @@ def test_every_measurement_of_a_completed_trial_is_a_metric() -> None:
 
 
 def test_every_figure_of_the_telemetry_is_a_metric_or_a_tag() -> None:
-    known = {measure.path for measure in METRICS}
+    logged = {measure.path for measure in METRICS}
     figures = {field.name for field in fields(Telemetry)} - {"samples", "throttle_reasons"}
-    assert {f"telemetry.{name}" for name in figures} <= known
+    assert {f"telemetry.{name}" for name in figures} <= logged
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -121,8 +121,8 @@ def test_what_was_not_measured_is_left_out() -> None:
 
 
 def test_a_trial_that_gave_up_has_its_bound() -> None:
-    row = failed_row(0, Outcome.TOO_SLOW, "slower than the best")
-    metrics = trial_metrics(replace(row.result, slower_than_ms=120.0))
+    trial = failed_row(0, Outcome.TOO_SLOW, "slower than the best")
+    metrics = trial_metrics(replace(trial.result, slower_than_ms=120.0))
     assert ("step/slower_than_ms", 120.0, 0) in metrics
     assert not any(name == "step/time_median_ms" for name, _, _ in metrics)
     assert trial_parameters(spec_of(0, Layout()))["give_up_above_ms"] == "none"
@@ -139,8 +139,8 @@ def test_a_suspect_trial_says_so_in_its_tags() -> None:
 
 
 def test_tags_without_a_value_are_left_out() -> None:
-    row, spec = completed_row(3, 80.0), spec_of(3, Layout(micro_batch_size=4))
-    tags = trial_tags(spec, row, TrialFolder(Path("results/night/trials/t0003")))
+    trial, spec = completed_row(3, 80.0), spec_of(3, Layout(micro_batch_size=4))
+    tags = trial_tags(spec, trial, TrialFolder(Path("results/night/trials/t0003")))
     assert "megatune.phase" not in tags
     assert "megatune.source_note" not in tags
     assert "megatune.suspicions" not in tags
