@@ -18,6 +18,7 @@ MESSAGE_STATES: Final = 4
 """Hidden states of one micro-batch that the messages of a pipeline without interleaving hold at most: input and
 gradient received, output and gradient sent. Counted in Megatron-Core's schedules.py."""
 _RECOMPUTE: Final = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+_IN_FLIGHT: Final = ("tp", "pp", "vpp", "cp", "micro_batch_size", "microbatch_group_size_per_vp_stage")
 
 
 def needs_at_least_as_much_memory(
@@ -58,22 +59,29 @@ def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bo
     mask: Bools = np.ones(len(table), dtype=bool)
     same_or_no_recompute = np.ones(len(table), dtype=bool)
     for knob in KNOBS:
-        column, value = table[knob].to_numpy(), getattr(layout, knob)
+        equal = _equal(table, knob, getattr(layout, knob))
         if knob == "micro_batch_size":
-            mask &= column >= value
+            mask &= table[knob].to_numpy() >= layout.micro_batch_size
         elif knob == "use_distributed_optimizer":
-            mask &= (column == value) | ~column.astype(bool)
+            mask &= equal | ~table[knob].to_numpy(dtype=bool)
         elif knob == "nccl_nvls_enable":
-            mask &= (column == value) | column.astype(bool)
+            mask &= equal | table[knob].to_numpy(dtype=bool)
         elif knob == "cpu_offloading_num_layers":
-            mask &= (column == value) | (column == 0)
+            mask &= equal | _equal(table, knob, 0)
         elif knob in _RECOMPUTE:
-            same_or_no_recompute &= column == value
+            same_or_no_recompute &= equal
         elif knob != "pp":
-            mask &= column == value
+            mask &= equal
     if may_drop_recompute:
-        same_or_no_recompute |= table["recompute_granularity"].to_numpy() == "none"
+        same_or_no_recompute |= _equal(table, "recompute_granularity", "none")
     return mask & same_or_no_recompute
+
+
+def _equal(table: pd.DataFrame, knob: str, value: object) -> Bools:
+    """Return the rows in which a knob has a value; the codes of a categorical column are compared, not its texts."""
+    column = table[knob]
+    values = column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
+    return np.asarray(values == value, dtype=np.bool_)
 
 
 def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Bools:
@@ -82,7 +90,7 @@ def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluste
     Torch's attention keeps rotary tables and masks that do not grow with the micro-batch. With fewer micro-batches in
     flight than the pipeline takes, a larger micro-batch would keep fewer of these tables.
     """
-    c = Columns.of(table)
+    c = Columns.of(table[[*_IN_FLIGHT]])
     dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
     stated_group = c["microbatch_group_size_per_vp_stage"]
     microbatch_group = np.where(stated_group > 0, stated_group, c["pp"])
@@ -149,7 +157,7 @@ def _merges_stages(table: pd.DataFrame, layout: Layout, workload: Workload, clus
     if layout.recompute_granularity == "full" and (
         layout.recompute_method != "uniform" or layout.recompute_num_layers > 1
     ):
-        merged &= table["recompute_granularity"].to_numpy() == "none"
+        merged &= _equal(table, "recompute_granularity", "none")
     if cluster.device == "cuda":
         merged &= pp > 1  # Without a pipeline NCCL has no buffers for its messages.
     distributed = table["use_distributed_optimizer"].to_numpy()

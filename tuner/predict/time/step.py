@@ -108,6 +108,21 @@ def step_time_ms(
     return times_ms
 
 
+def step_parts_ms(
+    table: pd.DataFrame,
+    workload: Workload,
+    cluster: Cluster,
+    implementation: Implementation = "transformer_engine",
+    calibration: Calibration | None = None,
+) -> pd.DataFrame:
+    """Return where the predicted step of every row of a table goes: one column per part, one row per layout.
+
+    The parts are those of `StepTime`; arguments and errors are those of `step_time_ms`.
+    """
+    rates = _rates(workload, cluster, calibration)
+    return pd.DataFrame(_parts(Columns.of(table), workload, rates, implementation), index=table.index)
+
+
 def step_breakdown(
     layout: Layout,
     workload: Workload,
