@@ -27,4 +27,4 @@ def written(
     )
     facts = Figures(trial=1, metrics=metrics, rival=None, baseline=None, versions={}, device_name="")
     spec = TrialSpec(sweep="night", number=1, workload=workload, cluster=cluster, layout=layout)
-    return export(form, spec, facts, "megatune trial results/night 1", recipe)
+    return export(form, spec, facts, "megatune trial results/night 1", recipe_layout=recipe)

@@ -68,7 +68,7 @@ def override(
     command = _command(trial.plan) if trial.plan.exists() else ""
     base = sweep.baseline if sweep.recipe else None
     form = Format.of(sweep.program) if format is None else format
-    return write_override(form, read_json(TrialSpec, trial.spec), facts, command, base)
+    return write_override(form, read_json(TrialSpec, trial.spec), facts, command, recipe_layout=base)
 
 
 def _command(plan: Path) -> str:

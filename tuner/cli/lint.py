@@ -147,7 +147,7 @@ def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Pat
 
 
 def _shown(file: str) -> str:
-    """The path from the working directory if the file lies in it."""
+    """Return the path of a file, relative to the working directory if the file lies in it."""
     path, here = Path(file), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
@@ -172,7 +172,7 @@ def _recipe(facts: RecipeFacts, source: str, cluster_name: str | None) -> _Findi
 
 
 def cluster_of(gpu: str, gpus: int) -> tuple[Cluster, bool, str]:
-    """A cluster of GPUs of a kind, whether their memory is known, and a note for the reader if it is not.
+    """Return a cluster of GPUs of a kind, whether their memory is known, and a note for the reader if it is not.
 
     Args:
         gpu: The kind of GPU, such as h100.

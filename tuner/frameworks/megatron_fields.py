@@ -15,7 +15,7 @@ _FULL_ITERATION = "full_iteration"
 
 
 def megatron_value(knob: str, value: Any) -> Any:
-    """A knob's value as Megatron has it: a 0 or `none` that stands for None becomes None, and so does a vpp of 1."""
+    """Return a knob's value as Megatron has it: None for a 0 or `none` that stands for None, and for a vpp of 1."""
     if knob == "cuda_graph_scope":
         return [name for name in module_names(value) if name != _FULL_ITERATION]
     if knob == "recompute_modules":
@@ -28,7 +28,7 @@ def megatron_value(knob: str, value: Any) -> Any:
 
 
 def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any]:
-    """Megatron's values by `group.field` of every knob, except those of the environment.
+    """Return Megatron's values by `group.field` of every knob, except those of the environment.
 
     Args:
         layout: The layout.
@@ -46,7 +46,7 @@ def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any
 
 
 def is_full_iteration(layout: Layout) -> bool:
-    """Whether one CUDA graph holds the whole step.
+    """Return whether one CUDA graph holds the whole step.
 
     Megatron-Core 0.16 states this as a scope of graphs; from 0.19 on it is an implementation of graphs.
     """
@@ -54,5 +54,5 @@ def is_full_iteration(layout: Layout) -> bool:
 
 
 def expert_metadata(key: str) -> set[str]:
-    """The fields (key `megatron`) or arguments (key `flag`) of the knobs that only a mixture of experts has."""
+    """Return the fields (key `megatron`) or arguments (key `flag`) of the knobs that only a mixture of experts has."""
     return {knob.metadata[key] for knob in fields(Layout) if knob.name in MOE_KNOBS}

@@ -40,14 +40,19 @@ class Format(StrEnum):
 
     @classmethod
     def of(cls, program: Program) -> "Format":
-        """The format that fits the program that was measured."""
+        """Return the format that fits the program that was measured."""
         return cls.MEGATRON_LM if isinstance(program, MegatronLm) else cls.BRIDGE_CLI
 
 
 def export(
-    format: Format, spec: TrialSpec, figures: Figures, rerun_command: str, recipe_layout: Layout | None = None
+    format: Format,
+    spec: TrialSpec,
+    figures: Figures,
+    rerun_command: str,
+    *,
+    recipe_layout: Layout | None = None,
 ) -> str:
-    """Write the override that selects a measured layout, ending with a newline.
+    """Return the text of the override that selects a measured layout; it ends with a newline.
 
     Args:
         format: The format to write.
@@ -59,7 +64,7 @@ def export(
     environment = _environment(format, spec)
     changes = bridge_overrides(spec, recipe_layout)
     if format is Format.JSON:
-        return _json(spec, figures, rerun_command, changes, environment)
+        return _json(spec, figures, rerun_command, changes=changes, environment=environment)
     header = _evidence(spec, figures, rerun_command)
     if format is Format.MEGATRON_LM:
         lines = [*header, *_environment_block(environment), *megatron_lm_usage(spec, recipe_layout)]
@@ -74,14 +79,14 @@ def export(
 
 
 def _environment(format: Format, spec: TrialSpec) -> dict[str, str]:
-    """The environment variables of the job; for Bridge all of them, since a recipe may set any of them otherwise."""
+    """Return the environment variables of the job; for Bridge all of them, since a recipe may set any otherwise."""
     if spec.cluster.device != "cuda":
         return {}
     return cuda_environment(spec.layout, spec.cluster, complete=format is not Format.MEGATRON_LM)
 
 
 def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
-    """The lines that say what was measured, on what, and how to measure it again."""
+    """Return the lines that say what was measured, on what, and how to measure it again."""
     metrics, workload, cluster = figures.metrics, spec.workload, spec.cluster
     mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
     reserved = "" if metrics.peak_reserved_gib is None else f", {metrics.peak_reserved_gib:.4g} GiB reserved"
@@ -105,7 +110,7 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
 
 
 def _environment_block(environment: Mapping[str, str]) -> list[str]:
-    """The lines that set the variables in the shell of the job; without variables there are none."""
+    """Return the lines that set the variables in the shell of the job; none without variables."""
     lines = [f"    export {name}={value}" for name, value in environment.items()]
     return ["the job's environment, which wins over a recipe's env_vars:", *lines] if lines else []
 
@@ -120,9 +125,11 @@ def _json(
     spec: TrialSpec,
     figures: Figures,
     rerun_command: str,
+    *,
     changes: Mapping[str, Any],
     environment: Mapping[str, str],
 ) -> str:
+    """Return the evidence and the override of every framework as the fields of a JSON object."""
     comparisons = {"fastest_other_layout": figures.rival, "baseline": figures.baseline}
     data = {
         "sweep": spec.sweep,

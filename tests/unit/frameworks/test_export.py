@@ -82,7 +82,7 @@ def _figures(layout: Layout) -> Figures:
 
 def _export(form: Format, layout: Layout, recipe: Layout | None = None) -> str:
     spec = replace(spec_of(1, layout), workload=replace(WORKLOAD, model=MOE))
-    return export(form, spec, _figures(layout), "megatune trial results/night 1", recipe)
+    return export(form, spec, _figures(layout), "megatune trial results/night 1", recipe_layout=recipe)
 
 
 @pytest.mark.parametrize("form", [form for form in Format if form is not Format.JSON])

@@ -69,13 +69,13 @@ _WORLD_IN_NAME: Final = re.compile(r"_(?P<gpus>\d+)gpu_(?P<gpu>[a-z]+\d+)(?=_|$)
 
 
 def named_world(name: str) -> tuple[int, str] | None:
-    """The number and the kind of GPUs that a recipe's name states, such as (64, "b200"); None if it states none."""
+    """Return the number and the kind of GPUs that a name states, such as (64, "b200"); None if it states none."""
     match = _WORLD_IN_NAME.search(name)
     return (int(match["gpus"]), match["gpu"]) if match else None
 
 
 def missing_on_this_machine(facts: RecipeFacts) -> str:
-    """What this machine lacks to build a recipe; empty if Bridge's error, if any, is about the recipe itself."""
+    """Return what this machine lacks to build a recipe, as Bridge's error tells; empty if it lacks nothing."""
     return next((reason for words, reason in _MACHINE_ERRORS.items() if words in facts.error), "")
 
 

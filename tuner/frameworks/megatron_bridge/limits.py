@@ -7,7 +7,7 @@ from tuner.frameworks.megatron_bridge.facts import RecipeFacts
 
 
 def unstated_architecture(facts: RecipeFacts) -> str | None:
-    """Why `Model` cannot state a recipe's architecture; None if it can."""
+    """Return why `Model` cannot state a recipe's architecture; None if it can."""
     value = facts.values.get
     for kind in facts.kinds:
         for marker, reason in _ARCHITECTURES.items():
@@ -39,13 +39,13 @@ _ENCODER_WORDS: Final = ("VL", "Vision", "Omni", "Audio")
 
 
 def unmodelled_encoders(facts: RecipeFacts) -> str | None:
-    """A note on the encoders of images or sound, which are not modelled; None for a language model alone."""
+    """Return a note on the encoders of images or sound, which are not modelled; None if there are none."""
     kind = next((kind for kind in facts.kinds if any(word in kind for word in _ENCODER_WORDS)), None)
     return None if kind is None else f"{kind}: its encoders are not modelled, its language model is"
 
 
 def fixed_settings(facts: RecipeFacts) -> tuple[str, ...]:
-    """Notes on the settings of a recipe that no layout states and that change memory, speed or validity."""
+    """Return a note per setting of a recipe that no layout states and that changes memory, speed or validity."""
     value = facts.values.get
     notes = [text for path, text in _NOTES.items() if value(path)]
     if (capacity := value("model.moe_expert_capacity_factor")) is not None:
@@ -90,7 +90,7 @@ _MEMORY_SAVERS: Final = (
 
 
 def memory_is_overstated(facts: RecipeFacts) -> bool:
-    """Whether the predictor counts memory that the recipe saves by settings that no layout states."""
+    """Return whether a recipe saves memory, by settings that no layout states, that the predictor counts."""
     if facts.values.get("optimizer.optimizer", "adam") != "adam":
         return True
     return any(facts.values.get(path) for path in _MEMORY_SAVERS)

@@ -15,7 +15,7 @@ _COMM_OVERLAP_CLASS: Final = "megatron.bridge.training.comm_overlap.CommOverlapC
 
 
 def bridge_overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str, Any]:
-    """The fields to set, by path, so that a recipe trains with the layout of a trial.
+    """Return the fields, value by path, to set so that a recipe trains with the layout of a trial.
 
     Args:
         spec: The specification of the trial.
@@ -30,13 +30,13 @@ def bridge_overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str,
 
 
 def bridge_words(spec: TrialSpec, recipe_layout: Layout | None = None) -> list[str]:
-    """`bridge_overrides` as words of the command line of run_recipe.py: `++KEY=VALUE`, in Hydra's grammar."""
+    """Return `bridge_overrides` as words for the command line of run_recipe.py: `++KEY=VALUE`, in Hydra's grammar."""
     changes = _with_overlap_class(bridge_overrides(spec, recipe_layout))
     return [f"++{path}={_hydra_text(value)}" for path, value in changes.items()]
 
 
 def bridge_yaml(overrides: Mapping[str, Any]) -> str:
-    """The overrides, fields by path, as the text of a YAML file with a mapping per group of fields."""
+    """Return the text of a YAML file that sets overrides (value by path), with one mapping per group of fields."""
     groups: dict[str, Any] = {}
     for path, value in _with_overlap_class(overrides).items():
         group, _, name = path.partition(".")
@@ -48,7 +48,7 @@ def bridge_yaml(overrides: Mapping[str, Any]) -> str:
 
 
 def bridge_python(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    """The text of a Python module whose `apply` sets the fields on a ConfigContainer.
+    """Return the text of a Python module whose function `apply` sets the fields on a ConfigContainer.
 
     Args:
         overrides: Values of fields by path.
@@ -74,7 +74,7 @@ def bridge_python(overrides: Mapping[str, Any], environment: Mapping[str, str]) 
 
 
 def _with_overlap_class(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides with the class of `comm_overlap`: Bridge builds it by that name if the recipe has None there."""
+    """Return the overrides with the class of `comm_overlap`, by which Bridge builds it if the recipe has None there."""
     if _sets_overlaps(overrides):
         return {**overrides, f"{COMM_OVERLAP}._target_": _COMM_OVERLAP_CLASS}
     return dict(overrides)

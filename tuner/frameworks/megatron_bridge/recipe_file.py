@@ -8,7 +8,7 @@ from tuner.trial.program import BridgeRecipe
 
 
 def with_file_text(program: BridgeRecipe) -> BridgeRecipe:
-    """The recipe with the text of its Python file, which is read now unless the recipe already holds it.
+    """Return the recipe with the text of its Python file, which is read unless the recipe already holds it.
 
     Raises:
         InputError: if the file cannot be read.

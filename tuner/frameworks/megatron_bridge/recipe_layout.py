@@ -14,7 +14,7 @@ from tuner.frameworks.megatron_bridge.values import Values
 
 
 def layout_of(values: Values, cluster: Cluster | None = None) -> Layout:
-    """The layout that a recipe has, resolved or as built; a knob that has no effect there gets its default.
+    """Return the layout that a recipe has, resolved or as built; a knob that has no effect there gets its default.
 
     Args:
         values: The values of the recipe's config.
@@ -34,13 +34,13 @@ def layout_of(values: Values, cluster: Cluster | None = None) -> Layout:
 
 
 def smallest_world(values: Values) -> int:
-    """The fewest GPUs that hold a recipe's own grids; raises InputError as `layout_of` does."""
+    """Return the fewest GPUs that hold a recipe's own grids; raises InputError as `layout_of` does."""
     grid = layout_of({**values, "train.micro_batch_size": values.get("train.micro_batch_size") or 1})
     return int(min_gpus(grid.tp, grid.pp, grid.cp, grid.ep, grid.etp))
 
 
 def _stated_knobs(values: Values) -> dict[str, Any]:
-    """Bridge's value of every knob but those of the environment, and of experts in a dense model."""
+    """Return Bridge's value per knob, without the knobs of the environment and, for a dense model, those of experts."""
     knobs: dict[str, Any] = {}
     for knob in fields(Layout):
         path = knob.metadata["megatron"]
@@ -58,7 +58,7 @@ def _stated_knobs(values: Values) -> dict[str, Any]:
 
 
 def _respelled(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
-    """The knobs that Bridge spells in another way than a Layout, each with the Layout's value."""
+    """Yield the knobs that Bridge spells in another way than a Layout, each with the value of the Layout."""
     modules = knobs["recompute_modules"]
     selective = knobs["recompute_granularity"] == "selective" and modules not in ("none", ["core_attn"])
     yield "recompute_modules", "+".join(modules) if selective else "none"
@@ -75,7 +75,7 @@ def _respelled(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, 
 
 
 def _graphs(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
-    """The knobs of CUDA graphs: the scope is a text of names joined by `+`."""
+    """Yield the knobs of CUDA graphs; their scope is a text of names joined by `+`."""
     scopes = values.get("model.cuda_graph_modules") or values.get("model.cuda_graph_scope") or []
     scopes = [scopes] if isinstance(scopes, str) else scopes
     scopes = [scope for scope in scopes if scope != "full"]  # an older name of whole layers
@@ -93,7 +93,7 @@ _SCOPES: Final = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_pre
 
 
 def _placement(placement: Any) -> Any:
-    """The text of a placement in its one spelling; an unreadable text stays as it is, for the rules to refuse."""
+    """Return the text of a placement in its one spelling; an unreadable text is kept, for the rules to refuse."""
     if isinstance(placement, list):
         return write([_LETTERS.get(str(part), "?") for part in chunk] for chunk in placement)
     try:
@@ -107,7 +107,7 @@ _LETTERS: Final[Mapping[str, str]] = {"embedding": "E", "decoder": "t", "mtp": "
 
 
 def _effects(knobs: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether each knob that depends on another has an effect."""
+    """Return, per knob that depends on another, whether it has an effect."""
     graphs = knobs["cuda_graph_impl"] not in {"none", None}
     return {
         "cp_comm_type": knobs["cp"] > 1,
@@ -119,7 +119,7 @@ def _effects(knobs: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _environment_knobs(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that a recipe's `env_vars` set."""
+    """Return the knobs that a recipe's `env_vars` set."""
     knobs: dict[str, Any] = {}
     if str(queues := variables.get("CUDA_DEVICE_MAX_CONNECTIONS", "")).isdigit():
         knobs["cuda_device_max_connections"] = int(queues)
@@ -131,7 +131,7 @@ def _environment_knobs(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_derived_queues(layout: Layout, cluster: Cluster) -> Layout:
-    """The layout with 0 hardware queues (derived) if it states the number that it derives on the cluster."""
+    """Return the layout with 0 hardware queues (derived) if it states the number that it derives on the cluster."""
     derived = replace(layout, cuda_device_max_connections=0)
     queues = cuda_environment(derived, cluster)["CUDA_DEVICE_MAX_CONNECTIONS"]
     return derived if str(layout.cuda_device_max_connections) == queues else layout

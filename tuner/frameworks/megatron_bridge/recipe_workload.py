@@ -11,7 +11,7 @@ from tuner.frameworks.megatron_bridge.values import Values
 
 
 def model_of(values: Values, name: str) -> Model:
-    """The model of a recipe.
+    """Return the model of a recipe.
 
     Args:
         values: The values of its config; `model.` is followed by Model's own field names.
@@ -54,7 +54,7 @@ _ACTIVATIONS: Final[Mapping[str, str]] = {
 
 
 def workload_of(values: Values, name: str) -> Workload:
-    """The workload of a recipe, which no override may change.
+    """Return the workload of a recipe, which no override may change.
 
     Args:
         values: The values of its config.

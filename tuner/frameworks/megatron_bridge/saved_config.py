@@ -10,7 +10,7 @@ from tuner.frameworks.megatron_bridge.values import values_of
 
 
 def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None:
-    """The facts of a saved run; None if the data is no saved ConfigContainer.
+    """Return the facts of a saved run; None if the data is no saved ConfigContainer.
 
     Args:
         data: The plain data of the file, in which `_target_` names a class, a function or a member of an enum.
@@ -26,7 +26,7 @@ def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None
 
 
 def _object(node: Any) -> Any:
-    """A node as an object with the attributes that were saved; a function or a member of an enum as its name."""
+    """Return a node as an object with the attributes that were saved; a function or a member of an enum as its name."""
     if isinstance(node, list):
         return [_object(part) for part in node]
     if not isinstance(node, Mapping) or "_target_" not in node:

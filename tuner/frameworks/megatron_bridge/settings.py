@@ -66,7 +66,7 @@ _KNOBS_OF_OVERLAPS: Final = ("tp", "pp", "vpp", "cp", "use_distributed_optimizer
 
 
 def bridge_settings(layout: Layout) -> dict[str, Any]:
-    """Every field, by path, of Megatron Bridge's ConfigContainer that selects the layout, whatever a recipe has.
+    """Return every field, value by path, of Bridge's ConfigContainer that selects the layout, whatever a recipe has.
 
     Source: Megatron Bridge, training/comm_overlap.py (`CommOverlapConfig`) and training/config.py.
     """
@@ -92,7 +92,7 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
 
 
 def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, Any]:
-    """The part of `bridge_settings` to set in a recipe with the layout `recipe_layout`; None sets all."""
+    """Return the part of `bridge_settings` to set in a recipe with the layout `recipe_layout`; None sets all."""
     wanted = bridge_settings(layout)
     if recipe_layout is None:
         return wanted
@@ -117,7 +117,7 @@ def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, An
 
 
 def _companions(layout: Layout) -> dict[str, Any]:
-    """The fields that Bridge needs beside the knobs.
+    """Return the fields that Bridge needs beside those of the knobs.
 
     Source: Megatron Bridge, training/config.py, models/gpt_provider.py, utils/cuda_graph.py.
     """

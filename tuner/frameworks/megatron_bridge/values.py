@@ -62,7 +62,7 @@ _FURTHER_PATHS: Final = (
 
 
 def _knob_paths() -> list[str]:
-    """The paths of the knobs; Bridge moves the overlaps into the model's config when it resolves a recipe."""
+    """Return the paths of the knobs; Bridge moves the overlaps into the model's config when it resolves a recipe."""
     paths = [knob.metadata["megatron"] for knob in fields(Layout) if knob.name not in ENVIRONMENT_KNOBS]
     moved = [path.replace("comm_overlap.", "model.") for path in paths if path.startswith("comm_overlap.")]
     return [*paths, *moved]
@@ -83,7 +83,7 @@ _ABSENT: Final = object()
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """The plain values of a ConfigContainer by path, without the paths that it lacks.
+    """Return the plain values of a ConfigContainer by path, without the paths that it lacks.
 
     Args:
         config: The ConfigContainer (this runs where Bridge is installed), or any object with its attributes.
@@ -99,7 +99,7 @@ def values_of(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Plain data of a value: an enum or a function by its name, a pipeline placement by its text or lists."""
+    """Return a value as plain data: an enum or a function as its name, a pipeline placement as its text or lists."""
     value = getattr(value, "input_data", value)  # Megatron's PipelineParallelLayerLayout keeps its text there
     if isinstance(value, bool | int | float | str | None):
         return value

@@ -8,7 +8,7 @@ from tuner.frameworks.megatron_fields import expert_metadata, is_full_iteration,
 
 
 def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
-    """Megatron-LM's arguments for a layout: flag to values, which are empty for a flag that stands alone.
+    """Return Megatron-LM's arguments for a layout: flag to values, which are empty for a flag that stands alone.
 
     Source: Megatron-LM, megatron/training/arguments.py. Interleaving turns the overlap of p2p messages on there, and
     the argument of that knob turns it off.
@@ -31,7 +31,7 @@ def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
 
 
 def megatron_lm_words(layout: Layout, model: Model) -> list[str]:
-    """The arguments as words of a command line; for a dense model without the arguments of experts."""
+    """Return the arguments as words of a command line; for a dense model without the arguments of experts."""
     omitted_flags = set() if model.is_moe else expert_metadata("flag")
     arguments = megatron_lm_arguments(layout)
     return [
@@ -40,7 +40,7 @@ def megatron_lm_words(layout: Layout, model: Model) -> list[str]:
 
 
 def _has_no_effect(knob: str, layout: Layout) -> bool:
-    """Whether a knob has no effect in a layout; its argument is left out, since older releases may not know it."""
+    """Return whether a knob has no effect; its argument is then left out, since older releases may not know it."""
     match knob:
         case "vpp":  # a placement implies it, and Megatron-LM refuses both together
             return layout.pipeline_model_parallel_layout != "none"
@@ -59,7 +59,7 @@ def _has_no_effect(knob: str, layout: Layout) -> bool:
 
 
 def _companions(layout: Layout) -> dict[str, list[str]]:
-    """The arguments that Megatron-LM's `validate_args` requires beside those of the knobs."""
+    """Return the arguments that Megatron-LM's `validate_args` requires beside those of the knobs."""
     companions: dict[str, list[str]] = {}
     if layout.use_megatron_fsdp:
         companions["--ckpt-format"] = ["fsdp_dtensor"]

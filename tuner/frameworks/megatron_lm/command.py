@@ -83,7 +83,7 @@ def read_command(
 
 
 def _unjudged(words: Iterable[str]) -> tuple[str, ...]:
-    """The unjudged arguments among the words, sorted, in Megatron-LM's spelling with hyphens."""
+    """Return the unjudged arguments among the words, sorted, in Megatron-LM's spelling with hyphens."""
     flags = {"--" + word.partition("=")[0][2:].replace("_", "-") for word in words if word.startswith("--")}
     return tuple(sorted(flags & _UNJUDGED))
 

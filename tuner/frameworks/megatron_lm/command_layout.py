@@ -14,7 +14,7 @@ from tuner.files import parse
 
 
 def layout_of(arguments: Namespace, variables: Mapping[str, str], source: str) -> Layout:
-    """The layout of a command.
+    """Return the layout of a command.
 
     Args:
         arguments: The namespace of `argument_parser`; has `num_layers`.
@@ -48,7 +48,7 @@ def layout_of(arguments: Namespace, variables: Mapping[str, str], source: str) -
 
 
 def _dependent_knobs(arguments: Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that mean nothing unless another knob is set; without it they have their default."""
+    """Return the knobs that have an effect only with another knob; without it they have their default."""
     kinds = set(arguments.cp_comm_type or ())
     if len(kinds) > 1:
         raise ValueError(
@@ -65,7 +65,7 @@ def _dependent_knobs(arguments: Namespace, data: Mapping[str, Any]) -> dict[str,
 
 
 def _sharding(arguments: Namespace) -> dict[str, Any]:
-    """The knobs of sharding: Megatron-FSDP implies the distributed optimizer, and by default shards everything."""
+    """Return the knobs of sharding; Megatron-FSDP implies the distributed optimizer, and shards all by default."""
     if not (arguments.use_megatron_fsdp or arguments.use_custom_fsdp):
         return {"data_parallel_sharding_strategy": "no_shard"}
     return {
@@ -76,7 +76,7 @@ def _sharding(arguments: Namespace) -> dict[str, Any]:
 
 
 def _environment(variables: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that a script sets as environment variables.
+    """Return the knobs that a script sets as environment variables.
 
     Megatron-LM requires a single hardware queue if tp or cp is above 1, without Megatron-FSDP; a single queue is
     then the default of the knob, 0.
@@ -92,7 +92,7 @@ def _environment(variables: Mapping[str, str], data: Mapping[str, Any]) -> dict[
 
 
 def _chunks_per_rank(arguments: Namespace, data: Mapping[str, Any]) -> int:
-    """Model chunks per pipeline rank (vpp), from the layers per chunk that the older argument states."""
+    """Return the model chunks per pipeline rank (vpp), from the layers per chunk that the older argument states."""
     layers = arguments.num_layers + arguments.account_for_embedding_in_pipeline_split
     layers += arguments.account_for_loss_in_pipeline_split
     per_chunk, pp = int(arguments.num_layers_per_virtual_pipeline_stage), data.get("pp", 1)

@@ -20,7 +20,7 @@ _VOCABULARIES: Final[Mapping[str, int]] = {"GPT2BPETokenizer": 50257, "Llama3Tok
 def workload_of(
     arguments: Namespace, layout: Layout, world_size: int, *, source: str, vocab_size: int | None
 ) -> Workload:
-    """The workload of a command.
+    """Return the workload of a command.
 
     Args:
         arguments: The namespace of `argument_parser`; has the numbers of layers and heads and the hidden size.
@@ -60,7 +60,7 @@ def _precision(arguments: Namespace) -> Precision:
 
 
 def _model(arguments: Namespace, source: str, vocab_size: int | None) -> dict[str, Any]:
-    """The fields of Model, with Megatron-LM's defaults: those of Model differ from them."""
+    """Return the fields of Model; they get Megatron-LM's defaults, which differ from those of Model."""
     hidden, heads = arguments.hidden_size, arguments.num_attention_heads
     vocabulary = vocab_size or arguments.vocab_size or _VOCABULARIES.get(arguments.tokenizer_type or "")
     if vocabulary is None:
@@ -109,7 +109,7 @@ def _activation(arguments: Namespace) -> str:
 
 
 def _latent_attention(arguments: Namespace) -> dict[str, Any]:
-    """The fields of latent attention, with the defaults of Megatron-LM's `_add_mla_args`."""
+    """Return the fields of latent attention, with the defaults of Megatron-LM's `_add_mla_args`."""
     return {
         "multi_latent_attention": True,
         "num_query_groups": arguments.num_attention_heads,

@@ -11,7 +11,7 @@ from tuner.trial.program import MegatronLm
 
 
 def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
-    """Say where the text of `megatron_lm_override` goes, and which of the command's arguments to remove.
+    """Return lines that say where the text of `megatron_lm_override` goes, and which arguments to remove.
 
     Args:
         spec: The specification of the measured trial.
@@ -28,7 +28,7 @@ def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
 
 
 def megatron_lm_override(spec: TrialSpec, base: Layout | None) -> str:
-    """The arguments that select a trial's layout, one per continued line; ends with a newline.
+    """Return the arguments that select a trial's layout, one per continued line, and a newline at the end.
 
     Args:
         spec: The specification of the measured trial. If its program is a Megatron-LM command, the text is that

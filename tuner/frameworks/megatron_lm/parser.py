@@ -98,7 +98,7 @@ class _RaisingParser(ArgumentParser):
 
 
 def argument_parser() -> ArgumentParser:
-    """The parser; its namespace has the names of Megatron-LM's arguments, and for a knob the name of the knob.
+    """Return a parser; its namespace has the names of Megatron-LM's arguments, but for a knob the name of the knob.
 
     It raises ArgumentError for a value of the wrong type.
     """

@@ -23,11 +23,12 @@ from tuner.frameworks.megatron_lm.shell import (
 _LEADING_WORDS: Final = frozenset({"if", "then", "elif", "else", "while", "until", "do", "{", "!", "time"})
 """Reserved words of the shell that stand before a command."""
 _DECLARING_WORDS: Final = frozenset({"export", "readonly", "declare", "typeset", "local"})
+"""Commands of the shell whose arguments are assignments."""
 _VARIABLE: Final = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 _MODEL_FLAG: Final = "--num-layers"
 """The argument by which a training command is told from other commands."""
 _UNTOLD: Final = ("$", "`", "<(", ">(")
-"""What a word holds if only a shell could tell its value."""
+"""Texts of which a word holds one if only a shell could tell its value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class ScriptCommand:
     words: tuple[str, ...]
     """All words, the launcher (torchrun and its arguments) included; redirections are left out."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Values of the variables that the script has assigned when the command starts, and of those of its own."""
+    """Values, when the command starts, of the variables that the script or the command itself assigns."""
 
     @property
     def program(self) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ class ScriptCommand:
 
 
 def training_command(text: str, source: str) -> ScriptCommand:
-    """Find the command that trains, in a shell script or in a text of arguments alone.
+    """Return the command that trains, from a shell script or from a text of arguments alone.
 
     It is the last command of a Python script with --num-layers. Without one, it is the last command with
     --num-layers, where a line that begins with an argument continues the line before. Without that, the arrays
@@ -71,7 +72,7 @@ def training_command(text: str, source: str) -> ScriptCommand:
 
 
 def script_words(text: str, source: str) -> tuple[str, ...]:
-    """The words of the training command in a shell script, from the Python script on.
+    """Return the words of the training command in a shell script, from the Python script on.
 
     Raises:
         InputError: if there is no such command, or if only a shell could tell one of its words.
@@ -92,7 +93,7 @@ def _trains(words: tuple[str, ...]) -> bool:
 
 
 def _read(text: str, source: str) -> tuple[list[ScriptCommand], ScriptCommand]:
-    """The commands of a text in their order; and the elements of all its arrays as if they were one command."""
+    """Return the commands of a text in their order, and the elements of all its arrays as if they were one command."""
     values: dict[str, str | tuple[str, ...]] = {}
     try:
         commands = [command for statement in statements(text) if (command := _command(statement, values))]
@@ -103,7 +104,7 @@ def _read(text: str, source: str) -> tuple[list[ScriptCommand], ScriptCommand]:
 
 
 def _command(statement: Statement, values: dict[str, str | tuple[str, ...]]) -> ScriptCommand | None:
-    """The command of a statement; None if the statement only assigns, which changes `values`."""
+    """Return the command of a statement; None if the statement only assigns, which changes `values`."""
     items = list(statement)
     while items and _reserved_word(items[0]) in _LEADING_WORDS:
         del items[0]
@@ -122,13 +123,13 @@ def _command(statement: Statement, values: dict[str, str | tuple[str, ...]]) -> 
 
 
 def _reserved_word(item: Word | Assignment | ArrayAssignment) -> str:
-    """The text of a word without quotations; empty for anything else."""
+    """Return the text of a word without quotations; empty for anything else."""
     is_plain = isinstance(item, tuple) and len(item) == 1 and not item[0].quote
     return item[0].text if isinstance(item, tuple) and is_plain else ""
 
 
 def _word(item: Word | Assignment | ArrayAssignment) -> Word:
-    """An item of a command's arguments as a word: `NAME=value` assigns nothing there."""
+    """Return an item of a command's arguments as a word; `NAME=value` assigns nothing there."""
     if isinstance(item, Assignment):
         return (Piece(f"{item.name}{'+' if item.appends else ''}=", ""), *item.value)
     return item if isinstance(item, tuple) else ()
@@ -139,7 +140,7 @@ def _texts(values: Values) -> dict[str, str]:
 
 
 def _continued(commands: list[ScriptCommand]) -> list[ScriptCommand]:
-    """The commands, each with the arguments of the lines after it that begin with an argument."""
+    """Return the commands, each with the arguments of the lines after it that begin with an argument."""
     joined: list[ScriptCommand] = []
     for command in commands:
         if joined and command.words[:1] and command.words[0].startswith("--"):

@@ -26,10 +26,10 @@ _EXPANSION: Final = re.compile(r"[$`]")
 _WHOLE_ARRAY: Final = re.compile(r"\$\{\w+\[[@*]\]\}")
 
 _LONGEST: Final = 1_000_000
-"""Characters that one expansion may give (assumed); ends a script whose variables double at every line."""
+"""Characters that one expansion may give (assumed), so that variables which double at every line are refused."""
 
 _DEEPEST: Final = 50
-"""Quotations and expansions within each other that are read (assumed)."""
+"""How deep quotations and expansions may be nested (assumed), so that no text exhausts the stack."""
 
 _BREAK: Final = "\0"
 """Stands between the words that one expansion gives; a shell script cannot hold it."""
@@ -72,7 +72,7 @@ Statement = tuple[Word | Assignment | ArrayAssignment, ...]
 
 
 def statements(text: str) -> Iterator[Statement]:
-    """Divide a script at line breaks, `;`, `&`, `|` and parentheses that stand outside of quotations.
+    """Yield the statements of a script, divided at line breaks, `;`, `&`, `|` and parentheses outside of quotations.
 
     Raises:
         ValueError: if a quotation or an array is not closed, or expansions are nested too deeply; says which.
@@ -96,13 +96,13 @@ def statements(text: str) -> Iterator[Statement]:
 
 
 def expanded(word: Word, values: Values) -> list[str]:
-    """The words that a word becomes: none, one, or several where a variable or an array holds several."""
+    """Return the words that a word becomes: none, one, or several if a variable or an array holds several."""
     joined = "".join(_filled(piece, values) for piece in word)
     return [part.replace(_QUOTED, "") for part in joined.split(_BREAK) if part]
 
 
 def assigned(assignment: Assignment | ArrayAssignment, values: Values) -> str | tuple[str, ...]:
-    """The value that the assignment's variable has afterwards."""
+    """Return the value that the assignment's variable has afterwards."""
     before = values.get(assignment.name, ())
     if isinstance(assignment, ArrayAssignment):
         elements = tuple(element for word in assignment.words for element in expanded(word, values))
@@ -117,7 +117,7 @@ def assigned(assignment: Assignment | ArrayAssignment, values: Values) -> str | 
 
 
 def _after_blanks(text: str, start: int) -> int:
-    """The index of the next character that is neither a blank, a continued line nor part of a comment."""
+    """Return the index of the next character that is neither a blank, a continued line nor part of a comment."""
     blanks = _BLANKS.match(text, start)
     start = blanks.end() if blanks else start
     comment = _COMMENT.match(text, start)
@@ -125,7 +125,7 @@ def _after_blanks(text: str, start: int) -> int:
 
 
 def _item(text: str, start: int) -> tuple[Word | Assignment | ArrayAssignment, int]:
-    """The word or assignment at `start`, which is no blank and no separator; and the index after it."""
+    """Return the word or assignment at `start`, where no blank and no separator is, and the index after it."""
     head = _ASSIGNMENT.match(text, start)
     if head is None:
         return _word(text, start)
@@ -138,7 +138,7 @@ def _item(text: str, start: int) -> tuple[Word | Assignment | ArrayAssignment, i
 
 
 def _array_words(text: str, start: int) -> tuple[tuple[Word, ...], int]:
-    """The words between the parenthesis at `start` and its counterpart; and the index after that."""
+    """Return the words from the parenthesis at `start` to its counterpart, and the index after that."""
     words: list[Word] = []
     at = start + 1
     while (at := _after_blanks(text, at)) < len(text):
@@ -153,7 +153,7 @@ def _array_words(text: str, start: int) -> tuple[tuple[Word, ...], int]:
 
 
 def _word(text: str, start: int) -> tuple[Word, int]:
-    """The word at `start`, empty if none begins there; and the index after it."""
+    """Return the word at `start`, empty if none begins there, and the index after it."""
     pieces: list[Piece] = []
     at = start
     while at < len(text):
@@ -162,15 +162,15 @@ def _word(text: str, start: int) -> tuple[Word, int]:
             pieces += [Piece(following, "'")] if following not in ("", "\n") else []
             at += 2
         elif letter == "'":
-            end = _closed(text, at)
+            end = _end_of_mark(text, at)
             pieces.append(Piece(text[at + 1 : end - 1], "'"))
             at = end
         elif letter == '"':
-            end = _closed(text, at)
+            end = _end_of_mark(text, at)
             pieces += _double_quoted(text[at + 1 : end - 1])
             at = end
         elif letter == "`" or (letter in "$<>" and following == "(") or (letter == "$" and following == "{"):
-            end = _closed(text, at if letter == "`" else at + 1)
+            end = _end_of_mark(text, at if letter == "`" else at + 1)
             pieces.append(Piece(text[at:end], ""))
             at = end
         elif plain := _PLAIN.match(text, at):
@@ -182,7 +182,7 @@ def _word(text: str, start: int) -> tuple[Word, int]:
 
 
 def _rejoined(pieces: list[Piece]) -> Word:
-    """The pieces with neighbours of one kind in one piece, so that `$` and the name after it meet."""
+    """Return the pieces with unquoted neighbours in one piece, so that `$` meets the name after it."""
     word: list[Piece] = []
     for piece in pieces:
         if word and not word[-1].quote and not piece.quote:
@@ -193,7 +193,7 @@ def _rejoined(pieces: list[Piece]) -> Word:
 
 
 def _double_quoted(text: str) -> list[Piece]:
-    """What stands between double quotes, with the characters that a backslash protects in pieces of their own."""
+    """Return the pieces of a text between double quotes; each character that a backslash protects is one of its own."""
     pieces: list[Piece] = []
     start = at = 0
     while at < len(text):
@@ -202,14 +202,14 @@ def _double_quoted(text: str) -> list[Piece]:
             pieces += [Piece(text[at + 1], "'")] if text[at + 1] != "\n" else []
             start = at = at + 2
         elif text[at] == "`" or (text[at] == "$" and text[at + 1 : at + 2] in ("(", "{")):
-            at = _closed(text, at if text[at] == "`" else at + 1)
+            at = _end_of_mark(text, at if text[at] == "`" else at + 1)
         else:
             at += 1
     return [*pieces, Piece(text[start:], '"')]
 
 
-def _closed(text: str, start: int) -> int:
-    """The index after the quotation, parenthesis, brace or backtick that opens at `start`, whatever it holds."""
+def _end_of_mark(text: str, start: int) -> int:
+    """Return the index after the quotation, parenthesis, brace or backtick that opens at `start`."""
     open_marks = [text[start]]
     at = start + 1
     while at < len(text):
@@ -231,7 +231,7 @@ def _closed(text: str, start: int) -> int:
 
 
 def _opens(letter: str, before: str, innermost: str) -> bool:
-    """Whether a character opens another mark inside of the mark `innermost`."""
+    """Return whether a character opens another mark inside of the mark `innermost`."""
     if letter == "'":
         return innermost != '"'
     if letter in "({":
@@ -245,7 +245,7 @@ def _unclosed(text: str, start: int) -> ValueError:
 
 
 def _filled(piece: Piece, values: Values) -> str:
-    """The piece's text with its variables filled in, and with breaks between the words that it becomes."""
+    """Return the piece's text with its variables filled in, and with breaks between the words that it becomes."""
     if piece.quote == "'":
         return _QUOTED + piece.text
     parts: list[str] = []
@@ -262,10 +262,13 @@ def _filled(piece: Piece, values: Values) -> str:
 
 
 def _expansion(piece: Piece, start: int, values: Values) -> tuple[str, int]:
-    """What the `$...` or the backticks at `start` become, unchanged if only a run could tell; and the index after."""
+    """Return what the `$...` or the backticks at `start` become, and the index after them.
+
+    An expansion that only a run could tell becomes its own text.
+    """
     text, following = piece.text, piece.text[start + 1 : start + 2]
     if text[start] == "`" or following in ("(", "{"):
-        end = _closed(text, start if text[start] == "`" else start + 1)
+        end = _end_of_mark(text, start if text[start] == "`" else start + 1)
         parameter = _PARAMETER.fullmatch(text, start + 1, end)
         name, all_elements, colon, default = parameter.groups() if parameter else ("", None, None, None)
     else:
@@ -285,5 +288,5 @@ def _expansion(piece: Piece, start: int, values: Values) -> tuple[str, int]:
 
 
 def _divided(text: str) -> str:
-    """A text with a break for every run of blanks, as an expansion outside of quotations is divided."""
+    """Return a text with a break for every run of blanks, as an expansion outside of quotations is divided."""
     return re.sub(r"\s+", _BREAK, text)

@@ -69,7 +69,7 @@ _Argument = tuple[str, tuple[str, ...]]
 
 
 def trial_words(words: Sequence[str], layout: Layout, workload: Workload, steps: int) -> tuple[str, ...]:
-    """The command with the arguments of a layout instead of its own, as a training of a few steps.
+    """Return the command with the arguments of a layout instead of its own, as a training of a few steps.
 
     The global batch is pinned, and the learning rate follows the schedule of the whole training. Nothing is loaded,
     saved or evaluated, and every step is logged.
@@ -99,7 +99,7 @@ def trial_words(words: Sequence[str], layout: Layout, workload: Workload, steps:
 
 
 def with_layout(words: Sequence[str], layout: Layout, workload: Workload) -> tuple[str, ...]:
-    """The command with the arguments of a layout instead of its own, and with its global batch stated."""
+    """Return the command with the arguments of a layout instead of its own, and with its global batch stated."""
     script, arguments = _script_and_arguments(words)
     return (
         *script,
@@ -111,7 +111,7 @@ def with_layout(words: Sequence[str], layout: Layout, workload: Workload) -> tup
 
 
 def _is_replaced(argument: _Argument, layout: Layout) -> bool:
-    """Whether an argument of the user's command must not stand beside the arguments of a layout."""
+    """Return whether an argument of the user's command must not stand beside the arguments of a layout."""
     flag, values = argument
     if flag == "--ckpt-format":  # Megatron-FSDP needs the format fsdp_dtensor, which nothing else can write
         return layout.use_megatron_fsdp or values == ("fsdp_dtensor",)
@@ -119,7 +119,7 @@ def _is_replaced(argument: _Argument, layout: Layout) -> bool:
 
 
 def by_argument(words: Sequence[str]) -> list[list[str]]:
-    """The words in groups, one per line of a readable command: the script first, then each flag with its values."""
+    """Return the words in groups, one per line of a readable command: the script, then each flag with its values."""
     script, arguments = _script_and_arguments(words)
     return [script, *([flag, *values] for flag, values in arguments)]
 
@@ -129,7 +129,7 @@ def _joined(arguments: Iterable[_Argument]) -> Iterator[str]:
 
 
 def _script_and_arguments(words: Sequence[str]) -> tuple[list[str], list[_Argument]]:
-    """The words before the first flag; and the arguments, `--flag=value` as a flag with one value."""
+    """Return the words before the first flag, and the arguments; `--flag=value` becomes a flag with one value."""
     first = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
     arguments: list[_Argument] = []
     for word in words[first:]:
@@ -147,7 +147,7 @@ def _is_of_a_run(flag: str) -> bool:
 
 
 def _schedule(stated: Mapping[str, tuple[str, ...]], global_batch_size: int) -> dict[str, int]:
-    """The arguments of the learning rate's schedule in steps: Megatron-LM refuses samples beside --train-iters.
+    """Return the arguments of the learning rate's schedule in steps: Megatron-LM refuses samples beside --train-iters.
 
     Args:
         stated: The command's arguments: flag to values.
@@ -168,7 +168,7 @@ def _schedule(stated: Mapping[str, tuple[str, ...]], global_batch_size: int) -> 
 
 
 def _steps(stated: Mapping[str, tuple[str, ...]], flag: str, global_batch_size: int) -> int:
-    """The samples that an argument states as steps, rounded up."""
+    """Return the samples that an argument states as steps, rounded up."""
     return -(-_whole_number(stated, flag) // global_batch_size)
 
 
@@ -180,7 +180,7 @@ def _whole_number(stated: Mapping[str, tuple[str, ...]], flag: str) -> int:
 
 
 def resolved_program(program: MegatronLm, folder: Path) -> MegatronLm:
-    """The program with the words of the training command, and with the absolute path of its Python script.
+    """Return the program with the words of its training command, and with the absolute path of its Python script.
 
     A program that names a shell script gets the words out of it. Paths start at `folder`.
 
