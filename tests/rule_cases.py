@@ -1,18 +1,14 @@
 """For every rule a layout that breaks it: the unit tests ask the rules, the oracle asks Megatron."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.unit.layouts import cluster, dense, mixture, workload
 from tuner.core.cluster import Cluster
 from tuner.core.workload import Workload
 
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
-GROUP = "microbatch_group_size_per_vp_stage"
-EXPERT_OVERLAP = {"overlap_moe_expert_parallel_comm": True}
-MIXTURE, DENSE = workload(mixture()), workload(dense())
+DENSE, MIXTURE = workload(dense()), workload(mixture())
 LATENT = workload(
     dense(
         multi_latent_attention=True,
@@ -22,740 +18,754 @@ LATENT = workload(
         v_head_dim=8,
     )
 )
-
-
-def on_cpu(gpus: int) -> Cluster:
-    return cluster(gpus, device="cpu")
-
-
-TEXT = "pipeline_model_parallel_layout"
-SHARDED = {
+FULL: dict[str, Any] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+EXPERT_OVERLAP: dict[str, Any] = {"overlap_moe_expert_parallel_comm": True}
+SHARDED: dict[str, Any] = {
     "use_megatron_fsdp": True,
     "data_parallel_sharding_strategy": "optim_grads_params",
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
 }
+ONE_GPU = cluster(1)
 GRACE = cluster(8, gpu=replace(cluster(8).gpu, name="GB200"))
 
 
+def on_cpu(gpus: int) -> Cluster:
+    """A cluster of CPU ranks."""
+    return cluster(gpus, device="cpu")
+
+
 def graph(impl: str, scope: str = "none") -> dict[str, Any]:
+    """The knobs of CUDA graphs."""
     return {"cuda_graph_impl": impl, "cuda_graph_scope": scope}
 
 
-Case = tuple[str, dict[str, Any], Workload, Cluster, str]
-"""The rule, the knobs off their default, the workload, the cluster, and words of the message."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuleCase:
+    """A layout that breaks a rule."""
 
-CASES: list[Case] = [
-    (
-        "dense-grid",
-        {"tp": 2, "pp": 4, "cp": 3},
-        DENSE,
-        cluster(16),
-        "world size (16) % (tp*pp*cp = 2*4*3 = 24) = 16",
+    rule: str
+    """The rule's id."""
+    knobs: Mapping[str, Any]
+    """The layout's knobs; those left out keep their default."""
+    workload: Workload
+    cluster: Cluster
+    words: str
+    """A part of the rule's message, with the numbers of this layout."""
+
+
+def case(
+    rule: str, words: str, *, workload: Workload = DENSE, cluster: Cluster = ONE_GPU, **knobs: Any
+) -> RuleCase:
+    """A case of a rule, by default with the dense model on one GPU."""
+    return RuleCase(rule=rule, knobs=knobs, workload=workload, cluster=cluster, words=words)
+
+
+CASES: tuple[RuleCase, ...] = (
+    case(
+        "dense-grid", "world size (16) % (tp*pp*cp = 2*4*3 = 24) = 16", cluster=cluster(16), tp=2, pp=4, cp=3
     ),
-    (
+    case(
         "expert-grid",
-        {"ep": 4, "pp": 2, "etp": 2},
-        MIXTURE,
-        cluster(24),
         "(pp*ep*etp = 2*4*2 = 16) = 8, must be 0",
+        workload=MIXTURE,
+        cluster=cluster(24),
+        ep=4,
+        pp=2,
+        etp=2,
     ),
-    (
+    case(
         "tp-inside-nvlink",
-        {"tp": 8},
-        DENSE,
-        cluster(8, nvlink_domain_gpus=4),
         "nvlink_domain_gpus (4) % (tp = 8) = 4",
+        cluster=cluster(8, nvlink_domain_gpus=4),
+        tp=8,
     ),
-    (
+    case(
         "etp-inside-nvlink",
-        {"etp": 4, "ep": 2},
-        MIXTURE,
-        cluster(8, nvlink_domain_gpus=2),
         "nvlink_domain_gpus (2) % (etp = 4) = 2",
+        workload=MIXTURE,
+        cluster=cluster(8, nvlink_domain_gpus=2),
+        etp=4,
+        ep=2,
     ),
-    ("heads-by-tp", {"tp": 3}, DENSE, cluster(3), "num_attention_heads (8) % (tp = 3) = 2"),
-    (
+    case("heads-by-tp", "num_attention_heads (8) % (tp = 3) = 2", cluster=cluster(3), tp=3),
+    case(
         "query-groups-by-tp",
-        {"tp": 4},
-        workload(dense(num_attention_heads=12, num_query_groups=6)),
-        cluster(4),
         "6 % 4 = 2 and 4 % 6 = 4",
+        workload=workload(dense(num_attention_heads=12, num_query_groups=6)),
+        cluster=cluster(4),
+        tp=4,
     ),
-    (
+    case(
         "qkv-width-by-tp",
-        {"tp": 8},
-        workload(dense(num_query_groups=1, kv_channels=3)),
-        cluster(8),
         "kv_channels*(heads + 2*groups) = 3*(8 + 2*1) (30) % (tp = 8) = 6",
+        workload=workload(dense(num_query_groups=1, kv_channels=3)),
+        cluster=cluster(8),
+        tp=8,
     ),
-    ("mla-tp-needs-sp", {"tp": 2}, LATENT, cluster(2), "tp (2) and without sp"),
-    (
+    case("mla-tp-needs-sp", "tp (2) and without sp", workload=LATENT, cluster=cluster(2), tp=2),
+    case(
         "ffn-by-tp",
-        {"tp": 4},
-        workload(dense(ffn_hidden_size=90)),
-        cluster(4),
         "ffn_hidden_size (90) % (tp = 4) = 2",
+        workload=workload(dense(ffn_hidden_size=90)),
+        cluster=cluster(4),
+        tp=4,
     ),
-    (
+    case(
         "shared-expert-ffn-by-tp",
-        {"tp": 4, "sp": True},
-        workload(mixture(moe_shared_expert_intermediate_size=42)),
-        cluster(4),
         "moe_shared_expert_intermediate_size (42) % (tp = 4) = 2",
+        workload=workload(mixture(moe_shared_expert_intermediate_size=42)),
+        cluster=cluster(4),
+        tp=4,
+        sp=True,
     ),
-    (
+    case(
         "moe-ffn-by-etp",
-        {"etp": 4, "ep": 2},
-        workload(mixture(moe_ffn_hidden_size=42)),
-        cluster(8),
         "moe_ffn_hidden_size (42) % (etp = 4) = 2",
+        workload=workload(mixture(moe_ffn_hidden_size=42)),
+        cluster=cluster(8),
+        etp=4,
+        ep=2,
     ),
-    ("sp-needs-tp", {"sp": True}, DENSE, cluster(1), "tp is 1"),
-    ("sequence-by-cp", {"cp": 3}, DENSE, cluster(3), "seq_length (64) % (2*cp = 2*3 = 6) = 4"),
-    (
+    case("sp-needs-tp", "tp is 1", sp=True),
+    case("sequence-by-cp", "seq_length (64) % (2*cp = 2*3 = 6) = 4", cluster=cluster(3), cp=3),
+    case(
         "sequence-by-tp-cp",
-        {"tp": 8, "sp": True, "cp": 2},
-        workload(dense(), seq_length=36),
-        cluster(16),
         "seq_length (36) % (tp*cp = 8*2 = 16) = 4, must be 0",
+        workload=workload(dense(), seq_length=36),
+        cluster=cluster(16),
+        tp=8,
+        sp=True,
+        cp=2,
     ),
-    ("window-refuses-p2p", {"cp": 2}, workload(dense(window_size=(7, 0))), cluster(4), "window of (7, 0)"),
-    ("precision-needs-cuda", {}, workload(dense(), precision="fp8"), on_cpu(1), "precision fp8"),
-    ("ep-needs-experts", {"ep": 2}, DENSE, cluster(2), "ep is 2"),
-    ("etp-needs-experts", {"etp": 2}, DENSE, cluster(2), "etp is 2"),
-    (
+    case(
+        "window-refuses-p2p",
+        "window of (7, 0)",
+        workload=workload(dense(window_size=(7, 0))),
+        cluster=cluster(4),
+        cp=2,
+    ),
+    case(
+        "precision-needs-cuda",
+        "precision fp8",
+        workload=workload(dense(), precision="fp8"),
+        cluster=on_cpu(1),
+    ),
+    case("ep-needs-experts", "ep is 2", cluster=cluster(2), ep=2),
+    case("etp-needs-experts", "etp is 2", cluster=cluster(2), etp=2),
+    case(
         "etp-is-tp-without-ep",
-        {"tp": 2, "sp": True},
-        MIXTURE,
-        cluster(2),
         "etp (1) is not tp (2): set etp to 2",
+        workload=MIXTURE,
+        cluster=cluster(2),
+        tp=2,
+        sp=True,
     ),
-    ("experts-by-ep", {"ep": 3}, MIXTURE, cluster(3), "num_moe_experts (8) % (ep = 3) = 2"),
-    ("moe-tp-needs-sp", {"tp": 2, "ep": 2}, MIXTURE, cluster(2), "tp (2) > 1"),
-    (
+    case("experts-by-ep", "num_moe_experts (8) % (ep = 3) = 2", workload=MIXTURE, cluster=cluster(3), ep=3),
+    case("moe-tp-needs-sp", "tp (2) > 1", workload=MIXTURE, cluster=cluster(2), tp=2, ep=2),
+    case(
         "moe-bias-needs-etp-1",
-        {"ep": 2, "etp": 2},
-        workload(mixture(add_bias_linear=True)),
-        cluster(4),
         "etp is 2",
+        workload=workload(mixture(add_bias_linear=True)),
+        cluster=cluster(4),
+        ep=2,
+        etp=2,
     ),
-    (
-        "dispatcher-needs-experts",
-        {"moe_token_dispatcher_type": "allgather"},
-        DENSE,
-        cluster(1),
-        "is allgather",
-    ),
-    (
-        "deepep-needs-expert-ranks",
-        {"moe_token_dispatcher_type": "flex"},
-        MIXTURE,
-        cluster(1),
-        "it is 1*1 = 1",
-    ),
-    (
+    case("dispatcher-needs-experts", "is allgather", moe_token_dispatcher_type="allgather"),
+    case("deepep-needs-expert-ranks", "it is 1*1 = 1", workload=MIXTURE, moe_token_dispatcher_type="flex"),
+    case(
         "hybridep-needs-expert-ranks",
-        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"},
-        MIXTURE,
-        cluster(1),
         "it is 1*1 = 1",
+        workload=MIXTURE,
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="hybridep",
     ),
-    ("flex-needs-deepep", {"moe_token_dispatcher_type": "flex", "ep": 2}, MIXTURE, on_cpu(2), "needs DeepEP"),
-    (
+    case(
+        "flex-needs-deepep",
+        "needs DeepEP",
+        workload=MIXTURE,
+        cluster=on_cpu(2),
+        moe_token_dispatcher_type="flex",
+        ep=2,
+    ),
+    case(
         "shared-overlap-needs-shared-experts",
-        {"moe_shared_expert_overlap": True},
-        workload(mixture(moe_shared_expert_intermediate_size=None)),
-        cluster(1),
         "test-mixture has no shared experts",
+        workload=workload(mixture(moe_shared_expert_intermediate_size=None)),
+        moe_shared_expert_overlap=True,
     ),
-    (
+    case(
         "shared-overlap-needs-alltoall",
-        {"moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "allgather"},
-        MIXTURE,
-        cluster(1),
         "not allgather",
+        workload=MIXTURE,
+        moe_shared_expert_overlap=True,
+        moe_token_dispatcher_type="allgather",
     ),
-    (
+    case(
         "shared-overlap-excludes-recompute",
-        {
-            "moe_shared_expert_overlap": True,
-            "recompute_granularity": "selective",
-            "recompute_modules": "shared_experts",
-        },
-        MIXTURE,
-        cluster(1),
         "recompute_modules shared_experts",
+        workload=MIXTURE,
+        moe_shared_expert_overlap=True,
+        recompute_granularity="selective",
+        recompute_modules="shared_experts",
     ),
-    ("top-1-needs-pre-softmax", {}, workload(mixture(moe_router_topk=1)), cluster(1), "moe_router_topk is 1"),
-    (
+    case("top-1-needs-pre-softmax", "moe_router_topk is 1", workload=workload(mixture(moe_router_topk=1))),
+    case(
         "expert-bias-needs-sigmoid",
-        {},
-        workload(mixture(moe_router_enable_expert_bias=True)),
-        cluster(1),
         "not softmax",
+        workload=workload(mixture(moe_router_enable_expert_bias=True)),
     ),
-    (
+    case(
         "router-groups",
-        {},
-        workload(mixture(moe_router_num_groups=3, moe_router_group_topk=2)),
-        cluster(1),
         "moe_router_num_groups (3) at least as large and a divisor of num_moe_experts (8)",
+        workload=workload(mixture(moe_router_num_groups=3, moe_router_group_topk=2)),
     ),
-    ("expert-bias-needs-cuda", {}, workload(mixture(add_bias_linear=True)), on_cpu(1), "test-mixture"),
-    ("vpp-needs-pp", {"vpp": 2}, DENSE, cluster(1), "vpp is 2, but pp is 1"),
-    ("uneven-split-needs-pp", {FIRST: 8}, DENSE, cluster(1), "pp is 1: one stage holds all 8 layers"),
-    ("uneven-split-needs-pp", {EMBEDDING: True}, DENSE, cluster(1), "pp is 1: one stage holds all 8 layers"),
-    (
+    case(
+        "expert-bias-needs-cuda",
+        "test-mixture",
+        workload=workload(mixture(add_bias_linear=True)),
+        cluster=on_cpu(1),
+    ),
+    case("vpp-needs-pp", "vpp is 2, but pp is 1", vpp=2),
+    case(
+        "uneven-split-needs-pp", "pp is 1: one stage holds all 8 layers", num_layers_in_first_pipeline_stage=8
+    ),
+    case(
+        "uneven-split-needs-pp",
+        "pp is 1: one stage holds all 8 layers",
+        account_for_embedding_in_pipeline_split=True,
+    ),
+    case(
         "uneven-or-accounted",
-        {"pp": 4, FIRST: 1, LAST: 1, LOSS: True},
-        DENSE,
-        cluster(4),
         "first (1) or last (1) is stated",
+        cluster=cluster(4),
+        pp=4,
+        num_layers_in_first_pipeline_stage=1,
+        num_layers_in_last_pipeline_stage=1,
+        account_for_loss_in_pipeline_split=True,
     ),
-    ("layers-by-pp", {"pp": 3}, DENSE, cluster(3), "num_layers (8) % (pp = 3) = 2"),
-    (
+    case("layers-by-pp", "num_layers (8) % (pp = 3) = 2", cluster=cluster(3), pp=3),
+    case(
         "layers-by-pp",
-        {"pp": 4, LOSS: True},
-        DENSE,
-        cluster(4),
         "num_layers + 1 accounted slots (9) % (pp = 4) = 1",
+        cluster=cluster(4),
+        pp=4,
+        account_for_loss_in_pipeline_split=True,
     ),
-    (
+    case(
         "uneven-rest-by-stages",
-        {"pp": 4, FIRST: 1},
-        DENSE,
-        cluster(4),
         "num_layers (8) - first (1) - last (0) = 7 layers do not go evenly onto the 3 stages left of pp (4)",
+        cluster=cluster(4),
+        pp=4,
+        num_layers_in_first_pipeline_stage=1,
     ),
-    (
+    case(
         "uneven-rest-by-stages",
-        {"pp": 4, FIRST: 7, LAST: 5},
-        DENSE,
-        cluster(4),
         "= -4 layers do not go evenly onto the 2 stages left",
+        cluster=cluster(4),
+        pp=4,
+        num_layers_in_first_pipeline_stage=7,
+        num_layers_in_last_pipeline_stage=5,
     ),
-    (
+    case(
         "stage-layers-by-vpp",
-        {"pp": 2, "vpp": 3, "overlap_p2p_comm": True},
-        DENSE,
-        cluster(2),
         "vpp (3) must divide the layers of every pipeline rank (first 4, middle 4, last 4",
+        cluster=cluster(2),
+        pp=2,
+        vpp=3,
+        overlap_p2p_comm=True,
     ),
-    (
+    case(
         "uneven-chunks-need-a-middle",
-        {"pp": 2, "vpp": 2, FIRST: 2, LAST: 6, "overlap_p2p_comm": True},
-        DENSE,
-        cluster(2),
         "first (2) and last (6) both stated",
+        cluster=cluster(2),
+        pp=2,
+        vpp=2,
+        num_layers_in_first_pipeline_stage=2,
+        num_layers_in_last_pipeline_stage=6,
+        overlap_p2p_comm=True,
     ),
-    ("uneven-split-says-something", {"pp": 4, FIRST: 2}, DENSE, cluster(4), "first (2) or last (0) repeats"),
-    ("uneven-split-says-something", {"pp": 2, LAST: 3}, DENSE, cluster(2), "with two stages only the first"),
-    (
+    case(
+        "uneven-split-says-something",
+        "first (2) or last (0) repeats",
+        cluster=cluster(4),
+        pp=4,
+        num_layers_in_first_pipeline_stage=2,
+    ),
+    case(
+        "uneven-split-says-something",
+        "with two stages only the first",
+        cluster=cluster(2),
+        pp=2,
+        num_layers_in_last_pipeline_stage=3,
+    ),
+    case(
         "uneven-split-not-as-accounted",
-        {"pp": 4, FIRST: 2, LAST: 2},
-        workload(dense(num_layers=10)),
-        cluster(4),
         "first (2) and last (2) of 10 layers on pp 4 are one layer short",
+        workload=workload(dense(num_layers=10)),
+        cluster=cluster(4),
+        pp=4,
+        num_layers_in_first_pipeline_stage=2,
+        num_layers_in_last_pipeline_stage=2,
     ),
-    (
+    case(
         "accounted-split-says-something",
-        {"pp": 2, EMBEDDING: True, LOSS: True},
-        DENSE,
-        cluster(2),
         "with pp 2 and vpp 1",
+        cluster=cluster(2),
+        pp=2,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
     ),
-    (
+    case(
         "uneven-split-balanced",
-        {"pp": 4, FIRST: 1, LAST: 5},
-        DENSE,
-        cluster(4),
         "even share of 8 layers / pp (4) = 2",
+        cluster=cluster(4),
+        pp=4,
+        num_layers_in_first_pipeline_stage=1,
+        num_layers_in_last_pipeline_stage=5,
     ),
-    (
+    case(
         "batch-by-micro-batch",
-        {"micro_batch_size": 3},
-        DENSE,
-        cluster(4),
         "global_batch_size (32) % (micro_batch_size*dp = 3*4 = 12) = 8",
+        cluster=cluster(4),
+        micro_batch_size=3,
     ),
-    (
+    case(
         "interleaving-group-range",
-        {"pp": 4, "vpp": 2, "overlap_p2p_comm": True, "micro_batch_size": 16},
-        DENSE,
-        cluster(4),
         "pp = 4, group = 4, micro-batches = 2",
+        cluster=cluster(4),
+        pp=4,
+        vpp=2,
+        overlap_p2p_comm=True,
+        micro_batch_size=16,
     ),
-    (
+    case(
         "interleaving-group-remainder",
-        {"pp": 4, "vpp": 2, "overlap_p2p_comm": True},
-        workload(dense(), global_batch_size=10),
-        cluster(4),
         "micro-batches (10) % group (4) = 2, which must be 0 or at least pp (4)",
+        workload=workload(dense(), global_batch_size=10),
+        cluster=cluster(4),
+        pp=4,
+        vpp=2,
+        overlap_p2p_comm=True,
     ),
-    (
+    case(
         "group-only-if-it-differs",
-        {GROUP: 4},
-        DENSE,
-        cluster(1),
-        f"{GROUP} (4) has no effect with vpp 1 and pp 1",
+        "microbatch_group_size_per_vp_stage (4) has no effect with vpp 1 and pp 1",
+        microbatch_group_size_per_vp_stage=4,
     ),
-    (
+    case(
         "full-recompute-needs-method",
-        {"recompute_granularity": "full", "recompute_method": "uniform"},
-        DENSE,
-        cluster(1),
         "at least 1 (it is 0)",
+        recompute_granularity="full",
+        recompute_method="uniform",
     ),
-    (
+    case(
         "selective-recompute-counts-no-layers",
-        {"recompute_granularity": "selective", "recompute_num_layers": 3},
-        DENSE,
-        cluster(1),
         "recompute_num_layers is 3",
+        recompute_granularity="selective",
+        recompute_num_layers=3,
     ),
-    (
+    case(
         "method-only-with-full-recompute",
-        {"recompute_method": "block", "recompute_num_layers": 2},
-        DENSE,
-        cluster(1),
         "recompute_method (block) and recompute_num_layers (2)",
+        recompute_method="block",
+        recompute_num_layers=2,
     ),
-    (
+    case(
         "modules-only-with-selective-recompute",
-        {**FULL, "recompute_modules": "layernorm"},
-        DENSE,
-        cluster(1),
         "recompute_modules (layernorm) is read with selective recompute only, not full",
+        **FULL,
+        recompute_modules="layernorm",
     ),
-    (
+    case(
         "recompute-modules-known",
-        {"recompute_granularity": "selective", "recompute_modules": "attn"},
-        DENSE,
-        cluster(1),
         "names attn; known are core_attn",
+        recompute_granularity="selective",
+        recompute_modules="attn",
     ),
-    (
+    case(
         "recompute-modules-in-order",
-        {"recompute_granularity": "selective", "recompute_modules": "mlp+layernorm"},
-        DENSE,
-        cluster(1),
         "recompute_modules (mlp+layernorm)",
+        recompute_granularity="selective",
+        recompute_modules="mlp+layernorm",
     ),
-    (
+    case(
         "recompute-modules-in-order",
-        {"recompute_granularity": "selective", "recompute_modules": "core_attn"},
-        DENSE,
-        cluster(1),
         "core_attn alone as none",
+        recompute_granularity="selective",
+        recompute_modules="core_attn",
     ),
-    (
+    case(
         "recompute-modules-in-model",
-        {"recompute_granularity": "selective", "recompute_modules": "moe"},
-        DENSE,
-        cluster(1),
         "test-dense has no moe to recompute",
+        recompute_granularity="selective",
+        recompute_modules="moe",
     ),
-    (
+    case(
         "mla-up-proj-needs-mla",
-        {"recompute_granularity": "selective", "recompute_modules": "mla_up_proj"},
-        DENSE,
-        cluster(1),
         "names mla_up_proj, but test-dense has no multi-latent attention",
+        recompute_granularity="selective",
+        recompute_modules="mla_up_proj",
     ),
-    (
+    case(
         "mlp-recompute-needs-no-bias",
-        {"recompute_granularity": "selective", "recompute_modules": "mlp"},
-        workload(dense(add_bias_linear=True)),
-        cluster(1),
         "recompute_modules (mlp) names mlp, but test-dense has biases",
+        workload=workload(dense(add_bias_linear=True)),
+        recompute_granularity="selective",
+        recompute_modules="mlp",
     ),
-    (
+    case(
         "moe-act-needs-grouped-gemm",
-        {"recompute_granularity": "selective", "recompute_modules": "moe_act"},
-        MIXTURE,
-        on_cpu(1),
         "names moe_act",
+        workload=MIXTURE,
+        cluster=on_cpu(1),
+        recompute_granularity="selective",
+        recompute_modules="moe_act",
     ),
-    (
+    case(
         "uniform-recompute-by-chunk",
-        {**FULL, "recompute_num_layers": 3, "pp": 2},
-        DENSE,
-        cluster(2),
         "recompute_num_layers (3) must divide the layers of every chunk (first 4, between 4, last 4)",
+        cluster=cluster(2),
+        pp=2,
+        **(FULL | {"recompute_num_layers": 3}),
     ),
-    (
+    case(
         "block-recompute-below-chunk",
-        {**FULL, "recompute_method": "block", "recompute_num_layers": 4, "pp": 2},
-        DENSE,
-        cluster(2),
         "recompute_num_layers (4) layers takes every layer of a chunk (at most 4)",
+        cluster=cluster(2),
+        pp=2,
+        **(FULL | {"recompute_method": "block", "recompute_num_layers": 4}),
     ),
-    (
+    case(
         "mtp-recompute-by-one",
-        {**FULL, "recompute_num_layers": 2},
-        workload(dense(mtp_num_layers=1)),
-        cluster(1),
         "recompute_num_layers is 2",
+        workload=workload(dense(mtp_num_layers=1)),
+        **(FULL | {"recompute_num_layers": 2}),
     ),
-    (
-        "p2p-overlap-needs-interleaving",
-        {"pp": 2, "overlap_p2p_comm": True},
-        DENSE,
-        cluster(2),
-        "vpp is 1 (pp 2)",
+    case(
+        "p2p-overlap-needs-interleaving", "vpp is 1 (pp 2)", cluster=cluster(2), pp=2, overlap_p2p_comm=True
     ),
-    ("p2p-overlap-needs-pp", {"overlap_p2p_comm": True}, DENSE, cluster(1), "pp is 1"),
-    (
-        "interleaving-overlaps-p2p",
-        {"pp": 2, "vpp": 2},
-        DENSE,
-        cluster(2),
-        "vpp is 2 without overlap_p2p_comm",
-    ),
-    (
+    case("p2p-overlap-needs-pp", "pp is 1", overlap_p2p_comm=True),
+    case("interleaving-overlaps-p2p", "vpp is 2 without overlap_p2p_comm", cluster=cluster(2), pp=2, vpp=2),
+    case(
         "param-gather-overlap-needs-both",
-        {"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": False},
-        DENSE,
-        cluster(2),
         "use_distributed_optimizer (it is False)",
+        cluster=cluster(2),
+        overlap_param_gather=True,
+        overlap_grad_reduce=True,
+        use_distributed_optimizer=False,
     ),
-    (
+    case(
         "interleaved-param-gather-needs-optimizer",
-        {
-            "overlap_param_gather": True,
-            "use_distributed_optimizer": False,
-            "pp": 2,
-            "vpp": 2,
-            "overlap_p2p_comm": True,
-        },
-        DENSE,
-        cluster(2),
         "overlap_param_gather with vpp (2) > 1",
+        cluster=cluster(2),
+        overlap_param_gather=True,
+        use_distributed_optimizer=False,
+        pp=2,
+        vpp=2,
+        overlap_p2p_comm=True,
     ),
-    ("tp-overlap-needs-sp", {"tp_comm_overlap": True, "tp": 2}, DENSE, cluster(2), "sp is False (tp 2)"),
-    (
-        "tp-overlap-needs-cuda",
-        {"tp_comm_overlap": True, "tp": 2, "sp": True},
-        DENSE,
-        on_cpu(2),
-        "device is cpu",
-    ),
-    ("expert-overlap-needs-ep", EXPERT_OVERLAP, MIXTURE, cluster(1), "needs ep > 1, but it is 1"),
-    (
+    case("tp-overlap-needs-sp", "sp is False (tp 2)", cluster=cluster(2), tp_comm_overlap=True, tp=2),
+    case("tp-overlap-needs-cuda", "device is cpu", cluster=on_cpu(2), tp_comm_overlap=True, tp=2, sp=True),
+    case("expert-overlap-needs-ep", "needs ep > 1, but it is 1", workload=MIXTURE, **EXPERT_OVERLAP),
+    case(
         "expert-overlap-needs-vpp",
-        {**EXPERT_OVERLAP, "ep": 2, "pp": 2},
-        MIXTURE,
-        cluster(4),
         "pp is 2 and vpp 1",
+        workload=MIXTURE,
+        cluster=cluster(4),
+        **EXPERT_OVERLAP,
+        ep=2,
+        pp=2,
     ),
-    (
+    case(
         "expert-overlap-needs-all-to-all",
-        {**EXPERT_OVERLAP, "ep": 2, "moe_token_dispatcher_type": "allgather"},
-        MIXTURE,
-        cluster(2),
         "not allgather",
+        workload=MIXTURE,
+        cluster=cluster(2),
+        **EXPERT_OVERLAP,
+        ep=2,
+        moe_token_dispatcher_type="allgather",
     ),
-    (
+    case(
         "expert-overlap-excludes-full-recompute",
-        {**EXPERT_OVERLAP, **FULL, "ep": 2},
-        MIXTURE,
-        cluster(2),
         "granularity full, method uniform, 1 layers",
+        workload=MIXTURE,
+        cluster=cluster(2),
+        **EXPERT_OVERLAP,
+        **FULL,
+        ep=2,
     ),
-    (
+    case(
         "expert-overlap-excludes-moe-recompute",
-        {**EXPERT_OVERLAP, "ep": 2, "recompute_granularity": "selective", "recompute_modules": "moe"},
-        MIXTURE,
-        cluster(2),
         "recompute_modules is moe",
+        workload=MIXTURE,
+        cluster=cluster(2),
+        **EXPERT_OVERLAP,
+        ep=2,
+        recompute_granularity="selective",
+        recompute_modules="moe",
     ),
-    (
+    case(
         "expert-overlap-excludes-shared-overlap",
-        {**EXPERT_OVERLAP, "ep": 2, "moe_shared_expert_overlap": True},
-        MIXTURE,
-        cluster(2),
         "excludes moe_shared_expert_overlap",
+        workload=MIXTURE,
+        cluster=cluster(2),
+        **EXPERT_OVERLAP,
+        ep=2,
+        moe_shared_expert_overlap=True,
     ),
-    (
+    case(
         "expert-overlap-needs-half-precision",
-        {**EXPERT_OVERLAP, "ep": 2},
-        workload(mixture(), precision="fp32"),
-        cluster(2),
         "not fp32",
+        workload=workload(mixture(), precision="fp32"),
+        cluster=cluster(2),
+        **EXPERT_OVERLAP,
+        ep=2,
     ),
-    (
+    case(
         "expert-overlap-and-mtp",
-        {**EXPERT_OVERLAP, "ep": 2},
-        workload(mixture(mtp_num_layers=1)),
-        cluster(2),
         "(the model has 1) and then needs pp > 1 (it is 1)",
+        workload=workload(mixture(mtp_num_layers=1)),
+        cluster=cluster(2),
+        **EXPERT_OVERLAP,
+        ep=2,
     ),
-    (
+    case(
         "delayed-wgrad-needs-expert-overlap",
-        {"delay_wgrad_compute": True},
-        MIXTURE,
-        cluster(1),
         "needs overlap_moe_expert_parallel_comm",
+        workload=MIXTURE,
+        delay_wgrad_compute=True,
     ),
-    (
+    case(
         "delayed-wgrad-needs-cuda",
-        {**EXPERT_OVERLAP, "delay_wgrad_compute": True, "ep": 2},
-        MIXTURE,
-        on_cpu(2),
         "delay_wgrad_compute needs Transformer Engine",
+        workload=MIXTURE,
+        cluster=on_cpu(2),
+        **EXPERT_OVERLAP,
+        delay_wgrad_compute=True,
+        ep=2,
     ),
-    ("cp-comm-type-needs-cp", {"cp_comm_type": "a2a"}, DENSE, cluster(1), "cp is 1"),
-    (
-        "cp-comm-type-needs-cuda",
-        {"cp": 2, "cp_comm_type": "a2a"},
-        DENSE,
-        on_cpu(2),
-        "a2a needs Transformer Engine",
+    case("cp-comm-type-needs-cp", "cp is 1", cp_comm_type="a2a"),
+    case(
+        "cp-comm-type-needs-cuda", "a2a needs Transformer Engine", cluster=on_cpu(2), cp=2, cp_comm_type="a2a"
     ),
-    ("a2a-heads-by-cp", {"cp": 8, "cp_comm_type": "a2a"}, DENSE, cluster(8), "num_query_groups (4) % 8 = 4"),
-    (
+    case("a2a-heads-by-cp", "num_query_groups (4) % 8 = 4", cluster=cluster(8), cp=8, cp_comm_type="a2a"),
+    case(
         "unlike-values-need-p2p",
-        {"cp": 2, "cp_comm_type": "all_gather"},
-        LATENT,
-        cluster(2),
         "keys (8+4 wide)",
+        workload=LATENT,
+        cluster=cluster(2),
+        cp=2,
+        cp_comm_type="all_gather",
     ),
-    ("sinks-need-a2a", {"cp": 2}, workload(dense(softmax_type="learnable")), cluster(2), "not with p2p"),
-    (
-        "flex-backend-needs-flex",
-        {"moe_flex_dispatcher_backend": "hybridep"},
-        MIXTURE,
-        cluster(1),
-        "is alltoall",
+    case(
+        "sinks-need-a2a",
+        "not with p2p",
+        workload=workload(dense(softmax_type="learnable")),
+        cluster=cluster(2),
+        cp=2,
     ),
-    (
+    case("flex-backend-needs-flex", "is alltoall", workload=MIXTURE, moe_flex_dispatcher_backend="hybridep"),
+    case(
         "flex-backend-runs-on-gpu",
-        {"moe_token_dispatcher_type": "flex", "ep": 8},
-        MIXTURE,
-        GRACE,
         "deepep does not run on GB200",
+        workload=MIXTURE,
+        cluster=GRACE,
+        moe_token_dispatcher_type="flex",
+        ep=8,
     ),
-    ("variables-need-cuda", {"expandable_segments": True}, DENSE, on_cpu(1), "expandable_segments (True)"),
-    (
-        "connections-in-range",
-        {"cuda_device_max_connections": 64},
-        DENSE,
-        cluster(1),
-        "is 64: CUDA takes 1 to 32",
-    ),
-    (
+    case("variables-need-cuda", "expandable_segments (True)", cluster=on_cpu(1), expandable_segments=True),
+    case("connections-in-range", "is 64: CUDA takes 1 to 32", cuda_device_max_connections=64),
+    case(
         "tp-and-cp-want-one-connection",
-        {"tp": 2, "sp": True, "cuda_device_max_connections": 8},
-        DENSE,
-        cluster(2),
         "is 8, but tp*cp = 2*1 on H100 needs 1",
+        cluster=cluster(2),
+        tp=2,
+        sp=True,
+        cuda_device_max_connections=8,
     ),
-    (
+    case(
         "fsdp-wants-connections",
-        {**SHARDED, "cuda_device_max_connections": 1},
-        DENSE,
-        cluster(2),
         "refuses cuda_device_max_connections 1",
+        cluster=cluster(2),
+        **SHARDED,
+        cuda_device_max_connections=1,
     ),
-    ("graphs-need-cuda", graph("transformer_engine"), DENSE, on_cpu(1), "device is cpu"),
-    ("graph-scope-needs-graphs", graph("none", "attn"), DENSE, cluster(1), "cuda_graph_scope is attn"),
-    (
-        "graph-scope-known",
-        graph("transformer_engine", "attention"),
-        DENSE,
-        cluster(1),
-        "names attention; known",
-    ),
-    (
-        "graph-scope-in-order",
-        graph("transformer_engine", "mlp+attn"),
-        DENSE,
-        cluster(1),
-        "(mlp+attn) must name",
-    ),
-    (
-        "full-iteration-graph-alone",
-        graph("local", "full_iteration+attn"),
-        DENSE,
-        cluster(1),
-        "captures all the rest",
-    ),
-    (
+    case("graphs-need-cuda", "device is cpu", cluster=on_cpu(1), **graph("transformer_engine")),
+    case("graph-scope-needs-graphs", "cuda_graph_scope is attn", **graph("none", "attn")),
+    case("graph-scope-known", "names attention; known", **graph("transformer_engine", "attention")),
+    case("graph-scope-in-order", "(mlp+attn) must name", **graph("transformer_engine", "mlp+attn")),
+    case("full-iteration-graph-alone", "captures all the rest", **graph("local", "full_iteration+attn")),
+    case(
         "full-iteration-graph-needs-local",
-        graph("transformer_engine", "full_iteration"),
-        DENSE,
-        cluster(1),
         "needs cuda_graph_impl local",
+        **graph("transformer_engine", "full_iteration"),
     ),
-    ("local-graph-of-full-iteration", graph("local", "attn"), DENSE, cluster(1), "scope to full_iteration"),
-    ("moe-graph-needs-experts", graph("transformer_engine", "moe_router"), DENSE, cluster(1), "has none"),
-    (
+    case("local-graph-of-full-iteration", "scope to full_iteration", **graph("local", "attn")),
+    case("moe-graph-needs-experts", "has none", **graph("transformer_engine", "moe_router")),
+    case(
         "moe-graph-needs-padding",
-        graph("transformer_engine", "moe"),
-        MIXTURE,
-        cluster(1),
         "drop tokens and pad",
+        workload=MIXTURE,
+        **graph("transformer_engine", "moe"),
     ),
-    (
+    case(
         "moe-preprocess-graph-needs-router",
-        graph("transformer_engine", "moe_preprocess"),
-        MIXTURE,
-        cluster(1),
         "without moe_router",
+        workload=MIXTURE,
+        **graph("transformer_engine", "moe_preprocess"),
     ),
-    (
-        "local-graph-of-router-and-preprocess",
-        graph("local", "moe_router"),
-        MIXTURE,
-        cluster(1),
-        "name both",
+    case(
+        "local-graph-of-router-and-preprocess", "name both", workload=MIXTURE, **graph("local", "moe_router")
     ),
-    ("mlp-graph-needs-dense-layers", graph("transformer_engine", "mlp"), MIXTURE, cluster(1), "mlp"),
-    ("whole-layer-graph-of-experts", graph("transformer_engine"), MIXTURE, cluster(1), "follow the routing"),
-    (
-        "graphs-exclude-full-recompute",
-        {**graph("transformer_engine"), **FULL},
-        DENSE,
-        cluster(1),
-        "full recompute",
+    case("mlp-graph-needs-dense-layers", "mlp", workload=MIXTURE, **graph("transformer_engine", "mlp")),
+    case(
+        "whole-layer-graph-of-experts", "follow the routing", workload=MIXTURE, **graph("transformer_engine")
     ),
-    (
+    case("graphs-exclude-full-recompute", "full recompute", **graph("transformer_engine"), **FULL),
+    case(
         "router-graph-excludes-moe-recompute",
-        {
-            **graph("transformer_engine", "moe_router"),
-            "recompute_granularity": "selective",
-            "recompute_modules": "moe",
-        },
-        MIXTURE,
-        cluster(1),
         "drop moe",
+        workload=MIXTURE,
+        **graph("transformer_engine", "moe_router"),
+        recompute_granularity="selective",
+        recompute_modules="moe",
     ),
-    (
+    case(
         "expert-overlap-excludes-local-graphs",
-        {**graph("local", "full_iteration"), **EXPERT_OVERLAP, "ep": 2},
-        MIXTURE,
-        cluster(2),
         "need cuda_graph_impl transformer_engine",
+        workload=MIXTURE,
+        cluster=cluster(2),
+        **graph("local", "full_iteration"),
+        **EXPERT_OVERLAP,
+        ep=2,
     ),
-    (
+    case(
         "expert-overlap-graph-scope",
-        {**graph("transformer_engine", "moe"), **EXPERT_OVERLAP, "ep": 2},
-        MIXTURE,
-        cluster(2),
         "no graph captures moe or mlp",
+        workload=MIXTURE,
+        cluster=cluster(2),
+        **graph("transformer_engine", "moe"),
+        **EXPERT_OVERLAP,
+        ep=2,
     ),
-    ("fsdp-needs-cuda", SHARDED, DENSE, on_cpu(2), "needs CUDA streams"),
-    (
+    case("fsdp-needs-cuda", "needs CUDA streams", cluster=on_cpu(2), **SHARDED),
+    case(
         "sharding-needs-fsdp",
-        {"data_parallel_sharding_strategy": "optim"},
-        DENSE,
-        cluster(2),
         "is optim, but use_megatron_fsdp is off",
+        cluster=cluster(2),
+        data_parallel_sharding_strategy="optim",
     ),
-    ("fsdp-shards", {"use_megatron_fsdp": True}, DENSE, cluster(2), "keeps everything on every rank"),
-    (
+    case("fsdp-shards", "keeps everything on every rank", cluster=cluster(2), use_megatron_fsdp=True),
+    case(
         "fsdp-shards-the-optimizer",
-        {**SHARDED, "use_distributed_optimizer": False},
-        DENSE,
-        cluster(2),
         "turns use_distributed_optimizer on",
+        cluster=cluster(2),
+        **SHARDED,
+        use_distributed_optimizer=False,
     ),
-    (
+    case(
         "fsdp-overlaps",
-        {**SHARDED, "overlap_param_gather": False},
-        DENSE,
-        cluster(2),
         "overlap_param_gather False",
+        cluster=cluster(2),
+        **(SHARDED | {"overlap_param_gather": False}),
     ),
-    (
-        "offload-needs-cuda",
-        {"cpu_offloading_num_layers": 2},
-        DENSE,
-        on_cpu(1),
-        "cpu_offloading_num_layers (2)",
+    case(
+        "offload-needs-cuda", "cpu_offloading_num_layers (2)", cluster=on_cpu(1), cpu_offloading_num_layers=2
     ),
-    (
-        "offload-below-layers",
-        {"cpu_offloading_num_layers": 8},
-        DENSE,
-        cluster(1),
-        "(8) must be below num_layers (8)",
-    ),
-    ("offload-excludes-pp", {"cpu_offloading_num_layers": 2, "pp": 2}, DENSE, cluster(2), "but pp is 2"),
-    ("offload-excludes-recompute", {"cpu_offloading_num_layers": 2, **FULL}, DENSE, cluster(1), "is full"),
-    (
+    case("offload-below-layers", "(8) must be below num_layers (8)", cpu_offloading_num_layers=8),
+    case("offload-excludes-pp", "but pp is 2", cluster=cluster(2), cpu_offloading_num_layers=2, pp=2),
+    case("offload-excludes-recompute", "is full", cpu_offloading_num_layers=2, **FULL),
+    case(
         "offload-excludes-graphs",
-        {"cpu_offloading_num_layers": 2, **graph("transformer_engine")},
-        DENSE,
-        cluster(1),
         "cuda_graph_impl is transformer_engine",
+        cpu_offloading_num_layers=2,
+        **graph("transformer_engine"),
     ),
-    ("nccl-ub-needs-cuda", {"nccl_ub": True}, DENSE, on_cpu(1), "registers buffers with NCCL"),
-    (
-        "nccl-ub-excludes-expandable-segments",
-        {"nccl_ub": True, "expandable_segments": True},
-        DENSE,
-        cluster(1),
-        "memory pool",
+    case("nccl-ub-needs-cuda", "registers buffers with NCCL", cluster=on_cpu(1), nccl_ub=True),
+    case("nccl-ub-excludes-expandable-segments", "memory pool", nccl_ub=True, expandable_segments=True),
+    case("layers-placed-with-pp", "pp is 1", pipeline_model_parallel_layout="Et*8L"),
+    case(
+        "layers-placed-whole",
+        "places 7 decoder layers",
+        cluster=cluster(2),
+        pp=2,
+        pipeline_model_parallel_layout="Et*4|t*3L",
     ),
-    ("layers-placed-with-pp", {TEXT: "Et*8L"}, DENSE, cluster(1), "pp is 1"),
-    ("layers-placed-whole", {"pp": 2, TEXT: "Et*4|t*3L"}, DENSE, cluster(2), "places 7 decoder layers"),
-    (
+    case(
         "layers-placed-by-pp",
-        {"pp": 2, TEXT: "Et*2|t*3|t*3L"},
-        DENSE,
-        cluster(2),
         "has 3 chunks, but pp*vpp = 2*1 = 2",
+        cluster=cluster(2),
+        pp=2,
+        pipeline_model_parallel_layout="Et*2|t*3|t*3L",
     ),
-    (
+    case(
         "layers-placed-by-chunks",
-        {"pp": 2, "vpp": 3, TEXT: "Et|t*3|t*2|t*2L", "overlap_p2p_comm": True},
-        DENSE,
-        cluster(2),
         "has 4 chunks, but pp*vpp = 2*3 = 6",
+        cluster=cluster(2),
+        pp=2,
+        vpp=3,
+        pipeline_model_parallel_layout="Et|t*3|t*2|t*2L",
+        overlap_p2p_comm=True,
     ),
-    (
+    case(
         "layers-placed-with-vpp",
-        {"pp": 2, TEXT: "Et|t*3|t*2|t*2L"},
-        DENSE,
-        cluster(2),
         "has 4 chunks, but pp*vpp = 2*1 = 2",
+        cluster=cluster(2),
+        pp=2,
+        pipeline_model_parallel_layout="Et|t*3|t*2|t*2L",
     ),
-    (
+    case(
         "expert-overlap-ends-with-experts",
-        {**EXPERT_OVERLAP, "ep": 2},
-        workload(mixture(moe_layer_freq=2)),
-        cluster(2),
         "layer 8, the last, has no experts",
+        workload=workload(mixture(moe_layer_freq=2)),
+        cluster=cluster(2),
+        **EXPERT_OVERLAP,
+        ep=2,
     ),
-    (
+    case(
         "expert-overlap-needs-two-experts",
-        {**EXPERT_OVERLAP, "ep": 8},
-        MIXTURE,
-        cluster(8),
         "only expert (num_moe_experts / ep = 8 / 8)",
+        workload=MIXTURE,
+        cluster=cluster(8),
+        **EXPERT_OVERLAP,
+        ep=8,
     ),
-    (
+    case(
         "mtp-placed-on-last-chunks",
-        {"pp": 2, "vpp": 2, "overlap_p2p_comm": True, TEXT: "Et*8|m||L"},
-        workload(dense(mtp_num_layers=1)),
-        cluster(2),
         "one of the last 2",
+        workload=workload(dense(mtp_num_layers=1)),
+        cluster=cluster(2),
+        pp=2,
+        vpp=2,
+        overlap_p2p_comm=True,
+        pipeline_model_parallel_layout="Et*8|m||L",
     ),
-    (
+    case(
         "layers-placed-or-uneven",
-        {"pp": 2, TEXT: "Et*5|t*3L", FIRST: 5},
-        DENSE,
-        cluster(2),
         "first (5)",
+        cluster=cluster(2),
+        pp=2,
+        pipeline_model_parallel_layout="Et*5|t*3L",
+        num_layers_in_first_pipeline_stage=5,
     ),
-    (
+    case(
         "layers-placed-or-accounted",
-        {"pp": 4, TEXT: "Et|t*3|t*3|tL", EMBEDDING: True},
-        DENSE,
-        cluster(4),
         "account_for_* is on",
+        cluster=cluster(4),
+        pp=4,
+        pipeline_model_parallel_layout="Et|t*3|t*3|tL",
+        account_for_embedding_in_pipeline_split=True,
     ),
-    ("layers-placed-say-something", {"pp": 2, TEXT: "Et*4|t*4L"}, DENSE, cluster(2), "an even split"),
-]
+    case(
+        "layers-placed-say-something",
+        "an even split",
+        cluster=cluster(2),
+        pp=2,
+        pipeline_model_parallel_layout="Et*4|t*4L",
+    ),
+)

@@ -180,8 +180,9 @@ _LIFTED = frozenset({"uneven-split-balanced", "interleaving-overlaps-p2p"})
 
 def directed() -> Iterator[Draw]:
     """One draw for each rule that breaks it, as far as CPU ranks can."""
-    for _, knobs, workload, cluster, _ in CASES:
-        yield Draw(workload=workload, cluster=cpu_cluster(cluster.world_size), layout=Layout(**knobs))
+    for case in CASES:
+        cluster = cpu_cluster(case.cluster.world_size)
+        yield Draw(workload=case.workload, cluster=cluster, layout=Layout(**case.knobs))
 
 
 def draws(seed: int) -> Iterator[Draw]:

@@ -1,4 +1,4 @@
-"""Nouns of the tests of rules and space."""
+"""Small models, workloads and clusters, which the unit tests of several rooms share."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ from tuner.core.workload import Model, Workload
 
 
 def dense(**fields: Any) -> Model:
-    """A dense model of 8 layers and 8 heads."""
+    """A dense model of 8 layers and 8 attention heads; `fields` replaces some of its fields."""
     base = Model(
         name="test-dense",
         num_layers=8,
@@ -23,7 +23,7 @@ def dense(**fields: Any) -> Model:
 
 
 def mixture(**fields: Any) -> Model:
-    """The same with 8 experts and a shared one in every layer."""
+    """The dense model with 8 experts and a shared expert in every layer; `fields` replaces some of its fields."""
     experts = {
         "name": "test-mixture",
         "num_moe_experts": 8,
@@ -35,7 +35,7 @@ def mixture(**fields: Any) -> Model:
 
 
 def latent(**fields: Any) -> Model:
-    """A mixture with multi-latent attention and a leading dense layer."""
+    """The mixture with multi-latent attention and a dense first layer; `fields` replaces some of its fields."""
     attention = {
         "name": "test-latent",
         "multi_latent_attention": True,
@@ -50,12 +50,12 @@ def latent(**fields: Any) -> Model:
 
 
 def workload(model: Model, **fields: Any) -> Workload:
-    """32 samples of 64 tokens a step."""
+    """A job with 32 samples of 64 tokens per step; `fields` replaces some of its fields."""
     return replace(Workload(model=model, seq_length=64, global_batch_size=32), **fields)
 
 
 def cluster(gpus: int, **fields: Any) -> Cluster:
-    """A CUDA cluster in one NVLink domain."""
+    """A node of `gpus` H100 in one NVLink domain; `fields` replaces some of its fields."""
     base = Cluster(
         name=f"test-{gpus}",
         gpu=Gpu(name="H100", memory_gib=80, peak_tflops={"bf16": 989}, memory_bandwidth_gb_per_s=3350),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.rule_cases import CASES, DENSE, FULL, MIXTURE, on_cpu
+from tests.rule_cases import CASES, DENSE, FULL, MIXTURE, RuleCase, on_cpu
 from tests.unit.layouts import cluster, latent, workload
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Columns
@@ -15,19 +15,24 @@ from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.rules.validity import RULES, active_rules, broken_rules, gone_rules
 
+LATENT_WITH_MTP = workload(latent(mtp_num_layers=1))
 
-@pytest.mark.parametrize(("rule", "knobs", "work", "gpus", "words"), CASES, ids=[case[0] for case in CASES])
-def test_a_rule_refuses_its_case_with_the_numbers(
-    rule: str, knobs: dict[str, Any], work: Workload, gpus: Cluster, words: str
-) -> None:
-    broken = {violation.rule: violation for violation in broken_rules(Layout(**knobs), work, gpus)}
-    assert rule in broken
-    assert words in broken[rule].message
-    assert broken[rule].source
+
+def ids_of_broken_rules(layout: Layout, work: Workload, gpus: Cluster) -> set[str]:
+    return {violation.rule for violation in broken_rules(layout, work, gpus)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.rule for case in CASES])
+def test_a_rule_refuses_its_case_with_the_numbers(case: RuleCase) -> None:
+    broken = broken_rules(Layout(**case.knobs), case.workload, case.cluster)
+    violations = {violation.rule: violation for violation in broken}
+    assert case.rule in violations
+    assert case.words in violations[case.rule].message
+    assert violations[case.rule].source
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {case[0] for case in CASES} == {rule.id for rule in RULES}
+    assert {case.rule for case in CASES} == {rule.id for rule in RULES}
 
 
 def test_rule_ids_are_unique_and_kebab_case() -> None:
@@ -36,32 +41,30 @@ def test_rule_ids_are_unique_and_kebab_case() -> None:
     assert all(id == id.lower() and "_" not in id and " " not in id for id in ids)
 
 
-class Recording(Columns):
+class RecordingColumns(Columns):
     """Columns that remember which knobs were read."""
 
     def __init__(self, data: Any) -> None:
         super().__init__(data)
-        self.read: set[str] = set()
+        self.knobs_read: set[str] = set()
 
     def column(self, knob: str) -> Any:
-        self.read.add(knob)
+        self.knobs_read.add(knob)
         return super().column(knob)
 
 
-@pytest.mark.parametrize(
-    "work", [DENSE, MIXTURE, workload(latent(mtp_num_layers=1))], ids=["dense", "moe", "latent"]
-)
+@pytest.mark.parametrize("work", [DENSE, MIXTURE, LATENT_WITH_MTP], ids=["dense", "moe", "latent"])
 def test_a_rule_reads_only_the_knobs_that_it_declares(work: Workload) -> None:
     for gpus in (cluster(8), on_cpu(8)):
         for rule in RULES:
-            columns = Recording.single(Layout())
+            columns = RecordingColumns.single(Layout())
             rule.mask(columns, work, gpus, 1)
-            assert isinstance(columns, Recording)
-            assert columns.read <= rule.knobs <= set(KNOBS), rule.id
+            assert isinstance(columns, RecordingColumns)
+            assert columns.knobs_read <= rule.knobs <= set(KNOBS), rule.id
 
 
 # The examples of "Minimum GPU Count" in Megatron Bridge's skills/perf-parallelism-strategies, Apache-2.0.
-GUIDE = [
+MINIMUM_GPUS = [
     ({"pp": 1, "tp": 2, "cp": 1, "ep": 8, "etp": 1}, 16, 8),
     ({"pp": 1, "tp": 4, "cp": 1, "ep": 8, "etp": 1}, 32, 8),
     ({"pp": 1, "tp": 2, "cp": 2, "ep": 8, "etp": 1}, 32, 8),
@@ -71,7 +74,7 @@ GUIDE = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "wrong_product", "gpus"), GUIDE)
+@pytest.mark.parametrize(("sizes", "wrong_product", "gpus"), MINIMUM_GPUS)
 def test_the_minimum_of_gpus_is_not_the_product_of_all_sizes(
     sizes: dict[str, int], wrong_product: int, gpus: int
 ) -> None:
@@ -79,8 +82,7 @@ def test_the_minimum_of_gpus_is_not_the_product_of_all_sizes(
     product = layout.pp * layout.tp * layout.cp * layout.ep * layout.etp
     assert product == wrong_product > gpus == min_gpus(layout.tp, layout.pp, layout.cp, layout.ep, layout.etp)
     assert not broken_rules(layout, MIXTURE, cluster(gpus))
-    too_few = {violation.rule for violation in broken_rules(layout, MIXTURE, cluster(gpus // 2))}
-    assert too_few & {"dense-grid", "expert-grid"}
+    assert ids_of_broken_rules(layout, MIXTURE, cluster(gpus // 2)) & {"dense-grid", "expert-grid"}
 
 
 @pytest.mark.parametrize(("gpus", "dp", "edp"), [(8, 4, 1), (16, 8, 2), (32, 16, 4)])
@@ -93,22 +95,29 @@ def test_more_gpus_than_the_minimum_replicate_both_grids(gpus: int, dp: int, edp
 
 
 def test_a_valid_layout_breaks_nothing() -> None:
-    layout = Layout(tp=2, pp=2, vpp=2, ep=4, sp=True, overlap_p2p_comm=True, **FULL)  # type: ignore[arg-type]
+    layout = Layout(tp=2, pp=2, vpp=2, ep=4, sp=True, overlap_p2p_comm=True, **FULL)
     assert broken_rules(layout, MIXTURE, cluster(16)) == ()
 
 
 def test_a_layout_that_breaks_several_rules_hears_of_all() -> None:
     broken = broken_rules(Layout(tp=3, pp=3, cp=3, sp=True), DENSE, cluster(8))
     assert [violation.rule for violation in broken] == [
-        *("dense-grid", "expert-grid", "tp-inside-nvlink", "heads-by-tp", "query-groups-by-tp"),
-        *("qkv-width-by-tp", "sequence-by-cp", "sequence-by-tp-cp", "layers-by-pp"),
+        "dense-grid",
+        "expert-grid",
+        "tp-inside-nvlink",
+        "heads-by-tp",
+        "query-groups-by-tp",
+        "qkv-width-by-tp",
+        "sequence-by-cp",
+        "sequence-by-tp-cp",
+        "layers-by-pp",
     ]
 
 
 def test_a_lifted_policy_is_not_judged() -> None:
-    layout, small = Layout(tp=8), cluster(8, nvlink_domain_gpus=4)
-    assert [violation.kind for violation in broken_rules(layout, DENSE, small)] == ["policy"]
-    assert not broken_rules(layout, DENSE, small, lifted={"tp-inside-nvlink"})
+    layout, narrow = Layout(tp=8), cluster(8, nvlink_domain_gpus=4)
+    assert [violation.kind for violation in broken_rules(layout, DENSE, narrow)] == ["policy"]
+    assert not broken_rules(layout, DENSE, narrow, lifted={"tp-inside-nvlink"})
 
 
 @pytest.mark.parametrize(
@@ -125,10 +134,10 @@ def test_only_policies_and_what_newer_releases_take_can_be_lifted(name: str, mes
 
 def test_a_newer_megatron_asks_less() -> None:
     layout = Layout(ep=8, overlap_moe_expert_parallel_comm=True)
-    told = {item.rule for item in broken_rules(layout, MIXTURE, cluster(8))}
-    assert told == {"expert-overlap-needs-two-experts"}
+    broken = ids_of_broken_rules(layout, MIXTURE, cluster(8))
+    assert broken == {"expert-overlap-needs-two-experts"}
     assert gone_rules("0.16.1") == gone_rules("0.18") == frozenset()
-    assert told < gone_rules("0.19.2+689cb04") == gone_rules("0.20") == gone_rules("")
+    assert broken < gone_rules("0.19.2+689cb04") == gone_rules("0.20") == gone_rules("")
     assert not broken_rules(layout, MIXTURE, cluster(8), lifted=gone_rules("0.19"))
 
 
@@ -151,7 +160,7 @@ def test_a_newer_megatron_asks_less() -> None:
         recompute_modules=st.text(max_size=12),
     ),
     st.sampled_from([1, 8, 24]),
-    st.sampled_from([DENSE, MIXTURE, workload(latent(mtp_num_layers=1))]),
+    st.sampled_from([DENSE, MIXTURE, LATENT_WITH_MTP]),
 )
 def test_any_layout_whatsoever_gets_a_verdict_with_a_reason(
     layout: Layout, gpus: int, work: Workload
