@@ -8,7 +8,7 @@ ran, one of which is said to need as much memory as the other and measured less.
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.bench.problems import Problem, problems
+from tests.bench.problems import MeasuredProblem, problems
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.space.table import layout_at
@@ -17,13 +17,13 @@ ROUNDED = 1e-6
 """Peaks are published in GiB with six digits."""
 
 
-def wrongly_too_large(problem: Problem) -> NDArray[np.intp]:
+def wrongly_too_large(problem: MeasuredProblem) -> NDArray[np.intp]:
     """Rows that ran, and that a sweep would never launch."""
     fits = fit_probabilities(problem.table, problem.workload, problem.cluster)
     return np.flatnonzero((fits < MIN_FIT) & problem.ran)
 
 
-def wrongly_dominated(problem: Problem) -> list[tuple[int, int]]:
+def wrongly_dominated(problem: MeasuredProblem) -> list[tuple[int, int]]:
     """Pairs of a row that ran out of memory and a row that ran, of which the first rules out the second."""
     return [
         (int(row), int(other))
@@ -32,12 +32,12 @@ def wrongly_dominated(problem: Problem) -> list[tuple[int, int]]:
     ]
 
 
-def _rightly_too_large(problem: Problem) -> int:
+def _rightly_too_large(problem: MeasuredProblem) -> int:
     fits = fit_probabilities(problem.table, problem.workload, problem.cluster)
     return int(((fits < MIN_FIT) & ~problem.ran).sum())
 
 
-def _rightly_dominated(problem: Problem) -> int:
+def _rightly_dominated(problem: MeasuredProblem) -> int:
     """Rows that ran out of memory, and that at least one other such row would have saved a launch."""
     ooms = np.flatnonzero(~problem.ran)
     saved = {
@@ -46,7 +46,7 @@ def _rightly_dominated(problem: Problem) -> int:
     return len(saved & set(ooms.tolist()))
 
 
-def smaller_than_said(problem: Problem) -> tuple[list[tuple[int, int]], int]:
+def smaller_than_said(problem: MeasuredProblem) -> tuple[list[tuple[int, int]], int]:
     """Pairs of rows that ran, of which the second is said to need no less memory and measured less; and all pairs."""
     if problem.peak_gib is None:
         return [], 0
@@ -59,7 +59,7 @@ def smaller_than_said(problem: Problem) -> tuple[list[tuple[int, int]], int]:
     return wrong, pairs
 
 
-def _dominated(problem: Problem, row: int) -> NDArray[np.bool_]:
+def _dominated(problem: MeasuredProblem, row: int) -> NDArray[np.bool_]:
     layout = layout_at(problem.table, row)
     return needs_at_least_as_much_memory(problem.table, layout, problem.workload, problem.cluster)
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _report(
-    problem: Problem,
+    problem: MeasuredProblem,
     large: NDArray[np.intp],
     dominated: list[tuple[int, int]],
     smaller: list[tuple[int, int]],

@@ -1,10 +1,11 @@
-"""Measure every valid layout of a sweep file, three times: `python -m tests.bench.landscape FOLDER [seconds]`.
+"""Measure every valid layout of a sweep file three times: `python -m tests.bench.landscape FOLDER [SECONDS]`.
 
-FOLDER holds `sweep.yaml`; `trials.csv` grows beside it, one line a trial, and the same command goes on where it
-stopped, if told to after so many seconds. Layouts that are predicted to run out of memory are measured like all others.
+FOLDER holds `sweep.yaml`. The command appends one line per trial to `trials.csv` in FOLDER and stops after SECONDS, if
+they are given; the same command continues where it stopped. It also measures layouts that are predicted to run out of
+memory.
 
-Protocol: each repeat takes all layouts in an order of its own, so that a slow hour of the machine touches every
-layout alike; each trial is a job of its own processes, forked from a parent that has imported Megatron.
+Each repeat measures all layouts in another random order, so that a slow hour of the machine affects every layout with
+the same probability. Each trial is a job with processes of its own, forked from a parent that has imported Megatron.
 """
 
 import csv
@@ -23,11 +24,11 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.machine.detect import detect_cluster
+from tuner.core.columns import Floats
 from tuner.core.layout import KNOBS
 from tuner.files import write_text
 from tuner.space.enumeration import enumerate_layouts
@@ -39,37 +40,42 @@ from tuner.trial.contract import Outcome, TrialFolder, TrialResult
 LANDSCAPES: Final = Path(__file__).parents[2] / "results" / "published" / "landscapes"
 REPEATS: Final = 3
 MEASURED: Final = frozenset({Outcome.COMPLETED, Outcome.OOM})
+"""The outcomes that are recorded; any other one stops the command."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Landscape:
     """A sweep of which every valid layout was measured."""
 
     sweep: Sweep
     table: pd.DataFrame
-    """One row a layout, one column a knob."""
-    step_time_ms: NDArray[np.float64]
-    """Shape [layouts, repeats]; NaN where the layout ran out of memory."""
-    peak_gib: NDArray[np.float64]
-    """The worst rank's; NaN where the layout ran out of memory."""
-    durations_s: NDArray[np.float64]
-    """Of a trial, from launch to end; the median of the repeats."""
+    """One row per layout, columns as KNOBS."""
+    step_time_ms: Floats
+    """The measured step times, of shape [layouts, repeats]; NaN for a layout that ran out of memory."""
+    peak_gib: Floats
+    """The largest peak of any rank and repeat, of shape [layouts]; NaN for a layout that ran out of memory."""
+    durations_s: Floats
+    """The median duration of each layout's trials from launch to end, of shape [layouts]."""
 
     @property
-    def median_ms(self) -> NDArray[np.float64]:
-        """Each layout's step time: the median of its repeats."""
-        middle: NDArray[np.float64] = np.median(self.step_time_ms, axis=1)
-        return middle
+    def median_ms(self) -> Floats:
+        """The median step time of each layout's repeats, of shape [layouts]."""
+        medians: Floats = np.median(self.step_time_ms, axis=1)
+        return medians
 
 
 def landscapes(root: Path = LANDSCAPES) -> Iterator[Landscape]:
-    """Every landscape below `root`."""
+    """Yield every landscape in the folders of `root`."""
     for path in sorted(root.glob("*/trials.csv")):
         yield read(path.parent)
 
 
 def read(folder: Path) -> Landscape:
-    """The landscape in a folder; every layout must have been measured as often."""
+    """Return the landscape in a folder.
+
+    Raises:
+        ValueError: if some layout is missing or was measured less often than others.
+    """
     sweep, table = _problem(folder)
     trials = pd.read_csv(
         folder / "trials.csv", keep_default_na=False, na_values={"step_time_ms": [""], "peak_gib": [""]}
@@ -84,11 +90,11 @@ def read(folder: Path) -> Landscape:
         name: trials[name].to_numpy().reshape(shape) for name in ("step_time_ms", "peak_gib", "total_s")
     }
     return Landscape(
-        sweep,
-        table,
-        of_layout["step_time_ms"],
-        of_layout["peak_gib"].max(axis=1),
-        np.median(of_layout["total_s"], axis=1),
+        sweep=sweep,
+        table=table,
+        step_time_ms=of_layout["step_time_ms"],
+        peak_gib=of_layout["peak_gib"].max(axis=1),
+        durations_s=np.median(of_layout["total_s"], axis=1),
     )
 
 
@@ -98,7 +104,7 @@ def _problem(folder: Path) -> tuple[Sweep, pd.DataFrame]:
 
 
 def measure(folder: Path, seconds: float) -> None:
-    """Measure what is missing in a folder's `trials.csv`, for so many seconds at most."""
+    """Measure what a folder's `trials.csv` lacks, and stop after the trial that runs when `seconds` are over."""
     sweep, table = _problem(folder)
     path, deadline_s = folder / "trials.csv", time.monotonic() + seconds
     done = _done(path)
@@ -123,10 +129,8 @@ def measure(folder: Path, seconds: float) -> None:
                     sys.exit(
                         f"{trial.path}: {result.outcome}: neither measured nor out of memory; not recorded"
                     )
-                _append(
-                    path,
-                    {"repeat": repeat, "row": row} | {k: getattr(layout, k) for k in varied} | _facts(result),
-                )
+                knobs = {knob: getattr(layout, knob) for knob in varied}
+                _append(path, {"repeat": repeat, "row": row, **knobs, **_measurements(result)})
                 shutil.rmtree(trial.path)
                 if result.versions:
                     _describe(folder, result)
@@ -140,7 +144,7 @@ def _done(path: Path) -> set[tuple[int, int]]:
     return {(int(repeat), int(row)) for repeat, row in trials.itertuples(index=False)}
 
 
-def _facts(result: TrialResult) -> dict[str, Any]:
+def _measurements(result: TrialResult) -> dict[str, Any]:
     metrics, durations = result.metrics, result.durations
     facts: dict[str, Any] = {"outcome": str(result.outcome), "phase": result.phase or ""}
     facts |= dict.fromkeys(
@@ -170,7 +174,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _describe(folder: Path, result: TrialResult) -> None:
-    """Where the trials ran."""
+    """Write on which machine, and with which versions, the trials ran."""
     machine = {
         "device": result.device_name,
         "processor": _processor(),

@@ -1,4 +1,4 @@
-"""Search policies over a table of layouts, for the replay: each says which row to measure next."""
+"""Search policies over a table of layouts, for the replay: each chooses the row to measure next."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tests.bench.problems import Problem
+from tests.bench.problems import MeasuredProblem
+from tuner.core.columns import Floats
 from tuner.predict.feasibility import Feasibility
 from tuner.predict.time.step import step_time_ms
 from tuner.search import optuna_rows
@@ -17,13 +18,13 @@ from tuner.search.strategy import Mask, RandomRows, Strategy
 
 
 class Ours(PredictedRows):
-    """The sweep's own: its queue while that promises something, then predicted and corrected rows."""
+    """What a sweep does: it takes the rows of its queue that promise something, and then those of its strategy."""
 
-    def __init__(self, problem: Problem, seed: int) -> None:
+    def __init__(self, problem: MeasuredProblem, seed: int) -> None:
         table, workload, cluster = problem.table, problem.workload, problem.cluster
-        # Of the recorded groups every layout ran, and nobody says in how much memory.
+        # Every layout of a recorded group ran, and its source does not say with how much memory.
         feasibility = None if problem.peak_gib is None else Feasibility(table, workload, cluster)
-        # vTrain's measurements are of layers without Transformer Engine, as those on CPU are.
+        # vTrain measured layers without Transformer Engine, and so do the landscapes on CPU ranks.
         super().__init__(table, step_time_ms(table, workload, cluster, "torch"), feasibility)
         self._queue = problem.queue
 
@@ -35,7 +36,7 @@ class Ours(PredictedRows):
 
 
 class InOrder(Strategy):
-    """Rows in an order that is settled before the first trial."""
+    """Takes the rows in an order that is fixed before the first trial."""
 
     def __init__(self, order: NDArray[np.intp]) -> None:
         self._order = order
@@ -44,8 +45,8 @@ class InOrder(Strategy):
         return int(next(row for row in self._order if available[row]))
 
 
-def folk_rule(problem: Problem, seed: int) -> InOrder:
-    """The least model parallelism that fits, TP before PP, then the largest micro-batch; then the plainest."""
+def folk_rule(problem: MeasuredProblem, seed: int) -> InOrder:
+    """Order rows by least model parallelism, TP before PP, then by largest micro-batch, and then by fewest extras."""
     table = problem.table
     tp, pp, cp, micro = (table[knob].to_numpy() for knob in ("tp", "pp", "cp", "micro_batch_size"))
     plain = [table[knob].to_numpy() for knob in ("ep", "vpp", "sp")]
@@ -53,22 +54,22 @@ def folk_rule(problem: Problem, seed: int) -> InOrder:
     return InOrder(np.lexsort((*plain, recompute, -micro, pp, cp, tp * pp * cp)))
 
 
-def random_rows(problem: Problem, seed: int) -> RandomRows:
-    """Any row."""
+def random_rows(problem: MeasuredProblem, seed: int) -> RandomRows:
+    """Return the policy that draws any row."""
     return RandomRows(seed)
 
 
-def tpe(problem: Problem, seed: int) -> OptunaRows:
-    """Optuna's tree-structured Parzen estimator."""
+def tpe(problem: MeasuredProblem, seed: int) -> OptunaRows:
+    """Return Optuna's tree-structured Parzen estimator."""
     return OptunaRows(problem.table, optuna_rows.tpe, seed)
 
 
-def gaussian_process(problem: Problem, seed: int) -> OptunaRows:
-    """Optuna's Gaussian process."""
+def gaussian_process(problem: MeasuredProblem, seed: int) -> OptunaRows:
+    """Return Optuna's Gaussian process."""
     return OptunaRows(problem.table, optuna_rows.gaussian_process, seed)
 
 
-POLICIES: Final[Mapping[str, Callable[[Problem, int], Strategy]]] = {
+POLICIES: Final[Mapping[str, Callable[[MeasuredProblem, int], Strategy]]] = {
     "ours": Ours,
     "folk": folk_rule,
     "random": random_rows,
@@ -76,9 +77,9 @@ POLICIES: Final[Mapping[str, Callable[[Problem, int], Strategy]]] = {
     "gp": gaussian_process,
 }
 SEEDLESS: Final = frozenset({"ours", "folk"})
-"""Policies that draw nothing at random."""
+"""The policies that do not depend on a seed."""
 
 
-def spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """The correlation of ranks."""
-    return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
+def spearman(left: Floats, right: Floats) -> float:
+    """Return the rank correlation of two arrays of one shape."""
+    return float(pd.Series(left).rank().corr(pd.Series(right).rank()))

@@ -1,15 +1,16 @@
-"""Tuning problems of which every layout was tried: the recorded groups, and the landscapes measured here."""
+"""Tuning problems of which every layout was measured: the recorded groups, and the landscapes measured here."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from tests.bench.landscape import Landscape, landscapes
 from tests.bench.recorded import STEP_TIMES, Group, groups
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Bools, Floats
 from tuner.core.workload import Workload
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.space.heuristics import seeds
@@ -17,30 +18,31 @@ from tuner.space.table import find_row
 from tuner.sweep.loop import queue_of
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredProblem:
     """A table of layouts with what each of them measured."""
 
     name: str
     workload: Workload
     cluster: Cluster
     table: pd.DataFrame
-    step_times_ms: NDArray[np.float64]
-    """Shape [layouts, repeats]; NaN where the layout ran out of memory; likewise the next."""
-    peak_gib: NDArray[np.float64] | None
-    """Measured; None where nobody recorded it."""
+    """One row per layout, columns as KNOBS."""
+    step_times_ms: Floats
+    """The measured step times, of shape [layouts, repeats]; NaN for a layout that ran out of memory."""
+    peak_gib: Floats | None = None
+    """The measured peaks, of shape [layouts], NaN for a layout that ran out of memory; None if nobody recorded them."""
     queue: tuple[int, ...] = ()
-    """Rows that a sweep would try first: the baseline, and the seeds."""
+    """The rows that a sweep would try first: the baseline, and then the seeds."""
 
     @property
-    def step_time_ms(self) -> NDArray[np.float64]:
-        """Each layout's: the median of its repeats."""
-        middle: NDArray[np.float64] = np.median(self.step_times_ms, axis=1)
-        return middle
+    def step_time_ms(self) -> Floats:
+        """The median of each layout's repeats, of shape [layouts]."""
+        medians: Floats = np.median(self.step_times_ms, axis=1)
+        return medians
 
     @property
-    def ran(self) -> NDArray[np.bool_]:
-        """The layouts that fit."""
+    def ran(self) -> Bools:
+        """Which layouts did not run out of memory, of shape [layouts]."""
         return np.isfinite(self.step_time_ms)
 
     @property
@@ -49,55 +51,57 @@ class Problem:
         return int(np.nanargmin(self.step_time_ms))
 
 
-def recorded(rows: int = 1) -> list[Problem]:
-    """The recorded groups of `rows` rows or more; empty where they are not at hand."""
-    return [of_group(group) for group in groups(rows=rows)] if STEP_TIMES.exists() else []
-
-
-def of_group(group: Group) -> Problem:
-    """A recorded group: one measurement a layout, each of which ran."""
-    return Problem(
-        group.name, group.workload, group.cluster, group.table, group.measured_ms[:, np.newaxis], None
-    )
-
-
-def measured() -> list[Problem]:
-    """The landscapes, whole."""
-    return [_of_landscape(landscape) for landscape in landscapes()]
-
-
-def _of_landscape(landscape: Landscape) -> Problem:
-    sweep = landscape.sweep
-    return Problem(
-        sweep.name,
-        sweep.workload,
-        sweep.cluster,
-        landscape.table,
-        landscape.step_time_ms,
-        landscape.peak_gib,
-    )
-
-
-def searched(problem: Problem) -> Problem:
-    """A landscape as a sweep without a stated baseline meets it: what cannot fit left out, seeds in front."""
-    fits = fit_probabilities(problem.table, problem.workload, problem.cluster) >= MIN_FIT
-    table = problem.table[fits].reset_index(drop=True)
-    queue = (
-        find_row(table, layout)
-        for layout, _ in queue_of(None, seeds(problem.workload, problem.cluster, table))
-    )
-    return Problem(
-        problem.name,
-        problem.workload,
-        problem.cluster,
-        table,
-        problem.step_times_ms[fits],
-        None if problem.peak_gib is None else problem.peak_gib[fits],
-        tuple(row for row in queue if row is not None),
-    )
-
-
-def problems() -> Iterator[Problem]:
-    """All of them."""
+def problems() -> Iterator[MeasuredProblem]:
+    """Yield all recorded groups, and then all landscapes."""
     yield from recorded()
     yield from measured()
+
+
+@cache
+def recorded(rows: int = 1) -> tuple[MeasuredProblem, ...]:
+    """Return the recorded groups of at least `rows` rows; none if the recording is not on this machine."""
+    return tuple(of_group(group) for group in groups(rows=rows)) if STEP_TIMES.exists() else ()
+
+
+def of_group(group: Group) -> MeasuredProblem:
+    """Return a recorded group as a problem: it has one measurement per layout, and every layout ran."""
+    return MeasuredProblem(
+        name=group.name,
+        workload=group.workload,
+        cluster=group.cluster,
+        table=group.table,
+        step_times_ms=group.measured_ms[:, np.newaxis],
+    )
+
+
+@cache
+def measured() -> tuple[MeasuredProblem, ...]:
+    """Return the landscapes with all of their layouts."""
+    return tuple(_of_landscape(landscape) for landscape in landscapes())
+
+
+def _of_landscape(landscape: Landscape) -> MeasuredProblem:
+    sweep = landscape.sweep
+    return MeasuredProblem(
+        name=sweep.name,
+        workload=sweep.workload,
+        cluster=sweep.cluster,
+        table=landscape.table,
+        step_times_ms=landscape.step_time_ms,
+        peak_gib=landscape.peak_gib,
+    )
+
+
+def searched(problem: MeasuredProblem) -> MeasuredProblem:
+    """Return a problem as a sweep without a stated baseline meets it: without what cannot fit, and with a queue."""
+    may_fit = fit_probabilities(problem.table, problem.workload, problem.cluster) >= MIN_FIT
+    table = problem.table[may_fit].reset_index(drop=True)
+    queue = queue_of(None, seeds(problem.workload, problem.cluster, table))
+    rows = (find_row(table, layout) for layout, _ in queue)
+    return replace(
+        problem,
+        table=table,
+        step_times_ms=problem.step_times_ms[may_fit],
+        peak_gib=None if problem.peak_gib is None else problem.peak_gib[may_fit],
+        queue=tuple(row for row in rows if row is not None),
+    )

@@ -1,8 +1,8 @@
-"""How many trials each search policy needs where every layout was tried: `python -m tests.bench.replay [FOLDER]`.
+"""How many trials each search policy needs to find the best layout: `python -m tests.bench.replay [FOLDER]`.
 
-A problem whose every layout ran is a cluster that answers at once. On the recorded groups (A100s) and on the
-landscapes (CPU ranks), the command prints how well the predicted times hold against the measured ones, and for each
-policy the trials to the optimum and the regret. With a FOLDER it also writes both there as CSV.
+Every layout of a problem was measured, so that a trial is a look-up. For the recorded groups (A100s) and the landscapes
+(CPU ranks), the command prints how well predicted step times agree with measured ones, and for each policy the number
+of trials to the optimum and the regret. With a FOLDER, it also writes both there as CSV.
 """
 
 import sys
@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from tests.bench.policies import POLICIES, SEEDLESS, spearman
-from tests.bench.problems import Problem, measured, recorded, searched
+from tests.bench.problems import MeasuredProblem, measured, recorded, searched
 from tests.bench.recorded import LARGE_GROUP
 from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.time.step import step_time_ms
@@ -28,37 +28,40 @@ from tuner.search.observation import Observation
 from tuner.space.table import layout_at
 
 SEEDS: Final = 20
-"""Runs of a policy that draws at random; and of any, where a layout was measured more than once."""
+"""Runs per problem of a policy that draws at random, or of any policy if layouts were measured more than once."""
 WATCHED: Final = 10
-"""Trials after which the last regret is read."""
+"""Number of trials after which the last regret is read."""
 
 
-def replay(problem: Problem, policy: str, seed: int) -> dict[str, float]:
-    """Search one problem until its optimum is found, and at least WATCHED trials long (or to its end).
+def replay(problem: MeasuredProblem, policy: str, seed: int) -> dict[str, float]:
+    """Search one problem until its optimum is found, for at least WATCHED trials unless no row is left.
 
-    A trial answers with one of the layout's repeats, drawn at random; regret is of the medians. One that runs out of
-    memory counts as a trial, and rules out what provably needs as much.
+    A trial measures one of the layout's repeats, drawn at random; the regret compares the medians. A trial that runs
+    out of memory counts, and rules out the rows that provably need as much.
+
+    Returns:
+        The numbers of trials to the optimum and near it, and the regrets after some trials, by their names.
     """
-    searcher, random = POLICIES[policy](problem, seed), np.random.default_rng(seed)
-    middle_ms, available = problem.step_time_ms, np.ones(len(problem.table), dtype=np.bool_)
-    best_ms, found_ms = middle_ms[problem.best], np.inf
+    strategy, random = POLICIES[policy](problem, seed), np.random.default_rng(seed)
+    median_ms, available = problem.step_time_ms, np.ones(len(problem.table), dtype=np.bool_)
+    best_ms, best_found_ms = median_ms[problem.best], np.inf
     regrets: list[float] = []
     while available.any() and (len(regrets) < WATCHED or regrets[-1] > 0):
-        row = searcher.choose(available, len(regrets))
+        row = strategy.choose(available, len(regrets))
         available[row] = False
-        answer_ms = float(random.choice(problem.step_times_ms[row]))
-        if np.isfinite(answer_ms):
+        measured_ms = float(random.choice(problem.step_times_ms[row]))
+        if np.isfinite(measured_ms):
             peak_gib = None if problem.peak_gib is None else float(problem.peak_gib[row])
-            seen = Observation(state=TrialState.COMPLETE, step_time_ms=answer_ms, peak_gib=peak_gib)
-            found_ms = min(found_ms, float(middle_ms[row]))
+            observation = Observation(state=TrialState.COMPLETE, step_time_ms=measured_ms, peak_gib=peak_gib)
+            best_found_ms = min(best_found_ms, float(median_ms[row]))
         else:
-            seen = Observation(state=TrialState.PRUNED, out_of_memory=True)
+            observation = Observation(state=TrialState.PRUNED, out_of_memory=True)
             layout = layout_at(problem.table, row)
             available &= ~needs_at_least_as_much_memory(
                 problem.table, layout, problem.workload, problem.cluster
             )
-        searcher.tell(row, seen)
-        regrets.append(found_ms / best_ms - 1)
+        strategy.tell(row, observation)
+        regrets.append(best_found_ms / best_ms - 1)
     curve = np.array(regrets)
     return {
         "to the optimum": 1 + int(np.argmax(curve <= 0)),
@@ -69,29 +72,33 @@ def replay(problem: Problem, policy: str, seed: int) -> dict[str, float]:
     }
 
 
-def table(found: Sequence[Problem], policies: Sequence[str], seeds: int = SEEDS) -> pd.DataFrame:
-    """One row a policy: the mean over problems and seeds of what `replay` gives."""
-    return means(replays(found, policies, seeds))
+def table(
+    searched_problems: Sequence[MeasuredProblem], policies: Sequence[str], seeds: int = SEEDS
+) -> pd.DataFrame:
+    """Return one row per policy: the mean over problems and seeds of what `replay` returns."""
+    return means(replays(searched_problems, policies, seeds))
 
 
-def replays(found: Sequence[Problem], policies: Sequence[str], seeds: int = SEEDS) -> pd.DataFrame:
-    """One row for every problem, policy and seed: what `replay` gives."""
+def replays(
+    searched_problems: Sequence[MeasuredProblem], policies: Sequence[str], seeds: int = SEEDS
+) -> pd.DataFrame:
+    """Return one row per problem, policy and seed: what `replay` returns."""
     return pd.DataFrame(
         {"problem": problem.name, "policy": policy} | replay(problem, policy, seed)
-        for problem in found
+        for problem in searched_problems
         for policy in policies
         for seed in range(1 if policy in SEEDLESS and problem.step_times_ms.shape[1] == 1 else seeds)
     )
 
 
 def means(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a policy: the mean over the seeds of a problem, then over the problems."""
+    """Return one row per policy: the mean over the seeds of each problem, and then over the problems."""
     of_problem = runs.groupby(["policy", "problem"], sort=False).mean()
     return of_problem.groupby(level="policy", sort=False).mean()
 
 
-def accuracy(problem: Problem) -> dict[str, float]:
-    """How the predicted times hold: rank correlation, the first pick, and errors after one calibrating trial."""
+def accuracy(problem: MeasuredProblem) -> dict[str, float]:
+    """Return how well predictions hold: rank correlation, first choice, and errors after one calibrating trial."""
     ran, measured_ms = problem.ran, problem.step_time_ms[problem.ran]
     predicted = step_time_ms(problem.table, problem.workload, problem.cluster, "torch")[ran]
     ratio = predicted / measured_ms
@@ -107,7 +114,7 @@ def accuracy(problem: Problem) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print, and publish in a folder if one is given."""
+    """Print the results, and write them to a folder if one is given."""
     landscapes = [searched(problem) for problem in measured()]
     everything = [*recorded(), *landscapes]
     with ProcessPoolExecutor(initializer=_quiet) as pool:
@@ -120,7 +127,7 @@ def main() -> None:
         "all recorded groups": [problem.name for problem in recorded()],
         **{problem.name: [problem.name] for problem in landscapes},
     }
-    found = []
+    results = []
     for name, names in benchmarks.items():
         if not names:
             print(f"\n{name}: not at hand (the recorded step times lie in ../shared/data)")
@@ -128,15 +135,15 @@ def main() -> None:
         result = means(runs[runs["problem"].isin(names)])
         print(f"\n{name}: {len(names)}\n{held.loc[names].mean().round(3).to_string()}")
         print(result.round(3).to_string())
-        found.append(result.assign(benchmark=name, problems=len(names)))
+        results.append(result.assign(benchmark=name, problems=len(names)))
     if len(sys.argv) > 1:
         folder = Path(sys.argv[1])
         folder.mkdir(parents=True, exist_ok=True)
         held.round(4).to_csv(folder / "predicted_times.csv")
-        pd.concat(found).round(4).to_csv(folder / "policies.csv")
+        pd.concat(results).round(4).to_csv(folder / "policies.csv")
 
 
-def _replays_of(problem: Problem, policies: Sequence[str]) -> pd.DataFrame:
+def _replays_of(problem: MeasuredProblem, policies: Sequence[str]) -> pd.DataFrame:
     return replays([problem], policies)
 
 
@@ -144,7 +151,7 @@ def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     threadpool_limits(limits=1)
-    # Optuna's Gaussian process: threads that wait for each other cost seven times as much.
+    # The threads of Optuna's Gaussian process wait for each other, which takes seven times as long (measured).
     torch.set_num_threads(1)
 
 

@@ -1,10 +1,10 @@
-"""Whether "within y% of the best with probability p" is true, and what stopping by it costs:
+"""Whether the claim "within y% of the best with probability p" is true, and what it costs to stop when it is made:
 `python -m tests.bench.stopping`.
 
-Recorded groups are searched to their ends. After each trial the claim is held against what was measured: of the
-claims made with some probability, how many are true; and where a sweep would have stopped, after how many trials, and
-how far from the best. Once with the predictor as it is, and once with one spoilt: its times times a power of every
-knob and an error of each layout's own, drawn anew for each group and seed.
+Recorded groups are searched to their ends. After each trial, the claim is compared with what was measured. The command
+prints how many of the claims made with some probability are true, and after how many trials, and how far from the best,
+a sweep would have stopped. It does so with the predictor as it is, and with a spoilt one: its step times are multiplied
+by a power of every knob and by an error of each layout, drawn anew for each group and seed.
 """
 
 import sys
@@ -14,80 +14,87 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from tests.bench.landscape import Landscape, landscapes
 from tests.bench.recorded import LARGE_GROUP, STEP_TIMES, Group, groups
+from tuner.core.columns import Floats
 from tuner.predict.feasibility import MIN_FIT, Feasibility
 from tuner.predict.implementation import implementation_of
 from tuner.predict.time.step import step_time_ms
+from tuner.search.encoding import encode
 from tuner.search.observation import Observation
 from tuner.search.predicted_rows import PredictedRows
-from tuner.search.encoding import encode
 from tuner.search.strategy import Mask
 
 GAINS: Final = (0.005, 0.01, 0.02, 0.05)
 CONFIDENCES: Final = (0.9, 0.95)
 SPOILT_POWER: Final = 0.2
-"""Deviation of the exponent of each knob."""
+"""Standard deviation of the exponent of each knob. Assumed."""
 SPOILT_OWN: Final = 0.1
-"""Deviation of each layout's own error, as a logarithm."""
+"""Standard deviation of each layout's error, as a logarithm. Assumed."""
 SEEDS: Final = 5
-"""Spoilt predictors a group."""
+"""Number of spoilt predictors per group."""
 BINS: Final = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.001)
+"""The edges of the ranges of probability that claims are counted in."""
 
 
-def spoilt(
-    predicted_ms: NDArray[np.float64], features: NDArray[np.float64], seed: int
-) -> NDArray[np.float64]:
-    """The predictor with errors of its own making."""
+def spoilt(predicted_ms: Floats, features: Floats, seed: int) -> Floats:
+    """Return predicted step times with errors added; `features` are the rows as points, of shape [rows, columns]."""
     random = np.random.default_rng(seed)
     powers = random.normal(0, SPOILT_POWER, features.shape[1])
-    own = random.normal(0, SPOILT_OWN, len(predicted_ms))
-    found: NDArray[np.float64] = predicted_ms * np.exp(features @ powers * np.log(2) + own)
-    return found
+    errors = random.normal(0, SPOILT_OWN, len(predicted_ms))
+    spoilt_ms: Floats = predicted_ms * np.exp(features @ powers * np.log(2) + errors)
+    return spoilt_ms
 
 
 def search(
     name: str,
-    rows: PredictedRows,
+    strategy: PredictedRows,
     available: Mask,
-    measured_ms: NDArray[np.float64],
-    truth_ms: NDArray[np.float64],
+    measured_ms: Floats,
+    truth_ms: Floats,
 ) -> Iterator[dict[str, float | str]]:
-    """Search a space to its end; a line a trial once one is measured: the regret, and the probability of each gain.
+    """Search a space to its end, and yield one line per trial once one is measured.
+
+    A line holds the regret, the probability of each gain, and whether a sweep would stop.
 
     Args:
-        name: Of the space, and of the run.
-        rows: The strategy.
-        available: Rows that may be launched.
-        measured_ms: What a trial of each row measures; NaN where it runs out of memory.
-        truth_ms: What each row's step takes, as far as is known.
+        name: the name of the space and of the run.
+        strategy: chooses the rows.
+        available: which rows may be launched; all of them are tried.
+        measured_ms: what a trial of each row measures, NaN if it runs out of memory, of shape [rows].
+        truth_ms: the true step time of each row, as far as it is known, of shape [rows].
     """
     count, best_ms, chosen = int(available.sum()), np.nanmin(truth_ms), -1
     for trial in range(1, count):
-        row = rows.choose(available, trial)
+        row = strategy.choose(available, trial)
         available[row] = False
         if np.isnan(measured_ms[row]):
-            rows.tell(row, Observation(state=TrialState.PRUNED, out_of_memory=True))
+            strategy.tell(row, Observation(state=TrialState.PRUNED, out_of_memory=True))
         else:
-            rows.tell(row, Observation(state=TrialState.COMPLETE, step_time_ms=float(measured_ms[row])))
+            strategy.tell(row, Observation(state=TrialState.COMPLETE, step_time_ms=float(measured_ms[row])))
             if chosen < 0 or measured_ms[row] < measured_ms[chosen]:
                 chosen = row
-        if (known := rows.certainty(available)) is not None:
+        if (claim := strategy.certainty(available)) is not None:
             yield {
                 "space": name,
                 "trial": trial,
                 "rows": count,
                 "regret": truth_ms[chosen] / best_ms - 1,
-                **{f"within {gain}": known.within(gain) for gain in GAINS},
-                **{f"{gain} at {one}": known.suffices(gain, one) for gain in GAINS for one in CONFIDENCES},
+                **{f"within {gain}": claim.within(gain) for gain in GAINS},
+                **{
+                    f"{gain} at {confidence}": claim.suffices(gain, confidence)
+                    for gain in GAINS
+                    for confidence in CONFIDENCES
+                },
             }
 
 
 def calibration(claims: pd.DataFrame) -> pd.DataFrame:
-    """Of the claims in each range of probability: how many, the mean of the probability, and the share that held."""
+    """Return for each gain and range of probability how many claims were made, their mean probability, and the share
+    that held.
+    """
     lines = []
     for gain in GAINS:
         claimed, held = claims[f"within {gain}"], claims["regret"] <= gain
@@ -107,20 +114,23 @@ def calibration(claims: pd.DataFrame) -> pd.DataFrame:
 
 
 def stops(claims: pd.DataFrame) -> pd.DataFrame:
-    """What stopping at a gain and a confidence would have cost, a line each; a space searched to its end counts so."""
+    """Return one line per gain and confidence: what it would have cost to stop there.
+
+    A space in which the search would not have stopped counts as searched to its end.
+    """
     lines = []
     for gain in GAINS:
         for confidence in CONFIDENCES:
             stopped = claims[claims[f"{gain} at {confidence}"]].groupby("space").first()
-            every = claims.groupby("space")["rows"].first()
-            trials = stopped["trial"].reindex(every.index).fillna(every)
-            regret = stopped["regret"].reindex(every.index).fillna(0.0)
+            rows = claims.groupby("space")["rows"].first()
+            trials = stopped["trial"].reindex(rows.index).fillna(rows)
+            regret = stopped["regret"].reindex(rows.index).fillna(0.0)
             lines.append(
                 {
                     "gain": gain,
                     "confidence": confidence,
-                    "spaces": len(every),
-                    "rows": every.mean(),
+                    "spaces": len(rows),
+                    "rows": rows.mean(),
                     "trials": trials.mean(),
                     "held": (regret <= gain).mean(),
                     "mean regret": regret.mean(),
@@ -130,10 +140,13 @@ def stops(claims: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def claims_of(found: Iterable[Group], seeds: int) -> pd.DataFrame:
-    """The lines of `search` over groups, with as many spoilt predictors each, or the predictor as it is."""
+def claims_of(searched: Iterable[Group], seeds: int) -> pd.DataFrame:
+    """Return the lines of `search` over groups.
+
+    Each group is searched with `seeds` spoilt predictors, or with the predictor as it is if `seeds` is 0.
+    """
     lines: list[dict[str, float | str]] = []
-    for group in found:
+    for group in searched:
         predicted_ms = step_time_ms(group.table, group.workload, group.cluster, "torch")
         features = encode(group.table)
         for seed in range(max(1, seeds)):
@@ -146,14 +159,16 @@ def claims_of(found: Iterable[Group], seeds: int) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def claims_on(found: Iterable[Landscape], by_median: bool) -> pd.DataFrame:
-    """The same over landscapes, each repeat once what the trials measure.
+def claims_on(searched: Iterable[Landscape], by_median: bool) -> pd.DataFrame:
+    """Return the lines of `search` over landscapes; each repeat is once what the trials measure.
 
-    The truth is the same repeat, of which a search may know all; or the repeats' median, from which a disturbed
-    measurement differs, as only measuring again could tell.
+    Args:
+        searched: the landscapes.
+        by_median: whether the truth is the median of the repeats, from which a disturbed measurement differs; otherwise
+            it is the repeat that the trials measure, which a search can learn completely.
     """
     lines: list[dict[str, float | str]] = []
-    for landscape in found:
+    for landscape in searched:
         sweep, table = landscape.sweep, landscape.table
         predicted_ms = step_time_ms(table, sweep.workload, sweep.cluster, implementation_of(sweep.cluster))
         for repeat, measured_ms in enumerate(landscape.step_time_ms.T):
@@ -178,7 +193,7 @@ def main() -> None:
     _print("all groups of 5 rows or more", claims_of(groups(rows=5), 0))
     _print("groups of 20 rows or more, spoilt predictor", claims_of(groups(rows=LARGE_GROUP), SEEDS))
     if measured := list(landscapes()):
-        names = ", ".join(one.sweep.name for one in measured)
+        names = ", ".join(landscape.sweep.name for landscape in measured)
         _print(f"landscapes: {names}", claims_on(measured, by_median=False))
         _print("landscapes, held against the repeats' median", claims_on(measured, by_median=True))
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.bench.audit import smaller_than_said, wrongly_dominated, wrongly_too_large
 from tests.bench.landscape import LANDSCAPES
-from tests.bench.problems import Problem, problems
+from tests.bench.problems import MeasuredProblem, problems
 from tests.bench.recorded import STEP_TIMES
 from tests.replay import sweep_of, table_of
 from tests.trials import CLUSTER, completed_row, failed_row
@@ -91,13 +91,20 @@ def test_the_bench_finds_what_is_wrong() -> None:
     step_ms = np.full((len(TABLE), 1), 100.0)
     step_ms[small] = np.nan
     peaks = PEAKS.copy()
-    wrong = Problem("wrong", SWEEP.workload, SWEEP.cluster, TABLE, step_ms, peaks)
+    wrong = MeasuredProblem(
+        name="wrong",
+        workload=SWEEP.workload,
+        cluster=SWEEP.cluster,
+        table=TABLE,
+        step_times_ms=step_ms,
+        peak_gib=peaks,
+    )
     assert (small, large) in wrongly_dominated(wrong)
     assert smaller_than_said(wrong)[0] == []
     peaks[large] = peaks[find_row(TABLE, replace(OOM, micro_batch_size=1)) or 0] / 2
     assert any(pair[1] == large for pair in smaller_than_said(wrong)[0])
     none_fit = cpu(CPU_PEAKS.min() / 2)
-    crowded = Problem("crowded", SWEEP.workload, none_fit, TABLE, step_ms, None)
+    crowded = replace(wrong, name="crowded", cluster=none_fit, peak_gib=None)
     assert wrongly_too_large(crowded).tolist() == np.flatnonzero(np.isfinite(step_ms[:, 0])).tolist()
 
 
