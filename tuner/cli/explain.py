@@ -33,10 +33,12 @@ def explain(
     ] = None,
     json: AsJson = False,
 ) -> int:
-    """Of a layout: every rule that it breaks, and what to change. Exit code 0 if it is valid, 2 if not.
+    """Explain why a layout is valid or not, or what a sweep's trials say.
 
-    Of a sweep's results, running or finished: predictions against measurements, which knobs mattered, and the layouts
-    one step from the best; with a layout, also what that sweep expects of it.
+    With a sweep file and a layout, prints every rule that the layout breaks and what to change; the exit code is 0 if
+    the layout is valid and 2 if not. With the results of a sweep, running or finished, prints predictions against
+    measurements, which knobs mattered, and the layouts one step from the best. With results and a layout, prints what
+    that sweep expects of the layout.
     """
     layout = parse_layout(knobs) if knobs else None
     if not (target if target.exists() else Path("results") / target).is_dir():
@@ -45,7 +47,7 @@ def explain(
                 f"{target}: there is no such sweep file or results folder (nor {Path('results') / target})"
             )
         if layout is None:
-            raise InputError(f"{target}: is a sweep file: name the layout to explain, as in tp=2 pp=4")
+            raise InputError(f"{target} is a sweep file: name the layout to explain, as in tp=2 pp=4")
         return _explain_layout(load_sweep(target, detect, read_recipe), layout, json)
 
     from tuner.cli.explain_results import explain_prediction, explain_results
@@ -62,7 +64,7 @@ def explain(
 
 
 def _explain_layout(sweep: Sweep, layout: Layout, json: bool) -> int:
-    """Say which rules a layout breaks; returns the exit code."""
+    """Print which rules a layout breaks; return the exit code."""
     violations = broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted)
     derived = derived_sizes(sweep, layout)
     if json:
@@ -71,7 +73,7 @@ def _explain_layout(sweep: Sweep, layout: Layout, json: bool) -> int:
                 "layout": layout.label(),
                 "valid": not violations,
                 "derived": derived,
-                "broken": [_data(item) for item in violations],
+                "broken": [_violation_data(violation) for violation in violations],
             }
         )
         return 2 if violations else 0
@@ -79,14 +81,15 @@ def _explain_layout(sweep: Sweep, layout: Layout, json: bool) -> int:
     if not violations:
         stdout.print("[green]valid[/]: breaks no rule")
         return 0
-    for item in violations:
-        stdout.print(f"[red]{item.rule}[/] [dim]({item.kind})[/]: ", end="")
-        stdout.print(f"{escape(item.message)}\n    [dim]source: {escape(item.source)}[/]", soft_wrap=True)
+    for violation in violations:
+        source = f"[dim]source: {escape(violation.source)}[/]"
+        stdout.print(f"[red]{violation.rule}[/] [dim]({violation.kind})[/]: ", end="")
+        stdout.print(f"{escape(violation.message)}\n    {source}", soft_wrap=True)
     return 2
 
 
 def derived_sizes(sweep: Sweep, layout: Layout) -> dict[str, int]:
-    """The sizes that follow from a layout; 0 micro-batches where the grid does not even fit the world."""
+    """Return the sizes that follow from a layout; 0 micro-batches if its grid does not fit the number of GPUs."""
     world = sweep.cluster.world_size
     dp = data_parallel_size(world, layout.tp, layout.pp, layout.cp)
     return {
@@ -106,5 +109,10 @@ def print_head(layout: Layout, derived: dict[str, int]) -> None:
     stdout.print(f"[bold]{layout.label()}[/]  ({sizes})", soft_wrap=True)
 
 
-def _data(item: Violation) -> dict[str, Any]:
-    return {"rule": item.rule, "kind": item.kind, "message": item.message, "source": item.source}
+def _violation_data(violation: Violation) -> dict[str, Any]:
+    return {
+        "rule": violation.rule,
+        "kind": violation.kind,
+        "message": violation.message,
+        "source": violation.source,
+    }

@@ -15,38 +15,56 @@ from tuner.sweep.budget import Ledger
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tuner.cli.common import Prepared
+    from tuner.cli.common import Loaded, Prepared
     from tuner.sweep.configuration import Sweep
 
 
 def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) -> None:
-    """Count the valid layouts, what each rule removed, and list the first trials. Starts no process."""
+    """Count the valid layouts and what each rule removed, and list the first trials. Starts no process."""
     from tuner.explain.audit import pruned_rows
 
     loaded = load(sweep_file)
     prepared = prepare(loaded, sweep_file)
-    gone = pruned_rows(loaded.space.table, loaded.sweep.workload, loaded.sweep.cluster) if pruned else None
-    sweep, space, queue = loaded.sweep, loaded.space, prepared.queue
-    rejected = dict(sorted(space.rejected.items(), key=lambda item: -item[1]))
-    kept = Ledger(budget=sweep.budget, world_size=sweep.cluster.world_size, rows=(), lost_s=0.0, clock=None)
-    stages = _stages(sweep, prepared, sweep.budget.trials - kept.reserve())
+    sweep, table = loaded.sweep, loaded.space.table
+    removed = pruned_rows(table, sweep.workload, sweep.cluster) if pruned else None
+    finals = Ledger(
+        budget=sweep.budget, world_size=sweep.cluster.world_size, rows=(), lost_s=0.0, clock=None
+    ).reserve()
+    parts = _parts_of_search(sweep, prepared.table, sweep.budget.trials - finals)
     if json:
-        print_json(
-            {
-                "sweep": sweep.name,
-                "combinations": space.combinations,
-                "valid": len(space.table),
-                "predicted_too_large": prepared.too_large,
-                "rejected": {rule: count for rule, count in rejected.items() if count},
-                "stages": stages,
-                "queue": [
-                    {"source": origin.source, "note": origin.note, "layout": to_data(layout)}
-                    for layout, origin in queue
-                ],
-                **({} if gone is None else {"pruned": pruned_data(gone)}),
-            }
-        )
+        removed_data = {} if removed is None else {"pruned": pruned_data(removed)}
+        print_json({**_plan_data(loaded, prepared, parts), **removed_data})
         return
+    _print_space(loaded, prepared)
+    _print_trials(sweep, prepared, parts, finals)
+    if removed is not None:
+        print_pruned(removed, len(table))
+
+
+def _rejections(loaded: "Loaded") -> dict[str, int]:
+    """Return how many layouts each rule removed, most first; rules that removed none are left out."""
+    rejected = sorted(loaded.space.rejected.items(), key=lambda item: -item[1])
+    return {rule: count for rule, count in rejected if count}
+
+
+def _plan_data(loaded: "Loaded", prepared: "Prepared", parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "sweep": loaded.sweep.name,
+        "combinations": loaded.space.combinations,
+        "valid": len(loaded.space.table),
+        "predicted_too_large": prepared.too_large,
+        "rejected": _rejections(loaded),
+        "stages": parts,
+        "queue": [
+            {"source": origin.source, "note": origin.note, "layout": to_data(layout)}
+            for layout, origin in prepared.queue
+        ],
+    }
+
+
+def _print_space(loaded: "Loaded", prepared: "Prepared") -> None:
+    """Print what is searched, how many layouts are valid, and how many each rule removed."""
+    sweep, space = loaded.sweep, loaded.space
     stdout.print(
         f"{sweep.name}: {sweep.workload.model.name} on {sweep.cluster.world_size} x {sweep.cluster.gpu.name}, "
         f"sequence {sweep.workload.seq_length}, global batch {sweep.workload.global_batch_size}, "
@@ -61,70 +79,76 @@ def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) ->
         )
     rules = Table("rule", "removed", title="Rejections by rule", title_justify="left")
     rules.columns[1].justify = "right"
-    for rule, count in rejected.items():
-        if count:
-            rules.add_row(rule, f"{count:,}")
+    for rule, count in _rejections(loaded).items():
+        rules.add_row(rule, f"{count:,}")
     stdout.print(rules)
+
+
+def _print_trials(sweep: "Sweep", prepared: "Prepared", parts: list[dict[str, Any]], finals: int) -> None:
+    """Print the first trials, the parts of the search, and how many trials follow."""
+    queue = prepared.queue
     first = Table("trial", "source", "layout", "why", title="First trials", title_justify="left")
     for number, (layout, origin) in enumerate(queue[: sweep.budget.trials]):
         first.add_row(str(number), origin.source, layout.label(), escape(origin.note))
     stdout.print(first)
-    _print_stages(stages)
-    later = max(0, sum(stage["trials"] for stage in stages) - len(queue))
+    _print_parts_of_search(parts)
+    later = max(0, sum(part["trials"] for part in parts) - len(queue))
     stdout.print(
-        f"then up to {later} rows that the sampler picks and {kept.reserve()} finals; "
-        f"budget {sweep.budget.trials} trials"
+        f"then up to {later} rows that the sampler picks and {finals} finals; budget {sweep.budget.trials} trials"
     )
-    if gone is not None:
-        print_pruned(gone, len(space.table))
 
 
-def _stages(sweep: "Sweep", prepared: "Prepared", trials: int) -> list[dict[str, Any]]:
-    """What varies in each stage of the search, over how many layouts, in how many trials at most; as JSON data."""
+def _parts_of_search(sweep: "Sweep", table: "pd.DataFrame", trials: int) -> list[dict[str, Any]]:
+    """Return the grid and, if the sweep has one, its refinement as JSON data.
+
+    Each part says which knobs vary, over how many layouts, and in how many trials at most. What the refinement varies
+    is estimated around the layouts of the grid that are predicted to be the best.
+
+    Args:
+        sweep: the sweep.
+        table: the layouts of the grid that may fit.
+        trials: how many trials the whole search may use.
+    """
     from tuner.predict.feasibility import MIN_FIT
     from tuner.search.grid import GRID_SHARE
     from tuner.search.refinement import predicted_centres, with_refinements
     from tuner.search.variants import variants_of
 
-    table = prepared.table
     if not sweep.refined:
-        return [_stage(table, min(trials, len(table)))]
-    first = _stage(table, min(ceil(GRID_SHARE * trials), len(table)))
-    middles = predicted_centres(table, sweep.problem)
-    later = with_refinements(table, middles, sweep.problem, MIN_FIT).iloc[len(table) :]
-    second = _stage(later[list(sweep.refined)], trials - first["trials"])
-    changes = [variants_of(layout, sweep.problem).changes for layout in middles]
-    return [
-        first,
-        {
-            **second,
-            "around": len(middles),
-            "changes": max((count for count in changes if count is not None), default=None),
-        },
-    ]
+        return [_part_of_search(table, min(trials, len(table)))]
+    grid = _part_of_search(table, min(ceil(GRID_SHARE * trials), len(table)))
+    centres = predicted_centres(table, sweep.problem)
+    added = with_refinements(table, centres, sweep.problem, MIN_FIT).iloc[len(table) :]
+    changes = [variants_of(centre, sweep.problem).changes for centre in centres]
+    refinement = {
+        **_part_of_search(added[list(sweep.refined)], trials - grid["trials"]),
+        "around": len(centres),
+        "changes": max((count for count in changes if count is not None), default=None),
+    }
+    return [grid, refinement]
 
 
-def _stage(rows: "pd.DataFrame", trials: int) -> dict[str, Any]:
+def _part_of_search(rows: "pd.DataFrame", trials: int) -> dict[str, Any]:
     varied = [str(knob) for knob in rows.columns if rows[knob].nunique() > 1]
     return {"knobs": varied, "layouts": len(rows), "trials": trials}
 
 
-def _print_stages(stages: list[dict[str, Any]]) -> None:
-    if len(stages) < 2:
+def _print_parts_of_search(parts: list[dict[str, Any]]) -> None:
+    if len(parts) < 2:
         return
-    first, second = stages
-    shown = Table("stage", "varies", "layouts", "trials", title="Stages of the search", title_justify="left")
-    shown.add_row("1", _choices(first["knobs"]), f"{first['layouts']:,}", f"up to {first['trials']}")
-    limit = f"; {second['changes']} of them at once at most" if second["changes"] else ""
-    shown.add_row(
-        "2",
-        f"around the best {second['around']} grids of stage 1: {_choices(second['knobs'])}{limit}",
-        f"{second['layouts']:,} around the predicted best",
-        f"up to {second['trials']}, and what stage 1 leaves",
+    grid, refinement = parts
+    table = Table("part", "varies", "layouts", "trials", title="Parts of the search", title_justify="left")
+    table.add_row("grid", _choices(grid["knobs"]), f"{grid['layouts']:,}", f"up to {grid['trials']}")
+    limit = f"; {refinement['changes']} of them at once at most" if refinement["changes"] else ""
+    table.add_row(
+        "refinement",
+        f"around the best {refinement['around']} layouts: {_choices(refinement['knobs'])}{limit}",
+        f"{refinement['layouts']:,} around the predicted best",
+        f"up to {refinement['trials']}, and what the grid leaves",
     )
-    stdout.print(shown)
+    stdout.print(table)
 
 
 def _choices(knobs: list[str]) -> str:
-    """What varies, each choice once."""
-    return ", ".join(choice for choice, own in CHOICES.items() if not set(own).isdisjoint(knobs))
+    """Return the choices that these knobs belong to, each once, separated by commas."""
+    return ", ".join(choice for choice, its_knobs in CHOICES.items() if not set(its_knobs).isdisjoint(knobs))

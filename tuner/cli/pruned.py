@@ -1,4 +1,4 @@
-"""What `--pruned` prints: the layouts that pruning keeps from ever being launched."""
+"""What `--pruned` prints: the valid layouts that pruning keeps from ever being launched."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -16,45 +16,51 @@ Pruned = Annotated[
     bool, typer.Option("--pruned", help="List the valid layouts that are never launched, and why.")
 ]
 
-SHOWN: Final = 20
-"""Rows of a terminal's list; `--json` gives all."""
+MOST_SHOWN: Final = 20
+"""Largest number of rows that a terminal shows; `--json` shows all."""
 
 
-def pruned_data(removed: "pd.DataFrame") -> list[dict[str, Any]]:
-    """Every removed row (tuner.explain.audit) as JSON data."""
+def pruned_data(pruned: "pd.DataFrame") -> list[dict[str, Any]]:
+    """Return all pruned rows, as `tuner.explain.audit.pruned_rows` gives them, as JSON data."""
     return [
         {
-            "layout": to_data(layout_from(row)),
-            "reason": row["reason"],
-            "predicted_gib": row["predicted_gib"],
-            "fit": row["fit"],
-            "trial": row["trial"] if row["trial"] >= 0 else None,
-            "along": row["along"],
+            "layout": to_data(layout_from(record)),
+            "reason": record["reason"],
+            "predicted_gib": record["predicted_gib"],
+            "fit": record["fit"],
+            "trial": record["trial"] if record["trial"] >= 0 else None,
+            "along": record["along"],
         }
-        for row in _records(removed)
+        for record in _records(pruned)
     ]
 
 
-def print_pruned(removed: "pd.DataFrame", valid: int) -> None:
-    """Print the count of each reason, then the rows likeliest to fit, of the `valid` layouts of a sweep."""
-    stdout.print(f"\n{len(removed):,} of {valid:,} valid layouts are never launched", highlight=False)
-    for reason, count in removed["reason"].value_counts().items():
+def print_pruned(pruned: "pd.DataFrame", valid: int) -> None:
+    """Print how many of the `valid` layouts each reason removes, and the removed ones that are likeliest to fit."""
+    stdout.print(f"\n{len(pruned):,} of {valid:,} valid layouts are never launched", highlight=False)
+    for reason, count in pruned["reason"].value_counts().items():
         stdout.print(f"  {count:,} {reason}", highlight=False)
-    if removed.empty:
+    if pruned.empty:
         return
     table = Table("layout", "reason", box=None, pad_edge=False)
     for heading in ("predicted\nGiB", "P(fit)"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("trial")
     table.add_column("upwards along")
-    for row in _records(removed.sort_values("fit", ascending=False, kind="stable").head(SHOWN)):
-        trial = f"t{row['trial']:04d}" if row["trial"] >= 0 else ""
-        figures = (f"{row['predicted_gib']:.3g}", f"{row['fit']:.1%}")
-        table.add_row(layout_from(row).label(), row["reason"], *figures, trial, row["along"])
+    likeliest = pruned.sort_values("fit", ascending=False, kind="stable").head(MOST_SHOWN)
+    for record in _records(likeliest):
+        table.add_row(
+            layout_from(record).label(),
+            record["reason"],
+            f"{record['predicted_gib']:.3g}",
+            f"{record['fit']:.1%}",
+            f"t{record['trial']:04d}" if record["trial"] >= 0 else "",
+            record["along"],
+        )
     stdout.print(table)
-    if len(removed) > SHOWN:
-        stdout.print(f"and {len(removed) - SHOWN:,} more, all with --json")
+    if len(pruned) > MOST_SHOWN:
+        stdout.print(f"and {len(pruned) - MOST_SHOWN:,} more, all with --json")
 
 
 def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+    return [{str(name): value for name, value in record.items()} for record in table.to_dict("records")]

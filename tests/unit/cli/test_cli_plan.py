@@ -48,7 +48,7 @@ def test_plan_shows_what_varies_in_the_grid_and_in_the_refinement_of_a_default_s
     assert refinement["layouts"] > 0
     assert run(["plan", path]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "around the best 3 grids of stage 1" in told
+    assert "around the best 3 layouts" in told
     assert f"{refinement['layouts']} around the predicted best" in told
 
     assert run(["plan", write(tmp_path / "named.yaml", SWEEP), "--json"]) == 0
