@@ -28,11 +28,12 @@ def connect(uri: str) -> "MlflowClient":
     """Return a client of the MLflow at a tracking URI; the first call imports MLflow, which takes seconds."""
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Errors are raised; migrations, retries and tracebacks in the log would only fill the terminal.
-    for name in ("mlflow", "alembic", "urllib3"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
+    # Errors are raised; the log would fill the terminal with migrations, retries and tracebacks. The import of MLflow
+    # sets the levels too, so this comes after it.
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return MlflowClient(tracking_uri=uri)
 
 
