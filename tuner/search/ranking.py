@@ -7,12 +7,14 @@ GPU's memory.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, stdtr  # type: ignore[import-untyped]
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from tuner.core.columns import Bools, Floats
 from tuner.search.cost import TrialCost
@@ -89,7 +91,7 @@ class Ranking:
         rivals = rows[likeliest]
         # Seeded by the number of measurements alone, so that a resumed sweep draws alike.
         random = np.random.default_rng(self._surrogate.measured)
-        with threadpool_limits(limits=1, user_api="blas"):
+        with _one_blas_thread():
             errors = self._surrogate.draw(rivals, JOINT_DRAWS, random)
         return certainty(
             self._best_log,
@@ -106,9 +108,7 @@ class Ranking:
 
     def _scores(self, rows: NDArray[np.intp], in_flight: Sequence[int]) -> tuple[Floats, Floats]:
         """Return the score of each row, and the expected logarithm of its step time, both of shape [len(rows)]."""
-        # Matrices this small gain nothing from BLAS threads, and on busy cores these threads wait for each other:
-        # 15 ms become 1 s.
-        with threadpool_limits(limits=1, user_api="blas"):
+        with _one_blas_thread():
             at = self._surrogate.at(rows, in_flight)
             flying = np.array(in_flight, dtype=np.intp)
             believed_log = self._log_predicted[flying] + self._surrogate.at(flying).mean
@@ -118,6 +118,21 @@ class Ranking:
             return -np.exp(expected_log) / self._fits[rows], expected_log
         gain = _expected_improvement(best_log - expected_log, at.deviation, at.freedom)
         return gain * self._fits[rows] / self.cost.seconds(np.exp(expected_log)), expected_log
+
+
+def _one_blas_thread() -> AbstractContextManager[object]:
+    """Limit BLAS to one thread.
+
+    Matrices this small gain nothing from more threads, and on busy cores threads wait for each other: 15 ms become 1 s.
+    """
+    limit: AbstractContextManager[object] = _blas_controller().limit(limits=1, user_api="blas")
+    return limit
+
+
+@cache
+def _blas_controller() -> ThreadpoolController:
+    """Return the controller of the BLAS libraries that numpy and scipy use; to search for them takes 5 ms."""
+    return ThreadpoolController()
 
 
 def _expected_improvement(gain: Floats, deviation: Floats, freedom: float) -> Floats:
