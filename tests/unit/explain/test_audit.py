@@ -1,4 +1,4 @@
-"""What pruning removes: exactly the rows it names, and, where everything was measured, none that ran."""
+"""What pruning removes: exactly the rows that it names, and no row that ran where everything was measured."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ SWEEP = sweep_of()
 TABLE = table_of(SWEEP)
 PEAKS = peak_gib(TABLE, SWEEP.workload, SWEEP.cluster)
 OOM = Layout(tp=2, micro_batch_size=2)
-# Without CUDA's context and workspaces, which are larger than this model.
+# On CPU there are no context and workspaces of CUDA, which are larger than this model.
 CPU_PEAKS = peak_gib(TABLE, SWEEP.workload, CLUSTER, "torch")
 
 
@@ -38,13 +38,13 @@ def test_with_room_for_all_and_no_trials_nothing_is_removed() -> None:
 def test_rows_that_hardly_fit_are_removed_with_their_peak_and_probability() -> None:
     small = cpu(float(np.median(CPU_PEAKS)))
     fits = fit_probabilities(TABLE, SWEEP.workload, small)
-    gone = pruned_rows(TABLE, SWEEP.workload, small)
-    assert 0 < len(gone) < len(TABLE)
-    assert gone.index.tolist() == np.flatnonzero(fits < MIN_FIT).tolist()
-    assert set(gone["reason"]) == {TOO_LARGE}
-    assert gone["predicted_gib"].tolist() == pytest.approx(CPU_PEAKS[gone.index])
-    assert gone["fit"].tolist() == fits[gone.index].tolist()
-    assert (gone["trial"] == -1).all()
+    pruned = pruned_rows(TABLE, SWEEP.workload, small)
+    assert 0 < len(pruned) < len(TABLE)
+    assert pruned.index.tolist() == np.flatnonzero(fits < MIN_FIT).tolist()
+    assert set(pruned["reason"]) == {TOO_LARGE}
+    assert pruned["predicted_gib"].tolist() == pytest.approx(CPU_PEAKS[pruned.index])
+    assert pruned["fit"].tolist() == fits[pruned.index].tolist()
+    assert (pruned["trial"] == -1).all()
 
 
 def test_rows_above_an_oom_are_removed_with_the_first_trial_that_rules_them_out() -> None:
@@ -53,38 +53,39 @@ def test_rows_above_an_oom_are_removed_with_the_first_trial_that_rules_them_out(
         replace(failed_row(1), layout=OOM),
         replace(failed_row(2), layout=replace(OOM, pp=2)),
     ]
-    gone = pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster, trials)
-    assert set(gone["reason"]) == {DOMINATED}
-    told = {
-        layout_at(gone, row): (gone["trial"].iloc[row], gone["along"].iloc[row]) for row in range(len(gone))
+    pruned = pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster, trials)
+    assert set(pruned["reason"]) == {DOMINATED}
+    reasons = {
+        layout_at(pruned, row): (pruned["trial"].iloc[row], pruned["along"].iloc[row])
+        for row in range(len(pruned))
     }
-    assert told[replace(OOM, micro_batch_size=4)] == (1, "micro_batch_size")
-    assert told[replace(OOM, pp=2, micro_batch_size=4)] == (2, "micro_batch_size")
+    assert reasons[replace(OOM, micro_batch_size=4)] == (1, "micro_batch_size")
+    assert reasons[replace(OOM, pp=2, micro_batch_size=4)] == (2, "micro_batch_size")
     expected = np.zeros(len(TABLE), dtype=bool)
     for trial in trials[1:]:
         expected |= needs_at_least_as_much_memory(TABLE, trial.layout, SWEEP.workload, SWEEP.cluster)
     expected &= [layout_at(TABLE, row) not in {trial.layout for trial in trials} for row in range(len(TABLE))]
-    assert gone.index.tolist() == np.flatnonzero(expected).tolist()
+    assert pruned.index.tolist() == np.flatnonzero(expected).tolist()
 
 
-def test_recompute_that_is_dropped_is_told_as_one_axis() -> None:
+def test_recompute_that_a_row_drops_is_named_as_one_axis() -> None:
     full = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    gone = pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster, [replace(failed_row(0), layout=full)])
-    told = {layout_at(gone, row): gone["along"].iloc[row] for row in range(len(gone))}
-    assert told[Layout()] == "recompute"
-    assert told[Layout(micro_batch_size=2)] == "micro_batch_size, recompute"
+    pruned = pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster, [replace(failed_row(0), layout=full)])
+    along = {layout_at(pruned, row): pruned["along"].iloc[row] for row in range(len(pruned))}
+    assert along[Layout()] == "recompute"
+    assert along[Layout(micro_batch_size=2)] == "micro_batch_size, recompute"
 
 
-def test_a_row_that_was_tried_all_the_same_is_not_removed() -> None:
+def test_a_row_that_was_tried_is_not_removed() -> None:
     none_fit = cpu(CPU_PEAKS.min() / 2)
     assert len(pruned_rows(TABLE, SWEEP.workload, none_fit)) == len(TABLE)
-    gone = pruned_rows(TABLE, SWEEP.workload, none_fit, [replace(failed_row(0), layout=OOM)])
-    assert len(gone) == len(TABLE) - 1
-    assert find_row(gone, OOM) is None
+    pruned = pruned_rows(TABLE, SWEEP.workload, none_fit, [replace(failed_row(0), layout=OOM)])
+    assert len(pruned) == len(TABLE) - 1
+    assert find_row(pruned, OOM) is None
 
 
 def test_the_bench_finds_what_is_wrong() -> None:
-    """Held against a problem in which the layouts that ran are those that should not have."""
+    """In this problem, the layouts that ran are those that should not have run."""
     rows = [find_row(TABLE, layout) for layout in (OOM, replace(OOM, micro_batch_size=4))]
     assert None not in rows
     small, large = (int(row) for row in rows if row is not None)
@@ -110,12 +111,12 @@ def test_the_bench_finds_what_is_wrong() -> None:
 
 @pytest.mark.skipif(
     not STEP_TIMES.exists() and not list(LANDSCAPES.glob("*/trials.csv")),
-    reason="neither the recorded step times of ../shared/data nor a published landscape are here",
+    reason="neither the recorded step times of ../shared/data nor a published landscape is here",
 )
 def test_where_everything_was_measured_pruning_removes_nothing_that_ran() -> None:
-    found = list(problems())
-    assert found
-    for problem in found:
+    measured_problems = list(problems())
+    assert measured_problems
+    for problem in measured_problems:
         assert wrongly_too_large(problem).tolist() == [], problem.name
         assert wrongly_dominated(problem) == [], problem.name
         assert smaller_than_said(problem)[0] == [], problem.name

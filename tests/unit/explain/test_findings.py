@@ -1,8 +1,6 @@
-"""What a sweep's trials say, on sweeps whose step times and peaks are formulas of the layout."""
+"""What a sweep's trials say, on sweeps whose measured step times are a formula of the layout."""
 
-import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.replay import ReplayLauncher, loop_of, step_time_ms, sweep_of, table_of
+from tests.replay import step_time_ms, sweep_of, table_of
 from tests.trials import CLUSTER, completed_row, failed_row
 from tuner.analysis.figures import best_trial
 from tuner.core.layout import Layout
@@ -29,9 +27,8 @@ from tuner.predict.memory.peak import peak_gib
 from tuner.predict.time.step import step_time_ms as predicted_step_time_ms
 from tuner.rules.validity import broken_rules
 from tuner.space.table import find_row, layout_at
-from tuner.sweep.configuration import Sweep
 from tuner.trial.contract import Outcome
-from tuner.trial.finished import FinishedTrial, read_trials
+from tuner.trial.finished import FinishedTrial
 
 FULL: dict[str, Any] = {
     "recompute_granularity": "full",
@@ -42,7 +39,7 @@ RATIOS = st.lists(st.floats(0.2, 5.0), min_size=1, max_size=20)
 
 
 def trials_of(*layouts: Layout, scale: float = 1.0) -> list[FinishedTrial]:
-    """Completed trials that measure the replay's formula, times `scale`."""
+    """Completed trials that measure `scale` times the replay's formula."""
     return [
         completed_row(number, scale * step_time_ms(layout), layout=layout)
         for number, layout in enumerate(layouts)
@@ -53,29 +50,30 @@ def evidence_of(trials: list[FinishedTrial], **keys: Any) -> Evidence:
     return gather(sweep_of(**keys), trials)
 
 
-def around(found: Findings) -> dict[tuple[str, str], Neighbour]:
-    return {(one.choice, one.value): one for one in found.neighbours}
+def by_value(said: Findings) -> dict[tuple[str, str], Neighbour]:
+    """The neighbours of the best layout by choice and value."""
+    return {(neighbour.choice, neighbour.value): neighbour for neighbour in said.neighbours}
 
 
 @given(RATIOS, st.floats(0.01, 100.0))
 def test_a_factor_that_all_predictions_share_is_no_error(predicted: list[float], factor: float) -> None:
-    held = accuracy(np.array(predicted), factor * np.array(predicted))
-    assert held is not None
-    assert held.factor == pytest.approx(factor)
-    assert held.error == pytest.approx(0, abs=1e-9)
+    agreement = accuracy(np.array(predicted), factor * np.array(predicted))
+    assert agreement is not None
+    assert agreement.factor == pytest.approx(factor)
+    assert agreement.error == pytest.approx(0, abs=1e-9)
 
 
-def test_errors_are_what_remains_behind_the_factor() -> None:
-    held = accuracy(np.array([1.0, 1.0]), np.array([2.0, 8.0]))
-    assert held is not None
-    assert (held.trials, held.spearman) == (2, None)
-    assert held.factor == pytest.approx(4)
-    # 2/4 and 8/4: half and twice.
-    assert held.error == pytest.approx((0.5 + 1.0) / 2)
+def test_errors_are_what_remains_once_the_factor_is_taken_out() -> None:
+    agreement = accuracy(np.array([1.0, 1.0]), np.array([2.0, 8.0]))
+    assert agreement is not None
+    assert (agreement.trials, agreement.spearman) == (2, None)
+    assert agreement.factor == pytest.approx(4)
+    # The measurements are half and twice what predictions times the factor say.
+    assert agreement.error == pytest.approx((0.5 + 1.0) / 2)
     assert accuracy(np.array([]), np.array([])) is None
 
 
-def test_ranks_are_compared_from_five_trials_on() -> None:
+def test_the_rank_correlation_needs_five_trials() -> None:
     predicted = np.array([1.0, 2, 3, 4, 5])
     up, down = accuracy(predicted, predicted**3), accuracy(predicted, 1 / predicted)
     assert up is not None and up.spearman == pytest.approx(1)
@@ -92,19 +90,19 @@ def test_every_trial_stands_beside_the_prediction_of_its_layout() -> None:
         replace(failed_row(2), layout=Layout(pp=2, micro_batch_size=2)),
     ]
     table = table_of(sweep)
-    for one, trial in zip(predicted_trials(gather(sweep, trials)), trials, strict=True):
+    for predicted, trial in zip(predicted_trials(gather(sweep, trials)), trials, strict=True):
         row = find_row(table, trial.layout)
         assert row is not None
-        assert one.trial is trial
+        assert predicted.trial is trial
         expected_ms = predicted_step_time_ms(table.iloc[[row]], sweep.workload, sweep.cluster)[0]
-        assert one.predicted_ms == pytest.approx(expected_ms)
-        assert one.predicted_gib == pytest.approx(
+        assert predicted.predicted_ms == pytest.approx(expected_ms)
+        assert predicted.predicted_gib == pytest.approx(
             peak_gib(table.iloc[[row]], sweep.workload, sweep.cluster)[0]
         )
-        assert 0 <= one.predicted_fit <= 1
+        assert 0 <= predicted.predicted_fit <= 1
 
 
-def test_shares_find_the_knobs_that_matter_and_refuse_few_trials() -> None:
+def test_shares_find_the_knobs_that_matter_and_need_enough_trials() -> None:
     layouts = [
         Layout(tp=tp, pp=pp, micro_batch_size=m) for tp in (1, 2, 4) for pp in (1, 2) for m in (1, 2, 4)
     ]
@@ -125,8 +123,8 @@ def test_effects_are_the_measured_ratios_of_pairs_that_differ_in_one_choice() ->
     layouts = [Layout(tp=tp, micro_batch_size=m) for tp in (1, 2) for m in (1, 2)]
     table = table_of(sweep_of())
     rows = np.array([find_row(table, layout) for layout in layouts], dtype=np.intp)
-    found = choice_effects(table, rows, np.array([100.0, 80.0, 50.0, 45.0]))
-    tp, micro = found  # the strongest first
+    # The strongest effect comes first.
+    tp, micro = choice_effects(table, rows, np.array([100.0, 80.0, 50.0, 45.0]))
     assert (tp.choice, tp.before, tp.after, tp.pairs) == ("tp", "1", "2", 2)
     assert tp.change == pytest.approx((0.5 * 45 / 80) ** 0.5 - 1)
     assert (micro.choice, micro.before, micro.after, micro.pairs) == ("micro_batch_size", "1", "2", 2)
@@ -141,7 +139,7 @@ def test_layouts_that_differ_in_two_choices_make_no_effect() -> None:
 
 def test_neighbours_cost_what_was_measured_of_them() -> None:
     layouts = [Layout(tp=2, micro_batch_size=4), Layout(tp=2, micro_batch_size=2), Layout(micro_batch_size=4)]
-    near = around(findings(evidence_of(trials_of(*layouts))))
+    near = by_value(findings(evidence_of(trials_of(*layouts))))
     fastest_ms = step_time_ms(layouts[0])
     for key, layout, number in ((("micro_batch_size", "2"), layouts[1], 1), (("tp", "1"), layouts[2], 2)):
         assert near[key].known is NeighbourStatus.MEASURED
@@ -153,12 +151,12 @@ def test_neighbours_cost_what_was_measured_of_them() -> None:
 def test_untried_neighbours_cost_what_the_trials_make_of_the_prediction() -> None:
     start = Layout(tp=2, micro_batch_size=4)
     evidence = evidence_of(trials_of(start))
-    near = around(findings(evidence))
+    near = by_value(findings(evidence))
     other = near["pp", "2"]
     assert other.known is NeighbourStatus.PREDICTED
     row, best_row = (find_row(evidence.table, layout) for layout in (other.layout, start))
     assert row is not None and best_row is not None
-    # One trial teaches a common factor, which all share: what is left is the predicted ratio.
+    # One trial teaches a factor that all rows share, which leaves the predicted ratio as it is.
     predicted = evidence.predicted_ms[row] / evidence.predicted_ms[best_row] - 1
     assert other.cost == pytest.approx(predicted, abs=0.03)
     assert set(near) == {
@@ -171,17 +169,17 @@ def test_untried_neighbours_cost_what_the_trials_make_of_the_prediction() -> Non
 
 def test_the_cheapest_neighbours_come_first_and_those_that_cannot_run_last() -> None:
     trials = [*trials_of(Layout(tp=2, micro_batch_size=4)), failed_row(1)]
-    costs = [one.cost for one in findings(evidence_of(trials)).neighbours]
+    costs = [neighbour.cost for neighbour in findings(evidence_of(trials)).neighbours]
     runnable = [cost for cost in costs if cost is not None]
     assert costs == [*sorted(runnable), *[None] * (len(costs) - len(runnable))]
 
 
-def _with_oom(layout: Layout, number: int = 1) -> list[FinishedTrial]:
+def with_oom(layout: Layout, number: int = 1) -> list[FinishedTrial]:
     return [*trials_of(Layout(tp=2)), replace(failed_row(number), layout=layout)]
 
 
 def test_a_neighbour_that_ran_out_of_memory_and_what_it_rules_out_have_no_cost() -> None:
-    near = around(findings(evidence_of(_with_oom(Layout(tp=2, micro_batch_size=2)))))
+    near = by_value(findings(evidence_of(with_oom(Layout(tp=2, micro_batch_size=2)))))
     tried, above = near["micro_batch_size", "2"], near["micro_batch_size", "4"]
     assert (tried.known, tried.cost, tried.why) == (NeighbourStatus.FAILED, None, "trial 1: oom")
     assert (above.known, above.cost) == (NeighbourStatus.RULED_OUT, None)
@@ -194,26 +192,26 @@ def test_a_neighbour_that_was_given_up_costs_at_least_its_bound() -> None:
     bound_ms = 1.5 * start[0].result.metrics.step_time_ms
     ended = replace(failed_row(1, Outcome.TOO_SLOW), layout=Layout(tp=2, micro_batch_size=2))
     ended = replace(ended, result=replace(ended.result, slower_than_ms=bound_ms))
-    tried = around(findings(evidence_of([*start, ended])))["micro_batch_size", "2"]
+    tried = by_value(findings(evidence_of([*start, ended])))["micro_batch_size", "2"]
     assert tried.known is NeighbourStatus.SLOWER
     assert tried.cost == pytest.approx(0.5)
     assert tried.why == "trial 1: at least, too_slow"
 
 
 def test_a_neighbour_that_is_predicted_not_to_fit_is_too_large() -> None:
-    # Without CUDA's context and workspaces, which are larger than this model.
+    # On CPU there are no context and workspaces of CUDA, which are larger than this model.
     start, cpu = Layout(tp=2, **FULL), replace(CLUSTER, device="cpu")
     peak = predict_layout(gather(sweep_of(cpu), [], [start]), start).memory.total_gib
     small = replace(cpu, gpu=replace(cpu.gpu, memory_gib=1.2 * peak))
-    found = findings(gather(sweep_of(small), trials_of(start)))
-    large = [one for one in found.neighbours if one.known is NeighbourStatus.TOO_LARGE]
+    said = findings(gather(sweep_of(small), trials_of(start)))
+    large = [neighbour for neighbour in said.neighbours if neighbour.known is NeighbourStatus.TOO_LARGE]
     assert large
-    assert all(one.cost is None and "P(fit)" in one.why for one in large)
+    assert all(neighbour.cost is None and "P(fit)" in neighbour.why for neighbour in large)
 
 
-def test_values_that_the_rules_forbid_are_told_with_the_rules() -> None:
+def test_values_that_rules_forbid_are_listed_with_these_rules() -> None:
     sweep = sweep_of(knobs={"tp": [1, 2, 3], "pp": [1, 2], "micro_batch_size": [1, 32]})
-    near = around(findings(gather(sweep, trials_of(Layout(tp=2)))))
+    near = by_value(findings(gather(sweep, trials_of(Layout(tp=2)))))
     for key, layout in (
         (("tp", "3"), Layout(tp=3)),
         (("micro_batch_size", "32"), Layout(tp=2, micro_batch_size=32)),
@@ -225,10 +223,10 @@ def test_values_that_the_rules_forbid_are_told_with_the_rules() -> None:
 
 def test_a_best_layout_outside_the_space_has_neighbours_there_and_says_what_is_not_searched() -> None:
     sweep = sweep_of(knobs={"tp": [1, 2]}, baseline={"tp": 2, "pp": 2})
-    found = findings(gather(sweep, trials_of(Layout(tp=2, pp=2))))
-    (beside,) = (one for one in found.neighbours if one.known is NeighbourStatus.OUTSIDE)
+    said = findings(gather(sweep, trials_of(Layout(tp=2, pp=2))))
+    (beside,) = (neighbour for neighbour in said.neighbours if neighbour.known is NeighbourStatus.OUTSIDE)
     assert (beside.choice, beside.value, beside.cost) == ("tp", "1", None)
-    assert {one.choice for one in found.neighbours} == {"tp", "pp"}
+    assert {neighbour.choice for neighbour in said.neighbours} == {"tp", "pp"}
 
 
 def test_the_parts_of_a_prediction_sum_to_what_is_predicted() -> None:
@@ -250,36 +248,27 @@ def test_trials_correct_what_is_expected_of_their_own_layouts() -> None:
 
 
 def test_without_a_completed_trial_there_is_no_best_and_no_accuracy() -> None:
-    found = findings(evidence_of([failed_row(0)]))
-    assert (found.time, found.memory, found.best, found.neighbours, found.effects) == (
-        None,
-        None,
-        None,
-        (),
-        (),
-    )
-    assert len(found.predicted_trials) == 1
+    said = findings(evidence_of([failed_row(0)]))
+    assert said.time is said.memory is said.best is None
+    assert said.neighbours == said.effects == ()
+    assert len(said.predicted_trials) == 1
     assert findings(evidence_of([])).predicted_trials == ()
 
 
-def _swept(results: Path, **keys: Any) -> tuple[Sweep, list[FinishedTrial]]:
-    sweep = sweep_of(budget={"trials": 100, "min_gain": None}, **keys)
-    loop_of(results, ReplayLauncher(), sweep).run(threading.Event())
-    return sweep, read_trials(results)
-
-
-def test_on_an_exhausted_sweep_no_neighbour_of_the_best_is_faster_and_all_are_measured(results: Path) -> None:
-    sweep, trials = _swept(results)
-    found = findings(gather(sweep, trials))
+def test_on_an_exhausted_sweep_no_neighbour_of_the_best_is_faster_and_all_are_measured() -> None:
+    sweep = sweep_of()
+    table = table_of(sweep)
+    trials = trials_of(*(layout_at(table, row) for row in range(len(table))))
+    said = findings(gather(sweep, trials))
     fastest = best_trial(trials)
-    assert fastest is not None and found.best is not None
-    assert found.best.layout == fastest.layout
-    *measured, invalid = found.neighbours
-    assert {one.known for one in measured} == {NeighbourStatus.MEASURED}
-    assert all(one.cost is not None and one.cost >= 0 for one in measured)
-    # tp 1 on 8 GPUs takes 8 micro-batches of 4 at once: more than the 16 samples of a step.
+    assert fastest is not None and said.best is not None
+    assert said.best.layout == fastest.layout
+    *measured, invalid = said.neighbours
+    assert {neighbour.known for neighbour in measured} == {NeighbourStatus.MEASURED}
+    assert all(neighbour.cost is not None and neighbour.cost >= 0 for neighbour in measured)
+    # With tp 1 on 8 GPUs, 8 ranks take micro-batches of 4 at once: more than the 16 samples of a step.
     assert (invalid.choice, invalid.value, invalid.why) == ("tp", "1", "batch-by-micro-batch")
-    # The formula: recompute costs 30% whatever else is chosen.
-    (recompute,) = (one for one in found.effects if one.choice == "recompute")
+    # In the formula, recompute costs 30% whatever the other choices are.
+    (recompute,) = (effect for effect in said.effects if effect.choice == "recompute")
     assert recompute.change == pytest.approx(0.3)
-    assert set(found.importances) == {"tp", "pp", "micro_batch_size", "recompute"}
+    assert set(said.importances) == {"tp", "pp", "micro_batch_size", "recompute"}
