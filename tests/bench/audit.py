@@ -1,8 +1,9 @@
-"""What pruning would have cost where everything was measured: `python -m tests.bench.audit`.
+"""What pruning would have cost in problems of which every layout was measured.
 
-Of every recorded group and every landscape: layouts that ran and that are predicted too large to be launched; layouts
-that ran and that some layout which ran out of memory rules out, in whatever order they are tried; and pairs that both
-ran, one of which is said to need as much memory as the other and measured less.
+Run `python -m tests.bench.audit`. In every recorded group and every landscape it counts three kinds of errors: layouts
+that ran but are predicted too large to be launched; layouts that ran but that some layout which ran out of memory rules
+out, in whatever order they are tried; and pairs that both ran, of which one is said to need no less memory than the
+other but measured less.
 """
 
 import numpy as np
@@ -14,17 +15,17 @@ from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.space.table import layout_at
 
 ROUNDED = 1e-6
-"""Peaks are published in GiB with six digits."""
+"""Differences in GiB that say nothing: landscapes state peaks with six digits."""
 
 
 def wrongly_too_large(problem: MeasuredProblem) -> NDArray[np.intp]:
-    """Rows that ran, and that a sweep would never launch."""
+    """Return the rows that ran although a sweep would never launch them."""
     fits = fit_probabilities(problem.table, problem.workload, problem.cluster)
     return np.flatnonzero((fits < MIN_FIT) & problem.ran)
 
 
 def wrongly_dominated(problem: MeasuredProblem) -> list[tuple[int, int]]:
-    """Pairs of a row that ran out of memory and a row that ran, of which the first rules out the second."""
+    """Return pairs of a row that ran out of memory and a row that ran although the first rules it out."""
     return [
         (int(row), int(other))
         for row in np.flatnonzero(~problem.ran)
@@ -33,45 +34,53 @@ def wrongly_dominated(problem: MeasuredProblem) -> list[tuple[int, int]]:
 
 
 def _rightly_too_large(problem: MeasuredProblem) -> int:
+    """Return how many rows ran out of memory that a sweep would never launch."""
     fits = fit_probabilities(problem.table, problem.workload, problem.cluster)
     return int(((fits < MIN_FIT) & ~problem.ran).sum())
 
 
 def _rightly_dominated(problem: MeasuredProblem) -> int:
-    """Rows that ran out of memory, and that at least one other such row would have saved a launch."""
-    ooms = np.flatnonzero(~problem.ran)
-    saved = {
-        int(other) for row in ooms for other in np.flatnonzero(_dominated(problem, int(row))) if other != row
-    }
-    return len(saved & set(ooms.tolist()))
+    """Return how many rows ran out of memory that another such row rules out."""
+    out_of_memory = np.flatnonzero(~problem.ran)
+    ruled_out = np.zeros(len(problem.table), dtype=np.bool_)
+    for row in out_of_memory:
+        others = _dominated(problem, int(row))
+        others[row] = False
+        ruled_out |= others
+    return int(ruled_out[out_of_memory].sum())
 
 
 def smaller_than_said(problem: MeasuredProblem) -> tuple[list[tuple[int, int]], int]:
-    """Pairs of rows that ran, of which the second is said to need no less memory and measured less; and all pairs."""
+    """Return pairs of rows that ran, of which the second is said to need no less memory and measured less.
+
+    The second value is the number of all pairs of which the second is said to need no less.
+    """
     if problem.peak_gib is None:
         return [], 0
-    wrong, pairs = [], 0
+    wrong_pairs: list[tuple[int, int]] = []
+    pairs = 0
     for row in np.flatnonzero(problem.ran):
         others = np.flatnonzero(_dominated(problem, int(row)) & problem.ran)
         pairs += len(others) - 1
-        less = problem.peak_gib[others] < problem.peak_gib[row] - ROUNDED
-        wrong += [(int(row), int(other)) for other in others[less]]
-    return wrong, pairs
+        measured_less = problem.peak_gib[others] < problem.peak_gib[row] - ROUNDED
+        wrong_pairs += [(int(row), int(other)) for other in others[measured_less]]
+    return wrong_pairs, pairs
 
 
 def _dominated(problem: MeasuredProblem, row: int) -> NDArray[np.bool_]:
+    """Return the rows that are said to need at least as much memory as `row`, itself included."""
     layout = layout_at(problem.table, row)
     return needs_at_least_as_much_memory(problem.table, layout, problem.workload, problem.cluster)
 
 
 def main() -> None:
-    """Print the audit of every problem in which something is wrong, and the totals."""
+    """Print every error, and the totals over all problems."""
     totals: dict[str, int] = {}
     for problem in problems():
         large, dominated = wrongly_too_large(problem), wrongly_dominated(problem)
         smaller, pairs = smaller_than_said(problem)
-        _report(problem, large, dominated, smaller)
-        facts = {
+        _print_errors(problem, large, dominated, smaller)
+        counts = {
             "problems": 1,
             "layouts that ran": int(problem.ran.sum()),
             "layouts that ran out of memory": int((~problem.ran).sum()),
@@ -84,12 +93,12 @@ def main() -> None:
             "pairs said to need no less": pairs,
             "pairs that measured less": len(smaller),
         }
-        totals = {name: totals.get(name, 0) + count for name, count in facts.items()}
+        totals = {name: totals.get(name, 0) + count for name, count in counts.items()}
     for name, count in totals.items():
         print(f"{count:>8,}  {name}")
 
 
-def _report(
+def _print_errors(
     problem: MeasuredProblem,
     large: NDArray[np.intp],
     dominated: list[tuple[int, int]],

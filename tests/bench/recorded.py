@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -157,8 +158,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
 
 
+_model, _cluster = cache(load_model), cache(load_cluster)
+
+
 def _problem(row: Mapping[str, Any]) -> tuple[Workload, Cluster]:
-    model, cluster = load_model(MODELS[row["model"]]), load_cluster(SYSTEMS[row["system"]])
+    model, cluster = _model(MODELS[row["model"]]), _cluster(SYSTEMS[row["system"]])
     precision: Precision = row["precision"].lower()
     workload = Workload(
         model=model,

@@ -168,7 +168,7 @@ RARER: dict[str, tuple[Any, ...]] = {
 
 @cache
 def _rarer() -> tuple[Workload, Cluster, pd.DataFrame, NDArray[np.float64]]:
-    """Return a workload, its cluster, valid layouts of knobs that a grid leaves alone, and their predicted total GiB."""
+    """Return a workload, its cluster, valid layouts of knobs outside the grid, and their predicted total in GiB."""
     workload, cluster, _, _ = _case("llama3-8b on 64 GPUs")
     table = enumerate_layouts(workload, cluster, RARER).table
     table = table.sample(min(len(table), 20_000), random_state=0).reset_index(drop=True)
