@@ -13,7 +13,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.workload import Precision
 from tuner.errors import InputError
 from tuner.files import read_yaml_data, to_data
-from tuner.predict.calibration import Calibration, Collective, TimeTable
+from tuner.predict.calibration import Calibration, CalibrationPlan, Collective, TimeTable
 from tuner.sweep.configuration import load_sweep
 
 
@@ -31,29 +31,15 @@ def calibrate(
     json: AsJson = False,
 ) -> int:
     """Measure matrix products, memory and collectives on this machine once; predictions then use the figures."""
-    from launchers.machine.calibrate import cache_path, load_calibration, plan_for
-    from launchers.machine.calibrate import calibrate as measure
+    from launchers.machine.calibrate import cache_path, plan_for
     from launchers.machine.detect import check_machine
 
     cluster = _cluster(cluster_or_sweep)
     plan = plan_for(cluster)
     check_machine(cluster)
+    cached = None if force else _cached(cluster)
+    calibration = cached or _measure(plan)
     path = cache_path(plan.machine)
-    try:
-        cached = None if force else load_calibration(cluster)
-    except InputError as error:
-        stderr.print(f"measuring again: {error}", markup=False)
-        cached = None
-    if cached is None:
-        stderr.print(
-            f"measuring {plan.machine.world_size} ranks at once on {plan.machine.name}: "
-            "it takes a minute or two, in which nothing else should run here",
-            markup=False,
-        )
-        with stop_on_signals("ending the calibration; nothing is kept") as stop:
-            calibration = measure(plan, stop)
-    else:
-        calibration = cached
     if json:
         print_json({"path": str(path), "cached": cached is not None, "calibration": to_data(calibration)})
         return 0
@@ -62,6 +48,30 @@ def calibrate(
     origin = f"measured {calibration.measured_at}" + (", not again" if cached else "")
     stdout.print(f"{origin}; kept in {path}", markup=False, soft_wrap=True)
     return 0
+
+
+def _cached(cluster: Cluster) -> Calibration | None:
+    """The cached calibration of this machine; None if there is none, or it cannot be read."""
+    from launchers.machine.calibrate import load_calibration
+
+    try:
+        return load_calibration(cluster)
+    except InputError as error:
+        stderr.print(f"measuring again: {error}", markup=False)
+        return None
+
+
+def _measure(plan: CalibrationPlan) -> Calibration:
+    """Measure this machine, and cache the calibration; Ctrl-C and SIGTERM end it."""
+    from launchers.machine.calibrate import calibrate as measure
+
+    stderr.print(
+        f"measuring {plan.machine.world_size} ranks at once on {plan.machine.name}: "
+        "it takes a minute or two, in which nothing else should run here",
+        markup=False,
+    )
+    with stop_on_signals("ending the calibration; nothing is kept") as stop:
+        return measure(plan, stop)
 
 
 def _cluster(name: str) -> Cluster:

@@ -42,13 +42,13 @@ def export(
 
 
 def override(
-    folder: SweepFolder, rows: list[FinishedTrial], format: Format | None = None, number: int | None = None
+    folder: SweepFolder, trials: list[FinishedTrial], format: Format | None = None, number: int | None = None
 ) -> str:
     """Return the text of the override that selects the layout of a trial.
 
     Args:
         folder: the sweep's folder.
-        rows: the sweep's trials.
+        trials: the finished trials of the sweep.
         format: what the override is for; None takes the format of the sweep's program.
         number: the trial's number; None takes the best trial.
 
@@ -56,7 +56,7 @@ def override(
         InputError: if the trial with this number did not complete.
         NothingFeasibleError: if no trial completed.
     """
-    facts = figures(rows, number)
+    facts = figures(trials, number)
     if facts is None:
         if number is None:
             raise NothingFeasibleError(f"{folder.path}: no trial completed, so there is nothing to export")

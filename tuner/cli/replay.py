@@ -2,16 +2,14 @@
 
 import os
 import tempfile
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tuner.cli.common import AsJson, print_json, stderr, stdout
-from tuner.cli.progress import LiveProgress, PlainProgress
-from tuner.cli.signals import stop_on_signals
+from tuner.cli.common import AsJson, print_json, stdout
+from tuner.cli.single import run_single
 from tuner.errors import InputError
 from tuner.files import read_json
 from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
@@ -35,33 +33,16 @@ def replay(
     ] = None,
     json: AsJson = False,
 ) -> int:
-    """Run a trial again from its own spec, and compare the results.
-
-    Exit code 0 if outcome and speed are the same, 3 if not.
-    """
-    from launchers.local.torchrun import TorchrunLauncher
-    from launchers.machine.detect import check_machine
-
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatune-")))
-        recorded = TrialFolder(
-            Path(trial) if Path(trial).is_dir() else _fetch(trial, uri, scratch / "recorded")
-        )
+    """Run a trial again from its own spec, and compare. Exit code 0 if outcome and speed are the same, 3 if not."""
+    with tempfile.TemporaryDirectory(prefix="megatune-") as name:
+        scratch = Path(name)
+        is_folder = Path(trial).is_dir()
+        recorded = TrialFolder(Path(trial) if is_folder else _fetch(trial, uri, scratch / "recorded"))
         spec, before = read_json(TrialSpec, recorded.spec), read_json(TrialResult, recorded.result)
         target = TrialFolder(folder or scratch / "rerun")
         if target.path.absolute() == recorded.path.absolute():
             raise InputError(f"{target.path}: holds the trial itself; name another folder for its rerun")
-        # The bound for giving up came from the state of the sweep; the rerun measures every step.
-        whole_spec = replace(spec, attempt=1, give_up_above_ms=None)
-        check_machine(spec.cluster)
-        launcher = TorchrunLauncher()
-        plan = launcher.plan(whole_spec, target)
-        target.path.mkdir(parents=True, exist_ok=True)
-        observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
-        stop = stack.enter_context(stop_on_signals())
-        with observer:
-            observer.waiting_for(spec.layout)
-            after = launcher.run(plan, stop, lambda beat: observer.heartbeat(spec.number, beat))
+        after = _rerun(spec, target)
     if after.outcome is Outcome.INTERRUPTED:
         return 130
     comparison = compare(before, after)
@@ -72,6 +53,20 @@ def replay(
     else:
         _print(spec, before, after, comparison)
     return 0 if comparison.reproduced else NOT_REPRODUCED
+
+
+def _rerun(spec: TrialSpec, target: TrialFolder) -> TrialResult:
+    """Run a trial again in the folder `target`, and return its new result."""
+    from launchers.local.torchrun import TorchrunLauncher
+    from launchers.machine.detect import check_machine
+
+    # The bound for giving up came from the state of the sweep; the rerun measures every step.
+    whole_spec = replace(spec, attempt=1, give_up_above_ms=None)
+    check_machine(spec.cluster)
+    launcher = TorchrunLauncher()
+    plan = launcher.plan(whole_spec, target)
+    target.path.mkdir(parents=True, exist_ok=True)
+    return run_single(launcher, plan, number=spec.number, layout=spec.layout)
 
 
 def _fetch(run_id: str, uri: str | None, into: Path) -> Path:

@@ -15,11 +15,10 @@ from tuner.cli.common import (
     print_json,
     read_recipe,
     refuse_invalid,
-    stderr,
     stdout,
 )
-from tuner.cli.progress import LiveProgress, PlainProgress, outcome_line
-from tuner.cli.signals import stop_on_signals
+from tuner.cli.progress import outcome_line
+from tuner.cli.single import run_single
 from tuner.errors import InputError
 from tuner.files import to_data, write_json
 from tuner.sweep.configuration import load_sweep
@@ -60,17 +59,8 @@ def trial(
             stdout.print(plan.shell_command(), markup=False, soft_wrap=True)
         return 0
     check_machine(sweep.cluster)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(target.source, TrialSource(source="manual"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror or error}; name another folder with --folder"
-        ) from None
-    observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
-    with stop_on_signals() as stop, observer:
-        observer.waiting_for(layout)
-        result = launcher.run(plan, stop, lambda beat: observer.heartbeat(0, beat))
+    _create(target)
+    result = run_single(launcher, plan, number=0, layout=layout)
     if json:
         print_json(to_data(result))
     else:
@@ -85,3 +75,18 @@ def trial(
         stdout.print(outcome_line(finished, 0), markup=False, soft_wrap=True)
         stdout.print(f"files: {shlex.quote(str(path))}", markup=False, soft_wrap=True)
     return EXIT_CODES.get(result.outcome, 3)
+
+
+def _create(folder: TrialFolder) -> None:
+    """Make the trial's folder, and note in it that no sweep chose the layout.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(folder.source, TrialSource(source="manual"))
+    except OSError as error:
+        raise InputError(
+            f"{folder.path}: cannot be written: {error.strerror or error}; name another folder with --folder"
+        ) from None
