@@ -27,7 +27,7 @@ from tuner.cli.app import run as megatune
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.sweep.folder import SweepFolder
-from tuner.tracking.connection import open_runs
+from tuner.tracking.connection import MLFLOW_ENVIRONMENT, connect, open_runs
 from tuner.tracking.logs import LOG_TAIL_BYTES, LOG_TOTAL_BYTES, log_tails
 from tuner.tracking.names import BEST_METRICS, PARAMETERS, RECORD, RUN_TAGS, SWEEP_TAGS, TRIAL_TAGS
 from tuner.tracking.runs import MlflowRuns
@@ -415,6 +415,17 @@ def test_the_variable_names_the_server_unless_the_sweep_or_the_command_does(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
     assert megatune(["sync", str(results)]) == 2
     assert megatune(["sync", str(results), "--uri", database]) == 0
+
+
+def test_mlflow_reports_nothing_and_gives_up_soon_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in MLFLOW_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    connect(f"http://127.0.0.1:{_free_port()}")
+    settings = {name: os.environ[name] for name in MLFLOW_ENVIRONMENT}
+    assert settings == {**MLFLOW_ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
 
 
 @pytest.mark.parametrize("uri", ["{folder}/mlruns", "file:{folder}/mlruns", "nonsense://me:secret@host"])

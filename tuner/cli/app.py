@@ -40,26 +40,6 @@ _CommandLineError: Any = typer.BadParameter.__mro__[2]
 PROGRAM = "megatune"
 """The program's name in help and in the completion script, also where it runs as `python -m tuner`."""
 
-app = typer.Typer(help=DESCRIPTION, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (
-    init,
-    lint,
-    plan,
-    explain,
-    sweep,
-    trial,
-    replay,
-    show,
-    export,
-    ui,
-    sync,
-    doctor,
-    calibrate,
-    probe,
-):
-    name = command.__name__.rsplit(".", 1)[-1]
-    app.command(name)(getattr(command, name))
-
 
 def _print_version(is_wanted: bool) -> None:
     """Print `megatune 0.1.0` and end the command line, if `--version` is given."""
@@ -74,8 +54,7 @@ def _print_version(is_wanted: bool) -> None:
     raise typer.Exit
 
 
-@app.callback()
-def options(
+def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
@@ -83,6 +62,35 @@ def options(
     ] = False,
 ) -> None:
     """Options of every command."""
+
+
+def _application() -> typer.Typer:
+    """Build the application with its commands, in the order in which `--help` lists them."""
+    application = typer.Typer(help=DESCRIPTION, no_args_is_help=True, pretty_exceptions_enable=False)
+    application.callback()(_options)
+    modules = (
+        init,
+        lint,
+        plan,
+        explain,
+        sweep,
+        trial,
+        replay,
+        show,
+        export,
+        ui,
+        sync,
+        doctor,
+        calibrate,
+        probe,
+    )
+    for module in modules:
+        name = module.__name__.rsplit(".", 1)[-1]
+        application.command(name)(getattr(module, name))
+    return application
+
+
+app = _application()
 
 
 def main() -> None:
