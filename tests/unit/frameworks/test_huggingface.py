@@ -21,7 +21,7 @@ DENSE: dict[str, Any] = {
     "vocab_size": 1000,
 }
 
-# The config.json of models whose files no package carries, as on their pages on Hugging Face.
+# The config.json of models whose files are in no package, from their pages on Hugging Face.
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
     "attention_bias": False,
@@ -232,7 +232,7 @@ GEMMA_1: dict[str, Any] = {
     "vocab_size": 256000,
 }
 
-# How many parameters the class in transformers 5.12.1 has, built of such a file without its memory.
+# Parameters of the class in transformers 5.12.1, built from the file on the meta device (measured).
 COUNTED = [
     (GEMMA_1, 8_537_680_896),
     (GEMMA_2, 9_241_705_984),
@@ -266,13 +266,11 @@ def test_a_config_reads_as_the_built_in_model(config: dict[str, Any], name: str)
 
 
 @pytest.mark.parametrize(("config", "parameters"), COUNTED, ids=lambda value: str(value)[18:40])
-def test_a_config_has_the_parameters_of_its_class_to_the_last_one(
-    config: dict[str, Any], parameters: int
-) -> None:
+def test_a_config_has_exactly_the_parameters_of_its_class(config: dict[str, Any], parameters: int) -> None:
     assert total_parameters(model_from_config(config, "config.json")) == parameters
 
 
-def test_gemma_3_slides_in_five_layers_of_six_and_has_its_classs_defaults() -> None:
+def test_gemma_3_slides_in_five_of_six_layers_and_has_the_defaults_of_its_class() -> None:
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     model = model_from_config({**GEMMA_3, "text_config": text}, "gemma-3-4b/config.json")
     assert (model.window_size, model.window_attn_skip_freq) == ((1023, 0), 6)
@@ -283,7 +281,7 @@ def test_gemma_3_slides_in_five_layers_of_six_and_has_its_classs_defaults() -> N
     assert total_parameters(model) == 3_880_263_168  # as COUNTED
 
 
-def test_gemma_states_the_base_and_kind_of_its_layers_where_newer_files_keep_them() -> None:
+def test_newer_files_of_gemma_state_base_and_kind_per_kind_of_layer() -> None:
     bases = {"full_attention": {"rope_theta": 500000.0}, "sliding_attention": {"rope_theta": 10000.0}}
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     text = {**GEMMA_3["text_config"], "num_hidden_layers": 6, "rope_parameters": bases, "layer_types": kinds}
@@ -291,7 +289,7 @@ def test_gemma_states_the_base_and_kind_of_its_layers_where_newer_files_keep_the
     assert (model.rotary_base, model.window_attn_skip_freq) == (500000, 3)
 
 
-def test_gemma_without_a_bound_on_its_scores_has_none() -> None:
+def test_gemma_without_a_bound_on_its_scores_reads_as_unbounded() -> None:
     model = model_from_config({**GEMMA_2, "attn_logit_softcapping": None}, "config.json")
     assert (model.attn_logit_softcapping, model.final_logit_softcapping) == (None, 30.0)
 
@@ -314,7 +312,7 @@ def test_glm_4_has_a_norm_behind_each_part_of_a_layer() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
-def test_what_no_field_can_state_is_refused_with_the_reason_and_what_is_known(family: str) -> None:
+def test_an_architecture_that_no_field_can_state_is_refused_with_the_reason(family: str) -> None:
     with pytest.raises(InputError) as error:
         model_from_config({**DENSE, "architectures": [family]}, "config.json")
     message = str(error.value)
@@ -335,7 +333,7 @@ def test_heads_default_to_the_hidden_size_and_to_no_grouping() -> None:
     assert model_from_config({**DENSE, "head_dim": 32}, "config.json").kv_channels == 32
 
 
-def test_the_rotary_base_is_found_where_newer_files_keep_it() -> None:
+def test_the_rotary_base_of_newer_files_is_read() -> None:
     newer = {**DENSE, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
     assert model_from_config(newer, "config.json").rotary_base == 500000
 
@@ -356,7 +354,7 @@ def test_mistrals_window_counts_the_token_itself() -> None:
     assert model_from_config(mistral, "config.json").window_size == (4095, 0)
 
 
-def test_qwen3_moe_keeps_the_layers_dense_that_it_names() -> None:
+def test_the_layers_that_qwen3_moe_names_stay_dense() -> None:
     qwen = {
         **DENSE,
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -370,7 +368,7 @@ def test_qwen3_moe_keeps_the_layers_dense_that_it_names() -> None:
     assert model_from_config(qwen, "config.json").moe_layer_freq == (0, 0, 0, 1)
 
 
-def test_an_unknown_architecture_is_refused_with_the_known_ones_and_the_way_by_hand() -> None:
+def test_an_unknown_architecture_is_refused_with_the_known_ones_and_a_remedy() -> None:
     with pytest.raises(InputError) as error:
         model_from_config({**DENSE, "architectures": ["MambaForCausalLM"]}, "mamba/config.json")
     message = str(error.value)
@@ -401,7 +399,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones_and_the_way_by_h
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "missing key 'text_config'"),
     ],
 )
-def test_what_cannot_be_stated_is_refused_with_its_key(changes: dict[str, Any], message: str) -> None:
+def test_a_value_that_cannot_be_stated_is_refused_with_its_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         model_from_config({**DENSE, **changes}, "config.json")
 

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.frameworks.test_megatron_lm import GPT
+from tests.unit.frameworks.test_megatron_lm_command import GPT
 from tests.unit.layouts import cluster
 from tuner.core.layout import Layout
 from tuner.errors import InputError

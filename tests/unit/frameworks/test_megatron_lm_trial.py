@@ -1,4 +1,4 @@
-"""A user's own Megatron-LM command as a trial runs it."""
+"""A user's own Megatron-LM command as a trial runs it, and as a sweep and an export state it."""
 
 import shlex
 from dataclasses import replace
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trials import completed_row, spec_of
-from tests.unit.frameworks.test_megatron_lm import GPT
+from tests.unit.frameworks.mixture_table import TABLE, WORKLOAD
+from tests.unit.frameworks.test_megatron_lm_command import GPT
 from tests.unit.frameworks.test_megatron_lm_script import SCRIPT
-from tests.unit.layouts import cluster, mixture, workload
+from tests.unit.layouts import cluster
 from tuner.analysis.figures import figures
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
@@ -21,8 +22,6 @@ from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import trial_words, with_layout
 from tuner.report.export import Format, export
-from tuner.space.domain import default_domain
-from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import layout_at
 from tuner.sweep.configuration import Sweep, load_sweep
 from tuner.trial.program import MegatronLm
@@ -49,7 +48,7 @@ def _arguments(words: tuple[str, ...]) -> dict[str, list[str]]:
     return arguments
 
 
-def test_every_spelling_of_a_knob_gives_way_to_the_layout() -> None:
+def test_every_spelling_of_a_knob_is_replaced_by_the_layout() -> None:
     words = trial_words((*COMMAND, *OWN), Layout(tp=2), PLAIN, steps=23)
     arguments = _arguments(words)
     assert words[0] == COMMAND[0]
@@ -100,7 +99,7 @@ def test_a_schedule_in_samples_becomes_one_in_steps() -> None:
         ),
     ],
 )
-def test_the_format_of_checkpoints_is_the_users_unless_fsdp_has_a_say(
+def test_the_format_of_checkpoints_is_the_users_unless_megatron_fsdp_decides_it(
     own: str, layout: Layout, stated: list[str] | None
 ) -> None:
     words = with_layout((*COMMAND, "--ckpt-format", own, "--save", "/ckpt"), layout, PLAIN)
@@ -124,17 +123,13 @@ def test_the_export_is_the_users_own_command_with_the_layout() -> None:
     assert (arguments["--train-iters"], arguments["--load"]) == (["500000"], ["/ckpt"])
 
 
-def test_what_is_no_number_is_refused() -> None:
+def test_a_schedule_that_is_no_whole_number_is_refused() -> None:
     with pytest.raises(InputError, match="--train-iters many: must be one whole number"):
         trial_words((*COMMAND, "--train-iters", "many"), Layout(), PLAIN, steps=23)
 
 
-WORKLOAD, CLUSTER = workload(mixture()), cluster(16)
-TABLE = enumerate_layouts(WORKLOAD, CLUSTER, default_domain(WORKLOAD, CLUSTER)).table
-
-
 @given(row=st.integers(0, len(TABLE) - 1), other=st.integers(0, len(TABLE) - 1))
-def test_whatever_layout_the_command_had_it_gets_the_trials(row: int, other: int) -> None:
+def test_a_command_with_any_layout_gets_the_layout_of_the_trial(row: int, other: int) -> None:
     layout = layout_at(TABLE, row)
     model = (*COMMAND, "--num-experts", "8")
     before = trial_words(model, layout_at(TABLE, other), WORKLOAD, steps=23)
@@ -154,8 +149,8 @@ def _sweep(folder: Path, program: list[str], **other: Any) -> Sweep:
 
 def test_a_sweep_needs_no_more_than_the_users_script(tmp_path: Path) -> None:
     (tmp_path / "pretrain_gpt.py").touch()
-    told = SCRIPT.replace("--bf16", "--bf16 --vocab-size 50257 --max-position-embeddings 1024")
-    (tmp_path / "train.sh").write_text(told, encoding="utf-8")
+    script = SCRIPT.replace("--bf16", "--bf16 --vocab-size 50257 --max-position-embeddings 1024")
+    (tmp_path / "train.sh").write_text(script, encoding="utf-8")
     sweep = _sweep(tmp_path, ["train.sh"])
     assert isinstance(sweep.program, MegatronLm)
     assert sweep.program.megatron_lm[0] == str(tmp_path / "pretrain_gpt.py")
@@ -164,7 +159,7 @@ def test_a_sweep_needs_no_more_than_the_users_script(tmp_path: Path) -> None:
     assert 2 in sweep.domain["tp"]
 
 
-def test_what_only_a_run_would_tell_is_stated(tmp_path: Path) -> None:
+def test_a_workload_may_be_stated_if_only_a_run_could_tell_it(tmp_path: Path) -> None:
     (tmp_path / "train.sh").write_text(SCRIPT, encoding="utf-8")
     with pytest.raises(InputError, match="the vocabulary is not told"):
         _sweep(tmp_path, ["train.sh"])
@@ -173,6 +168,6 @@ def test_what_only_a_run_would_tell_is_stated(tmp_path: Path) -> None:
     assert sweep.workload.model.name == "llama3-8b"
 
 
-def test_a_script_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_script_is_refused_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"sweep.yaml: key 'program.megatron_lm': .*train.sh cannot be read"):
         _sweep(tmp_path, ["train.sh"])

@@ -1,4 +1,4 @@
-"""What lint says of a layout before it runs."""
+"""Lint judges a layout before it runs."""
 
 import json
 from dataclasses import replace
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces.loader import load_cluster, load_model
-from tests.unit.frameworks.test_megatron_lm import SCRIPT
-from tests.unit.frameworks.test_recipe import DENSE, as_saved
+from tests.unit.frameworks.recipes import DENSE, as_saved
+from tests.unit.frameworks.test_megatron_lm_command import SCRIPT
 from tuner.cli.app import run
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
@@ -32,7 +32,7 @@ def test_a_layout_that_megatron_takes_and_that_fits_starts() -> None:
     assert verdict.worst is not None and 0 < verdict.worst.total_gib < H100.gpu.memory_gib
 
 
-def test_a_refused_layout_is_given_the_equation_and_valid_ones_near_it() -> None:
+def test_a_refused_layout_gets_the_broken_equation_and_valid_layouts_near_it() -> None:
     verdict = judge(replace(GOOD, pp=3, vpp=1, overlap_p2p_comm=False), LLAMA_70B, H100)
     assert not verdict.starts
     assert any("32" in item.message and "must be 0" in item.message for item in verdict.refused)
@@ -48,7 +48,7 @@ def test_a_layout_that_is_too_large_is_not_refused_but_does_not_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "workload", "said"),
+    ("layout", "workload", "text"),
     [
         (replace(GOOD, vpp=1, overlap_p2p_comm=False), LLAMA_70B, "20 a stage can be split"),
         (replace(GOOD, sp=False), LLAMA_70B, "without sequence parallelism"),
@@ -57,13 +57,15 @@ def test_a_layout_that_is_too_large_is_not_refused_but_does_not_start() -> None:
         (Layout(ep=32), MOE, "= 1: the experts' optimizer state is not sharded"),
     ],
 )
-def test_what_starts_and_is_slow_is_a_warning(layout: Layout, workload: Workload, said: str) -> None:
+def test_a_choice_that_starts_and_is_slow_gives_a_warning(
+    layout: Layout, workload: Workload, text: str
+) -> None:
     verdict = judge(layout, workload, H100)
     assert not verdict.refused
-    assert any(said in warning for warning in verdict.warnings)
+    assert any(text in warning for warning in verdict.warnings)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     layout=st.builds(
         Layout,
@@ -74,12 +76,12 @@ def test_what_starts_and_is_slow_is_a_warning(layout: Layout, workload: Workload
         micro_batch_size=st.integers(1, 5),
     )
 )
-def test_the_nearest_layouts_are_valid_whatever_they_are_near_to(layout: Layout) -> None:
+def test_the_nearest_layouts_of_any_layout_are_valid(layout: Layout) -> None:
     for near in nearest_layouts(layout, LLAMA_70B, H100):
         assert broken_rules(near.layout, LLAMA_70B, H100) == ()
 
 
-def test_the_command_judges_a_script_and_exits_with_2_where_it_would_not_start(
+def test_the_command_judges_a_script_and_exits_with_2_if_it_would_not_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = tmp_path / "good.sh", tmp_path / "bad.sh"
@@ -88,8 +90,8 @@ def test_the_command_judges_a_script_and_exits_with_2_where_it_would_not_start(
     assert run(["lint", str(good)]) == 0
     assert "starts" in capsys.readouterr().out
     assert run(["lint", str(good), str(bad)]) == 2
-    told = capsys.readouterr().out
-    assert "refused" in told and "tp" in told and "near:" in told
+    output = capsys.readouterr().out
+    assert "refused" in output and "tp" in output and "near:" in output
 
 
 def test_the_command_judges_the_config_that_bridge_saved(
@@ -98,8 +100,8 @@ def test_the_command_judges_the_config_that_bridge_saved(
     file = tmp_path / "run_config.yaml"
     file.write_text(yaml.safe_dump(as_saved(DENSE)), encoding="utf-8")
     assert run(["lint", str(file), "--gpus", "8", "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["gpus"], found["gpu"]) == ("starts", 8, "NVIDIA H100 80GB HBM3")
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert (finding["state"], finding["gpus"], finding["gpu"]) == ("starts", 8, "NVIDIA H100 80GB HBM3")
     file.write_text(yaml.safe_dump(as_saved({**DENSE, "model.num_layers": 31})), encoding="utf-8")
     assert run(["lint", str(file), "--gpus", "8"]) == 2
     assert "num_layers (31) % (pp = 2) = 1, must be 0" in capsys.readouterr().out

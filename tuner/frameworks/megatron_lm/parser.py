@@ -7,6 +7,7 @@ Names and types are those of Megatron-LM, megatron/training/arguments.py. An arg
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any, Final
 
 from tuner.core.layout import Layout
@@ -97,6 +98,7 @@ class _RaisingParser(ArgumentParser):
         raise ArgumentError(None, message)
 
 
+@cache
 def argument_parser() -> ArgumentParser:
     """Return a parser; its namespace has the names of Megatron-LM's arguments, but for a knob the name of the knob.
 

@@ -1,10 +1,12 @@
-"""Every form of the override says what was measured, and leads back to the measured layout."""
+"""Every format of the override says what was measured, and reads back as the measured layout."""
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from dataclasses import fields, replace
+from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -45,7 +47,7 @@ def _values(default: object, name: str) -> st.SearchStrategy[Any]:
 
 
 def _plain(layout: Layout) -> Layout:
-    """The one of the layouts that run alike: what an idle knob holds is not exported."""
+    """The layout with the default in every knob that has no effect in it, since such a knob is not exported."""
     idle: dict[str, Any] = {}
     if layout.pipeline_model_parallel_layout != "none":
         idle["vpp"] = 1
@@ -70,35 +72,39 @@ LAYOUTS = st.builds(Layout, **{knob.name: _values(knob.default, knob.name) for k
 MOE = replace(MODEL, num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_topk=2)
 
 
-def _figures(layout: Layout) -> Figures:
-    rows = [
+def _measured() -> Figures:
+    """What a trial measured that is faster than the baseline; its own layout does not matter here."""
+    trials = [
         completed_row(0, 100.0, layout=Layout(micro_batch_size=99), source="baseline"),
-        completed_row(1, 80.0, layout=layout),
+        completed_row(1, 80.0, layout=Layout(tp=2)),
     ]
-    facts = figures(rows)
+    facts = figures(trials)
     assert facts is not None
     return facts
 
 
+FIGURES = _measured()
+
+
 def _export(form: Format, layout: Layout, recipe: Layout | None = None) -> str:
     spec = replace(spec_of(1, layout), workload=replace(WORKLOAD, model=MOE))
-    return export(form, spec, _figures(layout), "megatune trial results/night 1", recipe_layout=recipe)
+    return export(form, spec, FIGURES, "megatune trial results/night 1", recipe_layout=recipe)
 
 
 @pytest.mark.parametrize("form", [form for form in Format if form is not Format.JSON])
 def test_a_dense_model_without_a_recipe_gets_no_knob_of_experts(form: Format) -> None:
-    text = export(form, spec_of(1, Layout(tp=2)), _figures(Layout(tp=2)), "megatune trial results/night 1")
+    text = export(form, spec_of(1, Layout(tp=2)), FIGURES, "megatune trial results/night 1")
     assert "tensor" in text and "expert" not in text
 
 
 def _layout_of(bridge: dict[str, Any], variables: dict[str, str]) -> Layout:
-    """Read Bridge's fields back, by the metadata; comm_overlap of None overlaps nothing."""
+    """The layout that fields of Bridge and environment variables select; a comm_overlap of None overlaps nothing."""
     values: dict[str, Any] = {}
     for knob in fields(Layout):
         value = bridge.get(knob.metadata["megatron"])
         if isinstance(value, list):
             value = "+".join(value) or None
-        # Megatron's None is the default of every knob that may be one.
+        # Every knob that may be None in Megatron has the default that stands for it.
         values[knob.name] = knob.default if value is None else value
     if values["cuda_graph_impl"] == "full_iteration":
         values |= {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
@@ -114,7 +120,7 @@ def _variables_of(variables: dict[str, str]) -> dict[str, Any]:
 
 
 def _stated(layout: Layout) -> Layout:
-    """With the hardware queues that it derives."""
+    """The layout with the number of hardware queues that it derives."""
     queues = cuda_environment(layout, CLUSTER)["CUDA_DEVICE_MAX_CONNECTIONS"]
     return replace(layout, cuda_device_max_connections=int(queues))
 
@@ -137,18 +143,28 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _words(text: str) -> list[str]:
-    """The words that a shell makes of it; shlex knows no continued lines."""
+    """The words that a shell makes of the text; shlex does not know continued lines."""
     return shlex.split(text.replace(" \\\n", " "), comments=True)
 
 
 def _overrides(text: str) -> dict[str, Any]:
-    """Parse bridge-cli as a shell and then YAML do, which for these values is what Hydra's grammar does."""
+    """Values by path of a bridge-cli text; a shell and YAML read these values as Hydra's grammar does."""
     parsed = {}
     for argument in _words(text):
         assert argument.startswith("++")
         path, _, value = argument.removeprefix("++").partition("=")
-        parsed[path] = yaml.safe_load(value)
+        parsed[path] = _yaml_value(value)
     return parsed
+
+
+@cache
+def _yaml_value(text: str) -> Any:
+    return yaml.safe_load(text)
+
+
+def _yaml_data(text: str) -> Any:
+    """The data of a YAML text, by the faster of PyYAML's two safe loaders if it is installed."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 @settings(deadline=None)
@@ -162,7 +178,7 @@ def test_bridge_cli_parses_back_to_the_layout(layout: Layout) -> None:
 @given(LAYOUTS)
 def test_bridge_yaml_parses_back_to_the_layout(layout: Layout) -> None:
     text = _export(Format.BRIDGE_YAML, layout)
-    assert _layout_of(_flat(yaml.safe_load(text)), _exported_variables(text)) == _stated(layout)
+    assert _layout_of(_flat(_yaml_data(text)), _exported_variables(text)) == _stated(layout)
 
 
 @settings(deadline=None)
@@ -194,12 +210,12 @@ IDLE = {
 
 
 @pytest.mark.parametrize(("path", "knobs"), IDLE.values(), ids=IDLE)
-def test_what_lay_idle_in_the_recipe_is_stated_where_it_counts(path: str, knobs: dict[str, Any]) -> None:
-    # A recipe may hold any value there, which its own layout does not tell.
+def test_a_field_is_stated_once_it_has_an_effect(path: str, knobs: dict[str, Any]) -> None:
+    # The recipe may hold any value in a field without effect; its layout does not tell it.
     assert path in _overrides(_export(Format.BRIDGE_CLI, replace(Layout(), **knobs), Layout()))
 
 
-def test_leaving_megatron_fsdp_takes_back_what_it_wanted() -> None:
+def test_an_override_without_megatron_fsdp_takes_its_companions_back() -> None:
     sharded = Layout(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim_grads_params")
     there = _overrides(_export(Format.BRIDGE_CLI, sharded, Layout()))
     back = _overrides(_export(Format.BRIDGE_CLI, Layout(), sharded))
@@ -211,7 +227,7 @@ def test_leaving_megatron_fsdp_takes_back_what_it_wanted() -> None:
     assert {path: (there[path], back[path]) for path in wanted} == wanted
 
 
-def test_a_graph_of_the_whole_step_is_an_implementation_of_its_own() -> None:
+def test_a_graph_of_the_whole_step_is_written_as_an_implementation() -> None:
     layout = Layout(cuda_graph_impl="local", cuda_graph_scope="full_iteration")
     changes = _overrides(_export(Format.BRIDGE_CLI, layout))
     assert (changes["model.cuda_graph_impl"], changes["model.cuda_graph_modules"]) == ("full_iteration", [])
@@ -221,7 +237,7 @@ def test_a_graph_of_the_whole_step_is_an_implementation_of_its_own() -> None:
     assert arguments["--cuda-graph-impl"] == ["full_iteration"] and "--cuda-graph-modules" not in arguments
 
 
-def test_a_layout_of_the_pipeline_is_quoted_for_hydra() -> None:
+def test_a_placement_of_layers_is_quoted_for_hydra() -> None:
     text = _export(Format.BRIDGE_CLI, Layout(pp=4, pipeline_model_parallel_layout="Et|t*2|(t|)tmL"))
     assert '++model.pipeline_model_parallel_layout="Et|t*2|(t|)tmL"' in _words(text)
 
@@ -235,7 +251,7 @@ def test_a_recipe_that_has_the_layout_needs_only_the_global_batch(layout: Layout
 
 
 def _megatron_lm_parser() -> argparse.ArgumentParser:
-    """Megatron-LM's declarations (megatron/training/arguments.py): types, and flags that stand alone."""
+    """A parser with Megatron-LM's declarations (megatron/training/arguments.py): types, and flags that stand alone."""
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     for knob in fields(Layout):
         flag, name = knob.metadata["flag"], knob.name
@@ -261,13 +277,13 @@ def _megatron_lm_parser() -> argparse.ArgumentParser:
 
 
 def _knobs_of(parsed: dict[str, Any]) -> dict[str, Any]:
-    """By knob what was parsed, what is not stated being its default."""
-    known = {knob.name: knob.default for knob in fields(Layout)}
-    values = {name: value for name, value in parsed.items() if name in known}
+    """The parsed value of each knob, and the default of a knob that is not stated."""
+    defaults = {knob.name: knob.default for knob in fields(Layout)}
+    values = {name: value for name, value in parsed.items() if name in defaults}
     values = {name: "+".join(value) if isinstance(value, list) else value for name, value in values.items()}
     if values["cuda_graph_impl"] == "full_iteration":
         values |= {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
-    return {name: known[name] if value is None else value for name, value in values.items()}
+    return {name: defaults[name] if value is None else value for name, value in values.items()}
 
 
 @settings(deadline=None)
@@ -276,7 +292,7 @@ def test_megatron_lm_arguments_parse_to_the_layout(layout: Layout) -> None:
     arguments = _words(_export(Format.MEGATRON_LM, layout))
     parsed = vars(_megatron_lm_parser().parse_args(arguments))
     assert parsed.pop("global_batch_size") == 16
-    # Megatron-LM overlaps p2p by default, and takes that back itself without interleaving.
+    # Megatron-LM overlaps p2p messages by default, and stops it by itself without interleaving.
     overlap_p2p_comm = parsed.pop("overlap_p2p_comm")
     if layout.vpp > 1:
         assert overlap_p2p_comm is layout.overlap_p2p_comm
@@ -312,7 +328,7 @@ def test_megatron_lm_names_the_arguments_to_remove(layout: Layout, recipe: Layou
 
 
 class _CommOverlapConfig(SimpleNamespace):
-    """Stands in for Bridge's class."""
+    """Stands in for Bridge's class of that name."""
 
 
 def _run_python(text: str, config: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -359,8 +375,6 @@ def test_bridge_python_sets_exactly_the_fields(
 
 
 def test_bridge_python_sets_the_environment_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "before")
     _run_python(_export(Format.BRIDGE_PYTHON, OVERLAPPING), _recipe_config(None), monkeypatch)
     wanted = cuda_environment(OVERLAPPING, CLUSTER, complete=True)
@@ -371,24 +385,24 @@ def test_bridge_python_sets_the_environment_of_cuda(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("form", list(Format))
 def test_a_cpu_cluster_sets_no_variable_of_cuda(form: Format) -> None:
     spec = spec_of(1, OVERLAPPING, cluster=replace(CLUSTER, device="cpu"))
-    assert "CUDA" not in export(form, spec, _figures(OVERLAPPING), "again")
+    assert "CUDA" not in export(form, spec, FIGURES, "again")
     assert "CUDA_DEVICE_MAX_CONNECTIONS" in _export(form, OVERLAPPING)
 
 
-def test_a_layout_that_overlaps_nothing_takes_the_recipes_overlaps_away() -> None:
-    # CommOverlapConfig turns the gradient overlap on wherever dp > 1, against what ddp says.
+def test_a_layout_without_overlaps_removes_the_recipes_overlaps() -> None:
+    # A CommOverlapConfig turns the gradient overlap on if dp > 1, even if `ddp` turns it off.
     assert _overrides(_export(Format.BRIDGE_CLI, Layout(tp=4)))["comm_overlap"] is None
 
 
-def test_overlaps_are_restated_where_the_stages_change() -> None:
-    # A recipe's CommOverlapConfig turns p2p overlap on by itself as soon as vpp > 1.
+def test_overlaps_are_stated_anew_if_the_stages_change() -> None:
+    # A recipe's CommOverlapConfig turns the p2p overlap on by itself if vpp > 1.
     changes = _overrides(_export(Format.BRIDGE_CLI, Layout(pp=2, vpp=2), Layout(pp=2)))
     assert changes["comm_overlap"] is None
     assert changes["model.pipeline_model_parallel_layout"] is None
 
 
-def test_overlaps_of_data_are_restated_with_bridges_own() -> None:
-    # Without data parallelism Bridge leaves them out whatever the recipe's ddp says; with it, that would count.
+def test_overlaps_of_data_parallelism_are_stated_with_bridges_own() -> None:
+    # Without data parallelism Bridge ignores the overlaps in the recipe's `ddp`; with it they would count.
     base, layout = Layout(tp=8), Layout(tp=2)
     changes = _overrides(_export(Format.BRIDGE_CLI, layout, base))
     for path in ("ddp.overlap_grad_reduce", "ddp.overlap_param_gather", "optimizer.overlap_param_gather"):
@@ -396,23 +410,23 @@ def test_overlaps_of_data_are_restated_with_bridges_own() -> None:
 
 
 @pytest.mark.parametrize("recipe", [Layout(pp=4), Layout(pp=4, micro_batch_size=2)])
-def test_a_recipes_table_of_layers_goes_unless_the_layout_is_its_own(recipe: Layout) -> None:
+def test_a_recipes_placement_of_layers_is_removed_unless_the_layout_is_its_own(recipe: Layout) -> None:
     changes = _overrides(_export(Format.BRIDGE_CLI, Layout(pp=4), recipe))
     stated = "model.pipeline_model_parallel_layout" in changes
     assert stated is (recipe != Layout(pp=4))
 
 
 @pytest.mark.parametrize("form", [Format.BRIDGE_CLI, Format.BRIDGE_YAML, Format.MEGATRON_LM])
-def test_the_environment_is_a_block_of_its_own(form: Format) -> None:
+def test_the_environment_is_a_block_of_consecutive_lines(form: Format) -> None:
     layout = Layout(ep=4, moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
     lines = _export(form, layout).splitlines()
-    first = next(n for n, line in enumerate(lines) if "environment" in line)
+    first = next(number for number, line in enumerate(lines) if "environment" in line)
     wanted = cuda_environment(layout, CLUSTER, complete=form is not Format.MEGATRON_LM)
     block = [f"#     export {name}={value}" for name, value in wanted.items()]
     assert lines[first + 1 : first + 1 + len(block)] == block
 
 
-def test_overlaps_name_their_class_for_recipes_without() -> None:
+def test_overlaps_name_the_class_that_a_recipe_without_them_needs() -> None:
     data = yaml.safe_load(_export(Format.BRIDGE_YAML, OVERLAPPING))
     assert data["comm_overlap"]["_target_"] == "megatron.bridge.training.comm_overlap.CommOverlapConfig"
     assert data["comm_overlap"]["overlap_grad_reduce"] is True
@@ -453,7 +467,7 @@ def test_json_carries_the_evidence_as_fields() -> None:
 def test_a_line_break_in_a_name_stays_inside_its_comment(
     form: Format, separator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = replace(_figures(Layout()), device_name=f"GPU{separator}import nothing_like_this")
+    facts = replace(FIGURES, device_name=f"GPU{separator}import nothing_like_this")
     text = export(form, spec_of(1, Layout()), facts, f"run{separator}--evil")
     assert all("nothing_like_this" not in line or line.startswith("# ") for line in text.splitlines())
     if form is Format.BRIDGE_YAML:
@@ -466,7 +480,7 @@ def test_a_line_break_in_a_name_stays_inside_its_comment(
         assert "--evil" not in _words(text)
 
 
-def test_a_tie_is_called_one() -> None:
+def test_a_tie_is_called_a_tie() -> None:
     rows = [
         completed_row(0, 80.5, layout=Layout(micro_batch_size=2), source="baseline"),
         completed_row(1, 80.0, layout=Layout(tp=2)),
@@ -477,7 +491,7 @@ def test_a_tie_is_called_one() -> None:
     assert "within noise" in facts.gain_sentence()
 
 
-def test_nothing_to_compare_with_is_said() -> None:
+def test_the_lack_of_other_layouts_is_said() -> None:
     facts = figures([completed_row(1, 80.0)])
     assert facts is not None
     assert "no other layout completed" in facts.certainty_sentence()

@@ -1,4 +1,4 @@
-"""Megatron-LM command lines as they are read."""
+"""The workload and the layout that a Megatron-LM command line states."""
 
 import shlex
 from dataclasses import replace
@@ -7,14 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.layouts import cluster, mixture, workload
+from tests.unit.frameworks.mixture_table import CLUSTER, TABLE
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.command import read_command
-from tuner.space.domain import default_domain
-from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import layout_at
 
 GPT = (
@@ -43,7 +41,7 @@ torchrun --nproc_per_node $GPUS_PER_NODE --nnodes $NODES pretrain_gpt.py ${MODEL
 """
 
 
-def test_a_plain_command_has_megatron_lms_own_defaults() -> None:
+def test_what_a_command_leaves_open_has_megatron_lms_defaults() -> None:
     model = read_command(GPT, "gpt.sh", world_size=8).workload.model
     assert (model.ffn_hidden_size, model.kv_channels, model.num_query_groups) == (4096, 64, 16)
     assert (model.activation_func, model.gated_linear_unit) == ("gelu", False)
@@ -76,13 +74,13 @@ def test_sequence_parallelism_without_tensor_parallelism_is_cleared_as_megatron_
     assert not read_command(GPT + "--sequence-parallel", "gpt.sh", world_size=1).layout.sp
 
 
-def test_layers_a_virtual_stage_become_chunks() -> None:
+def test_layers_per_virtual_stage_become_chunks() -> None:
     flags = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2"
     layout = read_command(GPT + flags, "gpt.sh", world_size=8).layout
     assert (layout.vpp, layout.overlap_p2p_comm) == (3, True)
 
 
-def test_the_deprecated_switch_for_recompute_is_selective() -> None:
+def test_the_deprecated_switch_of_recompute_means_selective() -> None:
     layout = read_command(GPT + "--recompute-activations", "gpt.sh", world_size=1).layout
     assert layout.recompute_granularity == "selective"
 
@@ -119,18 +117,18 @@ def test_an_expression_that_is_no_pattern_is_refused(text: str) -> None:
         (GPT + "'", "a quotation or an array is not closed"),
     ],
 )
-def test_what_cannot_be_read_is_said_with_its_place(text: str, message: str) -> None:
+def test_an_error_names_the_command_and_the_argument(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read_command(text, "train.sh", world_size=8)
     assert str(caught.value).startswith("train.sh: ")
 
 
-def test_the_number_of_gpus_must_be_told_by_someone() -> None:
+def test_a_command_without_a_number_of_gpus_is_refused() -> None:
     with pytest.raises(InputError, match="give --gpus"):
         read_command(GPT, "gpt.sh")
 
 
-def test_flags_that_matter_and_have_no_rule_are_named() -> None:
+def test_arguments_that_no_rule_knows_are_named() -> None:
     command = read_command(GPT + "--use-torch-fsdp2 --lr 1e-4", "gpt.sh", world_size=8)
     assert command.unjudged == ("--use-torch-fsdp2",)
 
@@ -139,8 +137,8 @@ def test_megatron_fsdp_shards_everything_unless_told_otherwise() -> None:
     layout = read_command(GPT + "--use-megatron-fsdp", "gpt.sh", world_size=8).layout
     assert layout.data_parallel_sharding_strategy == "optim_grads_params"
     assert layout.use_distributed_optimizer
-    idle = read_command(GPT + "--data-parallel-sharding-strategy optim", "gpt.sh", world_size=8).layout
-    assert idle.data_parallel_sharding_strategy == "no_shard"
+    without = read_command(GPT + "--data-parallel-sharding-strategy optim", "gpt.sh", world_size=8).layout
+    assert without.data_parallel_sharding_strategy == "no_shard"
 
 
 @pytest.mark.parametrize(
@@ -170,23 +168,19 @@ def test_graphs_are_read_in_their_older_and_newer_words(flags: str, graphs: tupl
         ("32", "--tensor-model-parallel-size 2", 32),
     ],
 )
-def test_the_single_queue_is_stated_where_megatron_lm_does_not_ask_for_it(
+def test_a_single_queue_is_stated_unless_megatron_lm_requires_it(
     variable: str, flags: str, queues: int
 ) -> None:
     script = f"export CUDA_DEVICE_MAX_CONNECTIONS={variable}\npretrain_gpt.py {GPT} {flags}"
     assert read_command(script, "gpt.sh", world_size=8).layout.cuda_device_max_connections == queues
 
 
-def test_a_script_sets_the_knobs_of_the_environment() -> None:
+def test_the_variables_of_a_script_set_the_knobs_of_the_environment() -> None:
     script = (
         f"export NCCL_NVLS_ENABLE=0 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\npretrain_gpt.py {GPT}"
     )
     layout = read_command(script, "gpt.sh", world_size=8).layout
     assert layout.expandable_segments and not layout.nccl_nvls_enable
-
-
-WORKLOAD, CLUSTER = workload(mixture()), cluster(16)
-TABLE = enumerate_layouts(WORKLOAD, CLUSTER, default_domain(WORKLOAD, CLUSTER)).table
 
 
 @given(row=st.integers(0, len(TABLE) - 1))
