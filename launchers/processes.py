@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,6 +41,30 @@ def python_path() -> list[str]:
 def inherited_environment() -> dict[str, str]:
     """Return our own environment as a job inherits it, without the variables of another torchrun."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_VARIABLES)}
+
+
+def loopback_torchrun(ranks: int, name: str, log: Path) -> tuple[str, ...]:
+    """Return the words that start `ranks` ranks on this machine under torchrun, up to the program's own words.
+
+    Args:
+        ranks: How many processes to start.
+        name: The rendezvous's name. Its port is chosen by the kernel, on loopback.
+        log: The folder of the ranks' output.
+    """
+    return (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        f"--nproc-per-node={ranks}",
+        "--max-restarts=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        f"--rdzv-id={name}",
+        "--local-addr=127.0.0.1",
+        f"--log-dir={log}",
+        "--redirects=3",
+    )
 
 
 def is_running(process: psutil.Process) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
-from launchers.machine.detect import measuring_machine
+from launchers.machine.identity import measuring_machine
 from launchers.processes import end_marked, marked_processes
 from search_spaces.loader import load_cluster
 from tests.integration.programs import formula

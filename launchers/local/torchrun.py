@@ -2,14 +2,13 @@
 
 import json
 import os
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from launchers.commands import PROGRAMS, job_argv, job_environment
 from launchers.engine import Engine, OnHeartbeat, Start
-from launchers.processes import ColdJob
+from launchers.processes import ColdJob, loopback_torchrun
 from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.frameworks.megatron_bridge.recipe_file import with_file_text
@@ -42,10 +41,11 @@ class TorchrunLauncher:
         folder = TrialFolder(folder.path.absolute())
         if isinstance(spec.program, BridgeRecipe):
             spec = replace(spec, program=with_file_text(spec.program))
+        torchrun = loopback_torchrun(cluster.world_size, "trial", folder.log)
         return LaunchPlan(
             folder=folder.path,
             world_size=cluster.world_size,
-            argv=job_argv(spec, folder, _torchrun_words(spec, folder), self.programs),
+            argv=job_argv(spec, folder, torchrun, self.programs),
             env=job_environment(spec, folder, self.cores, self.grace_s),
             files={folder.spec.name: json.dumps(to_data(spec), indent=2) + "\n"},
             limits=spec.limits,
@@ -58,21 +58,3 @@ class TorchrunLauncher:
         """See Launcher."""
         engine = Engine(start=self.start, grace_s=self.grace_s, cores=self.cores)
         return engine.run(plan, stop, on_heartbeat)
-
-
-def _torchrun_words(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
-    """Return the words that start one rank per GPU of this machine, with a rendezvous on loopback."""
-    return (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=1",
-        f"--nproc-per-node={spec.cluster.world_size}",
-        "--max-restarts=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--rdzv-id=trial",
-        "--local-addr=127.0.0.1",
-        f"--log-dir={folder.log}",
-        "--redirects=3",
-    )

@@ -1,1 +1,1 @@
-"""What this machine is and can do: its GPUs, its speed, its Megatron Bridge; knows nothing of sweeps."""
+"""Knows this machine: its identity, its GPUs, its speed, its Megatron Bridge; knows nothing of sweeps."""

@@ -1,21 +1,16 @@
-"""Calibrates this machine under torchrun, and keeps what was measured, one file a fingerprint."""
+"""Calibrates this machine under torchrun, and keeps the calibration, one file per machine fingerprint."""
 
 import math
 import os
-import platform
 import shutil
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import distributions, version
 from pathlib import Path
 
-import pynvml
-
-from launchers.processes import MARKER, ColdJob, inherited_environment, python_path
+from launchers.machine.identity import this_machine
+from launchers.processes import MARKER, ColdJob, inherited_environment, loopback_torchrun, python_path
 from launchers.watch import logs
 from launchers.watch.log_text import failed_ranks
 from tuner.core.cluster import Cluster
@@ -26,44 +21,27 @@ from tuner.predict.calibration import Calibration, CalibrationPlan, Machine, pla
 
 PROGRAM = "launchers.programs.calibration"
 LIMIT_S = 600.0
-"""A calibration takes about a minute, with the imports of many ranks on few cores two."""
+"""How long a calibration may take. Measured: about one minute, or two where many ranks import on few cores."""
 
 _MEASURED: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "fp8")
-"""The precisions whose products the program knows how to call."""
+"""The precisions whose products the program can time."""
 _GRACE_S = 5.0
 _POLL_S = 0.1
 
 
-def this_machine(cluster: Cluster) -> Machine | None:
-    """This machine in the part of a cluster, or None if it is not the cluster's; asks the driver, never torch."""
-    if cluster.nodes > 1:
-        return None
-    versions = {"python": platform.python_version(), "torch": version("torch")}
-    if cluster.device == "cpu":
-        name, count = _processor(), len(os.sched_getaffinity(0))
-    else:
-        name, (count, driver) = cluster.gpu.name, _gpus(cluster.gpu.name)
-        if cluster.world_size > count:
-            return None
-        versions |= {"driver": driver, **_cuda_libraries()}
-    return Machine(
-        device=cluster.device, name=name, count=count, world_size=cluster.world_size, versions=versions
-    )
-
-
 def cache_path(machine: Machine) -> Path:
-    """Where a machine's calibration is kept: under $XDG_CACHE_HOME, else ~/.cache."""
+    """Return the file that keeps a machine's calibration, under $XDG_CACHE_HOME or ~/.cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not root.is_absolute():  # the XDG specification: a relative path counts as none
+    if not root.is_absolute():  # by the XDG specification, a relative path counts as none
         root = Path.home() / ".cache"
     return root / "megatune" / "calibrations" / f"{machine.fingerprint}.json"
 
 
 def load_calibration(cluster: Cluster) -> Calibration | None:
-    """What was measured on this machine, if it is the cluster's and was calibrated.
+    """Return this machine's calibration; None if it is not the cluster's machine, or was not calibrated.
 
     Raises:
-        InputError: if the file is there and cannot be used.
+        InputError: if the file exists and cannot be used.
     """
     machine = this_machine(cluster)
     if machine is None or not (path := cache_path(machine)).exists():
@@ -80,7 +58,7 @@ def load_calibration(cluster: Cluster) -> Calibration | None:
 
 
 def plan_for(cluster: Cluster) -> CalibrationPlan:
-    """What to measure for a cluster on this machine.
+    """Return what to measure for a cluster on this machine.
 
     Raises:
         InputError: if this machine is not the cluster's.
@@ -92,19 +70,19 @@ def plan_for(cluster: Cluster) -> CalibrationPlan:
             f"cluster '{cluster.name}' is {wanted}, and this machine is not: a calibration measures the machine it "
             "runs on; run it there, on one node, or name no cluster to measure what is here"
         )
-    known = tuple(precision for precision in _MEASURED if precision in cluster.gpu.peak_tflops)
-    if not known:
+    precisions = tuple(precision for precision in _MEASURED if precision in cluster.gpu.peak_tflops)
+    if not precisions:
         raise InputError(
             f"cluster '{cluster.name}': key 'gpu.peak_tflops' states none of {', '.join(_MEASURED)}, "
             "whose products can be measured"
         )
-    return plan_calibration(machine, known)
+    return plan_calibration(machine, precisions)
 
 
 def calibrate(plan: CalibrationPlan, stop: threading.Event, limit_s: float = LIMIT_S) -> Calibration:
-    """Measure, and keep it at the machine's `cache_path`.
+    """Measure this machine, keep the calibration at the machine's `cache_path`, and return it.
 
-    Blocks. When `stop` is set, ends the job. No process of it outlives the call.
+    The call blocks until the job has ended. It ends the job when `stop` is set; no process of the job outlives it.
 
     Raises:
         InputError: if the cache cannot be written.
@@ -133,32 +111,34 @@ def calibrate(plan: CalibrationPlan, stop: threading.Event, limit_s: float = LIM
 
 
 def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: float) -> str:
-    """Run the program to its end; returns what went wrong, empty if nothing did."""
+    """Run the program to its end; return what went wrong, or an empty text."""
     log = folder / "log"
     log.mkdir()
     write_json(folder / "plan.json", plan)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1"]
-    argv += [f"--nproc-per-node={plan.machine.world_size}", "--max-restarts=0"]
-    argv += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=calibration"]
-    argv += ["--local-addr=127.0.0.1", f"--log-dir={log}", "--redirects=3"]
-    argv += ["-m", PROGRAM, str(folder / "plan.json"), str(folder / "calibration.json")]
+    argv = (
+        *loopback_torchrun(plan.machine.world_size, "calibration", log),
+        "-m",
+        PROGRAM,
+        str(folder / "plan.json"),
+        str(folder / "calibration.json"),
+    )
     environment = {**inherited_environment(), **_environment(plan.machine, folder)}
     deadline_s = time.monotonic() + limit_s
-    job = ColdJob(tuple(argv), environment, folder, log / "torchrun.log")
+    job = ColdJob(argv, environment, folder, log / "torchrun.log")
     try:
         while not (ended := job.ended()) and time.monotonic() < deadline_s and not stop.wait(_POLL_S):
             pass
     finally:
-        left = job.end(_GRACE_S)
-    if left:
-        return f"left processes {', '.join(map(str, left))} that even SIGKILL does not end"
+        survivors = job.end(_GRACE_S)
+    if survivors:
+        return f"left processes {', '.join(map(str, survivors))} that even SIGKILL does not end"
     if not ended:
         return f"did not end within {limit_s:g} s"
     return "" if job.exit_code == 0 else f"failed: {_last_words(log)}"
 
 
 def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
-    """As a trial's: the threads of a rank, and Gloo on the loopback."""
+    """Return the variables that a trial of this machine has as well: the threads of a rank, and Gloo on loopback."""
     on_cpu = machine.device == "cpu"
     env = {
         MARKER: str(folder),
@@ -171,7 +151,7 @@ def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
 
 
 def _last_words(log: Path) -> str:
-    """The last line of the first rank that failed, or of torchrun."""
+    """Return the last line of the first rank that failed, or of torchrun."""
     report = logs.tail(log / "torchrun.log")
     for rank in failed_ranks(report):
         for path in log.glob(f"*/attempt_0/{rank}/stderr.log"):
@@ -179,32 +159,3 @@ def _last_words(log: Path) -> str:
                 return f"rank {rank}: {lines[-1]}"
     lines = report.strip().splitlines()
     return lines[-1] if lines else "it wrote nothing"
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        for key, _, value in (line.partition(":") for line in lines):
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.machine()
-
-
-def _cuda_libraries() -> dict[str, str]:
-    """The versions of what torch's wheel brings as packages; other builds carry them in torch's own version."""
-    libraries = ("nvidia-nccl", "nvidia-cuda-runtime", "nvidia-cublas")
-    return {each.name: each.version for each in distributions() if (each.name or "").startswith(libraries)}
-
-
-def _gpus(name: str) -> tuple[int, str]:
-    """How many GPUs of a model there are, and the driver's version."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0, ""
-    try:
-        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        count = sum(pynvml.nvmlDeviceGetName(handle) == name for handle in handles)
-        return count, str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()

@@ -1,29 +1,27 @@
-"""What this machine offers as a cluster: its GPUs, known by name to the built-in clusters, or CPU cores."""
+"""Describes this machine as a cluster: its GPUs, whose figures the built-in clusters have by name, or its CPU cores."""
 
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from launchers.machine.calibrate import this_machine
 from search_spaces.loader import cluster_names, load_cluster
 from tuner.core.cluster import Cluster
 from tuner.errors import InputError, did_you_mean
-from tuner.predict.calibration import Machine
 
 NAME = "this-machine"
 MAX_CPU_RANKS = 8
-"""More CPU ranks cost start-up time and teach nothing that eight do not."""
+"""The most CPU ranks of a detected cluster. Assumed: more cost start-up time and show nothing that eight do not."""
 
 MAX_RANKS_PER_CORE = 4
-"""More ranks on a CPU core wait for each other longer than they work."""
+"""The most ranks per CPU core of any cluster. Assumed: more wait for each other longer than they work."""
 
 _PCIE_EFFICIENCY = 0.8
+"""The share of PCIe's raw rate that transfers reach. Assumed: typical of large transfers."""
 _GIB = 1024**3
 
 
@@ -33,14 +31,14 @@ class Device:
 
     name: str
     memory_gib: float
-    """What a process can allocate, as CUDA states it."""
+    """The memory that a process can allocate, as CUDA states it."""
     has_nvlink: bool
     pcie_gb_per_s: float
-    """One direction, before protocol; 0 where the driver does not say."""
+    """PCIe's raw rate in one direction, before protocol; 0 where the driver does not say."""
 
 
 def detect_cluster() -> Cluster:
-    """Describe this machine: the CUDA devices visible to torch, or without any the CPU as Gloo ranks.
+    """Return the cluster of this machine: the CUDA devices visible to torch, or without any the CPU as Gloo ranks.
 
     Raises:
         InputError: if the GPUs are of a model that no built-in cluster has, or of several models.
@@ -53,7 +51,7 @@ def detect_cluster() -> Cluster:
 
 
 def gpu_cluster(devices: Sequence[Device]) -> Cluster:
-    """The cluster of one machine with these GPUs; peaks and fabric are its built-in cluster's.
+    """Return the cluster of one machine with these GPUs; their built-in cluster gives its peaks and fabric.
 
     Raises:
         InputError: if their model is unknown, or there are several.
@@ -64,26 +62,26 @@ def gpu_cluster(devices: Sequence[Device]) -> Cluster:
             f"this machine has GPUs of several models ({', '.join(names)}): "
             "choose one with CUDA_VISIBLE_DEVICES"
         )
-    known = _known_cluster(names[0])
-    linked = all(device.has_nvlink for device in devices)
-    bandwidth, latency = known.nvlink_bandwidth_gb_per_s, known.nvlink_latency_us
-    source = known.sources["nvlink_bandwidth_gb_per_s"]
-    if not linked and len(devices) > 1:
+    built_in = _built_in_cluster(names[0])
+    is_linked = all(device.has_nvlink for device in devices)
+    bandwidth, latency = built_in.nvlink_bandwidth_gb_per_s, built_in.nvlink_latency_us
+    source = built_in.sources["nvlink_bandwidth_gb_per_s"]
+    if not is_linked and len(devices) > 1:
         pcie = load_cluster("workstation")
         slowest = min(device.pcie_gb_per_s for device in devices) * _PCIE_EFFICIENCY
         bandwidth, latency = slowest or pcie.nvlink_bandwidth_gb_per_s, pcie.nvlink_latency_us
         source = "NVML: no NVLink, so PCIe's"
     return replace(
-        known,
+        built_in,
         name=NAME,
-        gpu=replace(known.gpu, memory_gib=min(device.memory_gib for device in devices)),
+        gpu=replace(built_in.gpu, memory_gib=min(device.memory_gib for device in devices)),
         nodes=1,
         gpus_per_node=len(devices),
         nvlink_domain_gpus=len(devices),
         nvlink_bandwidth_gb_per_s=bandwidth,
         nvlink_latency_us=latency,
         sources={
-            **known.sources,
+            **built_in.sources,
             "gpu.memory_gib": "torch.cuda on this machine",
             "nvlink_bandwidth_gb_per_s": source,
         },
@@ -91,35 +89,36 @@ def gpu_cluster(devices: Sequence[Device]) -> Cluster:
 
 
 def cpu_cluster(cores: int, memory_bytes: int) -> Cluster:
-    """The cluster of `cores` Gloo ranks (2 to 8) that share half of the memory; all else is as in cpu-4."""
+    """Return the cluster of `cores` Gloo ranks (2 to 8) that share half of the memory; all else is as in cpu-4."""
     ranks = min(max(cores, 2), MAX_CPU_RANKS)
-    known = load_cluster("cpu-4")
+    built_in = load_cluster("cpu-4")
     # The other half holds the interpreters, torch itself and whatever else runs here.
-    memory_gib = max(round(memory_bytes / 2 / ranks / _GIB, 2), known.gpu.memory_gib)
+    memory_gib = max(round(memory_bytes / 2 / ranks / _GIB, 2), built_in.gpu.memory_gib)
     return replace(
-        known,
+        built_in,
         name=NAME,
-        gpu=replace(known.gpu, memory_gib=memory_gib),
+        gpu=replace(built_in.gpu, memory_gib=memory_gib),
         gpus_per_node=ranks,
         cores=cores,
         nvlink_domain_gpus=ranks,
-        sources={**known.sources, "gpu.memory_gib": "half of this machine's memory, shared by the ranks"},
+        sources={**built_in.sources, "gpu.memory_gib": "half of this machine's memory, shared by the ranks"},
     )
 
 
-def _known_cluster(gpu_name: str) -> Cluster:
-    known = {cluster.gpu.name: cluster for cluster in map(load_cluster, cluster_names())}
-    if gpu_name not in known:
+def _built_in_cluster(gpu_name: str) -> Cluster:
+    """Return the built-in cluster of a GPU model."""
+    by_gpu_name = {cluster.gpu.name: cluster for cluster in map(load_cluster, cluster_names())}
+    if gpu_name not in by_gpu_name:
         raise InputError(
-            f"the peak FLOP/s and bandwidths of '{gpu_name}' are not known{did_you_mean(gpu_name, known)}: "
+            f"the peak FLOP/s and bandwidths of '{gpu_name}' are not known{did_you_mean(gpu_name, by_gpu_name)}: "
             "write them into a cluster YAML file (the fields of tuner.core.cluster.Cluster) and name that file "
             "in place of 'detect'"
         )
-    return known[gpu_name]
+    return by_gpu_name[gpu_name]
 
 
 def _usable_memory_bytes() -> int:
-    """The machine's memory, or the control group's limit where that is smaller."""
+    """Return the machine's memory, or the control group's limit where that is smaller."""
     total = psutil.virtual_memory().total
     with suppress(OSError, ValueError):  # no control groups, or "max"
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
@@ -159,7 +158,7 @@ def _has_nvlink(handle: Any) -> bool:
             if pynvml.nvmlDeviceGetNvLinkState(handle, link) == pynvml.NVML_FEATURE_ENABLED:
                 return True
         except pynvml.NVMLError:
-            return False  # no such link: they are numbered without gaps
+            return False  # links are numbered without gaps, so this was the last
     return False
 
 
@@ -171,12 +170,12 @@ def _pcie_gb_per_s(handle: Any) -> float:
         lanes = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
     except pynvml.NVMLError:
         return 0.0
-    # Generation 3 moves 8 GT/s a lane with 128 payload bits in 130, and each later one doubles it.
+    # Generation 3 moves 8 GT/s per lane with 128 payload bits in 130, and each later one doubles it.
     return float(lanes * 2.0 ** (generation - 3) * 128 / 130)
 
 
 def check_machine(cluster: Cluster) -> None:
-    """Refuse a cluster that this machine cannot stand for.
+    """Refuse a cluster whose jobs this machine cannot run.
 
     Raises:
         InputError: if it needs CUDA or more GPUs than are visible, or more CPU ranks than the cores can carry.
@@ -185,11 +184,11 @@ def check_machine(cluster: Cluster) -> None:
     if cluster.device == "cuda":
         import torch
 
-        there = torch.cuda.device_count()
-        if wanted > there:
+        present = torch.cuda.device_count()
+        if wanted > present:
             raise InputError(
                 f"key 'cluster': {cluster.name} is {cluster.nodes} x {cluster.gpus_per_node} = {wanted} GPUs, but "
-                f"this machine has {there}: set cluster.nodes and cluster.gpus_per_node to what is here, or "
+                f"this machine has {present}: set cluster.nodes and cluster.gpus_per_node to what is here, or "
                 "'cluster: detect'; `megatune plan` works for any cluster"
             )
     elif wanted > (most := MAX_RANKS_PER_CORE * len(os.sched_getaffinity(0))):
@@ -197,15 +196,3 @@ def check_machine(cluster: Cluster) -> None:
             f"key 'cluster': {cluster.name} is {wanted} CPU ranks, but this machine's cores carry {most} "
             f"({MAX_RANKS_PER_CORE} a core): lower cluster.gpus_per_node"
         )
-
-
-def measuring_machine(cluster: Cluster) -> Machine | None:
-    """This machine with the versions that a trial's measurements depend on; None if it is not the cluster's."""
-    machine = this_machine(cluster)
-    if machine is None:
-        return None
-    found = {}
-    for package in ("megatron-core", "transformer-engine", "megatune"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return replace(machine, versions={**machine.versions, **found})

@@ -1,4 +1,4 @@
-"""Starts the oracle of peak memory: one rank of a trial, in a process of its own, since it patches Torch for good."""
+"""Starts the oracle of peak memory: one rank of a trial in a process of its own, since it patches Torch for good."""
 
 import os
 import subprocess
@@ -13,18 +13,19 @@ from tuner.trial.contract import RankRecord, TrialSpec
 
 PROGRAM = "launchers.programs.megatron_core.probe"
 LIMIT_S = 1800
+"""How long a probe may take. Assumed: the largest models take minutes."""
 
 
 def probe(spec: TrialSpec, rank: int) -> RankRecord:
-    """Return what `rank` of a trial would report of itself: its peak, or how it failed. Takes seconds to minutes.
+    """Return the record that `rank` of a trial would write: its peak, or how it failed. Takes seconds to minutes.
 
     Raises:
-        MegatuneError: if the process ended without a word, or took longer than LIMIT_S.
+        MegatuneError: if the process ended without a record, or took longer than LIMIT_S.
     """
     with tempfile.TemporaryDirectory(prefix="megatune-probe-") as folder:
-        given, found = Path(folder) / "spec.json", Path(folder) / "record.json"
-        write_json(given, spec)
-        command = [sys.executable, "-m", PROGRAM, str(given), str(rank), str(found)]
+        spec_path, record_path = Path(folder) / "spec.json", Path(folder) / "record.json"
+        write_json(spec_path, spec)
+        command = [sys.executable, "-m", PROGRAM, str(spec_path), str(rank), str(record_path)]
         try:
             done = subprocess.run(
                 command,
@@ -39,15 +40,15 @@ def probe(spec: TrialSpec, rank: int) -> RankRecord:
                 f"the probe of rank {rank} took longer than {LIMIT_S} s: the peak is the same with a smaller "
                 "global_batch_size, as long as each stage of the pipeline is filled"
             ) from None
-        if not found.exists():
+        if not record_path.exists():
             raise MegatuneError(
                 f"the probe of rank {rank} ended with code {done.returncode}:\n{done.stderr[-4000:]}"
             )
-        return read_json(RankRecord, found)
+        return read_json(RankRecord, record_path)
 
 
 def _environment(spec: TrialSpec) -> dict[str, str]:
-    # Fake tensors take little memory and one core; a CPU cluster's layout is probed as its ranks would run it.
+    # A CPU cluster's layout is probed as its ranks would run it. Fake tensors take little memory and one core.
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.cluster.device == "cpu" else {}
     return (
         inherited_environment()

@@ -1,4 +1,4 @@
-"""Reads recipes of Megatron Bridge in a process of its own, and remembers them: importing Bridge takes seconds."""
+"""Reads recipes of Megatron Bridge in a process of its own, and caches them, since importing Bridge takes seconds."""
 
 import hashlib
 import json
@@ -19,14 +19,17 @@ from tuner.files import parse, read_json_lines, to_data, write_text
 from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest, missing_on_this_machine
 from tuner.trial.program import BridgeRecipe
 
+_READER = "launchers.programs.megatron_bridge.read_recipes"
+
 _TIMEOUT_S = 900.0
-"""All of Bridge takes under a minute on two cores; a network that does not answer takes longer."""
+"""How long the reading may take. Measured: all of Bridge takes under a minute on two cores. Only a network that does
+not answer takes longer than this."""
 
 
 def read_recipes(request: RecipeRequest) -> tuple[RecipeFacts, ...]:
-    """What Bridge says of the recipes of a request; from the user's cache where nothing has changed since.
+    """Return Bridge's facts of the recipes of a request, from the user's cache where nothing has changed since.
 
-    What could not be said for what this machine lacks, the network for one, is asked again the next time.
+    Facts that are incomplete because this machine lacks something, for instance the network, are not cached.
 
     Raises:
         InputError: if Megatron Bridge is not installed here, or there is no such recipe.
@@ -34,13 +37,13 @@ def read_recipes(request: RecipeRequest) -> tuple[RecipeFacts, ...]:
     cached = _cache_file(request)
     if lines := read_json_lines(cached) if cached.is_file() else []:
         return _facts(lines)
-    lines = _asked(request)
-    found = _facts(lines)
-    if not any(map(missing_on_this_machine, found)):
-        with suppress(OSError):  # a home that cannot be written costs time, no more
+    lines = _read(request)
+    facts = _facts(lines)
+    if not any(map(missing_on_this_machine, facts)):
+        with suppress(OSError):  # a home that cannot be written only costs time
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_text(cached, "".join(json.dumps(line) + "\n" for line in lines))
-    return found
+    return facts
 
 
 def _facts(lines: Iterable[Any]) -> tuple[RecipeFacts, ...]:
@@ -48,10 +51,10 @@ def _facts(lines: Iterable[Any]) -> tuple[RecipeFacts, ...]:
 
 
 def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFacts:
-    """What Bridge says of the recipe that a sweep trains, for a number of GPUs.
+    """Return Bridge's facts of the recipe that a sweep trains, for a number of GPUs.
 
     Raises:
-        InputError: as `read_recipes`; or if Bridge cannot build the recipe, or refuses it, in its own words.
+        InputError: for the reasons of `read_recipes`, or in Bridge's own words if it cannot build the recipe.
     """
     is_file = program.recipe.endswith(".py")
     request = RecipeRequest(
@@ -62,11 +65,11 @@ def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFa
         gpus=gpus,
         gpu=gpu,
     )
-    found = read_recipes(request)
-    if len(found) != 1:
-        names = ", ".join(facts.name for facts in found) or "none"
+    recipes = read_recipes(request)
+    if len(recipes) != 1:
+        names = ", ".join(facts.name for facts in recipes) or "none"
         raise InputError(f"{program.recipe}: which of its recipes? function: {names}")
-    facts = found[0]
+    facts = recipes[0]
     if facts.error:
         where = f" ({facts.frame})" if facts.frame else ""
         raise InputError(
@@ -75,7 +78,8 @@ def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFa
     return facts
 
 
-def _asked(request: RecipeRequest) -> list[Any]:
+def _read(request: RecipeRequest) -> list[Any]:
+    """Run the reader; return its lines, one per recipe."""
     is_installed = find_spec("megatron") is not None and find_spec("megatron.bridge") is not None
     if not is_installed and not any("megatron/bridge" in path for path in request.paths):
         raise InputError(
@@ -83,10 +87,10 @@ def _asked(request: RecipeRequest) -> list[Any]:
             f"megatune ({sys.executable} -m pip install megatron-bridge), or run megatune in its container"
         )
     with tempfile.TemporaryDirectory(prefix="megatune-recipes-") as folder:
-        question, answer = Path(folder, "request.json"), Path(folder, "recipes.jsonl")
-        write_text(question, json.dumps(to_data(request)))
-        command = [sys.executable, "-m", "launchers.programs.read_recipes", str(question), str(answer)]
-        # What is said of a set must not change from run to run.
+        request_path, facts_path = Path(folder, "request.json"), Path(folder, "recipes.jsonl")
+        write_text(request_path, json.dumps(to_data(request)))
+        command = [sys.executable, "-m", _READER, str(request_path), str(facts_path)]
+        # The order of a set in a message must not change from run to run.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path()), "PYTHONHASHSEED": "0"}
         try:
             ended = subprocess.run(
@@ -95,19 +99,22 @@ def _asked(request: RecipeRequest) -> list[Any]:
         except subprocess.TimeoutExpired:
             raise InputError(
                 f"Megatron Bridge did not answer in {_TIMEOUT_S:g} s: does a recipe wait for the network? "
-                "HF_HUB_OFFLINE=1 takes Hugging Face's cache alone"
+                "HF_HUB_OFFLINE=1 uses Hugging Face's cache alone"
             ) from None
-        lines = read_json_lines(answer)
+        lines = read_json_lines(facts_path)
     if lines and "input_error" in lines[-1]:
         raise InputError(str(lines[-1]["input_error"]))
     if ended.returncode or not lines:
-        last = "\n  ".join(ended.stderr.strip().splitlines()[-5:]) or "there is no recipe"
-        raise InputError(f"Megatron Bridge could not read the recipes:\n  {last}")
+        last_lines = "\n  ".join(ended.stderr.strip().splitlines()[-5:]) or "there is no recipe"
+        raise InputError(f"Megatron Bridge could not read the recipes:\n  {last_lines}")
     return lines
 
 
 def _cache_file(request: RecipeRequest) -> Path:
-    """By what was asked, the version of Bridge and of the reader, and the state of the files with recipes."""
+    """Return the cache file of a request.
+
+    Its name depends on the request, on the versions of Bridge and of the reader, and on the files that hold recipes.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     files = [file for path in request.paths for file in _files(Path(path))]
     package = find_spec("megatron.bridge") if find_spec("megatron") is not None else None
@@ -130,11 +137,11 @@ def _files(path: Path) -> Iterable[Path]:
 
 
 def _readers() -> Iterable[Path]:
-    """The files that decide what is read of a recipe."""
+    """Return the files that decide what is read of a recipe."""
     from tuner.frameworks import megatron_bridge
 
     return (
-        Path(__file__).parents[1] / "programs" / "read_recipes.py",
+        *sorted((Path(__file__).parents[1] / "programs" / "megatron_bridge").glob("*.py")),
         *sorted(Path(megatron_bridge.__file__).parent.glob("*.py")),
     )
 

@@ -1,10 +1,10 @@
-"""Whether ranks on this machine can find each other."""
+"""Checks that ranks on this machine can find each other."""
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but in no __all__
 
 
 def check_store() -> int:
-    """Write to a rendezvous store on loopback and read the value back; returns the store's port.
+    """Write to a rendezvous store on loopback and read the value back; return the store's port.
 
     Raises:
         OSError: if the store does not answer, or answers something else.

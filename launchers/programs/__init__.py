@@ -1,1 +1,4 @@
-"""The programs that run inside a trial; they import the contract and the nouns, never the tuner's state."""
+"""The programs that run inside a trial, and what they share (`harness`).
+
+They know the contract of a trial, the nouns and their framework; they know neither the tuner's state nor each other.
+"""

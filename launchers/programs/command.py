@@ -1,7 +1,7 @@
-"""Run any command as a trial: `python -m launchers.programs.command SPEC.json FOLDER COMMAND...`.
+"""Runs any command as a trial: `python -m launchers.programs.command SPEC.json FOLDER COMMAND...`.
 
-The command's output passes through, and what the spec's expressions find in it is measured. A command without
-expressions writes `result.json` itself. Which processes it starts is its own affair: the launcher ends them all.
+The command's output passes through, and the figures that the spec's expressions find in it are measured. A command
+without expressions writes `result.json` itself. The command may start any processes; the launcher ends them all.
 """
 
 import os
@@ -13,27 +13,21 @@ from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 
+from launchers.programs.harness.failures import NonFiniteLossError, report_failure
 from launchers.programs.harness.measure import slower_than_ms
-from launchers.programs.harness.report import (
-    Monitor,
-    NonFiniteLossError,
-    Steps,
-    rank_record,
-    report_failure,
-    write_completed,
-    write_too_slow,
-)
+from launchers.programs.harness.monitor import Monitor
+from launchers.programs.harness.results import PeakGib, Steps, rank_record, write_completed, write_too_slow
 from tuner.files import read_json
 from tuner.trial.contract import TrialFolder, TrialSpec
 from tuner.trial.program import Command, LogFigures, MegatronLm, read_log
 
 
 class _TooFewStepsError(Exception):
-    """The command ended well and did not say enough."""
+    """The command ended well, but its output lacks figures."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run the trial; returns the exit code: the command's own where it failed."""
+    """Run the trial; return the exit code, which is the command's own if it failed."""
     spec, folder = read_json(TrialSpec, Path(arguments[0])), TrialFolder(Path(arguments[1]))
     assert isinstance(spec.program, Command | MegatronLm), "the launcher runs this program for commands alone"
     monitor = Monitor(folder, 0, float(os.environ.get("MEGATUNE_STARTED_AT", time.time())))
@@ -41,14 +35,14 @@ def main(arguments: list[str]) -> int:
         arguments[2:], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         log = _Log(spec, monitor, spec.program)
-        slower_than_ms = log.follow(_lines(process))
-        if slower_than_ms is not None:
+        above_ms = log.follow(_lines(process))
+        if above_ms is not None:
             process.send_signal(signal.SIGTERM)
-            write_too_slow(spec, monitor, slower_than_ms, [rank_record(monitor, log.peak)])
-            os._exit(0)  # whatever still runs is the launcher's to end
+            write_too_slow(spec, monitor, above_ms, [rank_record(monitor, log.peak)])
+            os._exit(0)  # the launcher ends whatever still runs
         code = process.wait()
     if code:
-        if code < 0:  # a signal, which the launcher knows by ours
+        if code < 0:  # the launcher learns of the signal by our own end
             signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         return code
@@ -61,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
-    """The command's output, line by line, passed on as it comes."""
+    """Yield the lines of the command's output, and pass them on as they come."""
     assert process.stdout is not None
     for line in process.stdout:
         sys.stdout.buffer.write(line)
@@ -70,17 +64,17 @@ def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
 
 
 class _Log:
-    """What the output has said so far."""
+    """The figures that the output has stated so far."""
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, program: Command | MegatronLm) -> None:
         self.spec, self.monitor, self.patterns = spec, monitor, program.patterns
         self.times_ms: list[float] = []
         self.losses: list[float] = []
         self.grad_norms: list[float] = []
-        self.peak: tuple[float | None, float | None] = (None, None)
+        self.peak: PeakGib = (None, None)
 
     def follow(self, lines: Iterator[str]) -> float | None:
-        """Take the output in to its end; return what the step time is above where that rules the trial out."""
+        """Read the output to its end; return a lower bound of the step time that rules the trial out, else None."""
         for line in lines:
             figures = read_log(line, self.patterns)
             self._take(figures)
@@ -106,11 +100,11 @@ class _Log:
             self.monitor.finish_step()
 
     def conclude(self) -> None:
-        """Write the result, unless the command has.
+        """Write the result, unless the command has written it.
 
         Raises:
             NonFiniteLossError: if a loss is not finite.
-            _TooFewStepsError: if the output tells too little.
+            _TooFewStepsError: if the output states too few steps or no peak memory.
         """
         if not self.patterns:
             if not self.monitor.folder.result.exists():

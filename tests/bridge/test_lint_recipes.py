@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launchers.programs.read_recipes import read
+from launchers.programs.megatron_bridge.read_recipes import read
 from tests.bridge.configs import write_configs
 from tests.bridge.published_lint import all_recipes, judged, rows
 from tests.bridge.recipes import REFUSED_BY_BRIDGE, read_configs_locally

@@ -10,7 +10,7 @@ import pytest
 
 from launchers.machine import calibrate
 from launchers.processes import marked_processes
-from launchers.programs.calibration import CALLS, group_sizes, groups_of
+from launchers.programs.calibration.collectives import CALLS, group_sizes, groups_of
 from search_spaces.loader import load_cluster
 from tuner.cli.app import run
 from tuner.core.cluster import Cluster

@@ -234,7 +234,7 @@ def _train(cases: list[tuple[Model, Layout]], output: Path) -> None:
 
     from launchers.programs.harness.cpu import enable_cpu
     from launchers.programs.harness.memory import TensorAccount
-    from launchers.programs.megatron_core.train import Job
+    from launchers.programs.megatron_core.train import TrainingJob
 
     torch.set_num_threads(1)
     enable_cpu()
@@ -242,7 +242,7 @@ def _train(cases: list[tuple[Model, Layout]], output: Path) -> None:
     runs: dict[str, dict[str, Any]] = {}
     for model, layout in cases:
         with TensorAccount(float("inf")) as account:
-            job = Job(workload_of(model), layout, 1234, torch.device("cpu"))
+            job = TrainingJob(workload_of(model), layout, 1234, torch.device("cpu"))
             losses, grad_norms = [], []
             for _ in range(STEPS):
                 local_loss, grad_norm = job.step()

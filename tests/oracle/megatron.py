@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launchers.programs.harness.cpu import enable_cpu
 from launchers.programs.megatron_core.config import transformer_config
-from launchers.programs.megatron_core.train import Job
+from launchers.programs.megatron_core.train import TrainingJob
 from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload
 
@@ -74,7 +74,7 @@ def judge(workload: Workload, layout: Layout, world_size: int) -> Verdict:
             rank = pp_rank * (world_size // layout.pp)
             stage = "build"
             with _Rank(rank, world_size):
-                training = Job(workload, layout, 1234, torch.device("cpu"))
+                training = TrainingJob(workload, layout, 1234, torch.device("cpu"))
                 stage = "batch"
                 _cut_sequence(workload)
                 stage = "step"
@@ -122,7 +122,7 @@ def _check_split(config: Any) -> None:
         raise ValueError(f"{config.num_layers} layers wanted, but (offset, layers) a chunk are {chunks}")
 
 
-def _untrained(training: Job) -> set[str]:
+def _untrained(training: TrainingJob) -> set[str]:
     """The weights of this rank, each taken off the set once a gradient comes to it: a step must leave none."""
     names: set[str] = set()
 

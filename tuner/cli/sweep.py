@@ -74,7 +74,8 @@ def sweep(
     """Run the sweep, or go on with it: the same command resumes after any end."""
     from launchers.local.fork_client import Preload
     from launchers.local.torchrun import TorchrunLauncher
-    from launchers.machine.detect import check_machine, measuring_machine
+    from launchers.machine.detect import check_machine
+    from launchers.machine.identity import measuring_machine
     from launchers.tracking import Tracker
     from tuner.sweep.loop import trial_spec
 

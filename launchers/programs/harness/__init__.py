@@ -1,1 +1,4 @@
-"""What every rank does around its training: records, heartbeats, timed steps, memory; knows no framework."""
+"""What the programs of a trial share: a rank's start, report and end, timed steps, memory, and Megatron-Core on CPU.
+
+It knows the contract of a trial, torch and Megatron-Core; it knows no program.
+"""

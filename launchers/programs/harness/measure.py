@@ -1,6 +1,6 @@
-"""When enough steps are timed, which of them count, and how sure their median is. Pure functions.
+"""Decides when enough steps are timed, which of them count, and how certain their median is.
 
-The times are those of the slowest rank, which every rank knows, so that all of them decide the same.
+All functions are pure. The times are the slowest rank's, which every rank knows, so that all ranks decide the same.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,20 @@ from numpy.typing import NDArray
 from tuner.trial.contract import Measurement, TrialSpec
 
 _RESAMPLES = 1000
+"""How many bootstrap samples an interval is made from. Assumed: the ends of the interval then vary little."""
 _CONFIDENCE = 0.95
 
 _NORMAL_QUARTILE = 0.6745
-"""Of the standard normal distribution: makes a median of deviations a standard deviation."""
+"""The upper quartile of the standard normal distribution: a median of absolute deviations divided by it is a standard
+deviation."""
 _WARMUP_DEVIATIONS = 4.0
-"""How far above the later steps a step is still warm-up: steady noise loses a step in 1 of 100 trials where it is
-normal, in 3 of 100 where it is skewed (the simulation in tests/unit/launchers/test_measure.py)."""
+"""A step that lies this many standard deviations above the later steps is warm-up. Measured: steady noise loses a step
+in 1 of 100 trials where it is normal, and in 3 of 100 where it is skewed (the simulation in
+tests/unit/launchers/test_measure.py)."""
 _OUTLIER_DEVIATIONS = 3.5
-"""Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993."""
+"""Published: Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993."""
 _LEAST_STEPS_TO_JUDGE = 3
-"""Fewer have no spread to speak of."""
+"""Assumed: fewer steps have no spread to speak of."""
 
 
 def median_interval(times_ms: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
@@ -43,13 +46,13 @@ def median_interval(times_ms: Sequence[float], seed: int = 0) -> tuple[float, fl
 
 
 def warmup_end(times_ms: Sequence[float], tolerance: float) -> int:
-    """Return how many of the first steps are still warm-up: at most half of them.
+    """Return how many of the first steps are still warm-up; never more than half of all steps.
 
-    They are the leading steps that lie above the median of the second half, by 4 standard deviations of the noise and
-    by `tolerance`, a share of it: less does not matter. The noise is judged by the differences of
-    neighbours (the median of their absolutes), which a falling level or a few outliers hardly change; so a single slow
-    step is warm-up only if it is the first. MSER (White 1997), which cuts where the mean of the rest is surest, cuts
-    4 of 10 steady sequences of 5 to 20 steps.
+    A step is warm-up if it and every step before it lie above the median of the second half by 4 standard deviations
+    of the noise, and by `tolerance`, a share of that median below which a difference does not matter. The noise is
+    estimated from the median absolute difference of neighbouring steps, which a falling level or a few outliers
+    hardly change; so a single slow step is warm-up only if it is the first. MSER (White 1997), which cuts where the
+    mean of the remaining steps is most certain, was tried and cuts 4 of 10 steady sequences of 5 to 20 steps.
     """
     times = np.asarray(times_ms, dtype=np.float64)
     half = len(times) // 2
@@ -62,7 +65,11 @@ def warmup_end(times_ms: Sequence[float], tolerance: float) -> int:
 
 
 def outliers(times_ms: Sequence[float], tolerance: float) -> tuple[int, ...]:
-    """Return the places of the steps far from the median: 3.5 deviations, judged by the median one, and `tolerance`."""
+    """Return the places of the steps far from the median.
+
+    They differ from it by more than 3.5 standard deviations, estimated from the median absolute deviation, and by
+    more than `tolerance`, a share of the median.
+    """
     times: NDArray[np.float64] = np.asarray(times_ms, dtype=np.float64)
     if len(times) < _LEAST_STEPS_TO_JUDGE:
         return ()
@@ -73,10 +80,11 @@ def outliers(times_ms: Sequence[float], tolerance: float) -> tuple[int, ...]:
 
 
 def measured_enough(times_ms: Sequence[float], measurement: Measurement) -> bool:
-    """Whether to stop, by the times of all steps behind the least warm-up.
+    """Return whether to stop, from the times of all steps after the `warmup_steps` first.
 
-    The steps that are found to be warm-up do not count: at least `min_steps` must be left. From there on the trial
-    ends once their interval is as narrow as asked for, or `max_steps` were done, warm-up among them.
+    Steps that are found to be warm-up do not count, and at least `min_steps` must remain. From there on the trial
+    ends once the interval of the remaining steps is as narrow as asked for, or once `max_steps` steps were done,
+    further warm-up included.
     """
     tolerance = measurement.target_relative_interval
     timed = times_ms[warmup_end(times_ms, tolerance) :]
@@ -89,11 +97,15 @@ def measured_enough(times_ms: Sequence[float], measurement: Measurement) -> bool
 
 
 def lower_bound_ms(times_ms: Sequence[float], measurement: Measurement) -> float | None:
-    """Return what the median will hardly be below, by the times behind the least warm-up; None where none can tell.
+    """Return a value that the true median is hardly below, from the times after the `warmup_steps` first.
 
-    It is below the median twice as far as the interval's lower end: that one is made to be read once, and read after
-    every step it lies above the true median in 2 of 10 trials, this one in 6 of 100. It takes 3 steps, and
-    a step that is the fastest so far tells of nothing but a trial that still warms up.
+    The bound lies twice as far below the median as the lower end of its interval. That end is made to be read once:
+    read after every step, it lies above the true median in 2 of 10 trials, and the bound does in 6 of 100 (the
+    simulation in tests/unit/launchers/test_measure.py).
+
+    Returns:
+        The bound; None with fewer than 3 steps, or where the last step is the fastest so far, since the trial may
+        still be warming up.
     """
     timed = times_ms[warmup_end(times_ms, measurement.target_relative_interval) :]
     if len(timed) < _LEAST_STEPS_TO_JUDGE or times_ms[-1] < min(times_ms[:-1]):
@@ -104,7 +116,7 @@ def lower_bound_ms(times_ms: Sequence[float], measurement: Measurement) -> float
 
 
 def slower_than_ms(times_ms: Sequence[float], spec: TrialSpec) -> float | None:
-    """Return what the median will hardly be below, where that is enough to give the trial up; None otherwise."""
+    """Return the bound of `lower_bound_ms` where it is high enough to give the trial up; None otherwise."""
     if spec.give_up_above_ms is None:
         return None
     bound_ms = lower_bound_ms(times_ms, spec.measurement)

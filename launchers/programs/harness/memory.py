@@ -1,4 +1,4 @@
-"""Peak memory of a rank: CUDA's allocator tells it; on CPU every tensor is accounted."""
+"""The peak memory of a rank: CUDA's allocator knows it; on CPU every tensor is accounted."""
 
 import weakref
 from typing import Any
@@ -12,12 +12,15 @@ MIB = 1024**2
 
 
 class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, accounts the storage of every tensor that an operation returns, until it is freed.
+    """While active, accounts the storage of every tensor that an operation returns, until the storage is freed.
 
-    Enter it before the model is built, so that weights, gradient buffers and optimizer state are in the
-    account, and keep it until the step after Adam's state exists: that step holds the peak. It sees forward,
-    backward (which runs on the calling thread on CPU) and optimizer, and views share their storage. It does
-    not see what a kernel allocates inside itself, nor the buffers of Gloo.
+    Enter it before the model is built, so that weights, gradient buffers and optimizer state are in the account, and
+    keep it until the end of the step after the one that creates Adam's state: that step holds the peak. It sees the
+    forward pass, the backward pass (which runs on the calling thread on CPU) and the optimizer; views share their
+    storage. It does not see what a kernel allocates inside itself, nor the buffers of Gloo.
+
+    Args:
+        limit_bytes: The capacity of the rank: more live bytes raise torch.OutOfMemoryError.
     """
 
     def __init__(self, limit_bytes: float) -> None:
@@ -26,9 +29,14 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
+        """Bytes of each storage in the account, by its address."""
 
     def __enter__(self) -> "TensorAccount":
-        """Begin. Megatron empties tensors it will recompute by resizing their storage, which is no operation."""
+        """Begin to account.
+
+        It also follows `resize_` of a storage, by which Megatron empties tensors that it will recompute: that is no
+        operation of torch's dispatcher.
+        """
         resize = torch.UntypedStorage.resize_
 
         def accounted(storage: torch.UntypedStorage, size: int) -> Any:
@@ -42,12 +50,12 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        """End; what is freed later still leaves the account."""
+        """Stop to account new storages; those that are freed later still leave the account."""
         super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         del torch.UntypedStorage.resize_
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and account what it returned.
+        """Run the operation and account the tensors that it returned.
 
         Raises:
             torch.OutOfMemoryError: if the live tensors exceed the limit.
@@ -60,13 +68,13 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _account(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        known = self._sizes.get(key)
-        if known == size:
+        accounted_bytes = self._sizes.get(key)
+        if accounted_bytes == size:
             return
-        if known is None:
+        if accounted_bytes is None:
             weakref.finalize(storage, self._release, key).atexit = False
         self._sizes[key] = size
-        self.live_bytes += size - (known or 0)
+        self.live_bytes += size - (accounted_bytes or 0)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         if self.live_bytes > self.limit_bytes:
             raise torch.OutOfMemoryError(self._message(size))

@@ -1,4 +1,4 @@
-"""One rank of a trial, whatever it trains by: its spec, its timed steps, its report, its end."""
+"""Runs one rank of a trial, whatever trains in it: reads its spec, times its steps, reports, and ends."""
 
 import os
 import sys
@@ -12,29 +12,26 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
+from launchers.programs.harness.failures import NonFiniteLossError, report_failure
 from launchers.programs.harness.measure import slower_than_ms
 from launchers.programs.harness.memory import GIB, TensorAccount, peak_gib
-from launchers.programs.harness.report import (
-    Monitor,
-    NonFiniteLossError,
-    Steps,
-    rank_record,
-    report_failure,
-    write_completed,
-    write_too_slow,
-)
+from launchers.programs.harness.monitor import Monitor
+from launchers.programs.harness.results import PeakGib, Steps, rank_record, write_completed, write_too_slow
 from tuner.files import read_json
 from tuner.trial.contract import RankRecord, TrialFolder, TrialSpec
 
 ACCOUNTED_STEPS: Final = 2
-"""On CPU: Adam's state comes with the first step, so the second holds the peak."""
+"""How many steps are accounted on CPU: Adam's state comes with the first step, so the second holds the peak."""
 
 Run = Callable[[TrialSpec, Monitor, TensorAccount | None], None]
 """Trains and reports; every rank makes the same calls."""
 
 
 def run_rank(arguments: list[str], run: Run) -> int:
-    """Run the trial of this rank, and report a failure; returns the exit code."""
+    """Run this rank's part of the trial, and report a failure; return the exit code.
+
+    `arguments` are the spec's file and the trial's folder.
+    """
     spec, folder = read_json(TrialSpec, Path(arguments[0])), TrialFolder(Path(arguments[1]))
     started_at = float(os.environ.get("MEGATUNE_STARTED_AT", time.time()))
     monitor = Monitor(folder, int(os.environ["RANK"]), started_at)
@@ -49,7 +46,7 @@ def run_rank(arguments: list[str], run: Run) -> int:
 
 
 def end(code: int) -> None:
-    """End the process of this rank, whatever it waits for."""
+    """Return if the exit code is 0, so that the process ends by itself; else end it at once, whatever it waits for."""
     with suppress(OSError):  # the disk may be full
         sys.stdout.flush()
         sys.stderr.flush()
@@ -58,7 +55,7 @@ def end(code: int) -> None:
 
 
 class TimedSteps:
-    """The steps of a trial: each timed over all ranks, and its loss checked."""
+    """The steps of a trial: each is timed over all ranks, and its loss is checked."""
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
         self.spec, self.monitor, self.account = spec, monitor, account
@@ -68,20 +65,20 @@ class TimedSteps:
         self._started_s = 0.0
 
     def begin(self) -> None:
-        """All ranks begin a step at once."""
+        """Begin a step on all ranks at once."""
         torch.cuda.synchronize()
         dist.barrier()
         self._started_s = time.perf_counter()
 
     def stop(self, device: torch.device) -> None:
-        """Keep the slowest rank's time of the step, which every rank then knows, so that all decide the same."""
+        """Keep the slowest rank's time of the step. Every rank then knows it, so that all decide the same."""
         torch.cuda.synchronize()
         elapsed = torch.tensor(time.perf_counter() - self._started_s, dtype=torch.float64, device=device)
         dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
         self.times_ms.append(float(elapsed) * 1000)
 
     def keep(self, loss: float, grad_norm: float) -> None:
-        """Keep what the step came to.
+        """Keep the step's loss and gradient norm.
 
         Raises:
             NonFiniteLossError: on every rank, if the loss or the norm of the gradients is not finite.
@@ -94,19 +91,22 @@ class TimedSteps:
 
     @property
     def measured_ms(self) -> list[float]:
-        """The times of the steps behind the least warm-up."""
+        """The times of the steps after the `warmup_steps` first."""
         return self.times_ms[self.spec.measurement.warmup_steps :]
 
     def slower_than_ms(self) -> float | None:
-        """What the step time is above, where that rules the trial out."""
+        """Return a lower bound of the step time that rules the trial out; None where none does."""
         return slower_than_ms(self.measured_ms, self.spec)
 
     def report(self, above_ms: float | None) -> None:
-        """Write the result, while the ranks are still together; of a trial that was given up what it is above."""
+        """Write the result while the ranks are still together.
+
+        `above_ms` is the lower bound of the step time of a trial that was given up; None for one that completed.
+        """
         self.monitor.enter("teardown")
-        own = rank_record(self.monitor, peak_gib(self.account))
-        records: list[RankRecord] = [own] * dist.get_world_size()
-        dist.all_gather_object(records, own)
+        record = rank_record(self.monitor, peak_gib(self.account))
+        records: list[RankRecord] = [record] * dist.get_world_size()
+        dist.all_gather_object(records, record)
         if self.monitor.rank:
             return
         if above_ms is None:
@@ -116,7 +116,7 @@ class TimedSteps:
             write_too_slow(self.spec, self.monitor, above_ms, records)
 
 
-def _peak_so_far(account: TensorAccount | None) -> tuple[float | None, float | None]:
-    """The peak up to a failure; nothing where not even the device was reached."""
-    reached = account is not None or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return peak_gib(account) if reached else (None, None)
+def _peak_so_far(account: TensorAccount | None) -> PeakGib:
+    """Return the peak up to a failure; unknown where the rank had not even reached its device."""
+    has_device = account is not None or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return peak_gib(account) if has_device else (None, None)

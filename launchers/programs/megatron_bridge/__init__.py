@@ -1,1 +1,1 @@
-"""The program that trains a recipe of Megatron Bridge under the layout of a trial, by Bridge's own `pretrain`."""
+"""Trains a recipe of Megatron Bridge under the layout of a trial, by Bridge's own `pretrain`; and reads recipes."""

@@ -1,16 +1,16 @@
-"""Run one rank of a trial of a recipe: `torchrun ... -m launchers.programs.megatron_bridge SPEC.json FOLDER`."""
+"""Runs one rank of a trial of a recipe: `torchrun ... -m launchers.programs.megatron_bridge SPEC.json FOLDER`."""
 
 import sys
 
 from launchers.programs.harness.memory import TensorAccount
+from launchers.programs.harness.monitor import Monitor
 from launchers.programs.harness.rank import end, run_rank
-from launchers.programs.harness.report import Monitor
 from launchers.programs.megatron_bridge.cpu import hide_transformer_engine
 from tuner.trial.contract import TrialSpec
 
 
 def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
-    """Train the recipe. Only now is Megatron imported, which looks for Transformer Engine as it is."""
+    """Train the recipe. Megatron is imported only now, since it looks for Transformer Engine while it is imported."""
     hide_transformer_engine()
     from launchers.programs.megatron_bridge import train
 

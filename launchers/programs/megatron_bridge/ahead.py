@@ -1,6 +1,6 @@
-"""What to import once for the forked ranks of many trials: Bridge, unless it might take hold of a GPU meanwhile.
+"""Imports, once for the forked ranks of many trials, what they share: Bridge on CPU, torch alone on CUDA.
 
-What a fork may use of CUDA ends with its first use before the fork, and Bridge imports packages that are free to do so.
+A fork cannot use CUDA once the process that it was forked from has used it, and packages that Bridge imports may do so.
 """
 
 import importlib

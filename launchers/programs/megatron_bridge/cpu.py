@@ -1,6 +1,6 @@
-"""What Megatron Bridge needs to train without CUDA, beyond what Megatron-Core does; idle where CUDA is there.
+"""Lets Megatron Bridge train without CUDA; does nothing where CUDA is available.
 
-Call `hide_transformer_engine` before anything of Megatron is imported, `enable_cpu` before anything is built.
+Call `hide_transformer_engine` before anything of Megatron is imported, and `enable_cpu` before anything is built.
 """
 
 import builtins
@@ -16,22 +16,24 @@ from tuner.core.workload import Model
 _KERNELS = "transformer_engine"
 
 _FUSED = (
-    *(
-        "gradient_accumulation_fusion",
-        "masked_softmax_fusion",
-        "bias_activation_fusion",
-        "bias_dropout_fusion",
-    ),
-    *("apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion", "moe_permute_fusion"),
-    *("moe_router_fusion", "moe_grouped_gemm"),
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "apply_rope_fusion",
+    "persist_layer_norm",
+    "cross_entropy_loss_fusion",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+    "moe_grouped_gemm",
 )
-"""Kernels for CUDA, by the fields of the model's config that ask for them."""
+"""The fields of the model's config that ask for kernels of CUDA."""
 
 
 def hide_transformer_engine() -> None:
-    """Let Megatron-Core believe that Transformer Engine is not installed: it needs CUDA even for its optimizer.
+    """Make Megatron-Core believe that Transformer Engine is not installed, since even its optimizer needs CUDA.
 
-    Bridge itself imports it in passing, and gets it.
+    Bridge imports Transformer Engine in passing, and still gets it.
     """
     if torch.cuda.is_available():
         return
@@ -57,13 +59,13 @@ def enable_cpu() -> None:
 
     cpu.enable_cpu()
     cuda: Any = torch.cuda
-    cuda.device_count = lambda: 1  # Bridge seeds the ranks only where there are devices
+    cuda.device_count = lambda: 1  # without a device Bridge does not seed the ranks
     setup.initialize_megatron = functools.partial(setup.initialize_megatron, allow_no_cuda=True)
     dist.barrier = _on_no_device(dist.barrier)
 
 
 def suit_cpu(config: Any, model: Model) -> None:
-    """Choose what a CPU can do where a recipe chooses kernels or an optimizer's state of fewer bits."""
+    """Replace a recipe's choices that need CUDA: its kernels, and an optimizer whose state has fewer bits."""
     from launchers.programs.harness.specs import decoder_block_spec
 
     config.dist.distributed_backend = "gloo"
@@ -76,7 +78,7 @@ def suit_cpu(config: Any, model: Model) -> None:
 
 
 def _on_no_device(barrier: Any) -> Any:
-    """Gloo refuses to be told a device."""
+    """Wrap the barrier to drop `device_ids`, which Gloo refuses."""
 
     @functools.wraps(barrier)
     def wrapped(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Find a recipe and build its config: one of Bridge's own by its name, or a function of a Python file."""
+"""Finds a recipe and builds its config: one of Bridge's own by its name, or a function of a Python file."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ PACKAGES: Final = ("megatron.bridge.recipes", "megatron.bridge.perf_recipes")
 
 
 def load_config(program: BridgeRecipe) -> Any:
-    """Build the ConfigContainer of a recipe as it is.
+    """Build the ConfigContainer of a recipe, unchanged.
 
     Raises:
         InputError: if there is no such recipe, or what its function returns is no config.
@@ -40,7 +40,7 @@ def load_config(program: BridgeRecipe) -> Any:
 
 
 def named(name: str) -> Callable[..., Any]:
-    """A recipe of Bridge by its name or an alias; only modules whose text has the name are imported.
+    """Return a recipe function of Bridge by its name or an alias; only modules whose text has the name are imported.
 
     Raises:
         InputError: if there is none.
@@ -49,20 +49,20 @@ def named(name: str) -> Callable[..., Any]:
         function = vars(importlib.import_module(module)).get(name)
         if inspect.isfunction(function):
             return function
-    known = [
-        found
+    names = [
+        function_name
         for module in map(importlib.import_module, module_names())
-        for found, value in vars(module).items()
+        for function_name, value in vars(module).items()
         if inspect.isfunction(value)
     ]
     raise InputError(
-        f"key 'program.recipe': Megatron Bridge has no recipe '{name}'{did_you_mean(name, known)}; a file's name must "
+        f"key 'program.recipe': Megatron Bridge has no recipe '{name}'{did_you_mean(name, names)}; a file's name must "
         "end in .py"
     )
 
 
 def module_names(containing: str = "") -> Iterator[str]:
-    """The modules of Bridge that may hold recipes, and whose text has a word."""
+    """Yield the names of Bridge's modules that may hold recipes and whose text contains a word."""
     for package in PACKAGES:
         for entry in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             origin = spec.origin if (spec := importlib.util.find_spec(entry.name)) else None
@@ -71,7 +71,7 @@ def module_names(containing: str = "") -> Iterator[str]:
 
 
 def own_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """The functions that a module itself defines for others, by name."""
+    """Return the public functions that a module itself defines, by name."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -80,7 +80,7 @@ def own_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 class _Recorded(InspectLoader):
-    """A recipe's file as it was when the trial was launched."""
+    """Loads a recipe's file from the text that it had when the trial was launched."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -90,6 +90,7 @@ class _Recorded(InspectLoader):
 
 
 def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
+    """Return the function of a Python file that the program names, or the file's only recipe."""
     path = Path(program.recipe)
     spec = importlib.util.spec_from_loader(
         f"recipe_{path.stem}", _Recorded(with_file_text(program).text), origin=str(path)
@@ -99,18 +100,18 @@ def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    own = own_functions(module)
-    recipes = {name: value for name, value in own.items() if _says_config(value)} or own
+    functions = own_functions(module)
+    recipes = {name: value for name, value in functions.items() if _says_config(value)} or functions
     if program.function is None and len(recipes) == 1:
         return next(iter(recipes.values()))
-    if program.function not in own:
+    if program.function not in functions:
         asked = (
             f"no function '{program.function}'"
             if program.function
             else f"{len(recipes)} functions, state one"
         )
         raise InputError(f"key 'program.function': {path} has {asked}; it has {', '.join(recipes) or 'none'}")
-    return own[program.function]
+    return functions[program.function]
 
 
 def _says_config(function: Callable[..., Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What measures while Bridge trains: a callback that is called before and after each of its steps."""
+"""Measures while Bridge trains, by a callback that Bridge calls before and after each step."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,19 +11,21 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from launchers.programs.harness.measure import measured_enough
 from launchers.programs.harness.memory import TensorAccount
+from launchers.programs.harness.monitor import Monitor
 from launchers.programs.harness.rank import ACCOUNTED_STEPS, TimedSteps
-from launchers.programs.harness.report import Monitor
 from tuner.trial.contract import TrialSpec
 
 _LOSS = "lm loss"
-"""What Bridge calls the mean loss a token."""
+"""Bridge's name for the mean loss per token."""
 
 
 class Measuring(Callback):  # type: ignore[misc]
     """Times every step, checks its loss, and ends the training once enough is known.
 
     Args:
-        account: What accounts the tensors on CPU; it is entered here, since it must end within the training.
+        spec: The trial.
+        monitor: Follows where this rank is.
+        account: Accounts the tensors on CPU. It is entered here, since it must end within the training.
     """
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
@@ -33,19 +35,20 @@ class Measuring(Callback):  # type: ignore[misc]
         if account is not None:
             self.accounting.enter_context(account)
         self.above_ms: float | None = None
+        """The lower bound of the step time for which the trial was given up."""
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """The model stands."""
+        """Begin to warm up: the model is built."""
         optimizer: Any = context.optimizer
         optimizer.step = _announced(optimizer.step, lambda: self.monitor.enter_part("optimizer"))
         self.monitor.enter("warmup")
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        """All ranks begin at once."""
+        """Begin a step on all ranks at once."""
         self.steps.begin()
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Keep the step, and end the training where enough is known; raises NonFiniteLossError as `keep` does."""
+        """Keep the step, and end the training once enough is known; raises NonFiniteLossError as `keep` does."""
         device: Any = torch.cuda.current_device()
         self.steps.stop(device)
         self.steps.keep(_shared_loss(context, device), float(context.grad_norm or 0.0))
@@ -54,7 +57,7 @@ class Measuring(Callback):  # type: ignore[misc]
             context.state.cfg.train.train_iters = context.state.train_state.step + 1
 
     def on_train_end(self, context: CallbackContext) -> None:
-        """Report, while the ranks are still together."""
+        """Report while the ranks are still together."""
         self.steps.report(self.above_ms)
 
     def _enter_phase(self) -> None:
@@ -75,17 +78,19 @@ class Measuring(Callback):  # type: ignore[misc]
 
 
 def _shared_loss(context: CallbackContext, device: Any) -> float:
-    """The step's loss, which only the last pipeline stage has, on every rank; NaN where none has it."""
-    own = (context.loss_dict or {}).get(_LOSS)
-    known = torch.zeros(2, dtype=torch.float64, device=device)
-    if own is not None:
-        known[0], known[1] = float(own), 1.0
-    dist.all_reduce(known)
-    total, ranks = known.tolist()
+    """Return the step's loss on every rank, though only the last pipeline stage has it; NaN where no rank has it."""
+    local_loss = (context.loss_dict or {}).get(_LOSS)
+    sum_and_count = torch.zeros(2, dtype=torch.float64, device=device)
+    if local_loss is not None:
+        sum_and_count[0], sum_and_count[1] = float(local_loss), 1.0
+    dist.all_reduce(sum_and_count)
+    total, ranks = sum_and_count.tolist()
     return total / ranks if ranks else nan
 
 
 def _announced(step: Callable[..., Any], announce: Callable[[], None]) -> Callable[..., Any]:
+    """Return `step`, preceded by a call of `announce`."""
+
     def announced(*args: Any, **kwargs: Any) -> Any:
         announce()
         return step(*args, **kwargs)

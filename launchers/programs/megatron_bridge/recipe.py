@@ -1,7 +1,7 @@
-"""A recipe of Megatron Bridge as a trial runs it: the layout applied, the training contract kept, the rest off.
+"""Turns a recipe of Megatron Bridge into a trial's: the layout applied, the training contract kept, the rest off.
 
-Nothing here starts anything: configs go in and out. The settings that make a trial short are those that
-Bridge's own benchmark recipes use (megatron/bridge/perf_recipes/_common.py), and what a second trial must not find.
+Configs go in and out, and nothing is started. The settings that make a trial short are those of Bridge's own benchmark
+recipes (megatron/bridge/perf_recipes/_common.py); others keep a second trial from finding the files of the first.
 """
 
 import math
@@ -20,15 +20,26 @@ from tuner.frameworks.megatron_bridge.values import values_of
 from tuner.trial.contract import TrialSpec
 
 _LOGGERS = (
-    *("tensorboard_dir", "save_config_filepath", "wandb_project", "wandb_exp_name"),
-    *("mlflow_experiment", "mlflow_run_name", "mlflow_tracking_uri", "mlflow_tags", "mlflow_description"),
-    *("comet_project", "comet_experiment_name", "comet_workspace", "comet_api_key", "comet_tags"),
+    "tensorboard_dir",
+    "save_config_filepath",
+    "wandb_project",
+    "wandb_exp_name",
+    "mlflow_experiment",
+    "mlflow_run_name",
+    "mlflow_tracking_uri",
+    "mlflow_tags",
+    "mlflow_description",
+    "comet_project",
+    "comet_experiment_name",
+    "comet_workspace",
+    "comet_api_key",
+    "comet_tags",
 )
-"""Where Bridge would log to, by LoggerConfig's fields."""
+"""LoggerConfig's fields that say where Bridge logs to."""
 
 
 def prepare(config: Any, spec: TrialSpec, folder: Path) -> Any:
-    """Turn a recipe's config into that of a trial; what it changes is the config itself.
+    """Turn a recipe's config into a trial's, in place, and return it.
 
     Raises:
         ValueError: if Bridge does not take the layout, or the recipe trains something else than the spec says.
@@ -45,37 +56,38 @@ def prepare(config: Any, spec: TrialSpec, folder: Path) -> Any:
 
 
 def check(resolved: Any, spec: TrialSpec) -> None:
-    """Refuse a config, resolved by Bridge, that would train something else than the spec says, or otherwise.
+    """Refuse a config, resolved by Bridge, that has another layout or workload than the spec.
 
-    Bridge skips a key that it does not know with a warning, and what it cannot convert: only reading back tells.
+    Bridge skips a key that it does not know, or a value that it cannot convert, with a warning: only reading the
+    config back shows it.
 
     Raises:
-        ValueError: naming each field, what was wanted and what was found.
+        ValueError: naming each field, the wanted value and the present one.
     """
     values = values_of(resolved)
-    found = layout_of(values)
-    wrong = [
+    differences = [
         f"{name}: wanted {wanted}, found {present}"
-        for name, wanted, present in _layout_differences(spec, found)
+        for name, wanted, present in _layout_differences(spec, layout_of(values))
     ]
-    if wrong:
-        raise ValueError(f"the recipe does not take the layout: {'; '.join(wrong)}")
+    if differences:
+        raise ValueError(f"the recipe does not take the layout: {'; '.join(differences)}")
     workload = workload_of(values, spec.workload.model.name)
-    wrong = [
+    differences = [
         f"{name}: the sweep says {wanted}, the recipe {present}"
         for name, wanted, present in _workload_differences(spec.workload, workload)
     ]
-    if wrong:
-        raise ValueError(f"the recipe trains something else: {'; '.join(wrong)}")
+    if differences:
+        raise ValueError(f"the recipe trains something else: {'; '.join(differences)}")
 
 
 def steps_at_most(spec: TrialSpec) -> int:
-    """How many optimizer steps a trial may need (see `measure.measured_enough`)."""
+    """Return how many optimizer steps a trial may need (see `measure.measured_enough`)."""
     measurement = spec.measurement
     return measurement.warmup_steps + max(measurement.max_steps, 2 * measurement.min_steps)
 
 
 def _shorten(config: Any, spec: TrialSpec, folder: Path) -> None:
+    """Let the config train few steps on random tokens, without checkpoints, evaluation or loggers."""
     steps = steps_at_most(spec)
     _keep_schedule(config, steps, spec.workload.global_batch_size)
     config.model.seq_length = config.dataset.seq_length
@@ -84,7 +96,11 @@ def _shorten(config: Any, spec: TrialSpec, folder: Path) -> None:
         setattr(config.checkpoint, name, None)
     config.checkpoint.async_save = False
     config.validation.eval_iters = 0
-    for name in ("eval_iters", "eval_interval", "skip_train"):  # deprecated, and they would win
+    for name in (
+        "eval_iters",
+        "eval_interval",
+        "skip_train",
+    ):  # deprecated fields, which would take precedence
         setattr(config.train, name, None)
     config.train.exit_interval = config.train.exit_duration_in_mins = None
     for name in _LOGGERS:
@@ -103,7 +119,7 @@ def _shorten(config: Any, spec: TrialSpec, folder: Path) -> None:
 
 
 def _keep_schedule(config: Any, steps: int, global_batch_size: int) -> None:
-    """Let the training end after a few steps of the schedule that the recipe has."""
+    """Let the training end after a few steps of the recipe's own schedule."""
     train, scheduler = config.train, config.scheduler
     if train.train_samples is not None:
         scheduler.lr_decay_samples = scheduler.lr_decay_samples or train.train_samples
@@ -115,7 +131,7 @@ def _keep_schedule(config: Any, steps: int, global_batch_size: int) -> None:
 
 
 def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
-    """Draw tokens at random, as many and of the same vocabulary: neither files nor a tokenizer are needed."""
+    """Draw as many tokens of the recipe's vocabulary at random: neither files nor a tokenizer are needed."""
     from megatron.bridge.training.config import GPTDatasetConfig
 
     dataset = config.dataset
@@ -134,7 +150,7 @@ def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
 
 
 def _layouts_variables(spec: TrialSpec) -> set[str]:
-    """The variables that the launcher has set, or left out, for the layout: the recipe's are for its own."""
+    """Return the variables that the launcher sets or leaves out for the layout; a recipe's are for its own layout."""
     knobs = {
         knob.metadata["megatron"].partition(".")[2]
         for knob in fields(Layout)
@@ -147,19 +163,20 @@ def _layouts_variables(spec: TrialSpec) -> set[str]:
     )
 
 
-def _layout_differences(spec: TrialSpec, found: Layout) -> Iterator[tuple[str, Any, Any]]:
-    unseen = {*ENVIRONMENT_KNOBS, *(() if spec.workload.model.is_moe else MOE_KNOBS)}
+def _layout_differences(spec: TrialSpec, present_layout: Layout) -> Iterator[tuple[str, Any, Any]]:
+    unread = {*ENVIRONMENT_KNOBS, *(() if spec.workload.model.is_moe else MOE_KNOBS)}
     for name in KNOBS:
-        wanted, present = getattr(spec.layout, name), getattr(found, name)
-        if name not in unseen and wanted != present:
+        wanted, present = getattr(spec.layout, name), getattr(present_layout, name)
+        if name not in unread and wanted != present:
             yield name, wanted, present
 
 
-def _workload_differences(wanted: Workload, found: Workload) -> Iterator[tuple[str, Any, Any]]:
-    for one, other, prefix in ((wanted, found, ""), (wanted.model, found.model, "model.")):
-        for field in fields(one):
+def _workload_differences(wanted: Workload, present_workload: Workload) -> Iterator[tuple[str, Any, Any]]:
+    pairs = ((wanted, present_workload, ""), (wanted.model, present_workload.model, "model."))
+    for stated, read, prefix in pairs:
+        for field in fields(stated):
             if field.name == "model":
                 continue
-            said, present = getattr(one, field.name), getattr(other, field.name)
-            if said != present:
-                yield f"{prefix}{field.name}", said, present
+            wanted_value, present_value = getattr(stated, field.name), getattr(read, field.name)
+            if wanted_value != present_value:
+                yield f"{prefix}{field.name}", wanted_value, present_value

@@ -1,4 +1,4 @@
-"""Train a recipe under the layout of a trial. `hide_transformer_engine` comes before this is imported."""
+"""Trains a recipe under the layout of a trial. Call `hide_transformer_engine` before importing this module."""
 
 import copy
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.state import GlobalState
 
 from launchers.programs.harness.memory import TensorAccount
-from launchers.programs.harness.report import Monitor
+from launchers.programs.harness.monitor import Monitor
 from launchers.programs.harness.weights import initialize_weights
 from launchers.programs.megatron_bridge.cpu import enable_cpu, suit_cpu
 from launchers.programs.megatron_bridge.load import load_config
@@ -30,17 +30,17 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
     enable_cpu()
     _use_compiled_helpers()
     config = _trial_config(spec, monitor.folder)
-    if not spec.workload.fp8_param:  # which no plain number can be written into
+    if not spec.workload.fp8_param:  # such weights cannot be set to plain numbers
         _start_alike(config, spec.seed)
     monitor.enter("build")
     pretrain(config, _announcing(monitor), callbacks=[Measuring(spec, monitor, account)])
 
 
 def _trial_config(spec: TrialSpec, folder: TrialFolder) -> Any:
-    """The recipe's config under the layout, of which Bridge says what it will train.
+    """Return the recipe's config under the layout, after Bridge has confirmed what it will train.
 
     Raises:
-        ValueError: whatever is wrong with the recipe; it is the same on every machine.
+        ValueError: for anything wrong with the recipe, which is the same on every machine.
         OSError: where a file, or the network, cannot be read.
     """
     assert isinstance(spec.program, BridgeRecipe), "the launcher runs this program for recipes alone"
@@ -59,7 +59,7 @@ def _trial_config(spec: TrialSpec, folder: TrialFolder) -> Any:
 
 
 def _start_alike(config: Any, seed: int) -> None:
-    """Give every layout the same first weights: Bridge draws them by rank, and no two layouts' losses could compare."""
+    """Give every layout the same first weights: Bridge draws them by rank, so losses of two layouts would differ."""
 
     def set_weights(chunks: Any) -> Any:
         initialize_weights(chunks, seed)
@@ -69,13 +69,16 @@ def _start_alike(config: Any, seed: int) -> None:
 
 
 def _use_compiled_helpers() -> None:
-    """Bridge compiles Megatron-Core's dataset helpers at each start, for which a wheel lacks the makefile."""
+    """Keep Bridge from compiling Megatron-Core's dataset helpers at each start where a wheel brings them compiled.
+
+    A wheel lacks the makefile that this needs.
+    """
     if find_spec("megatron.core.datasets.helpers_cpp"):
         initialize.compile_helpers = lambda: None
 
 
 def _announcing(monitor: Monitor) -> Any:
-    """Bridge's own forward step of a GPT, which says where it is."""
+    """Return Bridge's own forward step of a GPT, which tells the monitor where it is."""
 
     def announcing(
         state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False

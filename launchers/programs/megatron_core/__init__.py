@@ -1,1 +1,1 @@
-"""The built-in program of a trial: trains a Megatron-Core GPT model for a few steps and measures it."""
+"""The built-in program of a trial: it trains a Megatron-Core GPT model for a few steps and measures it."""

@@ -1,4 +1,4 @@
-"""Run one rank of a trial: `torchrun ... -m launchers.programs.megatron_core SPEC.json FOLDER`."""
+"""Runs one rank of a trial: `torchrun ... -m launchers.programs.megatron_core SPEC.json FOLDER`."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ import torch.distributed as dist
 from launchers.programs.harness.cpu import enable_cpu
 from launchers.programs.harness.measure import measured_enough
 from launchers.programs.harness.memory import TensorAccount
+from launchers.programs.harness.monitor import Monitor
 from launchers.programs.harness.rank import ACCOUNTED_STEPS, TimedSteps, end, run_rank
-from launchers.programs.harness.report import Monitor
-from launchers.programs.megatron_core.train import Job
+from launchers.programs.megatron_core.train import TrainingJob
 from tuner.trial.contract import TrialSpec
 
 
 def main(arguments: list[str]) -> int:
-    """Run the trial of this rank; returns the exit code."""
+    """Run this rank's part of the trial; return the exit code."""
     return run_rank(arguments, run)
 
 
@@ -29,7 +29,7 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
         steps = TimedSteps(spec, monitor, account)
         with account or nullcontext():
             monitor.enter("build")
-            job = Job(spec.workload, spec.layout, spec.seed, device, monitor.enter_part)
+            job = TrainingJob(spec.workload, spec.layout, spec.seed, device, enter=monitor.enter_part)
             monitor.enter("warmup")
             _step(job, steps)
             monitor.enter("memory")
@@ -44,8 +44,8 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
         job.close()
 
 
-def _measured(job: Job, steps: TimedSteps) -> float | None:
-    """Do steps until enough are timed; return what the step time is above where that rules the trial out."""
+def _measured(job: TrainingJob, steps: TimedSteps) -> float | None:
+    """Do steps until enough are timed; return a lower bound of the step time that rules the trial out, else None."""
     while not measured_enough(steps.measured_ms, steps.spec.measurement):
         if (above_ms := steps.slower_than_ms()) is not None:
             return above_ms
@@ -53,7 +53,7 @@ def _measured(job: Job, steps: TimedSteps) -> float | None:
     return None
 
 
-def _step(job: Job, steps: TimedSteps) -> None:
+def _step(job: TrainingJob, steps: TimedSteps) -> None:
     steps.begin()
     local_loss, grad_norm = job.step()
     steps.stop(job.device)
@@ -62,7 +62,7 @@ def _step(job: Job, steps: TimedSteps) -> None:
 
 @contextmanager
 def _process_group(spec: TrialSpec) -> Iterator[torch.device]:
-    """Take this rank's device and join the ranks; leaves them at the end of a run without an error.
+    """Take this rank's device and join the other ranks; leave them at the end, unless there was an error.
 
     Raises:
         ValueError: if the launcher started another number of ranks than the cluster has GPUs.

@@ -1,7 +1,7 @@
-"""From workload and layout to Megatron-Core's configuration: a straight mapping, since the names are its own.
+"""Maps workload and layout to Megatron-Core's configuration; the names are its own.
 
-What is fixed here and not searched is what Megatron Bridge's pre-training recipes fix as well: no dropout, an
-fp32 router, sent pipeline outputs freed, and every fusion that is installed.
+What is fixed here, Megatron Bridge's pre-training recipes fix as well: no dropout, an fp32 router, freed pipeline
+outputs after they are sent, and every fusion that is installed.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ QUANTIZED: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4"},
     }
 )
-"""Per precision TransformerConfig's fields; the weights are bf16 (Bridge: training/mixed_precision.py)."""
+"""TransformerConfig's fields by precision; the weights are bf16 (Bridge: training/mixed_precision.py)."""
 
 _MODEL_FIELDS = (
     "num_layers",
@@ -69,38 +69,47 @@ _MOE_FIELDS = (
     "moe_router_topk_scaling_factor",
     "moe_router_enable_expert_bias",
 )
+_REFUSED_KNOBS = ("cuda_graph_impl", "use_megatron_fsdp")
+"""Knobs whose features this program lacks; `tuner.trial.program.NOT_BUILT_IN` lists the features."""
 _MLA_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
+_CUDA_KNOBS = (
+    "tp_comm_overlap",
+    "delay_wgrad_compute",
+    "cp_comm_type",
+    "cpu_offloading_num_layers",
+    "nccl_ub",
+)
+"""Knobs that need Transformer Engine or NCCL."""
+
+
 def have_transformer_engine(device: str) -> bool:
-    """Whether Transformer Engine's layers are used: on CUDA, where it is installed."""
+    """Return whether Transformer Engine's layers are used: on CUDA, where it is installed."""
     return device == "cuda" and find_spec("transformer_engine") is not None
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of weights and activations; fp8 and fp4 quantize inside the linear layers only."""
+    """Return the dtype of weights and activations; fp8 and fp4 quantize inside the linear layers only."""
     return {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
 def leave_uninitialised(weight: Tensor) -> None:
-    """Stand for Megatron's initialisation of a weight."""
+    """Leave a weight as it is, instead of Megatron's initialisation."""
 
 
 def transformer_config(workload: Workload, layout: Layout, device: str) -> TransformerConfig:
-    """Return Megatron's configuration of the model under this layout; of latent attention its own kind.
+    """Return Megatron's configuration of the model under this layout, of the class that its attention needs.
 
     `device` is "cuda" or "cpu".
 
     Raises:
-        ValueError: where Megatron refuses the combination, or the CPU cannot do what it asks.
-        AssertionError: likewise, by Megatron.
+        ValueError: if Megatron or this program refuses the combination, or the CPU cannot do what it asks for.
+        AssertionError: if Megatron refuses the combination.
     """
     if device == "cpu":
         _refuse_on_cpu(workload, layout)
-    for knob in (
-        "cuda_graph_impl",
-        "use_megatron_fsdp",
-    ):  # what these two switch on is tuner.trial.program.NOT_BUILT_IN
+    for knob in _REFUSED_KNOBS:
         if getattr(layout, knob) != DEFAULTS[knob]:
             raise ValueError(f"{knob}: this program trains without it; a recipe or a command may have it")
     if workload.fp8_param:
@@ -128,7 +137,7 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         params_dtype=dtype,
-        # weights.py sets every weight, the same under any layout: Megatron only marks how it is sharded.
+        # weights.py sets every weight alike under any layout; Megatron only marks how a weight is sharded.
         init_method=leave_uninitialised,
         output_layer_init_method=leave_uninitialised,
         embedding_init_method=leave_uninitialised,
@@ -143,7 +152,7 @@ def ddp_config(workload: Workload, layout: Layout) -> DistributedDataParallelCon
         use_distributed_optimizer=layout.use_distributed_optimizer,
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
-        # Megatron-LM aligns the gathers of a pipeline's stages exactly where they are interleaved.
+        # Megatron-LM aligns the gathers of a pipeline's stages only if the stages are interleaved.
         align_param_gather=layout.overlap_param_gather and layout.vpp > 1,
         delay_wgrad_compute=layout.delay_wgrad_compute,
         nccl_ub=layout.nccl_ub,
@@ -171,13 +180,7 @@ def optimizer_config(workload: Workload, layout: Layout) -> OptimizerConfig:
 def _refuse_on_cpu(workload: Workload, layout: Layout) -> None:
     if workload.precision not in {"fp32", "bf16"}:
         raise ValueError(f"precision {workload.precision} needs CUDA: on CPU state precision: fp32 or bf16")
-    for knob in (
-        "tp_comm_overlap",
-        "delay_wgrad_compute",
-        "cp_comm_type",
-        "cpu_offloading_num_layers",
-        "nccl_ub",
-    ):
+    for knob in _CUDA_KNOBS:
         if getattr(layout, knob) != DEFAULTS[knob]:
             raise ValueError(f"{knob} needs Transformer Engine or NCCL, so CUDA")
 
@@ -211,6 +214,7 @@ def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _given(value: str) -> str | None:
+    """Return the value, or None where the layout says "none"."""
     return None if value == "none" else value
 
 
@@ -230,7 +234,7 @@ def _moe(workload: Workload, layout: Layout, device: str) -> dict[str, Any]:
     return {
         **{name: getattr(model, name) for name in _MOE_FIELDS},
         "moe_layer_freq": list(frequency) if isinstance(frequency, tuple) else frequency,
-        # A balancing loss is a mean over a micro-batch's tokens: the loss would depend on the layout.
+        # A balancing loss is a mean over a micro-batch's tokens, so the loss would depend on the layout.
         "moe_aux_loss_coeff": 0.0,
         "moe_router_dtype": "fp32",
         "moe_router_force_load_balancing": workload.moe_router_force_load_balancing,
@@ -243,7 +247,7 @@ def _moe(workload: Workload, layout: Layout, device: str) -> dict[str, Any]:
 
 
 def _latent(model: Model) -> dict[str, Any]:
-    # Plain rotary positions: YaRN's table has the same shape and cost, and a workload states no YaRN.
+    # Plain rotary positions: a workload states no YaRN, and YaRN's table has equal shape and cost.
     return {
         **{name: getattr(model, name) for name in _MLA_FIELDS},
         "rope_type": "rope",

@@ -1,16 +1,16 @@
-"""Mock tokens: a sample follows from the seed and its number, so any layout trains on the same batches."""
+"""Makes mock tokens: a sample follows from the seed and its number, so any layout trains on the same batches."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from launchers.programs.harness.specs import chunk_positions
+from launchers.programs.harness.attention import chunk_positions
 from tuner.core.layout import Layout, num_microbatches
 from tuner.core.workload import Workload
 
 Batch = dict[str, Tensor]
-"""`tokens`, `labels`, `position_ids`: int64, [micro_batch_size, seq_length / cp]."""
+"""`tokens`, `labels` and `position_ids`, each int64, [micro_batch_size, seq_length / cp]."""
 
 
 def sample(seed: int, number: int, seq_length: int, vocab_size: int) -> Tensor:
@@ -30,7 +30,7 @@ def micro_batches(
     cp_rank: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches of step `step`: its share of the samples, and its part of each."""
+    """Yield this rank's micro-batches of step `step`: its share of the samples, and its part of each sequence."""
     positions = chunk_positions(workload.seq_length // layout.cp, layout.cp, cp_rank, torch.device("cpu"))
     size = layout.micro_batch_size
     for number in range(num_microbatches(workload.global_batch_size, size, dp)):

@@ -1,4 +1,4 @@
-"""The process grids and this rank's part of the model, built by Megatron-Core."""
+"""Builds the process grids and this rank's part of the model with Megatron-Core."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from launchers.programs.harness.specs import decoder_block_spec, mtp_block_spec, soft_capped
+from launchers.programs.harness.attention import soft_capped
+from launchers.programs.harness.specs import decoder_block_spec, mtp_block_spec
 from launchers.programs.megatron_core.config import ddp_config
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
@@ -22,7 +23,7 @@ def initialize_grids(workload: Workload, layout: Layout, config: TransformerConf
     """Set up Megatron's process groups and random states; the default process group must exist.
 
     Raises:
-        RuntimeError: by Megatron, where the world is no multiple of the grids.
+        RuntimeError: by Megatron, if the world size is no multiple of the grids'.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -38,9 +39,9 @@ def initialize_grids(workload: Workload, layout: Layout, config: TransformerConf
 
 
 def _embedding_ranks(workload: Workload, config: TransformerConfig, pp_ranks: list[int]) -> list[int]:
-    """The ranks of a pipeline that hold the word embedding, as Megatron-LM's pretrain_gpt.py tells them.
+    """Return the ranks of a pipeline that hold the word embedding, as Megatron-LM's pretrain_gpt.py chooses them.
 
-    Megatron's default is the first and the last, but multi-token prediction may lie between, with its own copy.
+    Megatron's default is the first and the last rank, but multi-token prediction has its own copy and may lie between.
     """
     ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, config)}
     if workload.model.share_embeddings_and_output_weights:
@@ -49,9 +50,9 @@ def _embedding_ranks(workload: Workload, config: TransformerConfig, pp_ranks: li
 
 
 def build_model(workload: Workload, layout: Layout, config: TransformerConfig) -> list[GPTModel]:
-    """Build this rank's `vpp` model chunks, their weights uninitialised; `initialize_grids` comes first."""
-    stages = range(layout.vpp) if layout.vpp > 1 else [None]
-    return [_build_chunk(workload, layout, config, stage) for stage in stages]
+    """Build this rank's `vpp` model chunks with uninitialised weights; call `initialize_grids` first."""
+    vp_stages = range(layout.vpp) if layout.vpp > 1 else [None]
+    return [_build_chunk(workload, layout, config, vp_stage) for vp_stage in vp_stages]
 
 
 def _build_chunk(

@@ -1,8 +1,9 @@
-"""One rank of a job without the others: `python -m launchers.programs.megatron_core.probe SPEC.json RANK RECORD.json`.
+"""Runs one rank of a job without the others: `python -m launchers.programs.megatron_core.probe SPEC RANK RECORD`.
 
-The real program, two steps of the trial's own job, under a process group that only says it is there. Without CUDA the
-floating-point tensors are fake (they have a shape and a size, and no memory), and each is accounted: any rank of any
-world in seconds, to the byte what the rank of a Gloo job accounts. With CUDA the tensors and the allocator are real.
+It runs two steps of the trial's own job in a process group whose other ranks do not exist. Without CUDA the
+floating-point tensors are fake (they have a shape and a size, and no memory), and each is accounted. So any rank of any
+world takes seconds, and its account equals that of the rank of a Gloo job to the byte. With CUDA the tensors and the
+allocator are real. SPEC and RECORD are JSON files.
 """
 
 import socket
@@ -27,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from launchers.programs.harness.cpu import enable_cpu
+from launchers.programs.harness.failures import failure_of
 from launchers.programs.harness.memory import TensorAccount, peak_gib
-from launchers.programs.harness.report import failure_of
 from launchers.programs.megatron_core import train
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout, data_parallel_size
@@ -37,20 +38,20 @@ from tuner.files import read_json, write_json
 from tuner.trial.contract import Phase, RankRecord, TrialSpec
 
 STEPS = 2
-"""Adam's state comes with the first step, so the second holds the peak."""
+"""How many steps are run: Adam's state comes with the first, so the second holds the peak."""
 ROUNDS = 3
-"""How often the pipeline, or its largest group of micro-batches, is filled: at no stage is the last forward pass
-then in flight at its first backward pass."""
+"""How often the pipeline, or its largest micro-batch group of interleaving, is filled. With so many rounds, no stage
+has its last forward pass in flight at its first backward pass."""
 SEED = 1234
 
 _aten = torch.ops.aten
 
 
 class FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, floating-point tensors and all that follows from them are fake; integers and masks are real.
+    """While active, makes floating-point tensors and all that follows from them fake; integers and masks are real.
 
-    The real ones are small, and hold the values that shapes depend on: tokens, and which expert takes which token.
-    A fake has no value: where a number is asked for, it is 1.
+    The real tensors are small, and hold the values that shapes depend on: tokens, and which expert takes which token.
+    A fake tensor has no value: where a number is asked for, it is 1.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation on fakes, for real, or, of a collective, on nothing."""
+        """Run the operation on fake tensors, on real ones, or, for a collective, on empty ones."""
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         fakes = any(isinstance(tensor, FakeTensor) for tensor in tensors)
@@ -79,16 +80,16 @@ class FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _emptied(args: Any) -> list[Any]:
-    """A collective's arguments with nothing in the place of fakes, and no split sizes."""
+    """Return a collective's arguments with empty tensors instead of fake ones, and without split sizes."""
     empty = tree_map_only(FakeTensor, lambda tensor: torch.empty(0), args)
     return [[] if isinstance(a, (list, tuple)) and all(type(i) is int for i in a) else a for a in empty]
 
 
 class _TensorsOfFakes(TorchFunctionMode):
-    """Lets torch.tensor read fakes as numbers, as it reads real tensors."""
+    """Lets torch.tensor take fake tensors as numbers, as it takes real ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`."""
+        """Call `func`, with 1 instead of each fake tensor that torch.tensor would take."""
         if func is torch.tensor:
             args = tree_map_only(FakeTensor, lambda tensor: 1.0, args)
         return func(*args, **(kwargs or {}))
@@ -99,26 +100,34 @@ def probe(
     layout: Layout,
     world_size: int,
     rank: int,
+    *,
     device: torch.device | None = None,
     as_gloo: bool = True,
     enter: Callable[[Phase], None] = lambda phase: None,
 ) -> tuple[float, float | None]:
     """Return the peak of allocated, and of reserved memory (None without CUDA), of one rank in GiB.
 
-    `prepare` comes first, and says which `device`. Routing is balanced: an expert takes as many tokens of a
-    micro-batch as any other, give or take one. `as_gloo` counts what Gloo copies, where tensors are fake. `enter`
-    hears of each part of a step that begins.
+    Routing is balanced: the experts take equally many tokens of a micro-batch, give or take one.
+
+    Args:
+        workload: The model and its training contract.
+        layout: The layout.
+        world_size: How many ranks the job has.
+        rank: The rank to run.
+        device: What `prepare` returned, which must be called first.
+        as_gloo: Whether to count the copies that Gloo makes, where tensors are fake.
+        enter: Is called with each part of a step that begins.
 
     Raises:
-        ValueError, AssertionError, RuntimeError: where Megatron refuses the layout.
-        torch.OutOfMemoryError: on a GPU.
+        ValueError, AssertionError, RuntimeError: if Megatron refuses the layout.
+        torch.OutOfMemoryError: if a GPU's memory is full.
     """
     account = TensorAccount(float("inf")) if device is None else None
     with ExitStack() as stack:
         stack.enter_context(_alone(rank, world_size))
         stack.enter_context(_replaced(TopKRouter, "forward", _balanced(TopKRouter.forward)))
         if account is not None:
-            # Values do not matter, and their hashes would be computed for real.
+            # The values do not matter, and hashing them would work on real tensors.
             stack.enter_context(_replaced(train, "initialize_weights", lambda chunks, seed: None))
             stack.enter_context(_replaced(torch.utils, "swap_tensors", _convert))
             if as_gloo:
@@ -128,18 +137,18 @@ def probe(
             for mode in (_TensorsOfFakes(), FakeFloats(), account):
                 stack.enter_context(mode)
         short = _filling(workload, layout, world_size)
-        job = train.Job(short, layout, SEED, device or torch.device("cpu"), enter)
+        job = train.TrainingJob(short, layout, SEED, device or torch.device("cpu"), enter=enter)
         for _ in range(STEPS):
             job.step()
         return peak_gib(account)
 
 
 def _filling(workload: Workload, layout: Layout, world_size: int) -> Workload:
-    """The workload with no more micro-batches than fill the pipeline: the others only repeat the steady state."""
+    """Return the workload with the micro-batches that fill the pipeline; any more would repeat the steady state."""
     dp = data_parallel_size(world_size, layout.tp, layout.pp, layout.cp)
-    each = layout.micro_batch_size * dp
-    most = ROUNDS * max(layout.pp, layout.microbatch_group_size_per_vp_stage)
-    return replace(workload, global_batch_size=min(workload.global_batch_size, most * each))
+    samples = layout.micro_batch_size * dp
+    micro_batches = ROUNDS * max(layout.pp, layout.microbatch_group_size_per_vp_stage)
+    return replace(workload, global_batch_size=min(workload.global_batch_size, micro_batches * samples))
 
 
 @contextmanager
@@ -154,18 +163,18 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _alone(rank: int, world_size: int) -> Iterator[None]:
-    """A process group of `world_size` ranks of which only this one is there: its collectives return at once."""
+    """Be the only rank of a process group that claims `world_size` ranks: its collectives return at once."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
-        with suppress(Exception):  # a refusal may have come halfway through setting the groups up
+        with suppress(Exception):  # Megatron may have refused the layout before all groups were set up
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def _balanced(route: Any) -> Any:
-    """The router, but tokens go to the experts in turn."""
+    """Return the router's forward pass with the tokens given to the experts in turn."""
 
     def routed(router: TopKRouter, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         probabilities, chosen = route(router, *args, **kwargs)
@@ -178,7 +187,7 @@ def _balanced(route: Any) -> Any:
 
 
 def _on_a_copy(reduce_scatter: Any) -> Any:
-    """A reduce-scatter that flattens its input into a copy first, as Gloo's does."""
+    """Return a reduce-scatter that first copies its input, as Gloo does to flatten it."""
 
     def reduced(output: Tensor, whole: Tensor, **options: Any) -> Any:
         whole.clone()
@@ -188,12 +197,15 @@ def _on_a_copy(reduce_scatter: Any) -> Any:
 
 
 def _convert(weight: Tensor, converted: Tensor) -> None:
-    """`Module.to` swaps fake weights, which Torch refuses while it refers to them itself; real ones it sets."""
+    """Set a weight's data, as `Module.to` does for real weights.
+
+    It would swap fake ones, which Torch refuses while it refers to them itself.
+    """
     weight.data = converted.data
 
 
 def main(arguments: list[str]) -> int:
-    """Probe and write the record; returns 1 if the rank failed."""
+    """Probe and write the record; return 1 if the rank failed, else 0."""
     spec, rank = read_json(TrialSpec, Path(arguments[0])), int(arguments[1])
     phases: list[Phase] = ["build"]
     peak: tuple[float | None, float | None] = (None, None)
@@ -201,7 +213,15 @@ def main(arguments: list[str]) -> int:
     try:
         device = prepare(spec.cluster)
         on_cpu = spec.cluster.device == "cpu"
-        peak = probe(spec.workload, spec.layout, spec.cluster.world_size, rank, device, on_cpu, phases.append)
+        peak = probe(
+            spec.workload,
+            spec.layout,
+            spec.cluster.world_size,
+            rank,
+            device=device,
+            as_gloo=on_cpu,
+            enter=phases.append,
+        )
     except Exception as error:
         failure = failure_of(error)
     record = RankRecord(
@@ -218,7 +238,7 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(cluster: Cluster) -> torch.device | None:
-    """Make this process ready to probe, for good; return the GPU, or None where tensors will be fake."""
+    """Patch this process for good so that it can probe; return the GPU, or None where tensors will be fake."""
     warnings.filterwarnings("ignore")
     enable_cpu()
     torch.set_num_threads(1)

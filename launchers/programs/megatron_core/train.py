@@ -1,4 +1,4 @@
-"""The training job itself: Megatron-Core's model, schedule and optimizer, one real step at a time."""
+"""Trains with Megatron-Core's model, schedule and optimizer, one real step at a time."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,11 +21,18 @@ from tuner.core.workload import Workload
 from tuner.trial.contract import Phase
 
 
-class Job:
+class TrainingJob:
     """One rank of a training job. The default process group must exist; every rank makes the same calls.
 
+    Args:
+        workload: The model and its training contract.
+        layout: The layout.
+        seed: The seed of weights and tokens.
+        device: This rank's device.
+        enter: Is called with each part of a step that begins.
+
     Raises:
-        ValueError, AssertionError, RuntimeError: where Megatron refuses the layout.
+        ValueError, AssertionError, RuntimeError: if Megatron refuses the layout.
     """
 
     def __init__(
@@ -34,9 +41,9 @@ class Job:
         layout: Layout,
         seed: int,
         device: torch.device,
+        *,
         enter: Callable[[Phase], None] = lambda phase: None,
     ) -> None:
-        """Build grids, model and optimizer. `enter` hears of each part of a step that begins."""
         self.workload, self.layout, self.seed, self.device, self.enter = workload, layout, seed, device, enter
         self.config = transformer_config(workload, layout, device.type)
         initialize_grids(workload, layout, self.config, seed)
@@ -54,9 +61,9 @@ class Job:
         self.step_number = 0
 
     def step(self) -> tuple[Tensor, float]:
-        """Do one optimizer step; return the summed loss of this rank's tokens and the norm of all gradients.
+        """Do one optimizer step; return the sum of the losses of this rank's tokens, and the norm of all gradients.
 
-        The sum is 0 off the last pipeline stage; the norm is 0 where fp16's loss scaler skipped the step.
+        The sum is 0 except on the last pipeline stage; the norm is 0 if fp16's loss scaler skipped the step.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -79,8 +86,8 @@ class Job:
         return total, float(grad_norm or 0.0)
 
     def mean_loss(self, local_sum: Tensor) -> float:
-        """Return the step's mean loss a token, the same on every rank, from the sums that `step` returned."""
-        # The last stage's tensor parallel ranks hold the same tokens, so each counts for its share.
+        """Return the step's mean loss per token, equal on every rank, from the sum that this rank's `step` returned."""
+        # The tensor parallel ranks of the last stage hold the same tokens, so each counts for 1/tp.
         total = local_sum.double() / self.layout.tp
         dist.all_reduce(total)
         return float(total) / self.workload.tokens_per_step
@@ -92,7 +99,7 @@ class Job:
     def _check_batch(self) -> None:
         samples, per_step = self.workload.global_batch_size, self.layout.micro_batch_size * self.dp
         if samples % per_step:
-            # Megatron's own calculator (num_microbatches_calculator.py) says it in these words.
+            # These are the words of Megatron's own calculator (num_microbatches_calculator.py).
             raise ValueError(
                 f"global batch size ({samples}) is not divisible by micro batch size "
                 f"({self.layout.micro_batch_size}) times data parallel size ({self.dp})"
@@ -122,7 +129,7 @@ class Job:
         self.enter("forward")
         batch = next(data)
         arguments = (batch["tokens"], batch["position_ids"], None)
-        if return_schedule_plan:  # the schedule that overlaps expert communication asks for it
+        if return_schedule_plan:  # asked for by the schedule that overlaps expert communication
             output = get_attr_wrapped_model(chunk, "build_schedule_plan")(*arguments, labels=batch["labels"])
         else:
             output = chunk(*arguments, labels=batch["labels"])
@@ -130,11 +137,11 @@ class Job:
         return output, _summed_loss
 
     def _connect(self) -> None:
-        """Hand the schedule its callbacks, as Megatron-LM's training loop does (training.py, train)."""
+        """Give the schedule its callbacks, as Megatron-LM's training loop does (training.py, train)."""
 
         def of_chunks(name: str) -> Any:
-            functions = [getattr(chunk, name) for chunk in self.chunks]
-            return functions if len(functions) > 1 else functions[0]
+            methods = [getattr(chunk, name) for chunk in self.chunks]
+            return methods if len(methods) > 1 else methods[0]
 
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -146,14 +153,17 @@ class Job:
 
 
 def _summed_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the losses of a micro-batch's tokens; Megatron divides by their number and by the micro-batches."""
+    """Return the sum of a micro-batch's losses, the number of its tokens, and the sum again to be reported.
+
+    Megatron divides the first by the number of tokens and by the number of micro-batches.
+    """
     total = losses.float().sum()
     tokens = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
     return total, tokens, total.detach().clone()
 
 
 def _initialize_user_buffers(workload: Workload, layout: Layout) -> None:
-    """Allocate what overlapped tensor parallel communication sends through (Megatron-LM: initialize.py)."""
+    """Allocate the buffers that overlapped tensor parallel communication sends through (Megatron-LM: initialize.py)."""
     from transformer_engine.pytorch.module.base import initialize_ub
 
     rows = workload.seq_length * layout.micro_batch_size // layout.cp

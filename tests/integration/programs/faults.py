@@ -32,7 +32,7 @@ from tuner.trial.contract import (
 )
 
 if TYPE_CHECKING:  # most endings need no torch, and a cold rank would import it for nothing
-    from launchers.programs.harness.report import Monitor
+    from launchers.programs.harness.monitor import Monitor
 
 RANK = int(os.environ["RANK"])
 FOLDER = TrialFolder(Path(sys.argv[2]))
@@ -76,7 +76,8 @@ def trial() -> Iterator["Monitor"]:
     """In a Gloo group, and with the failures recorded as the built-in program records them."""
     import torch.distributed as dist
 
-    from launchers.programs.harness.report import Monitor, report_failure
+    from launchers.programs.harness.failures import report_failure
+    from launchers.programs.harness.monitor import Monitor
 
     monitor = Monitor(FOLDER, RANK, time.time())
     try:
@@ -212,7 +213,7 @@ def turns_nan() -> None:
     """Every rank sees it, and says so."""
     import torch.distributed as dist
 
-    from launchers.programs.harness.report import NonFiniteLossError
+    from launchers.programs.harness.failures import NonFiniteLossError
 
     with trial() as monitor:
         monitor.enter("warmup")

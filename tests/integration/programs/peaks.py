@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from launchers.programs.harness.cpu import enable_cpu
 from launchers.programs.harness.memory import TensorAccount
-from launchers.programs.megatron_core.train import Job
+from launchers.programs.megatron_core.train import TrainingJob
 from tuner.files import read_json
 from tuner.trial.contract import TrialSpec
 
@@ -21,7 +21,7 @@ from tuner.trial.contract import TrialSpec
 def peak_bytes(spec: TrialSpec) -> int:
     account = TensorAccount(float("inf"))
     with account:
-        job = Job(spec.workload, spec.layout, spec.seed, torch.device("cpu"))
+        job = TrainingJob(spec.workload, spec.layout, spec.seed, torch.device("cpu"))
         for _ in range(2):
             job.step()
     job.close()

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launchers.programs.harness.attention import TorchCoreAttention, attention_mask, chunk_positions
 from launchers.programs.harness.memory import TensorAccount
-from launchers.programs.harness.specs import TorchCoreAttention, attention_mask, chunk_positions
 from launchers.programs.harness.weights import STD, uniform
 from launchers.programs.megatron_core.config import transformer_config
 from launchers.programs.megatron_core.data import micro_batches, sample

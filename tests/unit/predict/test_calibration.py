@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.machine.calibrate import cache_path, load_calibration, plan_for, this_machine
+from launchers.machine.calibrate import cache_path, load_calibration, plan_for
+from launchers.machine.identity import this_machine
 from search_spaces.loader import load_cluster
 from tuner.cli.app import run
 from tuner.core.cluster import Cluster

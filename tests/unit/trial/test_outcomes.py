@@ -19,7 +19,7 @@ CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to alloca
 GLOO_TIMEOUT = "Timed out waiting 1800000ms for recv operation to complete"
 INDIVISIBLE = "First dimension of the tensor should be divisible by tensor parallel size"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
-NON_FINITE = "launchers.programs.harness.report.NonFiniteLossError"
+NON_FINITE = "launchers.programs.harness.failures.NonFiniteLossError"
 MEGATRONS_NAN = (
     "Rank 0, node n, device 0, iteration 1: Unexpected result nan "
     "(message='found NaN in local forward loss calculation')"

@@ -1,0 +1,1 @@
+"""Measures what this machine does: products, copies, launches, and collectives in groups of its ranks."""

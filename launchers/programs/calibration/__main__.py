@@ -1,0 +1,76 @@
+"""Measures what this machine does: `torchrun ... -m launchers.programs.calibration PLAN.json CALIBRATION.json`.
+
+Every rank does the same work at the same time, as in training, so that ranks which share cores or links slow each other
+down. A point is timed by a batch of repetitions that is long against the scheduler's slices and the clock; the slowest
+rank's time counts, and of several passes the median. The calls are those of training; on CPU they go through the
+replacements of `harness.cpu` as well.
+"""
+
+import os
+import sys
+import traceback
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launchers.programs.calibration.collectives import collectives
+from launchers.programs.calibration.points import Point, PointTable
+from launchers.programs.calibration.work import MLP_OPERATIONS, copies, products, small_mlp
+from launchers.programs.harness.cpu import enable_cpu
+from tuner.files import read_json, write_json
+from tuner.predict.calibration import Calibration, CalibrationPlan
+
+_TIMEOUT = timedelta(minutes=5)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure as this rank; rank 0 writes the calibration."""
+    plan = read_json(CalibrationPlan, Path(arguments[0]))
+    enable_cpu()
+    device = torch.device(plan.machine.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    calibration = measure(plan, device)
+    if dist.get_rank() == 0:
+        write_json(Path(arguments[1]), calibration)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(plan: CalibrationPlan, device: torch.device) -> Calibration:
+    """Measure everything that is planned; every rank returns an equal calibration."""
+    host = PointTable((), [Point(partial(small_mlp, device), waits=False)])
+    gemm = {precision: products(plan, precision, device) for precision in plan.precisions}
+    copy = copies(plan, device)
+    near, apart = collectives(plan, device)
+    tables = (host, *gemm.values(), copy, *near.values(), *apart.values())
+    points = dict.fromkeys(point for table in tables for point in table.points)  # some are in two tables
+    # Pass by pass, so that whatever else the machine does for a second spoils one reading of a point, not all.
+    for _ in range(plan.passes):
+        for point in points:
+            point.read(plan.batch_s, device)
+    return Calibration(
+        machine=plan.machine,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        host_us=host.times.ms[0] / MLP_OPERATIONS * 1000,
+        gemm={precision: table.times for precision, table in gemm.items()},
+        copy=copy.times,
+        collectives={kind: table.times for kind, table in near.items()},
+        strided_collectives={kind: table.times for kind, table in apart.items()},
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # a collective may be pending for ever, and its destructor would wait for it

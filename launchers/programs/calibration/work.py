@@ -1,0 +1,57 @@
+"""The work of one rank that is timed: launches of small operations, products, and copies."""
+
+from functools import partial
+from itertools import product
+
+import torch
+from torch import nn
+
+from launchers.programs.calibration.points import Point, PointTable, Work
+from tuner.core.workload import Precision
+from tuner.predict.calibration import CalibrationPlan
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MLP_OPERATIONS = 5
+"""How many operations `small_mlp` launches: its four modules and a sum."""
+
+
+def small_mlp(device: torch.device) -> Work:
+    """Return MLP_OPERATIONS whose arithmetic is negligible beside their launch: a forward pass that keeps its graph."""
+    modules = nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)
+    mlp = nn.Sequential(*modules).to(device)
+    state = torch.ones(8, 8, device=device)
+    return lambda: state + mlp(state)
+
+
+def products(plan: CalibrationPlan, precision: Precision, device: torch.device) -> PointTable:
+    """Return the products of every shape (rows, output width, input width) that is planned."""
+    sizes = (plan.gemm_sizes,) * 3
+    points = [Point(partial(_product, *shape, precision, device)) for shape in product(*sizes)]
+    return PointTable(sizes, points)
+
+
+def _product(
+    rows: int, output_width: int, input_width: int, precision: Precision, device: torch.device
+) -> Work:
+    """Return a linear layer's forward product, as the layer calls it."""
+    inputs = torch.randn(rows, input_width, device=device)
+    weights = torch.randn(output_width, input_width, device=device)
+    if precision != "fp8":
+        dtype = DTYPES[precision]
+        inputs, weights = inputs.to(dtype), weights.to(dtype)
+        return lambda: nn.functional.linear(inputs, weights)
+    fp8_inputs, fp8_weights = inputs.to(torch.float8_e4m3fn), weights.to(torch.float8_e4m3fn).t()
+    scale = torch.ones((), device=device)
+    return lambda: torch._scaled_mm(fp8_inputs, fp8_weights, scale, scale, out_dtype=torch.bfloat16)
+
+
+def copies(plan: CalibrationPlan, device: torch.device) -> PointTable:
+    """Return the copies of every size that is planned."""
+    points = [Point(partial(_copy, moved_bytes, device)) for moved_bytes in plan.copy_bytes]
+    return PointTable((plan.copy_bytes,), points)
+
+
+def _copy(moved_bytes: int, device: torch.device) -> Work:
+    """Return a copy that reads half of the bytes and writes the other half to a new tensor, as activations do."""
+    source = torch.ones(moved_bytes // 8, device=device)
+    return lambda: source * 0.5
