@@ -1,5 +1,6 @@
-"""What is predicted not to fit is never launched; what may fit stays, and weighs as much as it is likely to."""
+"""Rows that are predicted not to fit are never launched; the others weigh as much as they are likely to fit."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -7,13 +8,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from search_spaces.loader import load_cluster, load_model
 from tests.replay import sweep_of, table_of
 from tuner.cli.common import load, prepare
+from tuner.core.columns import Floats
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import NothingFeasibleError
@@ -22,8 +21,6 @@ from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.overhead import beyond_allocated_gib, reserved_ratio
 from tuner.predict.memory.peak import peak_gib
 from tuner.search.ranking import Ranking
-
-Floats = NDArray[np.float64]
 
 SWEEP = """
 name: fits
@@ -44,9 +41,9 @@ def test_the_probability_falls_as_the_predicted_peak_rises() -> None:
     sweep = sweep_of()
     table = table_of(sweep)
     fits = fit_probabilities(table, sweep.workload, sweep.cluster)
-    peaks = peak_gib(table, sweep.workload, sweep.cluster, implementation_of(sweep.cluster))
+    peaks_gib = peak_gib(table, sweep.workload, sweep.cluster, implementation_of(sweep.cluster))
     assert ((fits >= 0) & (fits <= 1)).all()
-    assert (np.diff(fits[np.argsort(peaks)]) <= 0).all()
+    assert (np.diff(fits[np.argsort(peaks_gib)]) <= 0).all()
 
 
 def test_rows_predicted_not_to_fit_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -58,7 +55,7 @@ def test_rows_predicted_not_to_fit_are_left_out_and_counted(tmp_path: Path) -> N
     assert len(prepared.table) == len(loaded.space.table) - prepared.too_large
 
 
-def test_where_nothing_is_predicted_to_fit_the_sweep_says_so_before_it_launches_anything(
+def test_a_sweep_in_which_nothing_is_predicted_to_fit_says_so_before_it_launches_anything(
     tmp_path: Path,
 ) -> None:
     path = sweep_file(tmp_path, 0.001)
@@ -75,118 +72,122 @@ def test_a_stated_baseline_runs_whatever_is_predicted(tmp_path: Path) -> None:
     assert [layout for layout, _ in prepared.queue][:1] == [Layout(pp=2)]
 
 
-def test_a_row_that_hardly_fits_waits_behind_a_slower_one_that_does() -> None:
+def test_a_row_that_hardly_fits_waits_behind_a_slower_row_that_does() -> None:
     features, predicted_ms = np.array([[0.0], [1.0]]), np.array([100.0, 120.0])
     everything = np.array([True, True])
     assert Ranking(features, predicted_ms).choose(everything) == 0
     assert Ranking(features, predicted_ms, np.array([0.05, 1.0])).choose(everything) == 1
 
 
-def feasibility(memory_gib: float, device: Literal["cpu", "cuda"] = "cpu") -> tuple[Feasibility, Floats]:
-    """Of the usual table on a GPU of so much memory, and the predicted peaks."""
-    sweep, gpu = sweep_of(), sweep_of().cluster.gpu
-    table = table_of(sweep)
-    cluster = replace(sweep.cluster, device=device, gpu=replace(gpu, memory_gib=memory_gib))
-    return Feasibility(table, sweep.workload, cluster), peak_gib(
-        table, sweep.workload, cluster, implementation_of(cluster)
-    )
+SMALL_SWEEP = sweep_of()
+SMALL_TABLE = table_of(SMALL_SWEEP)
+CPU_CLUSTER = replace(SMALL_SWEEP.cluster, device="cpu")
+PEAKS_GIB = peak_gib(SMALL_TABLE, SMALL_SWEEP.workload, CPU_CLUSTER, implementation_of(CPU_CLUSTER))
+"""Predicted peaks of the rows of SMALL_TABLE on CPU."""
+MEDIAN_GIB = float(np.median(PEAKS_GIB))
 
 
-def middle() -> float:
-    return float(np.median(feasibility(1.0)[1]))
+def feasibility(memory_gib: float, device: Literal["cpu", "cuda"] = "cpu") -> Feasibility:
+    """Return the feasibility of SMALL_TABLE on GPUs with so much memory."""
+    gpu = replace(CPU_CLUSTER.gpu, memory_gib=memory_gib)
+    cluster = replace(CPU_CLUSTER, device=device, gpu=gpu)
+    return Feasibility(SMALL_TABLE, SMALL_SWEEP.workload, cluster)
 
 
-def test_what_fit_with_room_to_spare_says_that_its_like_fit_too() -> None:
-    of, peaks = feasibility(middle())
-    before = of.probabilities()
-    near = np.flatnonzero((before > 0.2) & (before < 0.8))
-    for row in np.argsort(peaks)[:6]:
-        of.tell(int(row), float(peaks[row] * 0.9))
-    assert len(near)
-    assert (of.probabilities()[near] > before[near]).all()
+def test_trials_that_fit_with_room_to_spare_make_similar_rows_likelier_to_fit() -> None:
+    fits = feasibility(MEDIAN_GIB)
+    before = fits.probabilities()
+    uncertain = np.flatnonzero((before > 0.2) & (before < 0.8))
+    for row in np.argsort(PEAKS_GIB)[:6]:
+        fits.tell(int(row), float(PEAKS_GIB[row] * 0.9))
+    assert len(uncertain)
+    assert (fits.probabilities()[uncertain] > before[uncertain]).all()
 
 
 def test_peaks_that_were_predicted_exactly_make_the_boundary_sharp() -> None:
-    of, peaks = feasibility(middle() * 1.03)
-    row = int(np.abs(peaks - middle()).argmin())
-    before = of.probabilities()[row]
-    for other in np.argsort(peaks)[:12]:
-        of.tell(int(other), float(peaks[other]))
-    assert 0.5 < before < of.probabilities()[row]
-    assert of.probabilities()[row] > 0.95
+    fits = feasibility(MEDIAN_GIB * 1.03)
+    row = int(np.abs(PEAKS_GIB - MEDIAN_GIB).argmin())
+    before = fits.probabilities()[row]
+    for other in np.argsort(PEAKS_GIB)[:12]:
+        fits.tell(int(other), float(PEAKS_GIB[other]))
+    assert 0.5 < before < fits.probabilities()[row]
+    assert fits.probabilities()[row] > 0.95
 
 
-def test_a_row_that_ran_out_of_memory_takes_down_what_needs_as_much() -> None:
-    of, peaks = feasibility(middle() * 1.02)
-    rows = np.argsort(np.abs(peaks - middle()))[:2]
-    before = of.probabilities()
-    of.tell(int(rows[0]), None)
-    likely = before > 0.05  # an error that large makes all others likelier, also downwards
-    assert (of.probabilities()[likely] <= before[likely]).all()
-    assert of.probabilities()[rows[1]] < before[rows[1]] - 0.05
+def test_a_row_that_ran_out_of_memory_makes_rows_that_need_as_much_less_likely_to_fit() -> None:
+    fits = feasibility(MEDIAN_GIB * 1.02)
+    rows = np.argsort(np.abs(PEAKS_GIB - MEDIAN_GIB))[:2]
+    before = fits.probabilities()
+    fits.tell(int(rows[0]), None)
+    likely = before > 0.05  # A large error makes all other errors likelier, those downwards too.
+    assert (fits.probabilities()[likely] <= before[likely]).all()
+    assert fits.probabilities()[rows[1]] < before[rows[1]] - 0.05
 
 
 def test_a_row_that_must_run_out_of_memory_teaches_nothing_when_it_does() -> None:
-    of, peaks = feasibility(middle())
-    before = of.probabilities()
-    largest = int(peaks.argmax())
+    fits = feasibility(MEDIAN_GIB)
+    before = fits.probabilities()
+    largest = int(PEAKS_GIB.argmax())
     assert before[largest] < 0.01
-    of.tell(largest, None)
-    assert of.probabilities() == pytest.approx(before, abs=0.01)
+    fits.tell(largest, None)
+    assert fits.probabilities() == pytest.approx(before, abs=0.01)
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.permutations(range(4)))
-def test_the_order_of_the_trials_does_not_matter(order: list[int]) -> None:
-    told = [(0, 1.02), (1, 0.99), (2, None), (3, 1.05)]
-    of, peaks = feasibility(middle())
-    for row, ratio in (told[place] for place in order):
-        of.tell(row, None if ratio is None else float(peaks[row] * ratio))
-    other, _ = feasibility(middle())
-    for row, ratio in told:
-        other.tell(row, None if ratio is None else float(peaks[row] * ratio))
-    assert of.probabilities() == pytest.approx(other.probabilities(), abs=1e-9)
+def test_the_order_of_the_trials_does_not_matter() -> None:
+    trials = [(0, 1.02), (1, 0.99), (2, None), (3, 1.05)]
+    first, *others = (
+        _probabilities_after(order) for order in (trials, trials[::-1], trials[2:] + trials[:2])
+    )
+    for probabilities in others:
+        assert probabilities == pytest.approx(first, abs=1e-9)
+
+
+def _probabilities_after(trials: Sequence[tuple[int, float | None]]) -> Floats:
+    """Return the probabilities after trials, each a row and measured / predicted, or None if it ran out of memory."""
+    fits = feasibility(MEDIAN_GIB)
+    for row, ratio in trials:
+        fits.tell(row, None if ratio is None else float(PEAKS_GIB[row] * ratio))
+    return fits.probabilities()
 
 
 def test_on_cuda_the_context_and_nccl_count_and_are_uncertain() -> None:
-    of = Workload(model=load_model("llama3-8b"), seq_length=4096, global_batch_size=64)
+    workload = Workload(model=load_model("llama3-8b"), seq_length=4096, global_batch_size=64)
     cluster = replace(load_cluster("dgx-h100"), nodes=1)
     table = pd.DataFrame([asdict(Layout(tp=2))])
-    needs = float(peak_gib(table, of, cluster)[0]) * float(reserved_ratio(table, cluster)[0])
-    beyond = float(beyond_allocated_gib(table, of, cluster)[0])
+    reserved_gib = float(peak_gib(table, workload, cluster)[0]) * float(reserved_ratio(table, cluster)[0])
+    beyond_gib = float(beyond_allocated_gib(table, workload, cluster)[0])
 
     def fits(memory_gib: float) -> float:
-        on = replace(cluster, gpu=replace(cluster.gpu, memory_gib=memory_gib))
-        return float(fit_probabilities(table, of, on)[0])
+        sized = replace(cluster, gpu=replace(cluster.gpu, memory_gib=memory_gib))
+        return float(fit_probabilities(table, workload, sized)[0])
 
-    assert fits(needs) < 0.2
-    assert fits(needs + beyond) == pytest.approx(0.5, abs=0.02)
-    assert 0.7 < fits(needs + 1.5 * beyond) < 0.99
-    assert fits(needs + 3 * beyond) > 0.95
+    assert fits(reserved_gib) < 0.2
+    assert fits(reserved_gib + beyond_gib) == pytest.approx(0.5, abs=0.02)
+    assert 0.7 < fits(reserved_gib + 1.5 * beyond_gib) < 0.99
+    assert fits(reserved_gib + 3 * beyond_gib) > 0.95
 
 
 def test_on_a_gpu_smaller_than_what_cuda_itself_takes_hardly_anything_fits() -> None:
-    tiny, _ = feasibility(0.05, "cuda")
-    assert tiny.probabilities().max() < 0.1
-    tiny.tell(0, None)
-    assert np.isfinite(tiny.probabilities()).all()
+    fits = feasibility(0.05, "cuda")
+    assert fits.probabilities().max() < 0.1
+    fits.tell(0, None)
+    assert np.isfinite(fits.probabilities()).all()
 
 
-def test_a_true_error_scale_is_met_on_average() -> None:
-    """Of rows whose peak really is off by the stated error, those given a probability p fit as often as p says."""
-    random, peaks = np.random.default_rng(5), feasibility(1.0)[1]
+def test_stated_probabilities_are_met_on_average_if_the_errors_follow_the_prior() -> None:
+    random = np.random.default_rng(5)
     stated, fit = [], []
     for _ in range(100):
-        memory_gib = float(random.choice(peaks) * np.exp(random.normal() * 0.03))
-        bias, error = random.normal() * SHARED_ERROR, LAYOUT_ERROR * 2 ** random.normal()
-        measured = peaks * np.exp(bias + error * random.normal(size=len(peaks)))
-        of, _ = feasibility(memory_gib)
-        for row in random.permutation(len(peaks))[:8]:
-            of.tell(int(row), float(measured[row]) if measured[row] <= memory_gib else None)
-        stated.append(of.probabilities())
-        fit.append(measured <= memory_gib)
-    probability, fits = np.concatenate(stated), np.concatenate(fit)
+        memory_gib = float(random.choice(PEAKS_GIB) * np.exp(random.normal() * 0.03))
+        shared_error, deviation = random.normal() * SHARED_ERROR, LAYOUT_ERROR * 2 ** random.normal()
+        measured_gib = PEAKS_GIB * np.exp(shared_error + deviation * random.normal(size=len(PEAKS_GIB)))
+        fits = feasibility(memory_gib)
+        for row in random.permutation(len(PEAKS_GIB))[:8]:
+            fits.tell(int(row), float(measured_gib[row]) if measured_gib[row] <= memory_gib else None)
+        stated.append(fits.probabilities())
+        fit.append(measured_gib <= memory_gib)
+    probability, did_fit = np.concatenate(stated), np.concatenate(fit)
     for low, high in ((0.02, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 0.98)):
-        among = (probability >= low) & (probability < high)
-        assert among.sum() > 50
-        assert fits[among].mean() == pytest.approx(probability[among].mean(), abs=0.12)
+        rows = (probability >= low) & (probability < high)
+        assert rows.sum() > 50
+        assert did_fit[rows].mean() == pytest.approx(probability[rows].mean(), abs=0.12)

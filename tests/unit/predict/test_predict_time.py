@@ -1,4 +1,4 @@
-"""The predicted step time: arithmetic by hand, properties over the space, and measurements of others."""
+"""The predicted step time against arithmetic by hand, properties of the space, and published measurements."""
 
 from dataclasses import replace
 from functools import cache
@@ -117,59 +117,63 @@ def test_recompute_never_saves_time(name: str) -> None:
 
 
 def test_the_products_take_the_models_flops_at_three_quarters_of_the_peak_and_little_more() -> None:
-    found = llama(tp=4, pp=8, sp=True)
+    step = llama(tp=4, pp=8, sp=True)
     flops = model_flops_per_token(LLAMA) * LLAMA.tokens_per_step / H100.world_size
     least_ms = flops / (0.75 * 989.4e12) * 1e3
-    # Attention is counted apart, and its share is 5% here; the head is on one rank of eight.
-    assert 0.9 * least_ms < found.gemm_ms < 1.3 * least_ms
+    # Attention is a part of its own, with 5% of the FLOPs here, and only one rank of eight has the head.
+    assert 0.9 * least_ms < step.gemm_ms < 1.3 * least_ms
 
 
 @pytest.mark.parametrize("pp", [2, 4, 8])
-def test_the_bubble_of_even_stages_is_pp_minus_1_passes_of_one(pp: int) -> None:
-    # A vocabulary of a few words takes the head out of it.
+def test_the_bubble_of_even_stages_is_pp_minus_1_passes_of_a_stage(pp: int) -> None:
+    # With a vocabulary of a few words the head takes next to no time.
     even = replace(LLAMA, model=replace(LLAMA.model, vocab_size=128))
-    found = step_breakdown(Layout(pp=pp, tp=8), even, H100)
-    busy = found.total_ms - found.bubble_ms - found.p2p_ms - found.dp_ms - found.optimizer_ms
+    step = step_breakdown(Layout(pp=pp, tp=8), even, H100)
+    busy_ms = step.total_ms - step.bubble_ms - step.p2p_ms - step.dp_ms - step.optimizer_ms
     micro_batches = 256 * pp * 8 // 64
-    assert found.bubble_ms == pytest.approx((pp - 1) * busy / micro_batches, rel=0.02)
+    assert step.bubble_ms == pytest.approx((pp - 1) * busy_ms / micro_batches, rel=0.02)
 
 
 def test_interleaving_divides_the_bubble_and_multiplies_the_messages() -> None:
-    plain, chunks = llama(pp=4, tp=8), llama(pp=4, tp=8, vpp=5)
-    assert chunks.bubble_ms == pytest.approx(plain.bubble_ms / 5)
-    assert 4 < chunks.p2p_ms / plain.p2p_ms < 5.01
+    plain, interleaved = llama(pp=4, tp=8), llama(pp=4, tp=8, vpp=5)
+    assert interleaved.bubble_ms == pytest.approx(plain.bubble_ms / 5)
+    assert 4 < interleaved.p2p_ms / plain.p2p_ms < 5.01
 
 
 def test_the_bubble_does_not_grow_with_the_batch() -> None:
     twice = replace(LLAMA, global_batch_size=512)
     layout = Layout(pp=4, tp=8)
-    once, more = step_breakdown(layout, LLAMA, H100), step_breakdown(layout, twice, H100)
-    assert more.bubble_ms == pytest.approx(once.bubble_ms)
-    assert more.gemm_ms == pytest.approx(2 * once.gemm_ms)
+    small, large = step_breakdown(layout, LLAMA, H100), step_breakdown(layout, twice, H100)
+    assert large.bubble_ms == pytest.approx(small.bubble_ms)
+    assert large.gemm_ms == pytest.approx(2 * small.gemm_ms)
 
 
-def test_plain_data_parallelism_reduces_twice_the_gradients_over_the_nodes_own_links() -> None:
-    found = llama(use_distributed_optimizer=False)
-    gradients = 4 * total_parameters(LLAMA.model)  # fp32
-    # A ring over 64 ranks: what it sends out of a node leaves by the node's eight ports.
-    rate = min(0.7 * 450, 8 * 0.8 * 50) * 1e9
-    expected_ms = 2 * gradients * 63 / 64 / rate * 1e3
-    assert found.dp_ms == pytest.approx(expected_ms, rel=0.01)
+def test_plain_data_parallelism_sends_the_gradients_twice_over_the_links_of_each_node() -> None:
+    step = llama(use_distributed_optimizer=False)
+    gradient_bytes = 4 * total_parameters(LLAMA.model)  # fp32
+    # In a ring over 64 ranks, traffic out of a node uses all eight ports of the node.
+    bytes_per_s = min(0.7 * 450, 8 * 0.8 * 50) * 1e9
+    expected_ms = 2 * gradient_bytes * 63 / 64 / bytes_per_s * 1e3
+    assert step.dp_ms == pytest.approx(expected_ms, rel=0.01)
 
 
-def test_the_optimizer_moves_thirty_bytes_a_parameter_and_shards_them() -> None:
+def test_the_optimizer_moves_thirty_bytes_per_parameter_and_shards_them() -> None:
     whole, sharded = llama(use_distributed_optimizer=False), llama()
-    parameters, rate = total_parameters(LLAMA.model), 0.8 * 3350e9
-    cleared = 2 * 4 * parameters
-    assert whole.optimizer_ms == pytest.approx((30 * parameters + cleared) / rate * 1e3, rel=0.01)
-    assert sharded.optimizer_ms == pytest.approx((30 * parameters / 64 + cleared) / rate * 1e3, rel=0.01)
+    parameters, bytes_per_s = total_parameters(LLAMA.model), 0.8 * 3350e9
+    cleared_bytes = 2 * 4 * parameters
+    assert whole.optimizer_ms == pytest.approx(
+        (30 * parameters + cleared_bytes) / bytes_per_s * 1e3, rel=0.01
+    )
+    assert sharded.optimizer_ms == pytest.approx(
+        (30 * parameters / 64 + cleared_bytes) / bytes_per_s * 1e3, rel=0.01
+    )
 
 
 def test_overlap_hides_gradients_and_parameters_but_not_the_last_bucket() -> None:
-    # Micro-batches large enough for their passes to cover it all.
-    bare = llama(tp=8, micro_batch_size=8)
-    hidden = llama(tp=8, micro_batch_size=8, overlap_grad_reduce=True, overlap_param_gather=True)
-    assert 0 < hidden.dp_ms < 0.2 * bare.dp_ms
+    # These micro-batches are large enough for their passes to cover all of it.
+    exposed = llama(tp=8, micro_batch_size=8)
+    overlapped = llama(tp=8, micro_batch_size=8, overlap_grad_reduce=True, overlap_param_gather=True)
+    assert 0 < overlapped.dp_ms < 0.2 * exposed.dp_ms
 
 
 def test_tensor_parallelism_costs_more_across_nvlink_domains() -> None:
@@ -179,10 +183,10 @@ def test_tensor_parallelism_costs_more_across_nvlink_domains() -> None:
 
 
 def test_experts_across_domains_cost_more_and_the_flex_dispatcher_less() -> None:
-    given_workload = Workload(model=load_model("qwen3-30b-a3b"), seq_length=4096, global_batch_size=1024)
-    inside = step_breakdown(Layout(ep=8), given_workload, H100)
-    across = step_breakdown(Layout(ep=64), given_workload, H100)
-    flex = step_breakdown(Layout(ep=64, moe_token_dispatcher_type="flex"), given_workload, H100)
+    qwen = Workload(model=load_model("qwen3-30b-a3b"), seq_length=4096, global_batch_size=1024)
+    inside = step_breakdown(Layout(ep=8), qwen, H100)
+    across = step_breakdown(Layout(ep=64), qwen, H100)
+    flex = step_breakdown(Layout(ep=64, moe_token_dispatcher_type="flex"), qwen, H100)
     assert 0 < inside.ep_ms < flex.ep_ms < across.ep_ms
 
 
@@ -215,8 +219,8 @@ def test_a_precision_without_a_stated_peak_is_refused_by_name() -> None:
 def test_gpt_from_one_billion_to_a_trillion_parameters_reaches_its_published_rate(
     hidden_size: int, heads: int, layers: int, tp: int, pp: int, gpus: int, batch: int, tflops: int
 ) -> None:
-    # Narayanan et al., arXiv:2104.04473, table 1, on A100s with full recompute; none of it chose a constant.
-    # The micro-batch and the chunks a rank are not in the table, so the best of a few stand for them.
+    # Narayanan et al., arXiv:2104.04473, table 1, on A100s with full recompute. No constant was chosen to suit it.
+    # The table does not state the micro-batch size and the chunks per rank, so the best of a few stand for them.
     model = replace(
         load_model("gpt3-175b"),
         num_layers=layers,
@@ -227,7 +231,7 @@ def test_gpt_from_one_billion_to_a_trillion_parameters_reaches_its_published_rat
         kv_channels=hidden_size // heads,
         vocab_size=51200,
     )
-    given_workload = Workload(
+    gpt = Workload(
         model=model,
         seq_length=2048,
         global_batch_size=batch,
@@ -246,39 +250,37 @@ def test_gpt_from_one_billion_to_a_trillion_parameters_reaches_its_published_rat
     chunks = [count for count in (1, 2, 3) if pp > 2 and layers % (pp * count) == 0] or [1]
     sizes = [size for size in (1, 2, 4, 8) if batch % (gpus // (tp * pp) * size) == 0]
     least_ms = min(
-        step_breakdown(
-            replace(layout, micro_batch_size=size, vpp=vpp), given_workload, a100, "torch"
-        ).total_ms
+        step_breakdown(replace(layout, micro_batch_size=size, vpp=vpp), gpt, a100, "torch").total_ms
         for size in sizes
         for vpp in chunks
     )
-    # The paper's equation 3, which counts the recompute.
+    # Equation 3 of the paper counts the recompute.
     shape = 1 + 2048 / (6 * hidden_size) + 51200 / (16 * layers * hidden_size)
     flops = 96 * batch * 2048 * layers * hidden_size**2 * shape
     assert flops / gpus / (least_ms * 1e9) == pytest.approx(tflops, rel=0.12)
 
 
-@pytest.mark.skipif(not STEP_TIMES.exists(), reason=f"the recorded step times are not here: {STEP_TIMES}")
-def test_a100_step_times_are_ranked_and_met() -> None:
-    held = [accuracy(problem) for problem in recorded(LARGE_GROUP)]
-    assert len(held) == 13
-    assert mean(one["spearman"] for one in held) >= 0.90
-    assert mean(one["regret of the first"] for one in held) <= 0.05
-    assert mean(one["error, calibrated on the first"] for one in held) <= 0.10
-    # Absolute times, nothing calibrated: constants that drift would show here first.
-    assert 0.8 < mean(one["predicted over measured"] for one in held) < 1.1
+@pytest.mark.skipif(not STEP_TIMES.exists(), reason=f"{STEP_TIMES} does not exist")
+def test_predictions_rank_and_meet_recorded_step_times_of_a100s() -> None:
+    figures = [accuracy(problem) for problem in recorded(LARGE_GROUP)]
+    assert len(figures) == 13
+    assert mean(group["spearman"] for group in figures) >= 0.90
+    assert mean(group["regret of the first"] for group in figures) <= 0.05
+    assert mean(group["error, calibrated on the first"] for group in figures) <= 0.10
+    # These are absolute times without calibration, so constants that drift show here first.
+    assert 0.8 < mean(group["predicted over measured"] for group in figures) < 1.1
 
 
-def test_landscapes_of_cpu_ranks_are_ranked_by_their_stated_figures() -> None:
-    # The cluster's own figures, no calibration: launches, Gloo and shared cores, not products, decide there.
-    held = {problem.name: accuracy(problem) for problem in measured()}
-    assert held, "results/published/landscapes holds none"
-    for name, one in held.items():
-        assert one["spearman"] >= 0.95, name
-        assert one["regret of the first"] <= 0.10, name
+def test_predictions_from_stated_figures_rank_the_landscapes_of_cpu_ranks() -> None:
+    # Launches, Gloo and shared cores decide these times, not matrix products. There is no calibration.
+    figures = {problem.name: accuracy(problem) for problem in measured()}
+    assert figures, "results/published/landscapes holds none"
+    for name, landscape in figures.items():
+        assert landscape["spearman"] >= 0.95, name
+        assert landscape["regret of the first"] <= 0.10, name
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published layouts are not here: {PUBLISHED}")
+@pytest.mark.skipif(not PUBLISHED.exists(), reason=f"{PUBLISHED} does not exist")
 def test_published_layouts_are_valid_and_four_of_five_rank_in_the_best_tenth() -> None:
     ranked = list(ranks(published()))
     assert len(ranked) == 93
