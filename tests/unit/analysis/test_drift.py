@@ -1,4 +1,4 @@
-"""Drift of the machine: found where it is, with an interval that holds, and taken out of the ranking."""
+"""Drift of the machine: it is found if there is one, its interval holds, and trials are corrected for it."""
 
 from dataclasses import replace
 
@@ -16,31 +16,31 @@ START = Layout(tp=8)
 
 
 def canaries(steps_ms: list[float], every: int = 10) -> list[FinishedTrial]:
-    """The baseline's runs, one every `every` minutes."""
+    """The runs of the baseline, one per `every` minutes."""
     return [
         completed_row(place * every, ms, layout=START, source="canary" if place else "baseline")
         for place, ms in enumerate(steps_ms)
     ]
 
 
-def test_a_machine_that_slows_steadily_is_found_with_how_much() -> None:
-    found = drift(canaries([100.0, 102.1, 103.9, 106.0]))
-    assert found is not None
-    assert found.is_significant
-    assert found.change == pytest.approx(0.06, abs=0.005)
-    assert found.change_low < 0.06 < found.change_high
-    assert "The machine drifted: +5.9% step time over 0.5 h" in found.sentence()
+def test_the_drift_of_a_machine_that_slows_steadily_is_measured() -> None:
+    machine_drift = drift(canaries([100.0, 102.1, 103.9, 106.0]))
+    assert machine_drift is not None
+    assert machine_drift.is_significant
+    assert machine_drift.change == pytest.approx(0.06, abs=0.005)
+    assert machine_drift.change_low < 0.06 < machine_drift.change_high
+    assert "The machine drifted: +5.9% step time over 0.5 h" in machine_drift.sentence()
 
 
-def test_a_steady_machine_shows_none() -> None:
-    found = drift(canaries([100.0, 101.0, 99.5, 100.4, 100.1]))
-    assert found is not None
-    assert not found.is_significant
-    assert found.factor(completed_row(40, 50.0)) == 1.0
-    assert found.sentence().startswith("No drift of the machine is shown")
+def test_a_steady_machine_shows_no_drift() -> None:
+    machine_drift = drift(canaries([100.0, 101.0, 99.5, 100.4, 100.1]))
+    assert machine_drift is not None
+    assert not machine_drift.is_significant
+    assert machine_drift.factor(completed_row(40, 50.0)) == 1.0
+    assert machine_drift.sentence().startswith("No drift of the machine is shown")
 
 
-def test_two_runs_and_failed_or_disturbed_ones_show_nothing() -> None:
+def test_two_runs_show_no_drift_and_failed_or_disturbed_runs_do_not_count() -> None:
     rows = canaries([100.0, 110.0, 120.0])
     assert drift(rows[:2]) is None
     disturbed = replace(rows[2], result=replace(rows[2].result, suspicions=("shared",)))
@@ -50,10 +50,10 @@ def test_two_runs_and_failed_or_disturbed_ones_show_nothing() -> None:
     assert drift([*rows[:2], unknown]) is None
 
 
-def test_the_factor_grows_between_the_runs_and_not_beyond_them() -> None:
-    found = drift(canaries([100.0, 102.0, 104.04, 106.1208]))
-    assert found is not None
-    factors = [found.factor(completed_row(minute, 50.0)) for minute in (0, 15, 30, 59)]
+def test_the_factor_grows_between_the_runs_and_stays_constant_beyond_them() -> None:
+    machine_drift = drift(canaries([100.0, 102.0, 104.04, 106.1208]))
+    assert machine_drift is not None
+    factors = [machine_drift.factor(completed_row(minute, 50.0)) for minute in (0, 15, 30, 59)]
     assert factors == pytest.approx([1.0, 1.02**1.5, 1.02**3, 1.02**3], rel=1e-3)
 
 
@@ -61,16 +61,18 @@ def test_noise_alone_is_called_a_drift_once_in_twenty() -> None:
     random = np.random.default_rng(5)
     called = 0
     for _ in range(400):
-        found = drift(canaries((100 * np.exp(random.normal(0, 0.01, 5))).tolist()))
-        called += found is not None and found.is_significant
+        machine_drift = drift(canaries((100 * np.exp(random.normal(0, 0.01, 5))).tolist()))
+        called += machine_drift is not None and machine_drift.is_significant
     assert 8 <= called <= 36
 
 
 @given(st.floats(-0.2, 0.2), st.integers(3, 6))
-def test_a_straight_line_is_found_exactly(change: float, runs: int) -> None:
-    found = drift(canaries([100 * (1 + change) ** (place / (runs - 1)) for place in range(runs)], every=9))
-    assert found is not None
-    assert found.change == pytest.approx(change, abs=1e-9)
+def test_a_drift_without_noise_is_measured_exactly(change: float, runs: int) -> None:
+    machine_drift = drift(
+        canaries([100 * (1 + change) ** (place / (runs - 1)) for place in range(runs)], every=9)
+    )
+    assert machine_drift is not None
+    assert machine_drift.change == pytest.approx(change, abs=1e-9)
 
 
 def test_a_canary_is_due_after_so_many_trials_of_the_search() -> None:

@@ -1,9 +1,9 @@
-"""Who runs in the finals, in which order, and what is measured again before them."""
+"""Which layouts run in the finals, in which order, and which trials are repeated before them."""
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trials import completed_row, failed_row
@@ -26,11 +26,11 @@ SEARCH = [
     *(completed_row(number, 90.0 - number, layout=layout) for number, layout in enumerate(LAYOUTS, 1)),
 ]
 A, B, C = LAYOUTS[4], LAYOUTS[3], LAYOUTS[2]
-"""The three fastest, in order."""
+"""The three fastest layouts, in order."""
 
 
 def played(rows: list[FinishedTrial], plan: FinalsPlan, limit: int = 99) -> list[Layout]:
-    """The finals as they come when every one completes as the search measured it."""
+    """The finals in the order in which they run, if each of them measures what the search measured."""
     steps = {row.layout: row.result.metrics.step_time_ms for row in rows if row.result.metrics}
     ran: list[Layout] = []
     rows = list(rows)
@@ -59,12 +59,15 @@ def test_with_nothing_to_compare_there_are_no_finals(rows: list[FinishedTrial]) 
     assert next_final(rows, FinalsPlan(3, 3)) is None
 
 
-def test_no_finals_are_planned_none_run() -> None:
+def test_if_no_finals_are_planned_none_run() -> None:
     assert next_final(SEARCH, FinalsPlan(0, 0)) is None
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(0, 30))
-def test_finals_go_on_wherever_they_were_cut(finalists: int, runs: int, cut: int) -> None:
+def test_finals_that_were_interrupted_continue_where_they_stopped(
+    finalists: int, runs: int, cut: int
+) -> None:
     plan = FinalsPlan(finalists, runs)
     whole, begun = played(SEARCH, plan), played(SEARCH, plan, cut)
     steps = {row.layout: row.result.metrics.step_time_ms for row in SEARCH if row.result.metrics}
@@ -97,14 +100,14 @@ def test_whatever_is_searched_after_the_finals_makes_them_run_again() -> None:
     assert played(rows, FinalsPlan(2, 2))[:2] == [Layout(pp=2), A]
 
 
-def test_who_trains_differently_does_not_come_into_the_finals() -> None:
+def test_a_layout_that_trains_differently_does_not_run_in_the_finals() -> None:
     metrics = SEARCH[5].result.metrics
     assert metrics is not None
     other = replace(SEARCH[5], result=replace(SEARCH[5].result, metrics=replace(metrics, losses=(9.0,))))
     assert eligible_finalists([*SEARCH[:5], other])[:2] == [B, C]
 
 
-def test_finals_shrink_by_finalists_then_by_runs_then_to_none() -> None:
+def test_finals_lose_finalists_first_then_runs_and_then_vanish() -> None:
     wanted = FinalsPlan(3, 3)
     sizes = [fitting_plan(wanted, 9, trials, 1e9, 60.0) for trials in (12, 11, 9, 8, 6, 5, 4, 3, 0)]
     assert sizes == [
@@ -128,20 +131,20 @@ def test_finals_shrink_by_finalists_then_by_runs_then_to_none() -> None:
     st.floats(0, 2e3),
     st.floats(0, 99),
 )
-def test_finals_never_take_more_than_there_is(
-    finalists: int, runs: int, there: int, trials: int, seconds: float, trial_s: float
+def test_finals_never_take_more_trials_or_time_than_are_left(
+    finalists: int, runs: int, eligible: int, trials: int, seconds: float, trial_s: float
 ) -> None:
-    plan = fitting_plan(FinalsPlan(finalists, runs), there, trials, seconds, trial_s)
+    plan = fitting_plan(FinalsPlan(finalists, runs), eligible, trials, seconds, trial_s)
     assert plan.trials <= trials
     assert plan.trials * trial_s <= seconds or plan.trials == 0
-    assert plan.finalists <= min(finalists, there)
+    assert plan.finalists <= min(finalists, eligible)
 
 
 def disturbed(row: FinishedTrial) -> FinishedTrial:
     return replace(row, result=replace(row.result, suspicions=("shared",)))
 
 
-def test_disturbed_trials_of_the_search_are_measured_again_once_the_fastest_first() -> None:
+def test_disturbed_trials_of_the_search_are_repeated_once_fastest_first() -> None:
     slow = failed_row(7, Outcome.TOO_SLOW)
     slow = disturbed(replace(slow, result=replace(slow.result, slower_than_ms=87.5)))
     rows = [SEARCH[0], *map(disturbed, SEARCH[1:3]), *SEARCH[3:], slow, disturbed(failed_row(8))]
