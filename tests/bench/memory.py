@@ -14,7 +14,7 @@ from tests.bench.space import NODES, peak_rss_mib
 from tuner.core.cluster import Cluster
 from tuner.core.layout import layout_from
 from tuner.core.workload import Model, Workload
-from tuner.predict.memory.peak import breakdown, peak_gib
+from tuner.predict.memory.peak import memory_breakdown, peak_gib
 from tuner.space.domain import default_domain
 from tuner.space.enumeration import enumerate_layouts
 
@@ -61,7 +61,7 @@ def b200_stages() -> Iterator[Stage]:
         layout = replace(layout_from({str(name): value for name, value in run.items()}), sp=run["tp"] > 1)
         ranks = [float(peak) for peak in run["peak_allocated_gib_by_rank"].split()]
         each = len(ranks) // layout.pp
-        for stage in breakdown(layout, workload, cluster):
+        for stage in memory_breakdown(layout, workload, cluster):
             of_stage = ranks[stage.rank * each : (stage.rank + 1) * each]
             yield Stage(run["case"], stage.rank, stage.moment, stage.total_gib, max(of_stage))
 

@@ -20,7 +20,7 @@ from tuner.core.cluster import Cluster, Gpu
 from tuner.core.layout import Layout, data_parallel_size, layout_from, num_microbatches
 from tuner.core.workload import Model, Workload
 from tuner.predict.feasibility import fit_probabilities
-from tuner.predict.memory.peak import StageMemory, breakdown, peak_gib
+from tuner.predict.memory.peak import StageMemory, memory_breakdown, peak_gib
 from tuner.space.domain import Domain
 from tuner.space.enumeration import enumerate_layouts
 from tuner.space.placements import layer_placements
@@ -214,7 +214,7 @@ def _draw(family: str, model: Model, random: Random, most_microbatches: int) -> 
     dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
     if num_microbatches(workload.global_batch_size, layout.micro_batch_size, dp) > most_microbatches:
         return None
-    stages = breakdown(layout, workload, cluster, "torch")
+    stages = memory_breakdown(layout, workload, cluster, "torch")
     worst = max(stages, key=lambda stage: stage.total_gib)
     stage = random.choice((worst, random.choice(stages)))
     return Draw(family=family, workload=workload, cluster=cluster, layout=layout, stage=stage)

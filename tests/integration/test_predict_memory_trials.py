@@ -19,7 +19,7 @@ from tests.trials import CLUSTER
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
 from tuner.files import to_data, write_json
-from tuner.predict.memory.peak import StageMemory, breakdown
+from tuner.predict.memory.peak import StageMemory, memory_breakdown
 from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialSpec
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ class Peak(NamedTuple):
 
 
 def predicted(spec: TrialSpec) -> tuple[StageMemory, ...]:
-    return breakdown(spec.layout, spec.workload, spec.cluster, "torch")
+    return memory_breakdown(spec.layout, spec.workload, spec.cluster, "torch")
 
 
 def peaks(spec: TrialSpec, ranks: list[int]) -> list[Peak]:

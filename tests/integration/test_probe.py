@@ -14,7 +14,7 @@ from tests.bench.oracle_memory import Draw, Probed, asked, cpu_cluster, draws, l
 from tests.integration.test_predict_memory_trials import case
 from tuner.cli.app import run
 from tuner.core.layout import Layout
-from tuner.predict.memory.peak import breakdown
+from tuner.predict.memory.peak import memory_breakdown
 from tuner.trial.contract import TrialSpec
 
 SWEEP = """
@@ -48,7 +48,7 @@ def test_peaks_of_random_layouts_are_predicted_within_two_percent_on_average(pro
 
 def draw_of(spec: TrialSpec, stage: int, global_batch_size: int) -> Draw:
     workload = replace(spec.workload, global_batch_size=global_batch_size)
-    predicted = breakdown(spec.layout, workload, spec.cluster, "torch")[stage]
+    predicted = memory_breakdown(spec.layout, workload, spec.cluster, "torch")[stage]
     return Draw(family="", workload=workload, cluster=spec.cluster, layout=spec.layout, stage=predicted)
 
 
@@ -68,7 +68,7 @@ def test_a_rank_of_a_world_that_no_machine_has_is_probed() -> None:
     spec = case("tiny-moe", ranks=512, tp=2, sp=True, pp=4, ep=8)
     big = replace(spec, workload=replace(spec.workload, global_batch_size=512), cluster=cpu_cluster(512))
     record = probe(big, 511)
-    stage = breakdown(big.layout, big.workload, big.cluster, "torch")[3]
+    stage = memory_breakdown(big.layout, big.workload, big.cluster, "torch")[3]
     assert record.failure is None
     assert record.rank == 511
     assert record.step == 2

@@ -25,7 +25,7 @@ from tuner.explain.findings import (
 from tuner.explain.importance import FEWEST_TRIALS
 from tuner.explain.neighbours import Neighbour, NeighbourStatus
 from tuner.files import to_data
-from tuner.predict.memory.peak import PARTS as MEMORY_PARTS
+from tuner.predict.memory.peak import MEMORY_PARTS
 from tuner.predict.time.step import STEP_PARTS
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.finished import FinishedTrial, read_trials

@@ -94,14 +94,14 @@ def _ranks(sweep: Sweep, layout: Layout, wanted: str | None) -> list[int]:
     Raises:
         InputError: if there is no such rank.
     """
-    from tuner.predict.memory.peak import breakdown
+    from tuner.predict.memory.peak import memory_breakdown
 
     world_size = sweep.cluster.world_size
     ranks_per_stage = world_size // layout.pp
     if wanted == EVERY_STAGE:
         return [stage * ranks_per_stage for stage in range(layout.pp)]
     if wanted is None:
-        stages = breakdown(layout, sweep.workload, sweep.cluster, implementation_of(sweep.cluster))
+        stages = memory_breakdown(layout, sweep.workload, sweep.cluster, implementation_of(sweep.cluster))
         return [max(stages, key=lambda stage: stage.total_gib).rank * ranks_per_stage]
     if not wanted.isdecimal() or int(wanted) >= world_size:
         raise InputError(f"--rank {wanted}: there are ranks 0 to {world_size - 1}, or '{EVERY_STAGE}'")
@@ -114,7 +114,7 @@ def _with_prediction(sweep: Sweep, layout: Layout, record: RankRecord) -> Probed
     Raises:
         InputError: if Megatron, or this machine, refuses the layout.
     """
-    from tuner.predict.memory.peak import breakdown
+    from tuner.predict.memory.peak import memory_breakdown
 
     failure = record.failure
     if failure is not None:
@@ -123,7 +123,7 @@ def _with_prediction(sweep: Sweep, layout: Layout, record: RankRecord) -> Probed
             raise InputError(f"{layout.label()}: {reason}")
     on_gpu = failure is not None or record.peak_reserved_gib is not None
     implementation = implementation_of(sweep.cluster) if on_gpu else "torch"
-    stages = breakdown(layout, sweep.workload, sweep.cluster, implementation)
+    stages = memory_breakdown(layout, sweep.workload, sweep.cluster, implementation)
     return Probed(record, stages[record.rank // (sweep.cluster.world_size // layout.pp)])
 
 
@@ -141,7 +141,7 @@ def _method(sweep: Sweep, ranks: Sequence[Probed]) -> str:
 
 def _table(ranks: Sequence[Probed]) -> Table:
     """The measured and predicted peaks in GiB and the parts of the predicted peak, with one column per rank."""
-    from tuner.predict.memory.peak import PARTS
+    from tuner.predict.memory.peak import MEMORY_PARTS
 
     table = Table(box=None, pad_edge=False)
     table.add_column("GiB")
@@ -157,7 +157,7 @@ def _table(ranks: Sequence[Probed]) -> Table:
         end_section=True,
     )
     table.add_row("predicted at", *(probed.stage.moment for probed in ranks))
-    for part in PARTS:
+    for part in MEMORY_PARTS:
         amounts = [getattr(probed.stage, part) for probed in ranks]
         if any(amounts):
             table.add_row(

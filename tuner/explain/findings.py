@@ -16,8 +16,7 @@ from tuner.explain.evidence import Evidence
 from tuner.explain.importance import importances
 from tuner.explain.neighbours import Neighbour, neighbours
 from tuner.predict.implementation import implementation_of
-from tuner.predict.memory.peak import StageMemory
-from tuner.predict.memory.peak import breakdown as memory_breakdown
+from tuner.predict.memory.peak import StageMemory, memory_breakdown
 from tuner.predict.time.step import StepTime, step_breakdown
 from tuner.space.table import find_row, layout_at
 from tuner.trial.finished import FinishedTrial

@@ -14,7 +14,7 @@ from tuner.lint.pitfalls import pitfalls
 from tuner.lint.verdict import LIKELY, JobVerdict
 from tuner.predict.feasibility import fit_probabilities
 from tuner.predict.implementation import implementation_of
-from tuner.predict.memory.peak import StageMemory, breakdown
+from tuner.predict.memory.peak import StageMemory, memory_breakdown
 from tuner.rules.rule import Violation
 from tuner.rules.validity import broken_rules
 
@@ -91,7 +91,7 @@ def is_left_to_bridge(violation: Violation, *, refused: bool) -> bool:
 
 def _memory(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[StageMemory, float]:
     """Return the stage of the highest predicted peak, and the probability that it fits."""
-    stages = breakdown(layout, workload, cluster, implementation_of(cluster))
+    stages = memory_breakdown(layout, workload, cluster, implementation_of(cluster))
     table = pd.DataFrame([asdict(layout)])
     fits = float(fit_probabilities(table, workload, cluster)[0])
     return max(stages, key=lambda stage: stage.total_gib), fits

@@ -1,37 +1,38 @@
-"""Megatron-FSDP and the distributed optimizer: over how many ranks weights, gradients and optimizer are split, what is
-whole for a while, and the collectives that nothing hides.
+"""Megatron-FSDP and the distributed optimizer: how they split the model's state, and what their collectives cost.
 
-Source: megatron/core/distributed/fsdp/src/megatron_fsdp (megatron_fsdp.py, param_and_grad_buffer.py) of
-Megatron-Core 0.16; Rajbhandari et al., arXiv:1910.02054.
+Sources: megatron/core/distributed/fsdp/src/megatron_fsdp (megatron_fsdp.py, param_and_grad_buffer.py) of Megatron-Core
+0.16; Rajbhandari et al., arXiv:1910.02054.
 """
 
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tuner.core.columns import Bools, Columns, Ints
+from tuner.core.columns import Bools, Columns, Floats, Ints
+from tuner.core.workload import Workload
 from tuner.predict.nccl import registered_factor
 from tuner.predict.time.collectives import ProcessGroups
 from tuner.predict.time.rates import Rates
 
-Floats = NDArray[np.float64]
-
 PREFETCHED_WEIGHTS: Final = 500_000_000
-"""Weights that are gathered ahead of the layer that needs them (megatron_fsdp.py: suggested_AG_prefetch_size)."""
+"""Weights that are gathered ahead of the layer that needs them. Published: megatron_fsdp.py,
+suggested_AG_prefetch_size."""
 UNITS_AT_ONCE: Final = 2
-"""Layers whose gradients are whole: one is filled while the one before is scattered; of double buffers the weights'
-likewise."""
+"""Layers whose gradients are whole at once: one is filled while the one before is scattered. With double buffers, as
+many layers have whole weights. Published: megatron_fsdp.py, param_and_grad_buffer.py."""
 LEAST_BUCKET: Final = 40_000_000
-"""Gradients that Megatron's DDP reduces together, where layers are no units, at least (ddp_bucket_size)."""
-BUCKET_EACH: Final = 1_000_000
-"""And at least so many for each rank (distributed_data_parallel.py: bucket_size)."""
+"""Gradients that Megatron's DDP reduces together, at least, if layers are not units. Published:
+distributed_data_parallel.py, bucket_size."""
+BUCKET_PER_RANK: Final = 1_000_000
+"""Gradients per rank that Megatron's DDP reduces together, at least. Published: distributed_data_parallel.py,
+bucket_size."""
 BACKWARD_SHARE: Final = 2 / 3
-"""Of a micro-batch's pass: backward, beside which gradients travel; parameters travel beside the rest."""
+"""Share of the backward pass in the time of a micro-batch; gradients travel beside it, and parameters travel beside the
+forward pass. It follows from the FLOPs: the backward pass has twice as many as the forward pass."""
 
 
 class Shares(NamedTuple):
-    """The ranks over which each is split, one value a layout."""
+    """The number of ranks that each part of the model's state is split over, one value per layout."""
 
     weights: Ints
     gradients: Ints
@@ -39,7 +40,10 @@ class Shares(NamedTuple):
 
 
 def shares(c: Columns, ranks: Ints) -> Shares:
-    """Of weights that `ranks` ranks share, by strategy; without FSDP the distributed optimizer splits its own alone."""
+    """Return over how many ranks the state of weights is split that `ranks` ranks share.
+
+    Megatron-FSDP splits by its strategy; without it, the distributed optimizer splits only its own state.
+    """
     one = np.ones_like(ranks)
     fsdp, split_optimizer = c.on("use_megatron_fsdp"), c.on("use_distributed_optimizer")
     if not fsdp.any():
@@ -53,17 +57,17 @@ def shares(c: Columns, ranks: Ints) -> Shares:
 
 
 def bucket(ranks: Ints) -> Ints:
-    """Gradients that go together over so many ranks."""
-    return np.maximum(LEAST_BUCKET, BUCKET_EACH * ranks)
+    """Return how many gradients are reduced together over so many ranks."""
+    return np.maximum(LEAST_BUCKET, BUCKET_PER_RANK * ranks)
 
 
 def gathers_weights(c: Columns) -> Bools:
-    """Where each rank holds a part of the weights alone."""
+    """Return where each rank holds only a part of the weights."""
     return c.on("use_megatron_fsdp") & _strategy(c, "optim_grads_params")
 
 
 def scatters_gradients(c: Columns) -> Bools:
-    """Where each rank holds a part of the gradients alone."""
+    """Return where each rank holds only a part of the gradients."""
     return c.on("use_megatron_fsdp") & _strategy(c, "optim_grads", "optim_grads_params")
 
 
@@ -74,56 +78,82 @@ def _strategy(c: Columns, *names: str) -> Bools:
 def whole_bytes(
     c: Columns,
     row: Ints,
+    workload: Workload,
+    *,
     layers: Floats,
-    held: Floats,
-    table: Floats,
-    weight: float,
-    gradient: float,
+    layer_weights: Floats,
+    table_weights: Floats,
     ranks: Ints,
 ) -> Floats:
-    """Bytes of weights and gradients that are whole for a while, of stages of layouts `row` that hold so many layers
-    and, in them, weights.
+    """Return the bytes of weights and gradients that stages hold whole for a while.
 
-    `table` is the weights of an embedding or output layer, which are gathered by themselves; the others go a layer at a
-    time, and ahead of it as many as are prefetched. Registered buffers (nccl_ub) are two layers each, for good.
+    Layers are gathered one at a time, and as many weights ahead as are prefetched; embedding and output layer are
+    gathered by themselves. Registered buffers (nccl_ub) hold two layers each, for the whole run.
+
+    Args:
+        c: The layouts.
+        row: Index of the layout of each stage.
+        workload: The workload.
+        layers: Layers of each stage.
+        layer_weights: Weights of these layers.
+        table_weights: Weights of the embedding or the output layer of each stage.
+        ranks: Ranks that share the weights, one value per layout.
     """
-    unit = held / np.maximum(layers, 1)
+    unit = layer_weights / np.maximum(layers, 1)
     split_weights, split_gradients = gathers_weights(c)[row], scatters_gradients(c)[row]
     ahead = np.where(c.on("nccl_ub")[row], UNITS_AT_ONCE * unit, 2 * unit + PREFETCHED_WEIGHTS)
-    gathered = (np.minimum(ahead, held) + table) * weight
-    of_bucket = np.where(split_weights, unit, bucket(ranks)[row])
-    scattered = (np.minimum(UNITS_AT_ONCE * of_bucket, held) + table) * gradient
-    return np.where(split_weights, gathered, 0.0) + np.where(split_gradients, scattered, 0.0)
+    gathered = (np.minimum(ahead, layer_weights) + table_weights) * float(workload.weight_bytes)
+    reduced_together = np.where(split_weights, unit, bucket(ranks)[row])
+    scattered = np.minimum(UNITS_AT_ONCE * reduced_together, layer_weights) + table_weights
+    scattered_bytes = scattered * float(workload.gradient_bytes)
+    return np.where(split_weights, gathered, 0.0) + np.where(split_gradients, scattered_bytes, 0.0)
 
 
 def exposed_ms(
-    held: Floats, ranks: ProcessGroups, layers: Floats, pass_ms: Floats, count: Ints, c: Columns, rates: Rates
+    c: Columns,
+    rates: Rates,
+    group: ProcessGroups,
+    *,
+    weights: Floats,
+    layers: Floats,
+    pass_ms: Floats,
+    num_microbatches: Ints,
 ) -> Floats:
-    """What nothing hides in a step of the collectives of `held` weights in so many layers.
+    """Return the time per step of the collectives that nothing hides, by what Megatron-FSDP splits.
 
-    With the weights split, each micro-batch gathers them twice, forward and backward; with the gradients split, each
-    scatters them; all else goes once a step. A layer's collectives run beside its neighbours' passes; those of
-    the first have nothing beside them.
+    If it splits the weights, each micro-batch gathers them twice, forward and backward. If it splits the gradients,
+    each micro-batch scatters them. All other collectives run once per step. The collectives of a layer run beside the
+    passes of its neighbours; those of the first layer run beside nothing.
+
+    Args:
+        c: The layouts.
+        rates: Rates of the machine.
+        group: The ranks that share the weights.
+        weights: Weights of the rank.
+        layers: Layers of the rank.
+        pass_ms: Time of one micro-batch on the rank.
+        num_microbatches: Micro-batches per step.
     """
     units = np.maximum(layers, 1.0)
-    factor = registered_factor(c, ranks)
-    gathered = units * factor * rates.gather_ms(held / units * rates.parameter_bytes, ranks)
-    gradients = held / units * rates.gradient_bytes
-    scattered = units * factor * rates.gather_ms(gradients, ranks, "reduce_scatter")
-    reduced = np.where(_strategy(c, "no_shard"), units * rates.reduce_ms(gradients, ranks), scattered)
+    factor = registered_factor(c, group)
+    gather_ms = units * factor * rates.gather_ms(weights / units * rates.parameter_bytes, group)
+    gradient_bytes = weights / units * rates.gradient_bytes
+    scatter_ms = units * factor * rates.gather_ms(gradient_bytes, group, "reduce_scatter")
+    reduce_ms = np.where(_strategy(c, "no_shard"), units * rates.reduce_ms(gradient_bytes, group), scatter_ms)
 
-    def uncovered(travel: Floats, beside_ms: Floats) -> Floats:
-        left: Floats = travel - rates.host_runs_ahead * np.minimum(travel * (1 - 1 / units), beside_ms)
-        return left
+    def uncovered(travel_ms: Floats, beside_ms: Floats) -> Floats:
+        covered = np.minimum(travel_ms * (1 - 1 / units), beside_ms)
+        uncovered_ms: Floats = travel_ms - rates.host_runs_ahead * covered
+        return uncovered_ms
 
     forward_ms, backward_ms = (1 - BACKWARD_SHARE) * pass_ms, BACKWARD_SHARE * pass_ms
     split_weights, split_gradients = gathers_weights(c), scatters_gradients(c)
-    everything = count * (uncovered(gathered, forward_ms) + uncovered(gathered + scattered, backward_ms))
-    # Megatron-FSDP overlaps what it does every micro-batch, whatever the switches say.
-    overlapped = split_gradients | c.on("overlap_grad_reduce")
-    times = np.where(split_gradients, count, 1)
-    reducing = times * np.where(overlapped, uncovered(reduced, backward_ms), reduced)
-    once = np.where(c.on("overlap_param_gather"), uncovered(gathered, forward_ms), gathered)
+    both_passes = uncovered(gather_ms, forward_ms) + uncovered(gather_ms + scatter_ms, backward_ms)
+    # Megatron-FSDP overlaps the collectives of every micro-batch, whatever the switches say.
+    overlaps = split_gradients | c.on("overlap_grad_reduce")
+    times = np.where(split_gradients, num_microbatches, 1)
+    reducing = times * np.where(overlaps, uncovered(reduce_ms, backward_ms), reduce_ms)
+    once = np.where(c.on("overlap_param_gather"), uncovered(gather_ms, forward_ms), gather_ms)
     gathering = np.where(_strategy(c, "no_shard"), 0.0, once)
-    exposed = np.where(split_weights, everything, reducing + gathering)
-    return np.where((ranks.size > 1) & (held > 0), exposed, 0.0)
+    exposed = np.where(split_weights, num_microbatches * both_passes, reducing + gathering)
+    return np.where((group.size > 1) & (weights > 0), exposed, 0.0)

@@ -1,70 +1,82 @@
-"""CUDA graphs: what the host no longer launches one by one, and what a captured layer holds for good.
+"""CUDA graphs: the launches that they save the host, and the memory that captured layers hold for the whole run.
 
-A graph is replayed for every pass through a layer, or one for the whole iteration. Megatron captures the parts of a
-layer that `cuda_graph_scope` names as one graph a layer and micro-batch in flight (megatron/core/transformer/
-cuda_graphs.py, TECudaGraphHelper).
+Megatron captures the parts of a layer that `cuda_graph_scope` names as one graph per layer and micro-batch in flight,
+or the whole iteration as one graph (megatron/core/transformer/cuda_graphs.py, TECudaGraphHelper). Each pass through a
+layer replays its graph.
 """
 
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tuner.core.columns import Bools, Columns
-
-Floats = NDArray[np.float64]
+from tuner.core.columns import Bools, Columns, Floats, Ints
 
 REPLAY: Final = 0.06
-"""Launches of a replay, its inputs copied to where the graph reads them, over those of a dense layer's pass."""
+"""Launches of a replay, which copies its inputs to where the graph reads them, over the launches of a dense layer's
+pass. Assumed: about five launches of the 80 of a layer."""
 HALF: Final = 0.5
-"""Of a dense layer's launches: attention's with its norm; likewise the MLP's, a mixture's router's and its dispatch's
-preparation (of 80, as counted for FORWARD_LAUNCHES)."""
+"""Share of attention with its norm in the launches of a dense layer's pass. The MLP of a dense layer has as many, and
+so have the router and the preparation of the dispatch in a layer with experts. Measured: counted with FORWARD_LAUNCHES
+(tuner/predict/time), which is 80."""
 STATIC_STATES: Final = 2
-"""Hidden states a captured layer and micro-batch in flight holds: its graph's output, and the gradient that it is
-given; the input takes the place of what the layer keeps anyway. Megatron Bridge's guide (docs/training/cuda-graphs.md)
-says a few GB, and more than 10 with a pipeline, which this is for published layouts."""
+"""Hidden states that a captured layer holds per micro-batch in flight: the output of its graph, and the gradient that
+the graph receives. The input of the graph takes the place of what the layer keeps anyway. Assumed; for published
+layouts it gives what Megatron Bridge's guide (docs/training/cuda-graphs.md) says: a few GB, and more than 10 GB with a
+pipeline."""
 ITERATION_SHARE: Final = 0.06
-"""Of what activations hold at the peak, what a graph of all of it needs beside them, since its memory is its own: 153
-GiB for 143 in a Llama 3.1 70B (github.com/pytorch/torchtitan/pull/2050)."""
+"""Memory that a graph of the whole iteration needs beside its activations, as a share of what these hold at the peak,
+since the memory of a graph is its own. Published: 153 GiB instead of 143 GiB in a Llama 3.1 70B
+(github.com/pytorch/torchtitan/pull/2050)."""
 
 
 def captures(c: Columns) -> Bools:
-    """Where anything is captured."""
+    """Return where any graph is captured."""
     captured: Bools = ~c.among("cuda_graph_impl", "none")
     return captured
 
 
 def whole_iteration(c: Columns) -> Bools:
-    """Where one graph is the whole forward and backward pass."""
+    """Return where one graph is the whole forward and backward pass."""
     return captures(c) & c.text("cuda_graph_scope", lambda scope: "full_iteration" in scope.split("+"))
 
 
 def launches(c: Columns, moe: bool, eager: Floats | float) -> Floats | float:
-    """What the host launches in a layer, in dense layers' passes; without a graph it launches `eager`."""
+    """Return what the host launches per pass through a layer, in launches of a dense layer's pass.
+
+    Args:
+        c: The layouts.
+        moe: Whether the layer has experts.
+        eager: What the host launches without graphs.
+    """
     graph = captures(c)
     if not graph.any():
         return eager
-
-    def parts(scope: str) -> float:
-        names = set(scope.split("+"))
-        if names & {"none", "full_iteration"}:
-            return np.inf
-        own = {"attn": HALF} | ({"moe_router": HALF, "moe_preprocess": HALF} if moe else {"mlp": HALF})
-        own |= {"moe": np.inf} if moe else {}
-        return sum(own.get(name, 0.0) for name in names)
-
     column = c.column("cuda_graph_scope")
-    captured = np.array([parts(scope) for scope in column.categories])[column.codes]
+    captured = np.array([_captured_launches(scope, moe) for scope in column.categories])[column.codes]
     left = np.maximum(eager - captured, 0.0) + np.where(captured > 0, REPLAY, 0.0)
     return np.where(graph, np.minimum(left, eager), eager)
 
 
-def static_bytes(
-    c: Columns, row: NDArray[np.int64], layers: Floats, state: Floats, activations: Floats
-) -> Floats:
-    """Bytes that graphs of stages of layouts `row` hold beside what passes keep: of `layers` in flight, or of all
-    `activations` at the peak.
+def _captured_launches(scope: str, moe: bool) -> float:
+    """Return the launches that a graph of a scope replaces, in launches of a dense layer's pass."""
+    parts = set(scope.split("+"))
+    if parts & {"none", "full_iteration"}:
+        return np.inf
+    of_mlp = {"moe": np.inf, "moe_router": HALF, "moe_preprocess": HALF} if moe else {"mlp": HALF}
+    of_part = {"attn": HALF} | of_mlp
+    return sum(of_part.get(part, 0.0) for part in parts)
+
+
+def static_bytes(c: Columns, row: Ints, layers: Floats, state: Floats, activations: Floats) -> Floats:
+    """Return the bytes that graphs hold on each stage beside what passes keep.
+
+    Args:
+        c: The layouts.
+        row: Index of the layout of each stage.
+        layers: Layers in flight on each stage, over all micro-batches.
+        state: Bytes of a hidden state, one value per layout.
+        activations: Bytes that activations hold on each stage at its peak.
     """
-    one_each = STATIC_STATES * layers * state[row]
-    held = np.where(whole_iteration(c)[row], ITERATION_SHARE * activations, one_each)
+    of_layers = STATIC_STATES * layers * state[row]
+    held = np.where(whole_iteration(c)[row], ITERATION_SHARE * activations, of_layers)
     return np.where(captures(c)[row], held, 0.0)

@@ -1,64 +1,67 @@
-"""Activations that wait in the host's memory: what the GPU no longer keeps, and the transfers that nothing hides.
+"""Activations that wait in host memory: what the GPU no longer keeps, and the transfers that nothing hides.
 
 Transformer Engine copies what the first `cpu_offloading_num_layers` layers keep to the host while later layers go
-forward, spread evenly over the pass, and back before their backward pass (transformer_engine/pytorch/cpu_offload.py,
-AsyncDoubleBufferGroupOffloadHandler). Megatron allows it without a pipeline and without recompute alone.
+forward, spread evenly over the pass, and copies it back before the backward pass of these layers
+(transformer_engine/pytorch/cpu_offload.py, AsyncDoubleBufferGroupOffloadHandler). Megatron allows this only without a
+pipeline and without recompute.
 """
 
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tuner.core.columns import Columns, Ints
+from tuner.core.columns import Columns, Floats, Ints
 from tuner.core.workload import Model, Workload
 from tuner.predict.implementation import Implementation
-from tuner.predict.memory.activations import Layers
+from tuner.predict.memory.attention import attention
+from tuner.predict.memory.mlp import dense_mlp, experts_mlp
+from tuner.predict.memory.share import RankShare
 from tuner.predict.memory.stages import DENSE, MOE, StagesInFlight
 
-Floats = NDArray[np.float64]
-
 HOST_GB_PER_S: Final = 50.0
-"""Between a GPU and its host, one way: 0.8 of the 64 GB/s of PCIe 5.0 x16 (NVIDIA's H100 data sheet: 128 both ways). An
-A100 has half of it, a Grace host much more."""
+"""Rate between a GPU and its host, in one direction. Assumed: 0.8 of the published 64 GB/s of PCIe 5.0 x16 (NVIDIA's
+data sheet of the H100: 128 GB/s for both directions). An A100 has half of it, a Grace host much more."""
 
 
 def keep_on_device(stages: StagesInFlight, c: Columns, model: Model) -> StagesInFlight:
-    """The stages without what is offloaded; one layer is always on its way and still there."""
-    away = c["cpu_offloading_num_layers"][stages.row]
-    if not away.any():
+    """Return the stages without the layers that are offloaded; one of these is always on its way and still counts."""
+    offloaded = c["cpu_offloading_num_layers"][stages.row]
+    if not offloaded.any():
         return stages
-    gone = _kinds(model, np.maximum(np.minimum(away, model.num_layers) - 1, 0))
+    removed = _by_kind(model, np.maximum(np.minimum(offloaded, model.num_layers) - 1, 0))
 
-    def left(kept: Floats) -> Floats:
+    def on_device(kept: Floats) -> Floats:
         kept = kept.copy()
-        kept[:, DENSE] = np.maximum(kept[:, DENSE] - gone[:, DENSE], 0)
-        kept[:, MOE] = np.maximum(kept[:, MOE] - gone[:, MOE], 0)
+        kept[:, DENSE] = np.maximum(kept[:, DENSE] - removed[:, DENSE], 0)
+        kept[:, MOE] = np.maximum(kept[:, MOE] - removed[:, MOE], 0)
         return kept
 
-    # Without a pipeline a loss is taken when all is in flight.
-    in_flight = left(stages.in_flight)
-    return replace(stages, in_flight=in_flight, at_loss=in_flight, first_chunk=left(stages.first_chunk))
+    # Without a pipeline, a loss is taken when all layers are in flight.
+    in_flight = on_device(stages.in_flight)
+    return replace(stages, in_flight=in_flight, at_loss=in_flight, first_chunk=on_device(stages.first_chunk))
 
 
-def _kinds(model: Model, first: Ints) -> Ints:
-    """How many of the `first` layers are dense, and how many have experts: shape [rows, 2]."""
-    before = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])[first]
-    return np.stack([first - before, before], axis=1)
+def _by_kind(model: Model, first: Ints) -> Ints:
+    """Return how many of the `first` layers of the model are dense and how many have experts, shape [rows, 2]."""
+    moe = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])[first]
+    return np.stack([first - moe, moe], axis=1)
 
 
 def exposed_ms(
     c: Columns, workload: Workload, implementation: Implementation, forward_ms: Floats, backward_ms: Floats
 ) -> Floats:
-    """What of one micro-batch's transfers its passes of so many ms do not hide."""
-    away = np.minimum(c["cpu_offloading_num_layers"], workload.model.num_layers)
-    if not away.any():
-        return np.zeros(len(away))
-    layers = Layers(c, workload, implementation, None)
-    attention, dense = layers.attention().kept, layers.dense_mlp().kept
-    experts = layers.experts_mlp().kept if workload.model.is_moe else dense
-    kinds = _kinds(workload.model, away)
-    moved = away * attention + kinds[:, DENSE] * dense + kinds[:, MOE] * experts
-    travel_ms = moved / (HOST_GB_PER_S * 1e6)
+    """Return the time of the transfers of one micro-batch that its passes do not hide.
+
+    `forward_ms` and `backward_ms` are the times of the passes of one micro-batch.
+    """
+    offloaded = np.minimum(c["cpu_offloading_num_layers"], workload.model.num_layers)
+    if not offloaded.any():
+        return np.zeros(len(offloaded))
+    share = RankShare(c, workload, implementation, None)
+    dense = dense_mlp(share).kept
+    experts = experts_mlp(share).kept if workload.model.is_moe else dense
+    layers = _by_kind(workload.model, offloaded)
+    moved_bytes = offloaded * attention(share).kept + layers[:, DENSE] * dense + layers[:, MOE] * experts
+    travel_ms = moved_bytes / (HOST_GB_PER_S * 1e6)
     return np.maximum(travel_ms - forward_ms, 0.0) + np.maximum(travel_ms - backward_ms, 0.0)

@@ -1,39 +1,37 @@
-"""How uneven routers load the ranks of an expert parallel group, which decides their memory."""
+"""How unevenly routers load the ranks of an expert parallel group, which decides their memory and the step time."""
 
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtri  # type: ignore[import-untyped]
 
-from tuner.core.columns import Columns
+from tuner.core.columns import Columns, Floats
 from tuner.core.workload import Workload
 
-Floats = NDArray[np.float64]
-
 UNEVENNESS: Final = 0.6
-"""Deviation of the experts' loads in a layer whose router is untrained, as a share of what it would be if every token
-took the same experts. Measured in the first steps of trials on CPU, 4 to 8 layers, 8 to 64 experts, top 2 to 8: 0.47 to
-0.68 with hidden sizes of 512 and 1024, softmax and sigmoid alike, half of it in models of 128. Nothing balances it: a
-trial has no auxiliary loss, which would depend on the layout, and is over before one could help."""
+"""Standard deviation of the experts' loads in a layer whose router is untrained, over the deviation if every token took
+the same experts. Measured in the first steps of trials on CPU with 4 to 8 layers, 8 to 64 experts and top 2 to 8: 0.47
+to 0.68 with hidden sizes of 512 and 1024, with softmax and with sigmoid; half of that with a hidden size of 128.
+Nothing balances the loads in a trial: it has no auxiliary loss, since that would depend on the layout, and it ends
+before such a loss could help."""
 
 
 class Load(NamedTuple):
-    """Tokens of the busiest rank over the mean of its expert parallel group; 1 is balanced."""
+    """Tokens of the busiest rank over the mean of its expert parallel group, one value per layout; 1 is balanced."""
 
     kept: Floats
-    """Over all layers of a stage: what they keep adds up."""
+    """Load summed over all layers of a stage, which decides what they keep together."""
     worst: Floats
-    """In the worst of its layers: what one layer needs at a time."""
+    """Load in the worst layer of a stage, which decides what one layer needs at a time."""
 
 
 def load_of_busiest(columns: Columns, workload: Workload) -> Load:
-    """The load that is to be expected of a layout's busiest rank; 1 where routing is forced to be balanced, or ep is 1.
+    """Return the expected load of the busiest rank of each layout; 1 if routing is forced to be balanced, or ep is 1.
 
-    Loads of the experts are taken as independent between layers: of E experts with deviation v, the mean over the n
-    of a rank deviates by v * sqrt((1 - n/E) / n * E / (E - 1)), and the largest of m normal values is expected where
-    their distribution is (m - 3/8) / (m + 1/4) (G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958).
-    No rank gets more than all tokens that its experts could take.
+    The loads of the experts are assumed to be independent between layers. Of E experts whose loads have the standard
+    deviation v, the mean of the n experts of a rank has the deviation v * sqrt((1 - n/E) / n * E / (E - 1)). The
+    largest of m normal values is expected at the quantile (m - 3/8) / (m + 1/4) (G. Blom, Statistical Estimates and
+    Transformed Beta-Variables, 1958). No rank gets more than all tokens that its experts can take.
     """
     model, ep = workload.model, columns["ep"].astype(np.float64)
     if not model.num_moe_experts or not model.moe_router_topk or workload.moe_router_force_load_balancing:
@@ -48,7 +46,7 @@ def load_of_busiest(columns: Columns, workload: Workload) -> Load:
     return Load(np.minimum(kept, most), np.minimum(worst, most))
 
 
-def _largest(of: Floats) -> Floats:
-    """The largest of so many standard normal values, as it is expected; 0 of one."""
-    largest: Floats = np.maximum(ndtri((of - 0.375) / (of + 0.25)), 0.0)
+def _largest(count: Floats) -> Floats:
+    """Return the expected largest of `count` standard normal values; 0 for one value."""
+    largest: Floats = np.maximum(ndtri((count - 0.375) / (count + 0.25)), 0.0)
     return largest

@@ -16,8 +16,9 @@ from tuner.core.columns import Columns
 from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload
 from tuner.predict.implementation import Implementation
-from tuner.predict.memory.activations import Layers
-from tuner.predict.memory.peak import GIB, PARTS, StageMemory, breakdown, peak_gib
+from tuner.predict.memory.mlp import experts_mlp
+from tuner.predict.memory.peak import GIB, MEMORY_PARTS, StageMemory, memory_breakdown, peak_gib
+from tuner.predict.memory.share import RankShare
 from tuner.predict.memory.stages import stages_in_flight
 from tuner.space.domain import default_domain
 from tuner.space.enumeration import enumerate_layouts
@@ -35,11 +36,11 @@ sizes = st.sampled_from([1, 2, 4])
 def peak(
     layout: Layout, of: Workload, on: Cluster, implementation: Implementation = "transformer_engine"
 ) -> float:
-    return max(stage.total_gib for stage in breakdown(layout, of, on, implementation))
+    return max(stage.total_gib for stage in memory_breakdown(layout, of, on, implementation))
 
 
 def one_stage(layout: Layout, of: Workload, gpus: int = 1) -> StageMemory:
-    (stage,) = breakdown(layout, of, cluster(gpus))
+    (stage,) = memory_breakdown(layout, of, cluster(gpus))
     return stage
 
 
@@ -132,7 +133,9 @@ def test_selective_recompute_never_keeps_more(modules: str) -> None:
     of, on = workload(MODELS["latent"], precision="bf16"), cluster(8)
     plain = Layout(pp=4, ep=2)
     selective = replace(plain, recompute_granularity="selective", recompute_modules=modules)
-    for before, after in zip(breakdown(plain, of, on), breakdown(selective, of, on), strict=True):
+    for before, after in zip(
+        memory_breakdown(plain, of, on), memory_breakdown(selective, of, on), strict=True
+    ):
         kept = ("attention_gib", "dense_mlp_gib", "experts_gib")
         assert sum(getattr(after, part) for part in kept) <= sum(getattr(before, part) for part in kept)
         assert after.total_gib <= before.total_gib
@@ -146,10 +149,10 @@ def test_a_row_is_the_largest_stage_of_its_breakdown(model: str, implementation:
     peaks = peak_gib(table, of, on, implementation, imbalance=1.25)
     for row, found in zip(table.to_dict("records"), peaks, strict=True):
         layout = Layout(**{str(name): value for name, value in row.items()})
-        stages = breakdown(layout, of, on, implementation, imbalance=1.25)
+        stages = memory_breakdown(layout, of, on, implementation, imbalance=1.25)
         assert found == pytest.approx(max(stage.total_gib for stage in stages), rel=1e-12)
         assert [stage.rank for stage in stages] == list(range(layout.pp))
-        assert all(getattr(stage, part) >= 0 for stage in stages for part in PARTS)
+        assert all(getattr(stage, part) >= 0 for stage in stages for part in MEMORY_PARTS)
 
 
 def forwards_before_first_backward(rank: int, pp: int, vpp: int, group: int, micro: int) -> list[int]:
@@ -185,7 +188,7 @@ def test_layers_in_flight_are_those_of_the_schedule(split: tuple[int, int], grou
 
 
 def test_the_first_stage_holds_most_micro_batches_and_the_last_the_loss() -> None:
-    stages = breakdown(Layout(pp=4), workload(dense()), cluster(4))
+    stages = memory_breakdown(Layout(pp=4), workload(dense()), cluster(4))
     kept = [stage.attention_gib / stages[-1].attention_gib for stage in stages]
     assert kept == pytest.approx([4, 3, 2, 1])
     assert [stage.loss_gib > 0 for stage in stages] == [False, False, False, True]
@@ -194,7 +197,7 @@ def test_the_first_stage_holds_most_micro_batches_and_the_last_the_loss() -> Non
 def test_an_uneven_load_of_experts_needs_more_only_where_there_are_experts() -> None:
     for model, more in ((dense(), False), (mixture(), True)):
         even, uneven = (
-            breakdown(Layout(), workload(model), cluster(1), imbalance=load)[0] for load in (1.0, 2.0)
+            memory_breakdown(Layout(), workload(model), cluster(1), imbalance=load)[0] for load in (1.0, 2.0)
         )
         assert (uneven.experts_gib > even.experts_gib) is more
         assert uneven.attention_gib == even.attention_gib
@@ -205,7 +208,7 @@ def test_a_larger_vocabulary_costs_twice_on_one_stage_unless_it_is_shared() -> N
     table = 1024 * 64 * 4
     one = [one_stage(Layout(), workload(model)).gradients_gib for model in (dense(), shared)]
     assert (one[0] - one[1]) * GIB == pytest.approx(table)
-    two = [breakdown(Layout(pp=2), workload(model), cluster(2)) for model in (dense(), shared)]
+    two = [memory_breakdown(Layout(pp=2), workload(model), cluster(2)) for model in (dense(), shared)]
     assert two[0][1].gradients_gib == two[1][1].gradients_gib  # the last stage has a copy of its own
 
 
@@ -224,8 +227,8 @@ def test_the_all_gather_dispatcher_holds_the_tokens_of_the_whole_expert_grid() -
             ]
         )
     )
-    layers = Layers(columns, workload(mixture()), "transformer_engine", 1.0)
-    forward, state = layers.experts_mlp().forward, layers.state[0]
+    share = RankShare(columns, workload(mixture()), "transformer_engine", 1.0)
+    forward, state = experts_mlp(share).forward, share.state[0]
     # All in bf16, and, with the sum of this rank's, in fp32; in one expert grid alone nothing is summed up.
     assert forward[1:] == pytest.approx([state * (2 + 2 * 3 + 1), state * (4 + 2 * 5 + 1)])
 
@@ -233,7 +236,7 @@ def test_the_all_gather_dispatcher_holds_the_tokens_of_the_whole_expert_grid() -
 def test_overlapped_experts_hold_a_layer_more_and_no_micro_batch() -> None:
     work = workload(mixture(num_layers=16), seq_length=4096, global_batch_size=32)
     plain, overlapped = (
-        breakdown(Layout(ep=2, overlap_moe_expert_parallel_comm=on), work, cluster(2))[0]
+        memory_breakdown(Layout(ep=2, overlap_moe_expert_parallel_comm=on), work, cluster(2))[0]
         for on in (False, True)
     )
     micro_batch = plain.attention_gib + plain.experts_gib

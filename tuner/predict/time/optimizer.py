@@ -56,7 +56,15 @@ def optimizer_times(
     if uses_fsdp.any():
         layers = reduce(add, split.layers.values()).max(axis=0)
         dense_ms, routed_ms = (
-            fsdp.exposed_ms(weights.parameters, weights.replicas, layers, pass_ms, num_microbatches, c, rates)
+            fsdp.exposed_ms(
+                c,
+                rates,
+                weights.replicas,
+                weights=weights.parameters,
+                layers=layers,
+                pass_ms=pass_ms,
+                num_microbatches=num_microbatches,
+            )
             for weights in (dense, routed)
         )
         exposed_ms = np.where(uses_fsdp, dense_ms + routed_ms, exposed_ms)

@@ -1,0 +1,184 @@
+"""Bytes of the attention of one layer and one micro-batch: what autograd keeps, and what the passes need beside it.
+
+The sources of the account are in tuner/predict/memory/share.py.
+"""
+
+import numpy as np
+
+from tuner.core.columns import Floats
+from tuner.predict.memory.share import HalfLayer, RankShare
+
+
+def attention(share: RankShare) -> HalfLayer:
+    """Return the bytes of the input, its norm, and attention up to the residual sum."""
+    return _latent_attention(share) if share.model.multi_latent_attention else _grouped_attention(share)
+
+
+def _grouped_attention(share: RankShare) -> HalfLayer:
+    model, tokens_per_head_rank = share.model, share.tokens / share.tp
+    query = tokens_per_head_rank * model.num_attention_heads * model.kv_channels
+    # If there are more ranks than groups, each rank has one group, and gathers the projection to find it.
+    group = share.tokens * np.maximum(model.num_query_groups / share.tp, 1) * model.kv_channels
+    rotated, core_kept, extra = _grouped_inputs(share, query, group)
+    scores = _scores(share)
+    core = np.where(scores > 0, 2 * scores, tokens_per_head_rank * model.num_attention_heads * 4)
+    kept, dropped = share.split(
+        [("core_attn", core + _mask(share)), ("" if share.fused else "layernorm", share.norm(share.hidden))],
+        share.norm_input() + (rotated + core_kept + query) * share.size + extra,
+    )
+    gradients = (2 * query + 2 * group) * share.size + _fp32_query(share, query) + 2 * scores
+    gradients += _across_context(share, query, query, 2 * group)
+    gradients = np.maximum(gradients, share.norm_backward(kept + dropped))
+    return HalfLayer(
+        kept=kept,
+        dropped=dropped,
+        forward=np.zeros_like(kept),
+        backward=share.state + np.maximum(gradients, _output_backward(share, query)),
+    )
+
+
+def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return what core attention keeps of its inputs.
+
+    `query` and `group` are the elements of the query, and of the keys (or values), on this rank.
+
+    Returns:
+        Elements of the rotated query and key; elements of the values and of what keeps them alive; bytes of rotary
+        tables and inner norms.
+    """
+    model = share.model
+    is_rotary, is_normed = model.position_embedding_type == "rope", model.qk_layernorm
+    gathers_projection = share.tp > model.num_query_groups
+    projection = query * np.where(gathers_projection, share.tp, 1)
+    projection = projection + 2 * group * np.where(gathers_projection, model.num_query_groups, 1)
+    if share.fused:
+        # The fused kernels keep only query, key and value; an inner norm keeps its input, which is the projection.
+        return query + group, group + (projection + query if is_normed else 0), np.zeros_like(query)
+    tables = _rotary_tables(share, model.kv_channels) if is_rotary else np.zeros_like(query)
+    is_copied = is_rotary or is_normed
+    # An inner norm keeps its input, which is a copy of the query's part; Torch's RMSNorm keeps another one in fp32.
+    inner_norms, norms_keep_input = np.zeros_like(query), is_normed and share.keeps_norm_input
+    if is_normed:
+        inputs = (query + (0 if is_rotary else group)) * share.size if norms_keep_input else 0
+        inner_norms = inputs + (share.norm(query + group, feeds_linear=False) - (query + group) * share.size)
+    # Recomputed attention gathers again, and so keeps only what comes in.
+    gathered = (share.cp > 1) & ~share.columns.drops("core_attn")
+    # Values are a view of the projection; if they are gathered over cp they are a tensor of their own, like the keys.
+    keys = np.where(gathered, 2 * group * share.cp, group if is_copied else 0)
+    values = np.where(gathered & np.bool_(is_copied and not norms_keep_input), 0, projection)
+    return (query if is_copied else 0) + keys, values, tables + inner_norms
+
+
+def _rotary_tables(share: RankShare, width: int) -> Floats:
+    """Return the sines and cosines of a rank's positions, which Torch makes for the query and again for the key."""
+    return 4.0 * share.seq / share.cp * width * share.size
+
+
+def _scores(share: RankShare) -> Floats:
+    """Return the scores of all heads if they are bounded: attention keeps them twice, bounded and after the softmax."""
+    heads = 0 if share.model.attn_logit_softcapping is None else share.model.num_attention_heads
+    return heads * share.tokens / share.tp * share.seq * share.size
+
+
+def _mask(share: RankShare) -> Floats:
+    """Return the explicit mask of a layer, [tokens of a rank, tokens], which Torch keeps if causality is not enough."""
+    if share.model.attn_logit_softcapping is not None:
+        return share.seq / share.cp * share.seq  # one byte per pair: the scores are masked before the softmax
+    if share.fused:
+        return np.zeros_like(share.tokens)
+    pairs = share.seq / share.cp * share.seq * share.size
+    if share.model.softmax_type != "vanilla":
+        # Each head has an additive mask, with the sink as one more key.
+        return pairs * (1 + 1 / share.seq) * share.model.num_attention_heads / share.tp
+    return np.where((share.cp > 1) | (share.model.window_size is not None), pairs, 0)
+
+
+def _fp32_query(share: RankShare, query: Floats) -> Floats:
+    """Return the gradient of the query that fused attention sums up in fp32 (both FlashAttention and cuDNN)."""
+    return query * 4 if share.fused else np.zeros_like(query)
+
+
+def _across_context(share: RankShare, query: Floats, output: Floats, key_value: Floats) -> Floats:
+    """Return what the backward pass over context ranks needs beyond what a ring needs.
+
+    `all_gather` holds keys and values of the whole sequence, and their gradients. `a2a` copies all inputs, outputs and
+    gradients when it sends them (Transformer Engine: context_parallel.py, AttnFuncWithCPAndKVAllGather and
+    AttnFuncWithCPAndQKVOA2A). Plain Torch always gathers. The arguments are elements of a rank's own share.
+    """
+    if not share.fused or not (share.cp > 1).any():
+        return np.zeros_like(query)
+    gathers, exchanges = (share.columns.among("cp_comm_type", kind) for kind in ("all_gather", "a2a"))
+    gathered = np.where(gathers, 2 * key_value * (share.cp - 1), 0)
+    sent = np.where(exchanges, query + output + key_value, 0)
+    return np.where(share.cp > 1, (gathered + sent) * share.size, 0)
+
+
+def _output_backward(share: RankShare, output: Floats) -> Floats:
+    """Return the gradients of the output projection: of its input, and of its weight unless that is fused."""
+    model = share.model
+    if share.fused:
+        return output * share.size
+    heads = model.num_attention_heads
+    width = heads * ((model.v_head_dim or 0) if model.multi_latent_attention else model.kv_channels)
+    return output * share.size + width * model.hidden_size / share.tp * share.size
+
+
+def _latent_attention(share: RankShare) -> HalfLayer:
+    model, tokens_per_head_rank = share.model, share.tokens / share.tp
+    assert model.kv_lora_rank and model.qk_head_dim and model.qk_pos_emb_head_dim and model.v_head_dim
+    heads = model.num_attention_heads
+    query = tokens_per_head_rank * heads * (model.qk_head_dim + model.qk_pos_emb_head_dim)
+    value = tokens_per_head_rank * heads * model.v_head_dim
+    # Every tensor parallel rank has the whole down-projections; sequence parallelism splits their tokens.
+    tokens = share.hidden / model.hidden_size
+    query_rank, latent = tokens * (model.q_lora_rank or 0), tokens * model.kv_lora_rank
+    down = query_rank + latent + tokens * model.qk_pos_emb_head_dim
+    inner_norms = query_rank + latent if model.qk_layernorm else np.zeros_like(latent)
+    up, core, again = _latent_core(share, query, value, tokens_per_head_rank * heads)
+    kept, dropped = share.split(
+        [
+            ("layernorm", share.norm(share.hidden)),
+            ("mla_up_proj", share.norm(inner_norms) + up),
+            ("core_attn", core),
+        ],
+        share.norm_input() + (down + value) * share.size,
+    )
+    gradients = (2 * query + 2 * value) * share.size + _fp32_query(share, query)
+    gradients += _across_context(share, query, value, query + value)
+    if not share.fused:  # gradients of the probabilities, of the scores, and of the values
+        scores = 2 * tokens_per_head_rank * heads * share.seq
+        gradients = np.maximum(gradients, 4.0 * (scores + value * share.cp)) + again
+    gradients = np.maximum(gradients, share.norm_backward(kept + dropped))
+    return HalfLayer(
+        kept=kept,
+        dropped=dropped,
+        forward=np.zeros_like(kept),
+        backward=share.state + np.maximum(gradients, _output_backward(share, value)),
+    )
+
+
+def _latent_core(
+    share: RankShare, query: Floats, value: Floats, head_rows: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """Return the bytes around core attention.
+
+    Torch has no fused kernel for values that are narrower than keys. Its plain attention works in fp32 and keeps the
+    scaled query, the scaled and gathered keys, the gathered values and the probabilities.
+
+    Args:
+        share: The rank's share.
+        query: Elements of the query.
+        value: Elements of the values.
+        head_rows: Rows of attention: tokens times heads.
+
+    Returns:
+        Bytes that attention keeps of the outputs of the up-projections; bytes that it keeps of its own; bytes that come
+        back during the backward pass.
+    """
+    made = (2 * query + value) * share.size
+    if share.fused:
+        return made, head_rows * 4, np.zeros_like(query)
+    own_values = np.where((share.cp == 1) & np.bool_(share.size == 4), value * 4, 0)  # kept as they came
+    up = np.where(share.columns.drops("core_attn"), made, own_values)
+    core = 4.0 * (query + (query + value) * share.cp + head_rows * share.seq) - own_values
+    return up, core, np.where(share.columns.drops("mla_up_proj"), made - up, 0)

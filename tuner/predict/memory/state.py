@@ -1,0 +1,176 @@
+"""Bytes of weights, gradients and optimizer on the stages of many layouts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tuner.core import parameters
+from tuner.core.cluster import Cluster
+from tuner.core.columns import Columns, Floats
+from tuner.core.layout import data_parallel_size, expert_data_parallel_size
+from tuner.core.workload import Model, Precision, Workload
+from tuner.predict import fsdp
+from tuner.predict.memory.stages import MOE, StagesInFlight
+
+QUANTISED_WEIGHT_BYTES: Mapping[Precision, float] = {
+    "fp8": 2.0,
+    "mxfp8": 2 * (1 + 1 / 32),
+    "nvfp4": 2 * (0.5 + 1 / 16),
+}
+"""Bytes per weight of a linear layer's quantised copies for forward and backward, beside its bf16 weight. Published: 8
+or 4 bits per element, and one byte of scale per block of 32 (mxfp8) or 16 (nvfp4) elements (Transformer Engine
+2.11)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelState:
+    """Bytes of the state of the model on the rank of each stage: arrays of shape [stages]."""
+
+    parameters: Floats
+    """Weights, quantised copies included."""
+    gradients: Floats
+    """Gradients between steps."""
+    optimizer: Floats
+    """State of Adam."""
+    whole: Floats
+    """Weights and gradients that Megatron-FSDP holds whole for a while."""
+    reducing: Floats
+    """The copy of gradients that Gloo reduces; 0 on CUDA."""
+    reducing_embedding: Floats
+    """The copy of the embedding's gradient that Gloo reduces apart from the others; 0 on CUDA."""
+    building: Floats
+    """All that is allocated while the model is built, gradients included."""
+
+
+def model_state(
+    c: Columns,
+    workload: Workload,
+    cluster: Cluster,
+    stages: StagesInFlight,
+    *,
+    layers: Floats,
+    vocabulary: Floats,
+) -> ModelState:
+    """Return the state of the model on each stage.
+
+    The distributed optimizer splits the state of Adam over the ranks with equal weights: dense weights over dp*cp,
+    experts over edp. It copies the weights into one buffer per model chunk and kind; both copies exist while the buffer
+    is filled (distributed/param_and_grad_buffer.py). Megatron-FSDP splits gradients and weights too, by its strategy,
+    and holds some of them whole for a while. Gloo reduces a copy of a buffer of gradients.
+
+    Args:
+        c: The layouts.
+        workload: The workload.
+        cluster: The cluster.
+        stages: The stages.
+        layers: Layers of each stage, those of multi-token prediction included, shape [stages, (DENSE, MOE)].
+        vocabulary: Rows of the embedding on a rank, one value per stage.
+    """
+    row, vpp = stages.row, c["vpp"][stages.row]
+    dense, experts = _weights(c, workload.model, stages, layers, vocabulary)
+    weight_bytes, gradient_bytes = float(workload.weight_bytes), float(workload.gradient_bytes)
+    table = vocabulary * workload.model.hidden_size
+    dense_ranks = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"]) * c["cp"]
+    expert_ranks = np.maximum(expert_data_parallel_size(cluster.world_size, c["pp"], c["ep"], c["etp"]), 1)
+    of_dense, of_experts = (
+        fsdp.Shares(*(ranks[row] for ranks in fsdp.shares(c, group))) for group in (dense_ranks, expert_ranks)
+    )
+    weights = dense / of_dense.weights + experts / of_experts.weights
+    gradients = dense / of_dense.gradients + experts / of_experts.gradients
+    adam = workload.adam_bytes * (dense / of_dense.optimizer + experts / of_experts.optimizer)
+
+    distributed = (c.on("use_distributed_optimizer") & ~c.on("use_megatron_fsdp"))[row]
+    # With ep 1 the experts share the buffer of the dense weights. Otherwise they have a buffer of their own, which is
+    # filled later, and their gradients are reduced later too.
+    has_expert_buffer = (c["ep"] > 1)[row]
+    apart = np.maximum(dense - experts * gradient_bytes / weight_bytes, experts)
+    moved = np.where(has_expert_buffer, apart, dense + experts) * weight_bytes / vpp
+    building = (dense + experts) * weight_bytes + gradients * gradient_bytes
+    building += np.where(distributed, moved, 0)
+    whole = np.zeros_like(dense)
+    if c.on("use_megatron_fsdp").any():
+        # Weights are built whole before they are split.
+        building += np.where(fsdp.gathers_weights(c)[row], weights * weight_bytes, 0)
+        tables = np.where(stages.first | stages.last, table, 0)
+        whole = fsdp.whole_bytes(
+            c,
+            row,
+            workload,
+            layers=layers.sum(axis=1),
+            layer_weights=dense + experts - tables,
+            table_weights=tables,
+            ranks=dense_ranks,
+        )
+
+    by_gloo = distributed & np.bool_(cluster.device == "cpu")
+    reduced = np.where(has_expert_buffer, np.maximum(dense, experts), dense + experts)
+    # If the reduction overlaps the backward pass, the first stage reduces pieces of whole weights.
+    piece = np.where(c.on("overlap_grad_reduce"), fsdp.bucket(dense_ranks), np.inf)[row]
+    piece = np.where(stages.first, piece, np.inf)
+    piece = np.maximum(piece, np.where(stages.last, table, 0))
+    reduces_embedding = by_gloo & stages.first & np.isfinite(piece)
+    return ModelState(
+        parameters=weights * weight_bytes
+        + _quantised_bytes(workload, stages, table, dense + experts, weights),
+        gradients=gradients * gradient_bytes,
+        optimizer=adam,
+        whole=whole,
+        reducing=np.where(by_gloo, np.minimum(reduced / vpp, piece) * gradient_bytes, 0),
+        reducing_embedding=np.where(reduces_embedding, table * gradient_bytes, 0),
+        building=building,
+    )
+
+
+def _quantised_bytes(
+    workload: Workload, stages: StagesInFlight, table: Floats, whole: Floats, held: Floats
+) -> Floats:
+    """Return the bytes of the quantised copies of linear weights, less the bf16 weights that they replace.
+
+    Args:
+        workload: The workload.
+        stages: The stages.
+        table: Weights of the embedding on a rank.
+        whole: Weights of the stage's rank before Megatron-FSDP splits them.
+        held: Weights that the rank holds.
+    """
+    replaced = float(workload.weight_bytes) if workload.fp8_param else 0.0
+    copies = QUANTISED_WEIGHT_BYTES.get(workload.precision, 0.0)
+    linear = whole - table * (stages.first + stages.last * 1.0)
+    return np.maximum(linear, 0) * (copies - replaced) * held / np.maximum(whole, 1)
+
+
+def _weights(
+    c: Columns, model: Model, stages: StagesInFlight, layers: Floats, vocabulary: Floats
+) -> tuple[Floats, Floats]:
+    """Return the weights on each stage's rank: those that data parallel ranks share, and those of routed experts."""
+    tp = c["tp"].astype(np.float64)
+
+    def share(module: parameters.Parameters) -> Floats:
+        return module.sharded / tp + module.replicated
+
+    attention_and_norms = share(parameters.attention(model)) + parameters.layer_norms(model)
+    layer = np.stack(
+        [
+            attention_and_norms + share(parameters.dense_mlp(model)),
+            attention_and_norms + parameters.router(model) + share(parameters.shared_experts(model)),
+        ],
+        axis=1,
+    )[stages.row]
+    expert = parameters.expert(model)
+    experts = (model.num_moe_experts or 0) / c["ep"] * (expert.sharded / c["etp"] + expert.replicated)
+    table = vocabulary * model.hidden_size
+    untied = not model.share_embeddings_and_output_weights
+    # The last stage holds an output layer, or a copy of the embedding if they share weights. It also holds a copy of
+    # the embedding if it looks up the tokens of multi-token prediction.
+    is_whole_model = stages.first & stages.last
+    copies = np.where(is_whole_model, 1 * untied, 1 * untied + (stages.predicts | (not untied)))
+    mtp_layer = (3 * parameters.norm(model) + 2 * model.hidden_size**2 / tp)[stages.row]
+    mtp = (model.mtp_num_layers or 0) * mtp_layer
+    learned = model.position_embedding_type == "learned_absolute"
+    positions = model.max_position_embeddings * model.hidden_size if learned else 0
+    dense = (layer * layers).sum(axis=1)
+    dense += np.where(stages.first, table + positions, 0)
+    dense += np.where(stages.last, parameters.norm(model) + copies * table, 0)
+    dense += np.where(stages.predicts, mtp + np.where(stages.last, 0, table), 0)
+    return dense, layers[:, MOE] * experts[stages.row]
