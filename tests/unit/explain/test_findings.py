@@ -249,8 +249,8 @@ def test_trials_correct_what_is_expected_of_their_own_layouts() -> None:
 
 def test_without_a_completed_trial_there_is_no_best_and_no_accuracy() -> None:
     said = findings(evidence_of([failed_row(0)]))
-    assert said.time is said.memory is said.best is None
-    assert said.neighbours == said.effects == ()
+    assert said.time is None and said.memory is None and said.best is None
+    assert not said.neighbours and not said.effects
     assert len(said.predicted_trials) == 1
     assert findings(evidence_of([])).predicted_trials == ()
 

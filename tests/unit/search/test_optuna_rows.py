@@ -1,10 +1,13 @@
 """Optuna's samplers over the rows: each row is valid, none comes twice, measurements teach, and a resume repeats."""
 
+import warnings
 from collections.abc import Callable
+from math import log2
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
 from optuna.trial import TrialState
 
@@ -91,18 +94,20 @@ SWITCHES_AND_TEXTS = ("sp", "recompute_granularity", "recompute_method", "recomp
 
 def nearest(wanted: Layout, available: NDArray[np.bool_]) -> int:
     """The row that is chosen for a suggestion of the layout `wanted`."""
-    params = {knob: round(np.log2(getattr(wanted, knob))) for knob in SIZES}
+    params = {knob: round(log2(getattr(wanted, knob))) for knob in SIZES}
     params |= {knob: getattr(wanted, knob) for knob in SWITCHES_AND_TEXTS[:3]}
     # A size of 0 counts as 1/2.
     params["recompute_num_layers"] = 0 if wanted.recompute_num_layers else -1
     fixed = {knob: value for knob, value in params.items() if TABLE[knob].nunique() > 1}
-    rows = OptunaRows(TABLE, lambda seed: PartialFixedSampler(fixed, RandomSampler(seed)), 0)
-    return rows.choose(available, 0)
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        sampler = PartialFixedSampler(fixed, RandomSampler(0))
+    return OptunaRows(TABLE, lambda seed: sampler, 0).choose(available, 0)
 
 
-def doublings_and_switches_apart(one: Layout, other: Layout) -> float:
-    doublings = sum(abs(np.log2(getattr(one, knob)) - np.log2(getattr(other, knob))) for knob in SIZES)
-    return float(doublings) + sum(getattr(one, knob) != getattr(other, knob) for knob in SWITCHES_AND_TEXTS)
+def distance(one: Layout, other: Layout) -> float:
+    """Doublings and switches between two layouts."""
+    doublings = sum(abs(log2(getattr(one, knob)) - log2(getattr(other, knob))) for knob in SIZES)
+    return doublings + sum(getattr(one, knob) != getattr(other, knob) for knob in SWITCHES_AND_TEXTS)
 
 
 @pytest.mark.parametrize("row", [0, 5, 20])
@@ -111,5 +116,5 @@ def test_a_suggestion_becomes_the_row_that_is_the_fewest_doublings_and_switches_
     everything = np.ones(len(TABLE), dtype=np.bool_)
     assert nearest(wanted, everything) == row
     others = np.arange(len(TABLE)) != row
-    distances = [doublings_and_switches_apart(wanted, layout_at(TABLE, other)) for other in range(len(TABLE))]
+    distances = [distance(wanted, layout_at(TABLE, other)) for other in range(len(TABLE))]
     assert distances[nearest(wanted, others)] == np.min(np.array(distances)[others])

@@ -1,4 +1,4 @@
-"""The sampler suggests rows of the table: valid, never twice, near the best, and the same after a resume."""
+"""The sampler suggests rows of the table: valid ones, each once, and those that promise most first."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
@@ -25,25 +25,16 @@ from tuner.search.optuna_rows import OptunaRows
 from tuner.search.predicted_rows import PredictedRows
 from tuner.search.sampler import TableSampler, distributions
 from tuner.search.strategy import GridRows, RandomRows, Strategy
-from tuner.space.table import find_row, layout_at, with_row
+from tuner.space.table import find_row
 
 TABLE = table_of(sweep_of())
 
 
-@given(st.integers(0, len(TABLE) - 1))
-def test_a_layout_is_found_where_it_stands(row: int) -> None:
-    assert find_row(TABLE, layout_at(TABLE, row)) == row
-
-
-def test_a_layout_outside_the_table_is_not_found() -> None:
-    assert find_row(TABLE, Layout(tp=2, cp=2)) is None
-
-
 def test_the_knobs_that_vary_are_the_parameters() -> None:
-    found = distributions(TABLE)
-    assert found["tp"] == CategoricalDistribution([1, 2, 4])
-    assert found["recompute_granularity"] == CategoricalDistribution(["full", "none"])
-    assert "cp" not in found
+    space = distributions(TABLE)
+    assert space["tp"] == CategoricalDistribution([1, 2, 4])
+    assert space["recompute_granularity"] == CategoricalDistribution(["full", "none"])
+    assert "cp" not in space
     earlier = distributions(TABLE, [Layout(tp=8, cp=2)])
     assert earlier["tp"] == CategoricalDistribution([1, 2, 4, 8])
     assert earlier["cp"] == CategoricalDistribution([1, 2])
@@ -58,20 +49,21 @@ def random_sampler(seed: int, table: pd.DataFrame = TABLE) -> TableSampler:
 
 
 PREDICTED_MS = np.arange(len(TABLE), 0, -1, dtype=np.float64)
-"""The later in the table, the faster."""
+"""Rows further down the table are predicted to be faster."""
 
 
+@settings(max_examples=40)
 @given(st.booleans(), st.integers(0, 2**32), st.sets(st.integers(0, len(TABLE) - 1)))
-def test_only_rows_that_are_left_are_chosen(predicted: bool, seed: int, gone: set[int]) -> None:
+def test_only_rows_that_are_left_are_chosen(predicted: bool, seed: int, excluded: set[int]) -> None:
     sampler = TableSampler(TABLE, PredictedRows(TABLE, PREDICTED_MS) if predicted else RandomRows(seed))
-    mask = np.isin(np.arange(len(TABLE)), list(gone))
-    assert sampler.exclude(mask) == len(gone)
+    mask = np.isin(np.arange(len(TABLE)), list(excluded))
+    assert sampler.exclude(mask) == len(excluded)
     assert sampler.exclude(mask) == 0
-    assert sampler.remaining == len(TABLE) - len(gone)
+    assert sampler.remaining == len(TABLE) - len(excluded)
     for number in range(3):
         if sampler.remaining:
             row = sampler.choose(number)
-            assert row not in gone
+            assert row not in excluded
             assert not sampler.is_available(row)
             sampler.tell(number, measured(10.0 + number))
 
@@ -96,7 +88,7 @@ def test_every_row_is_chosen_once_and_then_none(name: str) -> None:
         sampler.choose(len(TABLE))
 
 
-def test_a_trials_draw_depends_on_its_number_and_the_seed_alone() -> None:
+def test_the_draw_of_a_trial_depends_on_nothing_but_its_number_and_the_seed() -> None:
     everything = np.ones(len(TABLE), dtype=np.bool_)
     one, other = RandomRows(7), RandomRows(7)
     forwards = [one.choose(everything, number) for number in range(20)]
@@ -105,7 +97,7 @@ def test_a_trials_draw_depends_on_its_number_and_the_seed_alone() -> None:
     assert forwards != [RandomRows(8).choose(everything, number) for number in range(20)]
 
 
-def test_random_draws_come_from_everywhere() -> None:
+def test_random_draws_come_from_all_rows() -> None:
     everything = np.ones(len(TABLE), dtype=np.bool_)
     drawn = Counter(RandomRows(0).choose(everything, number) for number in range(40 * len(TABLE)))
     assert len(drawn) == len(TABLE)
@@ -117,8 +109,8 @@ def test_without_a_measurement_the_best_predicted_row_comes_first() -> None:
     assert sampler.choose(0) == len(TABLE) - 1
 
 
-def test_measurements_that_contradict_the_prediction_turn_the_search_around() -> None:
-    """In truth micro-batches of 4 are twice as fast; predicted, they are a little slower."""
+def test_measurements_that_contradict_the_prediction_redirect_the_search() -> None:
+    """Layouts with micro-batches of 4 are predicted to be a little slower and measure half the step time."""
     fast = (TABLE["micro_batch_size"] == 4).to_numpy()
     sampler = TableSampler(TABLE, PredictedRows(TABLE, np.where(fast, 101.0, 100.0)))
     chosen = []
@@ -145,13 +137,13 @@ def test_optuna_gets_whole_rows_and_one_knob_alone_is_refused() -> None:
         sampler.sample_independent(study, study.trials[0], "tp", FloatDistribution(0, 1))
 
 
-def test_the_grid_is_the_tables_order() -> None:
+def test_the_grid_strategy_follows_the_order_of_the_table() -> None:
     sampler = TableSampler(TABLE, GridRows())
     assert [sampler.choose(number) for number in range(5)] == list(range(5))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_asks_before_their_tells_never_give_the_same_row(name: str) -> None:
+def test_no_row_is_chosen_twice_while_trials_are_in_flight(name: str) -> None:
     sampler = TableSampler(TABLE, STRATEGIES[name]())
     asked = [sampler.choose(number) for number in range(12)]
     for number in range(0, 12, 2):
@@ -181,23 +173,23 @@ def test_four_threads_measure_every_row_once(name: str) -> None:
     assert sampler.remaining == 0
 
 
-def test_what_optuna_is_told_reaches_the_strategy_once() -> None:
+def test_a_result_that_optuna_is_told_reaches_the_strategy_once() -> None:
     sampler = TableSampler(TABLE, PredictedRows(TABLE, PREDICTED_MS))
     study = optuna.create_study(sampler=sampler)
     trial = study.ask(dict(sampler.space))
     assert sampler.certainty() is None
     study.tell(trial, 100.0)
-    known = sampler.certainty()
-    assert known is not None
+    first = sampler.certainty()
+    assert first is not None
     sampler.tell(trial.number, measured(1.0))
     again = sampler.certainty()
     assert again is not None
-    assert np.array_equal(again.losses, known.losses)
+    assert np.array_equal(again.losses, first.losses)
 
 
 def test_trials_that_ran_out_of_memory_put_off_the_rows_that_need_about_as_much() -> None:
     sweep = sweep_of()
-    on_cpu = replace(CLUSTER, device="cpu")  # where nothing is held beside what is allocated
+    on_cpu = replace(CLUSTER, device="cpu")  # CPU ranks hold no memory besides what they allocate
     peaks = peak_gib(TABLE, sweep.workload, on_cpu, implementation_of(on_cpu))
     limit_gib = float(np.quantile(peaks, 0.5))
     cluster = replace(on_cpu, gpu=replace(CLUSTER.gpu, memory_gib=limit_gib))
@@ -205,7 +197,7 @@ def test_trials_that_ran_out_of_memory_put_off_the_rows_that_need_about_as_much(
     boundary = int(np.abs(before.probabilities() - 0.6).argmin())
     rows = PredictedRows(TABLE, np.where(np.arange(len(TABLE)) == boundary, 10.0, 100.0), before)
     everything = np.ones(len(TABLE), dtype=np.bool_)
-    assert rows.choose(everything, 0) == boundary, "predicted to win, the boundary is tried"
+    assert rows.choose(everything, 0) == boundary, "the boundary is predicted to win, so it is tried"
     everything[boundary] = False
     shares = Feasibility(TABLE, sweep.workload, cluster).probabilities()
     near = int(np.where(everything & (shares < 0.9), shares, 0.0).argmax())
@@ -215,20 +207,20 @@ def test_trials_that_ran_out_of_memory_put_off_the_rows_that_need_about_as_much(
     assert after[rows.choose(everything, 1)] == after[everything].max()
 
 
-def test_a_trial_that_was_given_up_tells_of_its_row_that_it_is_slow_and_what_it_needs() -> None:
+def test_a_trial_that_was_stopped_as_too_slow_teaches_a_bound_and_its_peak_of_memory() -> None:
     workload, row, other = sweep_of().workload, 7, 8
     peak = float(peak_gib(TABLE, workload, CLUSTER)[row]) * 1.1
-    told, learning = (Feasibility(TABLE, workload, CLUSTER) for _ in range(2))
-    told.tell(row, peak)
+    expected, learning = (Feasibility(TABLE, workload, CLUSTER) for _ in range(2))
+    expected.tell(row, peak)
     rows = PredictedRows(TABLE, np.full(len(TABLE), 100.0), learning)
     rows.tell(0, measured(100.0))
     left = np.isin(np.arange(len(TABLE)), [row, other])
     rows.tell(row, Observation(state=TrialState.PRUNED, slower_than_ms=300.0, peak_gib=peak))
     assert rows.choose(left, 2) == other
-    assert np.array_equal(learning.probabilities(), told.probabilities())
+    assert np.array_equal(learning.probabilities(), expected.probabilities())
 
 
-def test_a_row_that_someone_proposes_is_worth_a_trial_if_it_promises_about_as_much_as_the_best() -> None:
+def test_a_proposed_row_is_worth_a_trial_if_it_promises_about_as_much_as_the_best() -> None:
     predicted = np.where(np.arange(len(TABLE)) == 3, 99.0, 100.0)
     predicted[5] = 300.0
     sampler = TableSampler(TABLE, PredictedRows(TABLE, predicted))
@@ -240,21 +232,8 @@ def test_a_row_that_someone_proposes_is_worth_a_trial_if_it_promises_about_as_mu
     assert TableSampler(TABLE, RandomRows(0)).promises(5)
 
 
-def test_a_table_of_one_row_has_no_parameters_and_one_draw() -> None:
+def test_a_table_of_one_row_has_no_parameters_and_one_choice() -> None:
     table = TABLE.iloc[[4]].reset_index(drop=True)
     sampler = random_sampler(0, table)
     assert sampler.space == {}
     assert sampler.choose(0) == 0
-
-
-def test_a_row_outside_the_table_is_appended_once_and_keeps_the_others() -> None:
-    outside = Layout(tp=1, cp=2, recompute_granularity="selective", recompute_modules="core_attn")
-    joined = with_row(TABLE, outside)
-    assert len(joined) == len(TABLE) + 1
-    assert layout_at(joined, len(TABLE)) == outside
-    assert [layout_at(joined, row) for row in range(3)] == [layout_at(TABLE, row) for row in range(3)]
-    assert with_row(joined, outside) is joined
-    inside = layout_at(TABLE, 2)
-    assert with_row(TABLE, inside) is TABLE
-    kinds = joined.dtypes[["tp", "sp", "micro_batch_size"]]
-    pd.testing.assert_series_equal(kinds, TABLE.dtypes[["tp", "sp", "micro_batch_size"]])
