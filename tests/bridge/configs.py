@@ -1,4 +1,4 @@
-"""The shapes of public models whose config.json the wheel lacks, from their pages on Hugging Face."""
+"""The shapes of public models whose config.json is not in aiconfigurator's wheel, from their Hugging Face pages."""
 
 import json
 import shutil
@@ -11,11 +11,11 @@ SAME_SHAPE: Mapping[str, str] = {
     "meta-llama/Meta-Llama-3-8B": "meta-llama/Meta-Llama-3.1-8B",
     "meta-llama/Meta-Llama-3-70B": "meta-llama/Meta-Llama-3.1-70B",
 }
-"""Models that differ in the rescaling of their positions alone."""
+"""Models without a config.json here, each with a model that differs only in the scaling of positions."""
 
 
 def _dense(
-    family: str, layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab: int
+    family: str, *, layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab: int
 ) -> dict[str, Any]:
     return {
         "architectures": [f"{family}ForCausalLM"],
@@ -50,31 +50,39 @@ _GLM: Mapping[str, Any] = {
 }
 
 SMALL: Mapping[str, Mapping[str, Any]] = {
-    "meta-llama/Llama-2-7b-hf": _dense("Llama", 32, 4096, 11008, 32, 32, 32000),
+    "meta-llama/Llama-2-7b-hf": _dense(
+        "Llama", layers=32, hidden=4096, ffn=11008, heads=32, groups=32, vocab=32000
+    ),
     "meta-llama/Llama-3.2-1B": {
-        **_dense("Llama", 16, 2048, 8192, 32, 8, 128256),
+        **_dense("Llama", layers=16, hidden=2048, ffn=8192, heads=32, groups=8, vocab=128256),
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
     "meta-llama/Llama-3.2-3B": {
-        **_dense("Llama", 28, 3072, 8192, 24, 8, 128256),
+        **_dense("Llama", layers=28, hidden=3072, ffn=8192, heads=24, groups=8, vocab=128256),
         "head_dim": 128,
         "tie_word_embeddings": True,
     },
-    "Qwen/Qwen2-0.5B": _dense("Qwen2", 24, 896, 4864, 14, 2, 151936),
-    "Qwen/Qwen2-1.5B": _dense("Qwen2", 28, 1536, 8960, 12, 2, 151936),
-    "Qwen/Qwen2-7B": _dense("Qwen2", 28, 3584, 18944, 28, 4, 152064),
-    "Qwen/Qwen2-72B": _dense("Qwen2", 80, 8192, 29568, 64, 8, 152064),
-    "Qwen/Qwen2.5-0.5B": _dense("Qwen2", 24, 896, 4864, 14, 2, 151936),
-    "Qwen/Qwen2.5-1.5B": _dense("Qwen2", 28, 1536, 8960, 12, 2, 151936),
-    "Qwen/Qwen2.5-7B": _dense("Qwen2", 28, 3584, 18944, 28, 4, 152064),
-    "Qwen/Qwen2.5-14B": _dense("Qwen2", 48, 5120, 13824, 40, 8, 152064),
-    "Qwen/Qwen2.5-32B": _dense("Qwen2", 64, 5120, 27648, 40, 8, 152064),
-    "Qwen/Qwen2.5-72B": _dense("Qwen2", 80, 8192, 29568, 64, 8, 152064),
-    "Qwen/Qwen3-4B": {**_dense("Qwen3", 36, 2560, 9728, 32, 8, 151936), "head_dim": 128},
-    "Qwen/Qwen3-14B": {**_dense("Qwen3", 40, 5120, 17408, 40, 8, 151936), "head_dim": 128},
+    "Qwen/Qwen2-0.5B": _dense("Qwen2", layers=24, hidden=896, ffn=4864, heads=14, groups=2, vocab=151936),
+    "Qwen/Qwen2-1.5B": _dense("Qwen2", layers=28, hidden=1536, ffn=8960, heads=12, groups=2, vocab=151936),
+    "Qwen/Qwen2-7B": _dense("Qwen2", layers=28, hidden=3584, ffn=18944, heads=28, groups=4, vocab=152064),
+    "Qwen/Qwen2-72B": _dense("Qwen2", layers=80, hidden=8192, ffn=29568, heads=64, groups=8, vocab=152064),
+    "Qwen/Qwen2.5-0.5B": _dense("Qwen2", layers=24, hidden=896, ffn=4864, heads=14, groups=2, vocab=151936),
+    "Qwen/Qwen2.5-1.5B": _dense("Qwen2", layers=28, hidden=1536, ffn=8960, heads=12, groups=2, vocab=151936),
+    "Qwen/Qwen2.5-7B": _dense("Qwen2", layers=28, hidden=3584, ffn=18944, heads=28, groups=4, vocab=152064),
+    "Qwen/Qwen2.5-14B": _dense("Qwen2", layers=48, hidden=5120, ffn=13824, heads=40, groups=8, vocab=152064),
+    "Qwen/Qwen2.5-32B": _dense("Qwen2", layers=64, hidden=5120, ffn=27648, heads=40, groups=8, vocab=152064),
+    "Qwen/Qwen2.5-72B": _dense("Qwen2", layers=80, hidden=8192, ffn=29568, heads=64, groups=8, vocab=152064),
+    "Qwen/Qwen3-4B": {
+        **_dense("Qwen3", layers=36, hidden=2560, ffn=9728, heads=32, groups=8, vocab=151936),
+        "head_dim": 128,
+    },
+    "Qwen/Qwen3-14B": {
+        **_dense("Qwen3", layers=40, hidden=5120, ffn=17408, heads=40, groups=8, vocab=151936),
+        "head_dim": 128,
+    },
     "deepseek-ai/DeepSeek-V2": {
-        **_dense("DeepseekV2", 60, 5120, 12288, 128, 128, 102400),
+        **_dense("DeepseekV2", layers=60, hidden=5120, ffn=12288, heads=128, groups=128, vocab=102400),
         **_LATENT,
         "model_type": "deepseek_v2",
         "q_lora_rank": 1536,
@@ -84,7 +92,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 3,
     },
     "deepseek-ai/DeepSeek-V2-Lite": {
-        **_dense("DeepseekV2", 27, 2048, 10944, 16, 16, 102400),
+        **_dense("DeepseekV2", layers=27, hidden=2048, ffn=10944, heads=16, groups=16, vocab=102400),
         **_LATENT,
         "model_type": "deepseek_v2",
         "q_lora_rank": None,
@@ -94,7 +102,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 1,
     },
     "moonshotai/Moonlight-16B-A3B": {
-        **_dense("DeepseekV3", 27, 2048, 11264, 16, 16, 163840),
+        **_dense("DeepseekV3", layers=27, hidden=2048, ffn=11264, heads=16, groups=16, vocab=163840),
         **_LATENT,
         "model_type": "deepseek_v3",
         "q_lora_rank": None,
@@ -104,7 +112,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 1,
     },
     "zai-org/GLM-4.5": {
-        **_dense("Glm4Moe", 92, 5120, 12288, 96, 8, 151552),
+        **_dense("Glm4Moe", layers=92, hidden=5120, ffn=12288, heads=96, groups=8, vocab=151552),
         **_GLM,
         "n_routed_experts": 160,
         "moe_intermediate_size": 1536,
@@ -112,7 +120,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "use_qk_norm": True,
     },
     "zai-org/GLM-4.5-Air": {
-        **_dense("Glm4Moe", 46, 4096, 10944, 96, 8, 151552),
+        **_dense("Glm4Moe", layers=46, hidden=4096, ffn=10944, heads=96, groups=8, vocab=151552),
         **_GLM,
         "n_routed_experts": 128,
         "moe_intermediate_size": 1408,
@@ -123,7 +131,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
 
 
 def write_configs(folder: Path) -> Path:
-    """Put every config.json that is here, of the wheel and of this file, into a folder as `--hf-configs` reads it."""
+    """Write every config.json of the wheel and of this file into a folder, in the form that `--hf-configs` reads."""
     package = find_spec("aiconfigurator_core")
     assert package is not None and package.origin is not None
     for path in (Path(package.origin).parent / "model_configs").glob("*_config.json"):

@@ -15,7 +15,7 @@ else:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say so where nothing was proven."""
+    """Say that these tests did not run, if Megatron Bridge is not installed."""
     if not _INSTALLED:
         terminalreporter.write_line(
             "SKIPPED tests/bridge: megatron-bridge is not installed here; `make test-bridge` makes its environment"

@@ -1,4 +1,4 @@
-"""Valid layouts for a recipe: drawn at random, and its own with a few knobs changed."""
+"""Valid layouts for a recipe: layouts drawn at random, and the recipe's own with a few knobs changed."""
 
 import os
 from collections.abc import Sequence
@@ -31,18 +31,18 @@ _TOGETHER: tuple[tuple[str, ...], ...] = (
     ("use_megatron_fsdp", "data_parallel_sharding_strategy", "cuda_device_max_connections", "pp", "vpp"),
     ("cpu_offloading_num_layers", "recompute_granularity"),
 )
-"""Knobs of which one alone says nothing, or goes with nothing else."""
+"""Sets of knobs that are valid, or have an effect, only together."""
 _PLACED = ("pipeline_model_parallel_layout", *_SPLIT)
 
 
 def evenly(names: Sequence[T], most: int) -> list[T]:
-    """Every so many of the names: `most` of them, or MEGATUNE_BRIDGE_RECIPES, for a shorter or a longer run."""
+    """Return names at even distances: `most` of them, or as many as MEGATUNE_BRIDGE_RECIPES says."""
     most = min(len(names), int(os.environ.get("MEGATUNE_BRIDGE_RECIPES", most)))
     return [names[place * len(names) // most] for place in range(most)]
 
 
 def domain_of(workload: Workload, cluster: Cluster, config: Any) -> Domain:
-    """What to draw from for a recipe: what goes with those of its settings that no layout states."""
+    """Return the domain to draw a recipe's layouts from: it suits the settings that no layout states."""
     domain = dict(refined_domain(workload, cluster))
     if config.optimizer.use_precision_aware_optimizer:
         domain["use_distributed_optimizer"] = (True,)
@@ -50,7 +50,7 @@ def domain_of(workload: Workload, cluster: Cluster, config: Any) -> Domain:
 
 
 def drawn(workload: Workload, cluster: Cluster, domain: Domain, random: Random) -> Layout:
-    """A layout at random: grids and split from a few candidates each, then the other knobs as far as they fit."""
+    """Return a random layout: grids and split from a few candidates each, then other knobs as far as they are valid."""
     while True:
         few = {knob: tuple(random.sample(domain[knob], min(4, len(domain[knob])))) for knob in _GRID}
         table = enumerate_layouts(workload, cluster, few | {knob: domain[knob] for knob in _SPLIT}).table
@@ -63,7 +63,7 @@ def drawn(workload: Workload, cluster: Cluster, domain: Domain, random: Random) 
 def changed(
     base: Layout, workload: Workload, cluster: Cluster, domain: Domain, random: Random
 ) -> Layout | None:
-    """`base` with a few knobs changed, where that is valid."""
+    """Return `base` with a few knobs changed; None if nothing changed or the result is not valid."""
     layout = _changed(base, workload, cluster, domain, random, 3, grid=True)
     return layout if not broken_rules(layout, workload, cluster) and layout != base else None
 

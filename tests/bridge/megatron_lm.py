@@ -1,4 +1,4 @@
-"""Megatron-LM's own parser and validation, asked on a CPU what a command line is."""
+"""What a command line means to Megatron-LM's own parser and validation, which run on a CPU."""
 
 import os
 from dataclasses import fields
@@ -17,25 +17,24 @@ from tuner.core.workload import Model, Workload
 
 
 def command(workload: Workload) -> list[str]:
-    """A command line that trains the workload: attention and MLP of the model's sizes, whatever their kind."""
-    model = workload.model
-    words: list[object] = [
-        *("pretrain_gpt.py", *_model_arguments(model), "--seq-length", workload.seq_length, "--bf16"),
-        *("--train-iters", 10, "--lr", "1e-4", "--mock-data"),
-        *("--tokenizer-type", "NullTokenizer", "--vocab-size", model.vocab_size),
-    ]
-    return [str(word) for word in words]
+    """Return a command line that trains the workload; attention and MLP have the model's sizes, not its kinds."""
+    text = (
+        f"pretrain_gpt.py --seq-length {workload.seq_length} --bf16 --train-iters 10 --lr 1e-4 --mock-data "
+        f"--tokenizer-type NullTokenizer --vocab-size {workload.model.vocab_size}"
+    )
+    return [*text.split(), *map(str, _model_arguments(workload.model))]
 
 
 def _model_arguments(model: Model) -> list[object]:
-    words: list[object] = [
-        *("--num-layers", model.num_layers, "--hidden-size", model.hidden_size),
-        *("--ffn-hidden-size", model.ffn_hidden_size, "--num-attention-heads", model.num_attention_heads),
-        *("--group-query-attention", "--num-query-groups", model.num_query_groups),
-        *("--kv-channels", model.kv_channels, "--swiglu", "--normalization", "RMSNorm"),
-        *("--max-position-embeddings", 131072, "--position-embedding-type", "rope"),
-        *("--disable-bias-linear", "--untie-embeddings-and-output-weights"),
-    ]
+    text = (
+        f"--num-layers {model.num_layers} --hidden-size {model.hidden_size} "
+        f"--ffn-hidden-size {model.ffn_hidden_size} --num-attention-heads {model.num_attention_heads} "
+        f"--group-query-attention --num-query-groups {model.num_query_groups} "
+        f"--kv-channels {model.kv_channels} --swiglu --normalization RMSNorm "
+        "--max-position-embeddings 131072 --position-embedding-type rope "
+        "--disable-bias-linear --untie-embeddings-and-output-weights"
+    )
+    words: list[object] = [*text.split()]
     if model.mtp_num_layers:
         words += ["--mtp-num-layers", model.mtp_num_layers]
     if model.is_moe:
@@ -48,7 +47,7 @@ def _model_arguments(model: Model) -> list[object]:
 
 
 def parsed(words: list[str], layout: Layout, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The arguments as Megatron-LM has them in a job of the layout on the cluster."""
+    """Return the arguments as Megatron-LM has them in a job of the layout on the cluster."""
     monkeypatch.setattr(os, "environ", os.environ | {"WORLD_SIZE": str(cluster.world_size), "RANK": "0"})
     for variable, value in cuda_environment(layout, cluster).items():
         monkeypatch.setitem(os.environ, variable, value)
@@ -66,11 +65,11 @@ _NAMES = {
     "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
     "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
 }
-"""Megatron-LM's own name of a field, where it is another."""
+"""Megatron-LM's names of the fields that have another name in Megatron-Core."""
 
 
 def layout_of(arguments: Any) -> Layout:
-    """What validated arguments select: Megatron-LM has put its defaults where nothing is stated."""
+    """Return the layout that validated arguments select; Megatron-LM has filled in its defaults."""
     values: dict[str, Any] = {}
     for knob in fields(Layout):
         field = knob.metadata["megatron"].partition(".")[2]

@@ -1,7 +1,7 @@
 """A user's training script: Megatron-LM's own arguments, training loop and log, on CPU ranks.
 
-Megatron-LM's wheel lacks its pretrain_gpt.py; this does as that does. What only CUDA has is answered as in our own
-programs, and the memory that the log reports is the process's.
+Megatron-LM's wheel lacks its pretrain_gpt.py; this script does what that one does. Calls that need CUDA are answered
+as in our own programs, and the log reports the memory of the process.
 """
 
 from launchers.programs.megatron_bridge.cpu import hide_transformer_engine
@@ -36,7 +36,7 @@ from launchers.programs.harness.cpu import enable_cpu  # noqa: E402
 def model_provider(
     pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **other: Any
 ) -> GPTModel:
-    """The model of the command line."""
+    """Return the model of the command line."""
     args = get_args()
     config = core_transformer_config_from_args(args)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
@@ -55,7 +55,7 @@ def model_provider(
 
 
 def datasets(sizes: Any, vp_stage: int | None = None) -> Any:
-    """Mock tokens."""
+    """Return data sets of mock tokens."""
     args = get_args()
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -71,7 +71,7 @@ def datasets(sizes: Any, vp_stage: int | None = None) -> Any:
 
 
 def forward_step(data_iterator: Iterator[Any], model: Any, *other: Any) -> Any:
-    """One micro-batch."""
+    """Run one micro-batch forward; return its output and the function of its loss."""
     batch = next(data_iterator)
     tokens, labels = batch["tokens"], batch["labels"]
     output = model(tokens, batch["position_ids"], None, labels=labels)
@@ -88,13 +88,13 @@ def _suit_cpu() -> None:
     enable_cpu()
     cuda: Any = torch.cuda
     cuda.device_count = lambda: 1
-    # Of a generation that is asked nothing.
+    # Megatron-LM asks nothing of a device of this generation.
     cuda.get_device_properties = lambda *args: SimpleNamespace(major=10, minor=0, name="cpu")
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *args: (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    initialize._compile_dependencies = lambda: None  # the wheel has them compiled
+    initialize._compile_dependencies = lambda: None  # the wheel holds them compiled
     barrier = dist.barrier
     dist.barrier = lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
 

@@ -1,6 +1,6 @@
-"""What lint says of every recipe of the installed Megatron Bridge, as the published list has it.
+"""The published list of lint's verdicts on every recipe of the installed Megatron Bridge.
 
-`python -m tests.bridge.published_lint results/published/lint/recipes.csv` writes it anew, in the environment of
+`python -m tests.bridge.published_lint results/published/lint/recipes.csv` writes the list, in the environment of
 `make test-bridge`.
 """
 
@@ -21,26 +21,26 @@ COLUMNS = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout"
 
 
 def all_recipes() -> tuple[RecipeFacts, ...]:
-    """What Bridge says of each, without the network."""
+    """Return what Bridge says of each recipe; nothing is asked of the network."""
     with tempfile.TemporaryDirectory() as folder:
         return read_recipes(RecipeRequest(everything=True, hf_configs=str(write_configs(Path(folder)))))
 
 
 def judged(facts: RecipeFacts) -> RecipeVerdict:
-    """What lint says of one."""
+    """Return lint's verdict on one recipe."""
     cluster, is_known, _ = cluster_of(facts.gpu, max(facts.gpus, 1))
     return judge_recipe(facts, cluster, is_known)
 
 
 def rows(verdicts: Iterable[RecipeVerdict]) -> list[dict[str, str]]:
-    """The list's rows, by name."""
-    return [_row(found) for found in sorted(verdicts, key=lambda found: found.facts.name)]
+    """Return the rows of the list, in the order of the recipes' names."""
+    return [_row(verdict) for verdict in sorted(verdicts, key=lambda verdict: verdict.facts.name)]
 
 
-def _row(found: RecipeVerdict) -> dict[str, str]:
-    facts, verdict = found.facts, found.verdict
-    refused = found.refused or (verdict.refused if verdict else ())
-    reasons = [item.message for item in refused] or [found.unjudged]
+def _row(recipe: RecipeVerdict) -> dict[str, str]:
+    facts, verdict = recipe.facts, recipe.verdict
+    refused = recipe.refused or (verdict.refused if verdict else ())
+    reasons = [item.message for item in refused] or [recipe.unjudged]
     cluster, *_ = cluster_of(facts.gpu, max(facts.gpus, 1))
     worst = verdict.worst if verdict else None
     return {
@@ -48,7 +48,7 @@ def _row(found: RecipeVerdict) -> dict[str, str]:
         "kind": "perf" if "/perf_recipes/" in facts.file else "library",
         "gpus": str(facts.gpus),
         "gpu": facts.gpu,
-        "state": found.state,
+        "state": recipe.state,
         "rules": "; ".join(item.rule for item in refused),
         "reason": " | ".join(" ".join(reason.split())[:300] for reason in reasons),
         "layout": verdict.layout.label() if verdict else "",
@@ -58,7 +58,7 @@ def _row(found: RecipeVerdict) -> dict[str, str]:
 
 
 def main(path: Path) -> None:
-    """Write the list."""
+    """Write the list to a CSV file."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

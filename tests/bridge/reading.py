@@ -1,4 +1,4 @@
-"""A Megatron Bridge ConfigContainer in our nouns, and as flat values."""
+"""A ConfigContainer of Megatron Bridge as a workload, as a layout, and as flat values."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -11,18 +11,18 @@ from tuner.frameworks.megatron_bridge.values import values_of
 
 
 def workload_of(config: Any, name: str) -> Workload:
-    """What a resolved config trains, which no override may change."""
+    """Return the workload of a resolved config, which no override may change."""
     return recipe_workload.workload_of(values_of(config), name)
 
 
 def layout_of(config: Any) -> Layout:
-    """The layout that a resolved config selects, but for the variables of its environment."""
+    """Return the layout of a resolved config; the knobs of the environment have their defaults."""
     unset = {knob: DEFAULTS[knob] for knob in ENVIRONMENT_KNOBS}
     return replace(recipe_layout.layout_of(values_of(config)), **unset)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Every value of a config by its path. Functions are named, since each build makes its own."""
+    """Return every value of a config by its path; a function as its name, since each build makes new functions."""
     return dict(_leaves(value, path))
 
 

@@ -1,7 +1,6 @@
-"""Stand-ins for the packages that Megatron Bridge imports and a CPU lacks, so that its own code can run there.
+"""Stand-ins for the packages that Megatron Bridge imports and that need a GPU, so that its code runs on a CPU.
 
-They are empty shells: neither a recipe's config nor its training on a CPU rests on them, so nothing here decides what
-a test sees.
+They are empty shells. Neither a recipe's config nor its training on a CPU uses them, so they decide no test.
 """
 
 import sys
@@ -15,19 +14,30 @@ from typing import Any
 import typing_extensions
 
 PACKAGES = (
-    *("transformer_engine", "triton", "modelopt", "nvidia_resiliency_ext", "flash_attn"),
-    *("fla", "mamba_ssm", "causal_conv1d", "megatron.energon"),
-    *("datasets", "diffusers", "PIL", "tensorboard", "google"),
+    "transformer_engine",
+    "triton",
+    "modelopt",
+    "nvidia_resiliency_ext",
+    "flash_attn",
+    "fla",
+    "mamba_ssm",
+    "causal_conv1d",
+    "megatron.energon",
+    "datasets",
+    "diffusers",
+    "PIL",
+    "tensorboard",
+    "google",
 )
 
 
 def install() -> None:
-    """Let every package of PACKAGES that is not installed import as a shell; idempotent."""
+    """Make every package of PACKAGES that is not installed importable as a shell; a second call changes nothing."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.append(_Finder())
     if not hasattr(typing, "override"):
-        # All that the wheels need of the Python 3.12 that they ask for.
+        # The wheels ask for Python 3.12, of which they use this name alone.
         vars(typing)["override"] = typing_extensions.override
 
 
@@ -37,7 +47,7 @@ class _ShellType(ABCMeta):
 
 
 class _Shell(metaclass=_ShellType):
-    """A class, a decorator, a decorated function: whatever the importing module makes of a name."""
+    """Stands for whatever an importing module takes a name for: a class, a decorator or a decorated function."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -59,7 +69,7 @@ def _shell(name: str, module: str) -> Any:
 
 
 class _FusedAdam(_Shell):
-    """Its parameters are asked for."""
+    """Has the parameters that Megatron-Core looks for in the signature."""
 
     def __init__(
         self, master_weight_dtype: Any, exp_avg_dtype: Any, exp_avg_sq_dtype: Any, use_decoupled_grad: Any
@@ -67,19 +77,19 @@ class _FusedAdam(_Shell):
 
 
 def _no_distillation(*args: object, **kwargs: object) -> None:
-    """What ModelOpt answers of a model that is no student."""
+    """Return None, as ModelOpt does for a model that is not distilled."""
 
 
 _CALLED: dict[str, Any] = {
     "FusedAdam": _FusedAdam,
     "get_tensor_shapes_adjust_fn_for_distillation": _no_distillation,
 }
-"""What training calls even where it does not need it."""
+"""Stand-ins by name for what training calls even if it does not need it."""
 
 
 class _ShellModule(ModuleType):
     __path__: list[str]
-    # Above every version that is asked for: a field is not refused for what only stands in.
+    # Above every version that Bridge asks for, so that it refuses no field because of a stand-in.
     __version__ = "99.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +99,7 @@ class _ShellModule(ModuleType):
 
 
 class _Finder:
-    """The last finder, so that what is installed comes first."""
+    """Finds the shells; it is the last finder, so that installed packages come first."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Bridge's own code applies our override to its own recipes: every field reads back, nothing else changes."""
+"""Bridge's own code applies our override to its recipes: every field reads back, and nothing else changes."""
 
 import json
 import os
@@ -49,32 +49,32 @@ RECIPES_OWN_CONFLICTS = (
     "DeepEP is supported for",
     "moe_expert_rank_capacity_factor requires moe_flex_dispatcher_backend",
 )
-"""Bridge's words where another setting of the recipe, which no layout states, does not go with the layout."""
+"""Bridge's words if it refuses a layout because of a setting of the recipe that no layout states."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe: what it trains, on which cluster, and the layout that it has."""
+    """A recipe with the workload, the cluster and the layout that it states."""
 
     name: str
     workload: Workload
     cluster: Cluster
     layout: Layout
-    """Its own, with what its variables say."""
+    """The recipe's layout, with the knobs that its environment variables set."""
     domain: Domain
     values: Mapping[str, Any]
-    """What the recipe has, by path."""
+    """Values of the recipe's config by path."""
 
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Put this process into a job of a recipe's size; what Bridge adds to its environment goes again."""
+    """Put this process into a job of a recipe's size; afterwards the environment is restored."""
     before = dict(os.environ)
 
     def enter(name: str) -> None:
         count, gpu = gpus(name)
         os.environ.update(WORLD_SIZE=str(count), RANK="0")
-        # All that is asked of the device is its generation.
+        # Bridge asks only for the generation of the device.
         device = SimpleNamespace(major=9 if gpu == "h100" else 10, name=f"NVIDIA {gpu.upper()}")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
 
@@ -84,7 +84,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest, job: Callable[[str], None]) -> Case:
-    """The recipe named by the test's parameter."""
+    """Return the case of the recipe that the test's parameter names."""
     name = str(request.param)
     job(name)
     return _case(name)
@@ -105,7 +105,7 @@ def _case(name: str) -> Case:
 
 
 def with_variables(layout: Layout, cluster: Cluster) -> Layout:
-    """A layout with the knobs that this process's environment has; the queues that it derives are not stated."""
+    """Return a layout with the knobs that this process's environment sets; a derived number of queues becomes 0."""
     queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
     derived = cuda_environment(layout, cluster)["CUDA_DEVICE_MAX_CONNECTIONS"]
     return replace(
@@ -117,39 +117,39 @@ def with_variables(layout: Layout, cluster: Cluster) -> Layout:
 
 
 def build(name: str) -> Any:
-    """A recipe's config, anew."""
+    """Build the config of a recipe."""
     config = RECIPES[name]()
-    # What Bridge's run_recipe.py does before it runs a recipe, and a path that some recipes leave to the user.
+    # Bridge's run_recipe.py sets the length before it runs a recipe; some recipes leave the path to the user.
     config.model.seq_length = config.dataset.seq_length
     config.dataset.path_to_cache = "cache"
     return config
 
 
 def restore(environment: Mapping[str, str]) -> None:
-    """What Bridge adds to its process's environment goes again."""
+    """Restore the environment, to which Bridge adds variables."""
     os.environ.clear()
     os.environ.update(environment)
 
 
 def cluster_of(count: int, gpu: str) -> Cluster:
-    """As many GPUs of a kind."""
+    """Return a cluster of GPUs of a kind."""
     cluster = load_cluster("dgx-h100" if gpu in {"h100", "b200", "b300", "r100"} else "gb200-nvl72")
-    a_node = min(count, cluster.gpus_per_node)
+    gpus_per_node = min(count, cluster.gpus_per_node)
     return replace(
         cluster,
         gpu=replace(cluster.gpu, name=f"NVIDIA {gpu.upper()}"),
-        nodes=count // a_node,
-        gpus_per_node=a_node,
+        nodes=count // gpus_per_node,
+        gpus_per_node=gpus_per_node,
     )
 
 
 def exported(form: Format, case: Case, layout: Layout, minimal: bool) -> str:
-    """The override that selects `layout`."""
+    """Return the override that selects a layout; if `minimal`, only its difference to the recipe's layout."""
     return written(form, case.workload, case.cluster, layout, case.layout if minimal else None)
 
 
 def applied(form: Format, text: str, config: Any, folder: Path) -> Any:
-    """The recipe's config after Bridge, or Python, has applied an override in the environment that it asks for."""
+    """Return the config after Bridge, or Python, has applied an override in the environment that the text states."""
     for line in text.splitlines():
         if line.startswith("#     export "):
             name, _, value = line.partition("export ")[2].partition("=")
@@ -167,7 +167,7 @@ def applied(form: Format, text: str, config: Any, folder: Path) -> Any:
 
 
 def expected(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's values with `changes`, which only set what is there."""
+    """Return the recipe's values with `changes`, which must only set fields that exist."""
     values = dict(before)
     for path, value in changes.items():
         group, _, name = path.partition(".")
@@ -183,7 +183,7 @@ def expected(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def layouts(case: Case, near: bool) -> Iterator[Layout]:
-    """Endless layouts to export, the same in each run: any, or also those near the recipe's own."""
+    """Yield layouts to export without end, equal in each run; if `near`, every other one is near the recipe's own."""
     random = Random(case.name)
     while True:
         if near and (layout := changed(case.layout, case.workload, case.cluster, case.domain, random)):
@@ -192,7 +192,7 @@ def layouts(case: Case, near: bool) -> Iterator[Layout]:
 
 
 def prove(case: Case, form: Format, layout: Layout, minimal: bool, folder: Path) -> bool:
-    """Whether Bridge would run the layout: it applies the override in any case, and changes nothing else."""
+    """Check that Bridge applies the override and changes nothing else; return whether it would run the layout."""
     text = exported(form, case, layout, minimal)
     config = applied(form, text, build(case.name), folder)
     changes = json.loads(exported(Format.JSON, case, layout, minimal))["bridge"]
@@ -210,7 +210,7 @@ def prove(case: Case, form: Format, layout: Layout, minimal: bool, folder: Path)
 
 
 def layout_read(layout: Layout, cluster: Cluster) -> Layout:
-    """`layout` in the one spelling of those that run alike."""
+    """Return the layout with 0 hardware queues if it states the number that it derives."""
     derived = cuda_environment(replace(layout, cuda_device_max_connections=0), cluster)
     stated = layout.cuda_device_max_connections
     if str(stated) == derived["CUDA_DEVICE_MAX_CONNECTIONS"]:
@@ -228,7 +228,7 @@ def test_bridge_applies_the_layout_and_nothing_else(
 ) -> None:
     environment, turn = dict(os.environ), RUNNABLE.index(case.name)
     caplog.clear()
-    # Each recipe meets every form, and every form half of the recipes in full.
+    # Every recipe is written in each form; two forms are minimal, and the form that is not changes with the recipe.
     for place, minimal in enumerate((True, True, False)):
         form = FORMS[(turn + place) % len(FORMS)]
         accepted = False
@@ -238,7 +238,7 @@ def test_bridge_applies_the_layout_and_nothing_else(
             if accepted:
                 break
         assert accepted, f"Bridge runs none of 20 layouts, {form}"
-    # It only warns of a key that it does not know, or a value that it cannot set.
+    # Bridge only warns of a key that it does not know, or a value that it cannot set.
     assert not [record for record in caplog.records if record.name.endswith("omegaconf_utils")]
 
 
@@ -274,11 +274,11 @@ def test_a_trial_of_the_recipe_trains_what_it_trains_under_any_layout(case: Case
         restore(environment)
         if accepted == 2:
             break
-    assert accepted == 2, "of 10 layouts beside its own Bridge takes none"
+    assert accepted == 2, "Bridge takes none of 10 layouts beside the recipe's own"
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED_BY_BRIDGE))
-def test_bridge_refuses_the_recipes_that_are_left_out(name: str, job: Callable[[str], None]) -> None:
+def test_bridge_refuses_the_recipes_that_these_tests_leave_out(name: str, job: Callable[[str], None]) -> None:
     job(name)
     with pytest.raises((AssertionError, ValueError), match=REFUSED_BY_BRIDGE[name]):
         runtime_config_update(build(name))
@@ -288,6 +288,6 @@ def test_bridge_refuses_the_recipes_that_are_left_out(name: str, job: Callable[[
 def test_the_environment_is_that_of_the_recipe(case: Case) -> None:
     stated = RECIPES[case.name]().env_vars
     for name, value in cuda_environment(case.layout, case.cluster).items():
-        # Of an allocator's settings one is a knob; the others stay the recipe's where it runs as it is.
+        # Only one of the allocator's settings is a knob; a recipe that runs unchanged keeps the others.
         if name in stated:
             assert str(stated[name]).partition(",")[0] == value

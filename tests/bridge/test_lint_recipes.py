@@ -1,4 +1,4 @@
-"""Lint over every recipe of the installed Bridge: as published, and each refusal in the framework's own words."""
+"""Lint judges every recipe of the installed Bridge as published, and the framework confirms each refusal."""
 
 import csv
 import inspect
@@ -32,7 +32,7 @@ MEGATRONS_WORDS = {
     "dense-grid": "is not divisible by",
     "expert-grid": "is not divisible by expert_tensor_model_pipeline_parallel size",
 }
-"""What `initialize_model_parallel` says."""
+"""The words of `initialize_model_parallel`, by our rule."""
 
 BRIDGES_WORDS = {
     "layers-by-pp": "should be divisible by config.pipeline_model_parallel_size",
@@ -40,7 +40,7 @@ BRIDGES_WORDS = {
     "batch-by-micro-batch": "must be divisible by eval_micro_batch_size * eval_data_parallel_size",
     "layers-placed-by-chunks": "conflicts with pipeline_model_parallel_layout",
 }
-"""What Bridge, or Megatron as it splits the layers, says where our rule refuses."""
+"""The words of Bridge, or of Megatron when it splits the layers, by our rule."""
 
 SAVED = (
     "deepseek_v3_pretrain_1024gpu_h100_bf16_config",
@@ -50,12 +50,12 @@ SAVED = (
 )
 
 MODELS_WORDS = {"moe-tp-needs-sp": "are enabled without also enabling sequence parallelism"}
-"""What a layer of experts raises in the first step, and nothing before."""
+"""The words of a layer of experts in the first step, by our rule; nothing raises them earlier."""
 
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[RecipeFacts, ...]:
-    """What Bridge says of every recipe, read anew."""
+    """Return what Bridge says of every recipe, without a cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return all_recipes()
@@ -63,13 +63,13 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[RecipeFacts, ...]
 
 @pytest.fixture(scope="module")
 def verdicts(recipes: tuple[RecipeFacts, ...]) -> dict[str, RecipeVerdict]:
-    """What lint says of every recipe, by its name."""
+    """Return lint's verdict on every recipe, by its name."""
     return {facts.name: judged(facts) for facts in recipes}
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, dict[str, str]]:
-    """The published list, by recipe."""
+    """Return the rows of the published list, by recipe."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         return {row["recipe"]: row for row in csv.DictReader(file)}
 
@@ -77,31 +77,31 @@ def published() -> dict[str, dict[str, str]]:
 def test_the_published_list_is_what_lint_says_today(
     verdicts: dict[str, RecipeVerdict], published: dict[str, dict[str, str]]
 ) -> None:
-    told = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout")
-    found = {row["recipe"]: {name: row[name] for name in told} for row in rows(verdicts.values())}
-    assert len(found) > 700
-    assert found.keys() == published.keys()
-    for name, row in found.items():
-        wanted = {key: published[name][key] for key in told}
+    columns = ("recipe", "kind", "gpus", "gpu", "state", "rules", "reason", "layout")
+    judged_rows = {row["recipe"]: {name: row[name] for name in columns} for row in rows(verdicts.values())}
+    assert len(judged_rows) > 700
+    assert judged_rows.keys() == published.keys()
+    for name, row in judged_rows.items():
+        wanted = {key: published[name][key] for key in columns}
         assert _firm(row) == _firm(wanted)
 
 
 def test_every_recipe_has_a_valid_layout_or_is_listed_with_its_reason(
     verdicts: dict[str, RecipeVerdict], published: dict[str, dict[str, str]]
 ) -> None:
-    for name, found in verdicts.items():
+    for name, recipe in verdicts.items():
         row = published[name]
         if row["state"] in {"refused", "not judged"}:
             assert row["reason"]
         else:
-            assert found.verdict is not None and not found.verdict.refused
+            assert recipe.verdict is not None and not recipe.verdict.refused
 
 
-def test_each_refusal_has_the_frameworks_own_word(verdicts: dict[str, RecipeVerdict]) -> None:
+def test_the_framework_confirms_each_refusal_in_its_own_words(verdicts: dict[str, RecipeVerdict]) -> None:
     refused = 0
-    for found in verdicts.values():
-        facts = found.facts
-        for item in found.refused or (found.verdict.refused if found.verdict else ()):
+    for recipe in verdicts.values():
+        facts = recipe.facts
+        for item in recipe.refused or (recipe.verdict.refused if recipe.verdict else ()):
             refused += 1
             if item.rule == "megatron-bridge":
                 assert facts.error and facts.frame
@@ -129,7 +129,7 @@ def test_a_recipe_that_was_read_once_is_judged_without_bridge(
     assert run(words) == 0
     (first,) = json.loads(capsys.readouterr().out)
     assert first["state"] == "starts" and first["gpus"] == 64 and first["peak_gib"] < first["memory_gib"]
-    # Reading it takes a process of Bridge and seconds; a second such process would now be one that cannot start.
+    # Reading the recipe takes a process of Bridge, which from here on cannot start.
     monkeypatch.setattr("sys.executable", str(tmp_path / "nowhere"))
     assert run(words) == 0
     assert json.loads(capsys.readouterr().out) == [first]
@@ -153,7 +153,7 @@ def test_the_config_that_bridge_saves_says_what_the_recipe_says(name: str, tmp_p
     assert unstated_architecture(saved) is unstated_architecture(facts) is None
 
 
-def test_the_files_of_a_folder_are_judged_each_and_a_broken_one_refused(
+def test_each_file_of_a_folder_is_judged_and_a_broken_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -165,14 +165,14 @@ def test_the_files_of_a_folder_are_judged_each_and_a_broken_one_refused(
     for name, content in (("good", text), ("bad", broken)):
         (tmp_path / "mine" / f"{name}.py").write_text(content, encoding="utf-8")
     assert run(["lint", "mine", "--gpus", "4", "--json"]) == 2
-    found = {item["source"]: item for item in json.loads(capsys.readouterr().out)}
-    assert found["mine/good.py:tiny_gpt"]["state"] == "starts"
-    refused = found["mine/bad.py:tiny_gpt"]
+    findings = {item["source"]: item for item in json.loads(capsys.readouterr().out)}
+    assert findings["mine/good.py:tiny_gpt"]["state"] == "starts"
+    refused = findings["mine/bad.py:tiny_gpt"]
     assert refused["state"] == "refused" and refused["nearest"]
     assert "num_layers (5) % (pp = 2) = 1" in refused["refused"][0]["message"]
 
 
-def test_a_recipe_that_there_is_not_is_named_with_the_nearest(
+def test_an_unknown_recipe_is_refused_with_the_nearest_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -182,7 +182,7 @@ def test_a_recipe_that_there_is_not_is_named_with_the_nearest(
     )
 
 
-def test_a_sweep_of_a_recipe_needs_no_file_and_goes_on_without_bridge(
+def test_a_sweep_of_a_recipe_needs_no_file_and_resumes_without_bridge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -192,7 +192,7 @@ def test_a_sweep_of_a_recipe_needs_no_file_and_goes_on_without_bridge(
     assert "-m launchers.programs.megatron_bridge" in " ".join(capsys.readouterr().out.split())
     written = tmp_path / "results" / "tiny_recipe-tiny_gpt-2gpu" / "sweep.yaml"
     first = written.read_text(encoding="utf-8")
-    # A second process of Bridge would now be one that cannot start.
+    # From here on no process of Bridge can start.
     monkeypatch.setattr("sys.executable", str(tmp_path / "nowhere"))
     assert run(words) == 0
     assert run(["init", "other.yaml", "--recipe", f"{TINY}:tiny_gpt", "--gpus", "2"]) == 0
@@ -208,22 +208,22 @@ def test_a_sweep_of_a_recipe_needs_no_file_and_goes_on_without_bridge(
 
 
 def _firm(row: dict[str, str]) -> dict[str, str]:
-    """Whether a layout fits is a prediction, which is made better: who refuses is not."""
+    """Return the row with `too large` as `starts`: that is a prediction, which may improve, unlike a refusal."""
     return row | {"state": "starts"} if row["state"] == "too large" else row
 
 
 def _words_of_megatron(facts: RecipeFacts) -> str:
-    """What Megatron says of a recipe's grids, asked with a process group that only pretends."""
-    own = layout_of(facts.values)
+    """Return Megatron's error for a recipe's grids, from a process group without communication; empty for none."""
+    layout = layout_of(facts.values)
     store = FakeStore()
     dist.init_process_group("fake", store=store, rank=0, world_size=facts.gpus)
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=own.tp,
-            pipeline_model_parallel_size=own.pp,
-            context_parallel_size=own.cp,
-            expert_model_parallel_size=own.ep,
-            expert_tensor_parallel_size=own.etp,
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
         )
     except (RuntimeError, AssertionError) as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""Megatron-LM's own parser and validation take our arguments, and read them as the layout says."""
+"""Megatron-LM's own parser and validation read our arguments as the layout that they state."""
 
 import shlex
 from dataclasses import replace
@@ -21,7 +21,7 @@ CLUSTER = load_cluster("dgx-h100", nodes=4)
 
 
 def drawn_layout(name: str, seed: int) -> tuple[Workload, Layout]:
-    """A valid layout of a model, the same in each run."""
+    """Return a model's workload and a valid layout of it, equal in each run."""
     workload = Workload(model=load_model(name), seq_length=4096, global_batch_size=512)
     return workload, drawn(workload, CLUSTER, refined_domain(workload, CLUSTER), Random(f"{name}{seed}"))
 
@@ -53,13 +53,13 @@ def test_megatron_lm_reads_the_arguments_as_the_layout(
 
 
 @drawn_layouts
-def test_a_trials_command_is_read_as_its_layout_whatever_the_command_had(
+def test_a_trials_command_is_read_as_its_layout_whatever_layout_the_command_had(
     name: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workload, layout = drawn_layout(name, seed)
-    own = trial_words(command(workload), drawn_layout(name, seed + 100)[1], workload, steps=100)
+    before = trial_words(command(workload), drawn_layout(name, seed + 100)[1], workload, steps=100)
     words = trial_words(
-        (*own, "--load", "/ckpt", "--rampup-batch-size", "8", "8", "1000"), layout, workload, 23
+        (*before, "--load", "/ckpt", "--rampup-batch-size", "8", "8", "1000"), layout, workload, 23
     )
     arguments = parsed(list(words), layout, CLUSTER, monkeypatch)
     assert layout_of(arguments) == without_variables(layout)

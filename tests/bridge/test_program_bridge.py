@@ -1,4 +1,4 @@
-"""Trials of Megatron Bridge recipes on Gloo ranks: Bridge's own `pretrain` of a tiny model, by the real launcher."""
+"""Trials of Megatron Bridge recipes: the real launcher runs Bridge's `pretrain` of a tiny model on Gloo ranks."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ Run = Callable[[TrialSpec], TrialResult]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Run a trial in a folder of its own; Bridge is imported once for all of them."""
+    """Return a function that runs a trial in a folder of its own; Bridge is imported once for all trials."""
     root = tmp_path_factory.mktemp("trials")
     with Preload(root) as preload:
         launcher = TorchrunLauncher(start=preload.start)
@@ -77,7 +77,7 @@ def spec_of(ranks: int, recipe: BridgeRecipe | None = None, model: Model = DENSE
 
 
 def written(folder: Path, body: str) -> BridgeRecipe:
-    """A recipe file that changes the tiny one."""
+    """Write a recipe file that changes the config of the tiny recipe."""
     path = folder / "changed.py"
     path.write_text(
         "import importlib.util\n"
@@ -91,7 +91,7 @@ def written(folder: Path, body: str) -> BridgeRecipe:
 
 @pytest.fixture(scope="module")
 def alone(run: Run) -> TrialResult:
-    """On one rank, without anything parallel."""
+    """Return the result of a trial on one rank."""
     return run(spec_of(1))
 
 
@@ -101,7 +101,7 @@ def test_a_completed_trial_has_every_figure(alone: TrialResult) -> None:
     assert metrics is not None
     assert len(metrics.warmup_times_ms) + len(metrics.step_times_ms) == len(metrics.losses) == 5
     assert metrics.losses[0] == pytest.approx(LOSS_AT_RANDOM, abs=0.1)
-    assert len(set(metrics.losses)) == 5  # every step trains on samples of its own
+    assert len(set(metrics.losses)) == 5  # every step trains on other samples
     assert all(norm > 0 for norm in metrics.grad_norms)
     weights = 4 * (2 * 512 * 64 + 4 * (4 * 64 * 64 + 3 * 64 * 128))
     # Weights, gradients and Adam's two moments, in fp32.
@@ -180,13 +180,13 @@ def test_another_training_than_the_sweeps_is_refused(run: Run) -> None:
         assert words in result.reason
 
 
-def test_a_recipes_own_error_is_told_in_its_words(run: Run, tmp_path: Path) -> None:
+def test_an_error_of_a_recipe_is_told_in_its_own_words(run: Run, tmp_path: Path) -> None:
     result = run(spec_of(1, written(tmp_path, "raise KeyError('no such size: 9B')")))
     assert result.outcome is Outcome.INVALID
     assert "no such size: 9B" in result.reason
 
 
-def test_a_loss_that_is_no_number_is_told_as_one(run: Run, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_ends_in_the_outcome_nan(run: Run, tmp_path: Path) -> None:
     result = run(
         spec_of(1, written(tmp_path, "config.optimizer.lr, config.scheduler.lr_warmup_iters = 1e30, 0"))
     )
@@ -208,12 +208,10 @@ def test_a_layout_that_cannot_win_is_given_up(run: Run) -> None:
     assert result.ranks[0].step < 40
 
 
-def test_a_key_that_bridge_does_not_know_is_no_layout(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_override_that_bridge_ignores_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spec = spec_of(1, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    words = [word.replace("recompute_num_layers", "recompute_layers") for word in bridge_words(spec)]
-    monkeypatch.setattr(preparing, "bridge_words", lambda spec: words)
+    misspelled = [word.replace("recompute_num_layers", "recompute_layers") for word in bridge_words(spec)]
+    monkeypatch.setattr(preparing, "bridge_words", lambda spec: misspelled)
     assert isinstance(spec.program, BridgeRecipe)
     config = preparing.prepare(load_config(spec.program), spec, tmp_path)
     with pytest.raises(ValueError, match="recompute_num_layers: wanted 1, found 0"):
@@ -238,12 +236,12 @@ def test_the_schedule_of_the_learning_rate_stays_the_recipes(tmp_path: Path) -> 
         (BridgeRecipe(recipe=TINY, function="tiny_gpt", arguments={"layers": 2}), "argument 'layers'"),
     ],
 )
-def test_a_recipe_that_is_not_there_is_said_so(program: BridgeRecipe, words: str) -> None:
+def test_a_missing_recipe_is_refused_with_the_reason(program: BridgeRecipe, words: str) -> None:
     with pytest.raises(InputError, match=words):
         load_config(program)
 
 
-def test_a_trial_is_replayed_from_its_folder_though_the_recipes_file_is_gone(
+def test_a_trial_is_replayed_from_its_folder_after_the_recipes_file_is_gone(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = written(tmp_path, "config.model.init_method_std = 0.03")
@@ -269,7 +267,7 @@ knobs: {{tp: [1, 2], pp: [1, 2]}}
 budget: {{trials: 3, min_gain: null}}
 measurement: {{min_steps: 2, max_steps: 2}}
 """
-"""The workload and the baseline are the recipe's."""
+"""A sweep file that takes the workload and the baseline from the recipe."""
 
 
 def test_a_sweep_tunes_a_recipe_from_its_file_to_its_override(tmp_path: Path) -> None:

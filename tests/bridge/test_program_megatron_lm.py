@@ -1,4 +1,4 @@
-"""A Megatron-LM command as the program of a trial: its own arguments, training loop and log, on Gloo ranks."""
+"""Trials of a Megatron-LM command: its own arguments, training loop and log, on Gloo ranks."""
 
 import shlex
 import threading
@@ -22,10 +22,10 @@ ARGUMENTS = (
     "--untie-embeddings-and-output-weights --tokenizer-type NullTokenizer --vocab-size 511 --mock-data "
     "--lr 1e-3 --lr-decay-style constant --train-iters 100000 --lr-warmup-iters 10 --attention-dropout 0 "
     "--hidden-dropout 0 --global-batch-size 8 --log-interval 100 --eval-iters 10 --eval-interval 1000 "
-    # What a CPU has.
+    # Only what a CPU can run.
     "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion "
     "--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-rope-fusion --no-persist-layer-norm "
-    # A layout of its own, in several spellings.
+    # The command's own layout, in several spellings.
     "--tensor-model-parallel-size=2 --sequence-parallel --recompute-activations --micro-batch-size 4"
 )
 
@@ -64,13 +64,13 @@ def test_layouts_of_a_command_train_alike_and_are_measured_from_its_log(tmp_path
         assert result.metrics is not None
         assert len(result.metrics.losses) == 8
         assert 0 < result.metrics.step_time_low_ms <= result.metrics.step_time_ms
-        # The process's memory: Torch and a tiny model.
+        # The memory of the process: Torch and a tiny model.
         assert 0.1 < result.metrics.peak_allocated_gib < 4
         assert stated in output(folder)
         assert "recompute_granularity ........................... None" in output(folder)
         assert not (folder / "ckpt").exists()
         losses.append(result.metrics.losses)
-    # Megatron-LM's weights depend on the ranks that they are made on.
+    # Megatron-LM's initial weights depend on the rank that makes them.
     assert losses[0] == pytest.approx(losses[1], abs=2e-2)
     assert losses[0][-1] < losses[0][0]
 

@@ -1,6 +1,6 @@
-"""Every published layout, and every one of the guide, exported and read back is the layout that it was.
+"""Every published layout, and every layout of the guide, is read back from its export.
 
-Through Megatron Bridge's own override code on a plain config of the model, and through Megatron-LM's own parser.
+It is read back by Megatron Bridge's override code, on a plain config of the model, and by Megatron-LM's parser.
 """
 
 import os
@@ -41,12 +41,13 @@ from tuner.space.heuristics import seeds
 Published = tuple[Workload, Cluster, Layout]
 
 DENSE = ("qwen3-0.6b", "llama3-8b", "qwen3-32b", "llama3-70b", "llama3.1-405b")
-"""A model of every row of the guide's table of dense models."""
+"""One model per row of the guide's table of dense models."""
 PUBLISHED_ROWS = 93
+"""Number of rows of the published tables."""
 
 
 def published_rows() -> list[Any]:
-    """The rows of the published tables; none where they are not beside the repository."""
+    """Return the rows of the published tables; none if the tables are not beside the repository."""
     return list(pd.read_csv(PUBLISHED).itertuples()) if PUBLISHED.exists() else []
 
 
@@ -54,7 +55,7 @@ ROWS = published_rows()
 
 
 def published(row: Any) -> Published:
-    """A row's layout; what the tables leave open has its default."""
+    """Return a row's workload, cluster and layout; the knobs that the tables do not state have their defaults."""
     model = load_model(MODELS[row.model])
     precision = row.precision.lower()
     workload = Workload(
@@ -64,8 +65,8 @@ def published(row: Any) -> Published:
         precision=precision,
     )
     cluster = load_cluster(SYSTEMS[row.system])
-    a_node = min(int(row.gpus), cluster.gpus_per_node)
-    cluster = replace(cluster, nodes=int(row.gpus) // a_node, gpus_per_node=a_node)
+    gpus_per_node = min(int(row.gpus), cluster.gpus_per_node)
+    cluster = replace(cluster, nodes=int(row.gpus) // gpus_per_node, gpus_per_node=gpus_per_node)
     sizes: dict[str, Any] = {axis: int(getattr(row, axis)) for axis in AXES}
     sharded = bool(row.fsdp)
     layout = Layout(
@@ -81,7 +82,7 @@ def published(row: Any) -> Published:
 
 
 def guided() -> Iterator[tuple[str, Published]]:
-    """The rows of the guide's tables, and every seed that it leads to."""
+    """Yield the rows of the guide's tables and the seeds that follow from the guide, each with a name."""
     guide = read_guide()
     for row in guide.moe:
         sizes: dict[str, Any] = {"tp": row.tp, "pp": row.pp, "ep": row.ep, "cp": row.cp or 1}
@@ -103,25 +104,28 @@ def _job(model: str, seq_length: int) -> tuple[Workload, Cluster]:
 
 
 STATED = (
-    *(
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-    ),
-    *("vocab_size", "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "mtp_num_layers"),
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "mtp_num_layers",
 )
+"""Fields of Model that `config_of` sets."""
 
 
 def config_of(workload: Workload) -> Any:
-    """A plain config of the model: attention and MLP of its sizes, whatever their kind."""
+    """Return a plain config of the model; attention and MLP have the model's sizes, not its kinds."""
     config = _pretrain_common()
     model = workload.model
-    own = {name: getattr(model, name) for name in STATED}
+    stated = {name: getattr(model, name) for name in STATED}
     config.model = GPTModelProvider(
-        **{name: value for name, value in own.items() if value is not None},
+        **{name: value for name, value in stated.items() if value is not None},
         seq_length=workload.seq_length,
         gated_linear_unit=True,
         add_bias_linear=False,
@@ -135,7 +139,7 @@ def config_of(workload: Workload) -> Any:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A process whose environment and device may be another's."""
+    """Return a patcher for a test that sets the environment and the device of a job; both are restored."""
     environment = dict(os.environ)
     yield monkeypatch
     os.environ.clear()
@@ -143,14 +147,14 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def applied(example: Published) -> Any:
-    """Bridge's config after it took the override."""
+    """Return Bridge's config after it applied the override."""
     text = written(Format.BRIDGE_CLI, *example)
     words = shlex.split(text.replace(" \\\n", " "), comments=True)
     return process_config_with_overrides(config_of(example[0]), cli_overrides=words)
 
 
 def read_by_bridge(example: Published, job: pytest.MonkeyPatch) -> Layout:
-    """What Bridge has after it applied the override and resolved it."""
+    """Return the layout that Bridge has after it applied and resolved the override."""
     _, cluster, layout = example
     config = applied(example)
     os.environ.update(WORLD_SIZE=str(cluster.world_size), RANK="0", **cuda_environment(layout, cluster))
@@ -161,7 +165,7 @@ def read_by_bridge(example: Published, job: pytest.MonkeyPatch) -> Layout:
 
 
 def read_by_megatron_lm(example: Published, job: pytest.MonkeyPatch) -> tuple[Layout, Layout]:
-    """What Megatron-LM's validation has; and what we read of the same command."""
+    """Return the layout that Megatron-LM reads of a command, and the layout that we read of it."""
     workload, cluster, layout = example
     text = written(Format.MEGATRON_LM, workload, cluster, layout)
     words = [*megatron_lm.command(workload), *shlex.split(text.replace(" \\\n", " "), comments=True)]
@@ -196,7 +200,7 @@ def test_a_layout_of_the_guide_comes_back_from_bridge_and_from_megatron_lm(
 ) -> None:
     workload, cluster, layout = GUIDED[name]
     if broken_rules(layout, workload, cluster):
-        # The guide's table rounds: such a layout cannot run, and is told by what was written.
+        # The guide's table rounds, so that a layout may be invalid; Bridge then only applies its override.
         assert recipe_layout.layout_of(values_of(applied(GUIDED[name]))) == layout
         return
     assert read_by_bridge(GUIDED[name], job) == layout

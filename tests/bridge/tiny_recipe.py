@@ -1,4 +1,4 @@
-"""Recipes as a user writes them, small enough for a CPU."""
+"""Recipes in the form that a user writes, small enough for a CPU."""
 
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.recipes.common import _pretrain_common
@@ -7,7 +7,7 @@ from torch.nn.functional import silu
 
 
 def tiny_gpt(num_layers: int = 4, global_batch_size: int = 8, hidden_size: int = 64) -> ConfigContainer:
-    """A Llama of a few layers, on top of what every library recipe starts from."""
+    """Return a Llama of a few layers, built on the config that every library recipe starts from."""
     config = _pretrain_common()
     config.model = GPTModelProvider(
         num_layers=num_layers,
@@ -38,7 +38,7 @@ def tiny_gpt(num_layers: int = 4, global_batch_size: int = 8, hidden_size: int =
 
 
 def tiny_moe() -> ConfigContainer:
-    """A mixture of experts like Qwen 3's, without the loss that balances them."""
+    """Return a mixture of experts like Qwen 3's, without the loss that balances the experts."""
     config = tiny_gpt()
     config.model.num_moe_experts = 8
     config.model.moe_ffn_hidden_size = 64

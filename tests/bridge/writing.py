@@ -1,4 +1,4 @@
-"""Exports for tests that look at the override alone."""
+"""Exports for tests that read the override and not the evidence."""
 
 from tuner.analysis.figures import Figures
 from tuner.core.cluster import Cluster
@@ -11,7 +11,7 @@ from tuner.trial.contract import Metrics, TrialSpec
 def written(
     form: Format, workload: Workload, cluster: Cluster, layout: Layout, recipe: Layout | None = None
 ) -> str:
-    """An export; what it says was measured does not matter here."""
+    """Return an export with arbitrary measurements."""
     metrics = Metrics(
         step_times_ms=(80.0, 80.0, 80.0),
         step_time_ms=80.0,

@@ -88,7 +88,7 @@ def test_a_schedule_in_samples_becomes_one_in_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "layout", "stated"),
+    ("users_format", "layout", "stated"),
     [
         ("torch", Layout(), ["torch"]),
         ("fsdp_dtensor", Layout(), None),
@@ -100,9 +100,9 @@ def test_a_schedule_in_samples_becomes_one_in_steps() -> None:
     ],
 )
 def test_the_format_of_checkpoints_is_the_users_unless_megatron_fsdp_decides_it(
-    own: str, layout: Layout, stated: list[str] | None
+    users_format: str, layout: Layout, stated: list[str] | None
 ) -> None:
-    words = with_layout((*COMMAND, "--ckpt-format", own, "--save", "/ckpt"), layout, PLAIN)
+    words = with_layout((*COMMAND, "--ckpt-format", users_format, "--save", "/ckpt"), layout, PLAIN)
     assert _arguments(words).get("--ckpt-format") == stated
     assert _arguments(words)["--save"] == ["/ckpt"]
 
