@@ -28,7 +28,7 @@ class Check:
 
     name: str
     status: Status
-    told: str
+    detail: str
     """What was found, or what is wrong."""
 
 
@@ -45,12 +45,12 @@ def doctor(results: ResultsRoot = Path("results"), json: AsJson = False) -> int:
         _try("results folder", lambda: _writable(results)),
     ]
     if json:
-        print_json([{"check": check.name, "status": check.status, "told": check.told} for check in checks])
+        print_json([{"check": check.name, "status": check.status, "told": check.detail} for check in checks])
     else:
         table = Table("check", "status", "what", box=None)
         colours = {"ok": "green", "missing": "yellow", "failed": "red"}
         for check in checks:
-            table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.told))
+            table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", escape(check.detail))
         stdout.print(table)
     return 2 if any(check.status == "failed" for check in checks) else 0
 
@@ -97,8 +97,8 @@ def _calibration() -> Check:
     except InputError as error:
         return Check("calibration", "failed", str(error))
     if calibration is None:
-        told = "predictions use the cluster's stated figures; `megatune calibrate` measures this machine"
-        return Check("calibration", "missing", told)
+        detail = "predictions use the cluster's stated figures; `megatune calibrate` measures this machine"
+        return Check("calibration", "missing", detail)
     return Check("calibration", "ok", f"{calibration.machine.name}, measured {calibration.measured_at}")
 
 

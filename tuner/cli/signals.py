@@ -11,20 +11,20 @@ from tuner.cli.common import stderr
 
 @contextmanager
 def stop_on_signals(
-    told: str = "ending the running trial; everything measured is kept",
+    message: str = "ending the running trial; everything measured is kept",
 ) -> Iterator[threading.Event]:
     """Give an event that SIGINT and SIGTERM set, and restore the previous handlers at the end.
 
     A second signal changes nothing, since the end of a trial takes seconds.
 
     Args:
-        told: what happens now, for the message on stderr.
+        message: what happens now, for the message on stderr.
     """
     stop = threading.Event()
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         if not stop.is_set():
-            stderr.print(f"{signal.Signals(number).name}: {told}")
+            stderr.print(f"{signal.Signals(number).name}: {message}")
         stop.set()
 
     previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}

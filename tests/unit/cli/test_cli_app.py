@@ -18,7 +18,7 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["plann", "a.yaml"], "No such command 'plann'"),
         (["plan"], "Missing argument"),
@@ -29,10 +29,10 @@ COMMANDS = (
         (["ui", "x", "--port", "0"], "--port"),
     ],
 )
-def test_a_mistake_in_the_command_line_is_told(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+def test_a_mistake_in_the_command_line_is_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert told in refused(capsys, *arguments)
+    assert message in refused(capsys, *arguments)
 
 
 def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,15 +59,15 @@ def test_explain_tells_what_the_trials_of_a_sweep_say(
     assert run(["explain", str(measured), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["best"] == winner.number
-    for told, trial in zip(data["trials"], trials, strict=True):
-        assert told["layout"] == to_data(trial.layout)
-        assert told["measured_ms"] == (trial.result.metrics.step_time_ms if trial.result.metrics else None)
-        assert told["predicted_ms"] > 0
-        assert 0 <= told["predicted_fit"] <= 1
-    assert sum(told["measured_ms"] is not None for told in data["trials"]) == completed
+    for shown, trial in zip(data["trials"], trials, strict=True):
+        assert shown["layout"] == to_data(trial.layout)
+        assert shown["measured_ms"] == (trial.result.metrics.step_time_ms if trial.result.metrics else None)
+        assert shown["predicted_ms"] > 0
+        assert 0 <= shown["predicted_fit"] <= 1
+    assert sum(shown["measured_ms"] is not None for shown in data["trials"]) == completed
     assert data["step_time"]["trials"] == data["peak_memory"]["trials"] == completed
     assert data["importances"] == {}
-    assert {told["known"] for told in data["neighbours"]} >= {"predicted"}
+    assert {shown["known"] for shown in data["neighbours"]} >= {"predicted"}
     # No command that reads a results folder writes into it.
     assert {path: path.stat().st_mtime_ns for path in measured.rglob("*")} == before
 
@@ -110,12 +110,12 @@ def test_explain_needs_a_layout_for_a_sweep_file_and_something_that_is_there(
     sweep_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is a sweep file: name the layout" in refused(capsys, "explain", sweep_file)
-    told = refused(capsys, "explain", "nowhere", "tp=1")
-    assert "nowhere: there is no such sweep file or results folder (nor results/nowhere)" in told
+    message = refused(capsys, "explain", "nowhere", "tp=1")
+    assert "nowhere: there is no such sweep file or results folder (nor results/nowhere)" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["tp"], "'tp': write a knob as NAME=VALUE"),
         (["tp=x"], "key 'tp': should be a valid integer, not \"x\""),
@@ -126,7 +126,7 @@ def test_explain_needs_a_layout_for_a_sweep_file_and_something_that_is_there(
         (["tp=1", "tp=2"], "'tp=2': tp is given twice"),
     ],
 )
-def test_a_layout_that_cannot_be_read_is_told(
-    sweep_file: str, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+def test_a_layout_that_cannot_be_read_is_refused(
+    sweep_file: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert told in refused(capsys, "explain", sweep_file, *words)
+    assert message in refused(capsys, "explain", sweep_file, *words)

@@ -44,8 +44,8 @@ def test_export_of_one_trial_goes_to_a_file(measured: Path, capsys: pytest.Captu
     assert run(["export", str(measured), "--trial", "0", "-o", "override.txt"]) == 0
     assert capsys.readouterr().out == ""
     assert "trial t0000 of sweep night" in Path("override.txt").read_text()
-    told = refused(capsys, "export", str(measured), "--trial", "3")
-    assert "--trial 3: did not complete" in told
+    message = refused(capsys, "export", str(measured), "--trial", "3")
+    assert "--trial 3: did not complete" in message
     assert "--trial 99" in refused(capsys, "export", str(measured), "--trial", "99")
     assert "cannot be written" in refused(capsys, "export", str(measured), "-o", "nowhere/override.txt")
 

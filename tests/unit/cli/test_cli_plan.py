@@ -47,9 +47,9 @@ def test_plan_shows_what_varies_in_the_grid_and_in_the_refinement_of_a_default_s
     assert refinement["around"] == 3
     assert refinement["layouts"] > 0
     assert run(["plan", path]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "around the best 3 layouts" in told
-    assert f"{refinement['layouts']} around the predicted best" in told
+    out = " ".join(capsys.readouterr().out.split())
+    assert "around the best 3 layouts" in out
+    assert f"{refinement['layouts']} around the predicted best" in out
 
     assert run(["plan", write(tmp_path / "named.yaml", SWEEP), "--json"]) == 0
     (only,) = json.loads(capsys.readouterr().out)["stages"]
