@@ -4,7 +4,7 @@ import numpy as np
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
-from tuner.core.layout import MOST, Layout, module_names
+from tuner.core.layout import DEFAULT_RECOMPUTE_MODULE, MOST, Layout, module_names
 from tuner.core.pipeline_layout import decoders
 from tuner.core.stages import chunk_layers
 from tuner.core.workload import Model, Workload
@@ -48,10 +48,12 @@ def _unknown_modules(modules: str) -> list[str]:
 def _in_order(modules: str) -> bool:
     """Return whether each module is named once, in the order of MODULES.
 
-    core_attn alone is Megatron's default, which a layout spells none.
+    A layout writes Megatron's default, core_attn alone, as none.
     """
     names = module_names(modules)
-    return modules != "core_attn" and list(names) == [module for module in MODULES if module in names]
+    return modules != DEFAULT_RECOMPUTE_MODULE and list(names) == [
+        module for module in MODULES if module in names
+    ]
 
 
 def _full(columns: Columns) -> Bools:

@@ -58,7 +58,7 @@ class Rule:
     def mask(self, columns: Columns, workload: Workload, cluster: Cluster, rows: int) -> Bools:
         """Return which layouts of `columns`, which has `rows` rows, keep the rule: one bool per row."""
         held = np.asarray(self.holds(columns, workload, cluster), dtype=np.bool_)
-        return np.broadcast_to(held, (rows,))
+        return held if held.shape == (rows,) else np.broadcast_to(held, (rows,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """The published heuristics as seeds: the rows of the layout table nearest to what the guide says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log2
 
@@ -52,9 +52,10 @@ def seeds(workload: Workload, cluster: Cluster, table: pd.DataFrame) -> tuple[Se
     if table.empty:
         return ()
     grids = table[list(GRID_WEIGHTS)].drop_duplicates()
+    unasked = _unasked_knobs(table)
     seed_of_row: dict[int, Seed] = {}
     for advice in advice_for(workload, cluster, read_guide()):
-        position = _nearest(table, grids, advice.layout)
+        position = _nearest(table, grids, unasked, advice.layout)
         layout, row = layout_at(table, position), int(table.index[position])
         moved = _moved_knobs(advice.layout, layout)
         source = advice.source + (" (moved)" if moved else "")
@@ -65,13 +66,19 @@ def seeds(workload: Workload, cluster: Cluster, table: pd.DataFrame) -> tuple[Se
     return tuple(seed_of_row.values())
 
 
-def _nearest(table: pd.DataFrame, grids: pd.DataFrame, wanted: Layout) -> int:
+def _unasked_knobs(table: pd.DataFrame) -> list[str]:
+    """Return the knobs that no seed asks for and that differ between rows of the table."""
+    asked = {*GRID_WEIGHTS, *SHAPE_SIZES, *SHAPE_CHOICES}
+    return [name for name in KNOBS if name not in asked and (table[name] != table[name].iloc[0]).any()]
+
+
+def _nearest(table: pd.DataFrame, grids: pd.DataFrame, unasked: Sequence[str], wanted: Layout) -> int:
     """Return the position in `table` of the layout nearest to `wanted`.
 
     First the device grid counts (`grids` holds each of the table's once): the squared doublings between the sizes,
     weighted and summed. Squares spread a move over the sizes instead of putting it on one. Then it counts whether the
-    layout interleaves, then the rest of the schedule and the recompute, and then how few other knobs differ from their
-    default. Ties go to fewer pipeline stages, then to less TP, CP and EP, and then to the first row.
+    layout interleaves, then the rest of the schedule and the recompute, and then how few of the `unasked` knobs differ
+    from their default. Ties go to fewer pipeline stages, then to less TP, CP and EP, and then to the first row.
     """
     apart = np.zeros(len(grids))
     for name, weight in GRID_WEIGHTS.items():
@@ -80,10 +87,10 @@ def _nearest(table: pd.DataFrame, grids: pd.DataFrame, wanted: Layout) -> int:
     nearest_grid = grids.iloc[int(np.lexsort((*ties, apart.round(9)))[0])]
     on_grid = np.logical_and.reduce([table[name].to_numpy() == nearest_grid[name] for name in GRID_WEIGHTS])
     positions = np.flatnonzero(on_grid)
-    return int(positions[_nearest_on_grid(table.iloc[positions], wanted)])
+    return int(positions[_nearest_on_grid(table.iloc[positions], unasked, wanted)])
 
 
-def _nearest_on_grid(rows: pd.DataFrame, wanted: Layout) -> int:
+def _nearest_on_grid(rows: pd.DataFrame, unasked: Sequence[str], wanted: Layout) -> int:
     """Return the position of the row nearest to `wanted` among the rows of one device grid."""
     interleaves_otherwise = (rows["vpp"] > 1).to_numpy() != (wanted.vpp > 1)
     apart = np.zeros(len(rows))
@@ -91,7 +98,7 @@ def _nearest_on_grid(rows: pd.DataFrame, wanted: Layout) -> int:
         apart += _doublings(rows[name], getattr(wanted, name)) ** 2
     for name in SHAPE_CHOICES:
         apart += (rows[name] != getattr(wanted, name)).to_numpy()
-    return int(np.lexsort((_off_default(rows), apart.round(9), interleaves_otherwise))[0])
+    return int(np.lexsort((_off_default(rows, unasked), apart.round(9), interleaves_otherwise))[0])
 
 
 def _doublings(sizes: "pd.Series[int]", wanted: int) -> NDArray[np.float64]:
@@ -99,12 +106,11 @@ def _doublings(sizes: "pd.Series[int]", wanted: int) -> NDArray[np.float64]:
     return np.abs(np.log2(sizes.to_numpy(dtype=np.float64)) - log2(wanted))
 
 
-def _off_default(rows: pd.DataFrame) -> NDArray[np.float64]:
-    """Return how many of the knobs that no seed asks for differ from their default, one number per row."""
+def _off_default(rows: pd.DataFrame, knobs: Sequence[str]) -> NDArray[np.float64]:
+    """Return how many of the knobs differ from their default, one number per row."""
     count = np.zeros(len(rows))
-    for name in KNOBS:
-        if name not in GRID_WEIGHTS and name not in SHAPE_SIZES and name not in SHAPE_CHOICES:
-            count += (rows[name] != DEFAULTS[name]).to_numpy()
+    for name in knobs:
+        count += (rows[name] != DEFAULTS[name]).to_numpy()
     # The last stage also holds the output layer and the loss, so it is better shortened than the first.
     return count + 0.5 * (rows["num_layers_in_first_pipeline_stage"] != 0).to_numpy()
 
