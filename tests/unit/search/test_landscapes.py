@@ -1,4 +1,4 @@
-"""The published landscapes are whole, and searched in a few trials."""
+"""The published landscapes hold every layout, and their best layouts are found in a few trials."""
 
 from pathlib import Path
 from shutil import copytree
@@ -12,15 +12,15 @@ from tests.bench.replay import table
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Landscape]:
+def published() -> list[Landscape]:
     return list(landscapes())
 
 
-def test_both_landscapes_hold_every_layout_three_times_and_some_that_run_out_of_memory(
-    found: list[Landscape],
+def test_both_landscapes_hold_every_layout_three_times_and_some_ran_out_of_memory(
+    published: list[Landscape],
 ) -> None:
-    assert [landscape.sweep.name for landscape in found] == ["cpu-4-tiny-gpt", "cpu-4-tiny-moe"]
-    for landscape in found:
+    assert [landscape.sweep.name for landscape in published] == ["cpu-4-tiny-gpt", "cpu-4-tiny-moe"]
+    for landscape in published:
         assert landscape.step_time_ms.shape == (len(landscape.table), REPEATS)
         assert len(landscape.table) >= 60
         ran = np.isfinite(landscape.step_time_ms)
@@ -29,7 +29,6 @@ def test_both_landscapes_hold_every_layout_three_times_and_some_that_run_out_of_
 
 
 def test_a_landscape_that_lacks_a_trial_is_refused(tmp_path: Path) -> None:
-
     folder = copytree(next(LANDSCAPES.glob("*gpt")), tmp_path / "torn")
     trials = folder / "trials.csv"
     trials.write_text(trials.read_text().rsplit("\n", 2)[0] + "\n")

@@ -1,4 +1,4 @@
-"""The ranking of rows: best predicted first, then what the measurements make of it."""
+"""The ranking of rows: the best predicted first, and then whatever the measurements suggest."""
 
 import numpy as np
 import pandas as pd
@@ -47,7 +47,7 @@ def test_nothing_available_is_refused() -> None:
 
 
 def test_rows_in_flight_are_neither_taken_twice_nor_forgotten() -> None:
-    """Three workers ask before the first of them tells: what is under way is worth no second look."""
+    """Three workers ask before the first of them tells: a row in flight makes its neighbours less interesting."""
     predicted = 100 + GRID[:, 0] + 10 * GRID[:, 1]
     ranking, available = Ranking(GRID, predicted), np.ones(20, dtype=np.bool_)
     ranking.tell(19, float(predicted[19]))
@@ -57,7 +57,7 @@ def test_rows_in_flight_are_neither_taken_twice_nor_forgotten() -> None:
         available[row] = False
         flying.append(row)
     assert len(set(flying)) == 3
-    # Without the believed values the second ask expects the first one's improvement once more, next to it.
+    # Without believed values, the second choice expects the improvement of the first one again, right beside it.
     near = np.abs(GRID[flying[0]] - GRID[flying[1]]).sum()
     blind = np.ones(20, dtype=np.bool_)
     blind[flying[0]] = False
@@ -81,7 +81,7 @@ def test_a_bound_turns_the_search_away_as_a_slow_measurement_does() -> None:
     assert raised.argmax() == first
 
 
-def test_with_nothing_but_bounds_the_best_expected_row_comes_next() -> None:
+def test_with_bounds_alone_the_best_expected_row_comes_next() -> None:
     ranking, available = Ranking(GRID, np.full(20, 100.0)), np.ones(20, dtype=np.bool_)
     available[0] = False
     ranking.tell_slower(0, 300.0)
@@ -90,8 +90,8 @@ def test_with_nothing_but_bounds_the_best_expected_row_comes_next() -> None:
     assert ranking.certainty(available) is None
 
 
-def test_the_boundary_of_memory_is_tried_when_what_lies_behind_it_is_predicted_to_win() -> None:
-    """Row 0 is known; of two others, one surely fits and gains little, one gains much if it fits."""
+def test_a_row_that_may_not_fit_is_tried_if_it_would_win_by_much() -> None:
+    """Row 0 is measured. Row 1 surely fits and gains little; row 2 gains much if it fits."""
     features, everything = np.array([[0.0], [4.0], [-4.0]]), np.array([False, True, True])
 
     def chosen(fits: float) -> int:
@@ -103,7 +103,7 @@ def test_the_boundary_of_memory_is_tried_when_what_lies_behind_it_is_predicted_t
     assert chosen(0.02) == 1
 
 
-def test_probabilities_that_were_learnt_replace_the_first_ones() -> None:
+def test_learnt_probabilities_replace_the_predicted_ones() -> None:
     ranking = Ranking(GRID, np.arange(1, 21, dtype=np.float64))
     ranking.refit(np.where(np.arange(20) < 5, 0.01, 1.0))
     assert ranking.choose(np.ones(20, dtype=np.bool_)) == 5
@@ -118,22 +118,24 @@ def test_the_best_is_certain_once_every_rival_is_measured_or_far() -> None:
         row = ranking.choose(available)
         available[row] = False
         ranking.tell(row, float(truth[row]))
-        known = ranking.certainty(available)
-        assert known is not None
-        shares.append(known.within(0.01))
+        certainty = ranking.certainty(available)
+        assert certainty is not None
+        shares.append(certainty.within(0.01))
     assert shares[0] < 0.9
     assert shares[-1] > 0.98
     again = ranking.certainty(available)
     assert again is not None
-    assert again.within(0.01) == shares[-1], "the same draws: a resumed sweep stops where the first one would"
+    assert again.within(0.01) == shares[-1], (
+        "the draws repeat, so a resumed sweep stops where it would have stopped"
+    )
 
 
 def test_with_every_row_measured_the_best_is_certain() -> None:
     ranking = Ranking(GRID, np.full(20, 100.0))
     ranking.tell(0, 50.0)
-    known = ranking.certainty(np.zeros(20, dtype=np.bool_))
-    assert known is not None
-    assert known.gain(0.99) == 0
+    certainty = ranking.certainty(np.zeros(20, dtype=np.bool_))
+    assert certainty is not None
+    assert certainty.gain(0.99) == 0
 
 
 def test_expected_times_follow_the_measurements() -> None:
@@ -144,7 +146,7 @@ def test_expected_times_follow_the_measurements() -> None:
 
 
 def test_rows_like_one_that_disappointed_are_put_off() -> None:
-    # The predictor thinks that the first column is worth nothing; it costs a factor of two a step.
+    # The predictor ignores the first column, in which each step doubles the true step time.
     predicted = 100 + GRID[:, 0] * 0.1 + GRID[:, 1]
     truth = predicted * 2.0 ** (3 - GRID[:, 0])
     rows = measured(Ranking(GRID, predicted), truth, 6)
@@ -152,7 +154,7 @@ def test_rows_like_one_that_disappointed_are_put_off() -> None:
     assert truth[rows].min() < 1.1 * truth.min()
 
 
-def test_knobs_become_doublings_switches_and_one_column_a_text() -> None:
+def test_knobs_become_doublings_switches_and_one_column_per_text() -> None:
     rows = pd.DataFrame([{**DEFAULTS, "tp": tp, "sp": tp > 1} for tp in (1, 2, 8)])
     rows["recompute_granularity"] = pd.Categorical(["none", "full", "none"])
     rows["recompute_num_layers"] = [0, 1, 0]
