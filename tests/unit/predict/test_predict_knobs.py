@@ -1,7 +1,7 @@
-"""Every knob has its effect in what is predicted, in the direction that its mechanism gives it."""
+"""Every knob changes the predictions, in the direction that its mechanism implies."""
 
 from dataclasses import asdict, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from search_spaces.loader import load_cluster, load_model
 from tests.unit.layouts import dense, latent, workload
 from tuner.core.cluster import Cluster
-from tuner.core.columns import Columns
+from tuner.core.columns import Columns, Floats
 from tuner.core.layout import KNOBS, Layout, data_parallel_size
 from tuner.core.pipeline_layout import write
 from tuner.core.workload import Workload
-from tuner.predict.memory.activations import Layers
+from tuner.predict.memory.attention import attention
+from tuner.predict.memory.mlp import dense_mlp, experts_mlp
 from tuner.predict.memory.overhead import beyond_allocated_gib, reserved_ratio
-from tuner.predict.memory.peak import GIB, StageMemory, peak_gib
-from tuner.predict.memory.peak import breakdown as memory_of
+from tuner.predict.memory.peak import GIB, StageMemory, memory_breakdown, peak_gib
+from tuner.predict.memory.share import RankShare
 from tuner.predict.memory.stages import DENSE, MOE, stages_in_flight
 from tuner.predict.time.stages import layers_by_rank
-from tuner.predict.time.step import StepTime, step_time_ms
+from tuner.predict.time.step import StepTime, step_parts_ms, step_time_ms
 from tuner.predict.time.step import step_breakdown as time_of
 
 H100 = replace(load_cluster("dgx-h100"), nodes=4)
@@ -113,22 +114,23 @@ EFFECTS: dict[str, tuple[Workload, dict[str, Any], Any, str]] = {
     "expandable_segments": (LLAMA, {}, True, "beside"),
     "nccl_nvls_enable": (LLAMA, {"tp": 4}, False, "time beside"),
 }
-"""Of each knob a layout, another value (of it and what must move with it), and what of the prediction changes: step
-time, allocated memory, and what is held beside it. A switch that moves work in time alone has no memory of its own;
-variables of the environment are not seen by the allocator, but for its own; who flex dispatches with decides the time
-only where NVLink spans nodes."""
+"""For each knob: a workload, a layout, another value (or the values of the knob and of those that must move with it),
+and what changes: step time ("time"), allocated memory ("memory"), memory beside it ("beside"). Knobs that only move
+work in time need no memory. Variables of the environment do not reach the allocator, except the allocator's own. The
+backend of the flex dispatcher changes the time only where NVLink spans nodes."""
 
 
-def row(layout: Layout) -> pd.DataFrame:
-    return pd.DataFrame([asdict(layout)])
+def table_of(*layouts: Layout) -> pd.DataFrame:
+    return pd.DataFrame([asdict(layout) for layout in layouts])
 
 
-def predicted(of: Workload, layout: Layout, on: Cluster = H100) -> dict[str, float]:
-    table = row(layout)
+def predicted(workload: Workload, layout: Layout, cluster: Cluster = H100) -> dict[str, float]:
+    table = table_of(layout)
+    beyond_gib, ratio = beyond_allocated_gib(table, workload, cluster), reserved_ratio(table, cluster)
     return {
-        "time": float(step_time_ms(table, of, on)[0]),
-        "memory": float(peak_gib(table, of, on)[0]),
-        "beside": float(beyond_allocated_gib(table, of, on)[0]) + float(reserved_ratio(table, on)[0]),
+        "time": float(step_time_ms(table, workload, cluster)[0]),
+        "memory": float(peak_gib(table, workload, cluster)[0]),
+        "beside": float(beyond_gib[0]) + float(ratio[0]),
     }
 
 
@@ -137,44 +139,40 @@ def test_every_knob_is_listed() -> None:
 
 
 @pytest.mark.parametrize("knob", KNOBS)
-def test_a_knob_changes_what_is_predicted(knob: str) -> None:
-    of, knobs, value, expected = EFFECTS[knob]
+def test_a_knob_changes_the_predictions_that_its_mechanism_concerns(knob: str) -> None:
+    workload, knobs, value, expected = EFFECTS[knob]
     layout = Layout(**knobs)
     changes = value if isinstance(value, dict) else {knob: value}
-    before, after = predicted(of, layout), predicted(of, replace(layout, **changes))
-    assert before == predicted(of, layout)
+    before, after = predicted(workload, layout), predicted(workload, replace(layout, **changes))
+    assert before == predicted(workload, layout)
     changed = [name for name in before if after[name] != pytest.approx(before[name], rel=1e-6)]
     assert changed == expected.split()
 
 
-def step(of: Workload, on: Cluster = H100, /, **knobs: Any) -> StepTime:
-    return time_of(Layout(**knobs), of, on)
+def step(workload: Workload, cluster: Cluster = H100, /, **knobs: Any) -> StepTime:
+    return time_of(Layout(**knobs), workload, cluster)
 
 
-def stage(of: Workload, on: Cluster = H100, /, **knobs: Any) -> StageMemory:
-    return memory_of(Layout(**knobs), of, on)[0]
+def stage(workload: Workload, cluster: Cluster = H100, /, **knobs: Any) -> StageMemory:
+    return memory_breakdown(Layout(**knobs), workload, cluster)[0]
 
 
-@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.sampled_from([LLAMA, QWEN, SHARED]))
+@pytest.mark.parametrize(("tp", "micro_batch_size"), [(1, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("workload", [LLAMA, QWEN, SHARED], ids=lambda workload: workload.model.name)
 def test_each_sharding_strategy_holds_no_more_of_the_model_and_moves_no_less(
-    tp: int, size: int, of: Workload
+    workload: Workload, tp: int, micro_batch_size: int
 ) -> None:
-    knobs: dict[str, Any] = {
-        "tp": tp,
-        "sp": tp > 1,
-        "micro_batch_size": size,
-        "use_megatron_fsdp": True,
-        **OVERLAP,
-    }
-    held = [stage(of, **knobs, data_parallel_sharding_strategy=each) for each in STRATEGIES]
+    plain_knobs: dict[str, Any] = {"tp": tp, "sp": tp > 1, "micro_batch_size": micro_batch_size}
+    knobs = {**plain_knobs, "use_megatron_fsdp": True, **OVERLAP}
+    held = [stage(workload, **knobs, data_parallel_sharding_strategy=strategy) for strategy in STRATEGIES]
     for before, after in pairwise(held):
         assert after.parameters_gib <= before.parameters_gib
         assert after.gradients_gib <= before.gradients_gib
         assert after.optimizer_gib <= before.optimizer_gib
-    plain = stage(of, tp=tp, sp=tp > 1, micro_batch_size=size)
-    assert held[-1].parameters_gib <= plain.parameters_gib
-    moved = [step(of, **knobs, data_parallel_sharding_strategy=each).dp_ms for each in STRATEGIES[1:]]
-    assert moved == sorted(moved)
+    assert held[-1].parameters_gib <= stage(workload, **plain_knobs).parameters_gib
+    sharding = [Layout(**(knobs | {"data_parallel_sharding_strategy": name})) for name in STRATEGIES[1:]]
+    exposed_ms = step_parts_ms(table_of(*sharding), workload, H100)["dp_ms"]
+    assert exposed_ms.is_monotonic_increasing
 
 
 def test_fsdp_holds_its_shards_and_a_few_layers_whole() -> None:
@@ -184,7 +182,7 @@ def test_fsdp_holds_its_shards_and_a_few_layers_whole() -> None:
     assert full.parameters_gib == pytest.approx(plain.parameters_gib / ranks)
     assert full.gradients_gib == pytest.approx(plain.gradients_gib / ranks)
     assert full.optimizer_gib == pytest.approx(plain.optimizer_gib)
-    # Two layers and 500 million weights ahead, and both of the vocabulary's tables one after the other.
+    # Whole are two layers and 500 million weights ahead, and the two tables of the vocabulary one after the other.
     table = LLAMA.model.padded_vocab_size(1) * LLAMA.model.hidden_size
     layer = (plain.parameters_gib * GIB / 2 - table) / layers
     whole = 2 * (2 * layer + 500e6 + table) + 4 * (2 * layer + table)
@@ -193,107 +191,106 @@ def test_fsdp_holds_its_shards_and_a_few_layers_whole() -> None:
     assert (full.buffers_gib - registered.buffers_gib) * GIB == pytest.approx(2 * 500e6)
 
 
-def test_fsdp_gathers_the_weights_twice_a_micro_batch() -> None:
+def test_fsdp_gathers_the_weights_twice_per_micro_batch() -> None:
     few, many = (step(LLAMA, **FSDP, micro_batch_size=size).dp_ms for size in (4, 1))
     assert many / few == pytest.approx(4, rel=0.5)
     hidden = step(LLAMA, NODE, **FSDP, micro_batch_size=4)
     assert hidden.dp_ms < 0.2 * hidden.total_ms
 
 
-@given(st.lists(st.integers(0, 31), min_size=2, max_size=4), st.sampled_from([1, 2]))
-def test_offloading_more_layers_keeps_no_more_and_waits_no_less(counts: list[int], size: int) -> None:
-    counts = sorted(counts)
-    kept = [stage(LLAMA, cpu_offloading_num_layers=each, micro_batch_size=size) for each in counts]
-    assert all(a.total_gib >= b.total_gib for a, b in pairwise(kept))
-    waits = [step(LLAMA, cpu_offloading_num_layers=each, micro_batch_size=size) for each in counts]
-    assert all(a.total_ms <= b.total_ms for a, b in pairwise(waits))
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_offloading_more_layers_keeps_no_more_and_waits_no_less(micro_batch_size: int) -> None:
+    counts = range(LLAMA.model.num_layers)
+    table = table_of(
+        *(Layout(cpu_offloading_num_layers=count, micro_batch_size=micro_batch_size) for count in counts)
+    )
+    assert (np.diff(peak_gib(table, LLAMA, H100)) <= 0).all()
+    assert (np.diff(step_time_ms(table, LLAMA, H100)) >= 0).all()
 
 
 def test_offloaded_layers_leave_one_at_a_time_and_a_slow_link_shows() -> None:
     none, half = stage(LLAMA), stage(LLAMA, cpu_offloading_num_layers=16)
-    of_layer = Layers(Columns.single(Layout()), LLAMA, "transformer_engine", 1.0)
-    layer = float(of_layer.attention().kept[0] + of_layer.dense_mlp().kept[0])
+    share = RankShare(Columns.single(Layout()), LLAMA, "transformer_engine", 1.0)
+    layer = float(attention(share).kept[0] + dense_mlp(share).kept[0])
     kept = [part.attention_gib + part.dense_mlp_gib for part in (none, half)]
     assert (kept[0] - kept[1]) * GIB == pytest.approx(15 * layer)
-    assert step(LLAMA, cpu_offloading_num_layers=1).offload_ms == 0  # its transfer hides
+    assert step(LLAMA, cpu_offloading_num_layers=1).offload_ms == 0  # The passes hide its transfer.
     assert step(LLAMA, cpu_offloading_num_layers=31).offload_ms > 0
 
 
-@given(
-    st.sampled_from([LLAMA, SMALL, QWEN, SHARED]),
-    st.sampled_from([1, 2, 8]),
-    st.sampled_from(["none", "attn", "attn+mlp", "attn+moe_router+moe_preprocess"]),
-    st.sampled_from(["transformer_engine", "local"]),
-)
-def test_graphs_never_launch_slower_and_never_hold_less(of: Workload, tp: int, scope: str, impl: str) -> None:
-    eager: dict[str, Any] = {"tp": tp, "sp": tp > 1}
-    graph: dict[str, Any] = {**eager, "cuda_graph_impl": impl, "cuda_graph_scope": scope}
-    assert step(of, **graph).host_ms <= step(of, **eager).host_ms
-    assert step(of, **graph).total_ms <= step(of, **eager).total_ms
-    assert stage(of, **graph).total_gib >= stage(of, **eager).total_gib
+@pytest.mark.parametrize("workload", [LLAMA, SMALL, QWEN, SHARED], ids=lambda workload: workload.model.name)
+def test_graphs_never_launch_slower_and_never_hold_less(workload: Workload) -> None:
+    eager = [Layout(tp=tp, sp=tp > 1) for tp in (1, 2, 8)]
+    eager_parts, eager_gib = step_parts_ms(table_of(*eager), workload, H100), _peaks_gib(eager, workload)
+    scopes = ("none", "attn", "attn+mlp", "attn+moe_router+moe_preprocess")
+    for scope, kind in product(scopes, ("transformer_engine", "local")):
+        graphs: dict[str, Any] = {"cuda_graph_impl": kind, "cuda_graph_scope": scope}
+        graphed = [replace(layout, **graphs) for layout in eager]
+        parts = step_parts_ms(table_of(*graphed), workload, H100)
+        assert (parts["host_ms"] <= eager_parts["host_ms"]).all()
+        assert (parts.sum(axis=1) <= eager_parts.sum(axis=1)).all()
+        assert (_peaks_gib(graphed, workload) >= eager_gib).all()
 
 
-def test_a_graph_of_the_whole_iteration_leaves_the_host_nothing() -> None:
+def _peaks_gib(layouts: list[Layout], workload: Workload) -> Floats:
+    return peak_gib(table_of(*layouts), workload, H100)
+
+
+def test_a_graph_of_the_whole_iteration_leaves_the_host_nothing_to_launch() -> None:
     eager = step(SMALL, tp=8, sp=True)
     whole = step(SMALL, tp=8, sp=True, cuda_graph_impl="local", cuda_graph_scope="full_iteration")
     assert eager.host_ms > 0 == whole.host_ms
 
 
-def test_a_ring_hides_what_the_other_ways_of_context_parallelism_show() -> None:
+def test_context_parallelism_by_heads_shows_less_than_by_gathering_and_more_so_on_more_ranks() -> None:
     ring, gathered, heads = (
         step(LLAMA, cp=4, micro_batch_size=1, cp_comm_type=kind).cp_ms
         for kind in ("p2p", "all_gather", "a2a")
     )
     assert gathered > heads > 0 and ring > 0
-    # Half of the heads' traffic crosses once more with twice the context ranks; gathering grows with the sequence.
+    # With more context ranks the traffic of heads per rank falls, and that of gathering stays.
     wide = step(LLAMA, cp=8, cp_comm_type="all_gather").cp_ms / step(LLAMA, cp=8, cp_comm_type="a2a").cp_ms
     assert wide > gathered / heads
 
 
 def test_hybridep_spans_the_nvlink_domain_and_deepep_eight_ranks() -> None:
-    rack = load_cluster("gb200-nvl72")
-    rack = replace(rack, nodes=64 // rack.gpus_per_node)
+    whole_rack = load_cluster("gb200-nvl72")
+    rack = replace(whole_rack, nodes=64 // whole_rack.gpus_per_node)
     flex: dict[str, Any] = {"ep": 64, "moe_token_dispatcher_type": "flex"}
     deepep, hybridep = (
-        step(QWEN, rack, **flex, moe_flex_dispatcher_backend=each).ep_ms for each in ("deepep", "hybridep")
+        step(QWEN, rack, **flex, moe_flex_dispatcher_backend=backend).ep_ms
+        for backend in ("deepep", "hybridep")
     )
     assert deepep > hybridep
-    near = [
-        step(QWEN, NODE, **(flex | {"ep": 8}), moe_flex_dispatcher_backend=each).ep_ms
-        for each in ("deepep", "hybridep")
+    in_one_node = [
+        step(QWEN, NODE, **(flex | {"ep": 8}), moe_flex_dispatcher_backend=backend).ep_ms
+        for backend in ("deepep", "hybridep")
     ]
-    assert near[0] == near[1]
+    assert in_one_node[0] == in_one_node[1]
 
 
 def test_flex_needs_fewer_copies_of_the_dispatched_tokens() -> None:
-    columns = Columns.of(
-        pd.DataFrame(
-            [
-                asdict(Layout(ep=8)),
-                asdict(Layout(ep=8, moe_token_dispatcher_type="flex")),
-                asdict(
-                    Layout(ep=8, moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
-                ),
-            ]
-        )
-    )
-    alltoall, deepep, hybridep = Layers(columns, QWEN, "transformer_engine", 1.0).experts_mlp().forward
+    layout = Layout(ep=8)
+    flex = replace(layout, moe_token_dispatcher_type="flex")
+    columns = Columns.of(table_of(layout, flex, replace(flex, moe_flex_dispatcher_backend="hybridep")))
+    share = RankShare(columns, QWEN, "transformer_engine", 1.0)
+    alltoall, deepep, hybridep = experts_mlp(share).forward
     assert alltoall > deepep > hybridep
 
 
-def test_switches_reduce_only_from_hopper_on_and_cost_buffers() -> None:
+def test_nvlink_switches_reduce_only_from_hopper_on_and_cost_buffers() -> None:
     a100 = replace(load_cluster("dgx-a100-80"), nodes=1)
-    for on, gains in ((NODE, True), (a100, False)):
-        with_them, without = (
-            predicted(LLAMA, Layout(tp=4, nccl_nvls_enable=each), on) for each in (True, False)
+    for cluster, can_reduce in ((NODE, True), (a100, False)):
+        nvls, no_nvls = (
+            predicted(LLAMA, Layout(tp=4, nccl_nvls_enable=enabled), cluster) for enabled in (True, False)
         )
-        assert (with_them["time"] < without["time"]) is gains
-        assert (with_them["beside"] > without["beside"]) is gains
+        assert (nvls["time"] < no_nvls["time"]) is can_reduce
+        assert (nvls["beside"] > no_nvls["beside"]) is can_reduce
 
 
-def test_registered_buffers_gain_inside_the_nvlink_domain_alone() -> None:
+def test_registered_buffers_save_time_only_inside_the_nvlink_domain() -> None:
     assert step(LLAMA, NODE, nccl_ub=True).dp_ms < step(LLAMA, NODE).dp_ms
-    assert step(LLAMA, nccl_ub=True).dp_ms == step(LLAMA).dp_ms  # four nodes
+    assert step(LLAMA, nccl_ub=True).dp_ms == step(LLAMA).dp_ms  # H100 has four nodes.
 
 
 def test_one_hardware_queue_hinders_streams_and_several_the_order_before_blackwell() -> None:
@@ -305,9 +302,9 @@ def test_one_hardware_queue_hinders_streams_and_several_the_order_before_blackwe
     assert one > several
 
 
-def test_expandable_segments_leave_more_of_the_memory() -> None:
+def test_expandable_segments_leave_more_memory_to_tensors() -> None:
     plain, expandable = (
-        reserved_ratio(row(Layout(expandable_segments=each)), H100)[0] for each in (False, True)
+        reserved_ratio(table_of(Layout(expandable_segments=enabled)), H100)[0] for enabled in (False, True)
     )
     assert 1 < expandable < plain
 
@@ -316,24 +313,24 @@ def test_expandable_segments_leave_more_of_the_memory() -> None:
 
 
 @given(st.sampled_from([(2, 1), (4, 1), (2, 2), (2, 4), (4, 2)]), st.booleans(), st.booleans())
-def test_a_text_that_spells_the_even_split_is_predicted_alike(
+def test_a_text_that_writes_the_even_split_out_is_predicted_like_the_even_split(
     split: tuple[int, int], moe: bool, recompute: bool
 ) -> None:
     (pp, vpp), model = split, latent() if moe else dense()
-    each = model.num_layers // (pp * vpp)
-    chunks = [["t"] * each for _ in range(pp * vpp)]
+    chunks = [["t"] * (model.num_layers // (pp * vpp)) for _ in range(pp * vpp)]
     chunks[0] = ["E", *chunks[0]]
     chunks[-1] = [*chunks[-1], "L"]
-    of = workload(model, global_batch_size=64)
+    small = workload(model, global_batch_size=64)
     plain = Layout(pp=pp, vpp=vpp, **(FULL if recompute else {}))
     text = replace(plain, pipeline_model_parallel_layout=write(chunks))
-    assert memory_of(text, of, NODE) == memory_of(plain, of, NODE)
-    assert time_of(text, of, NODE).total_ms == pytest.approx(time_of(plain, of, NODE).total_ms, rel=0.02)
+    assert memory_breakdown(text, small, NODE) == memory_breakdown(plain, small, NODE)
+    written_ms, plain_ms = (time_of(layout, small, NODE).total_ms for layout in (text, plain))
+    assert written_ms == pytest.approx(plain_ms, rel=0.02)
 
 
 @st.composite
 def _texts(draw: st.DrawFn) -> tuple[int, int, tuple[int, ...]]:
-    """pp, vpp, and the layers of each chunk, 8 in all."""
+    """Return pp, vpp, and the layers of each chunk, 8 in all."""
     pp, vpp = draw(st.sampled_from([(2, 1), (4, 1), (2, 2), (2, 3)]))
     cuts = sorted(draw(st.lists(st.integers(0, 8), min_size=pp * vpp - 1, max_size=pp * vpp - 1)))
     return pp, vpp, tuple(np.diff([0, *cuts, 8]).tolist())
@@ -351,41 +348,41 @@ def test_a_written_out_pipeline_holds_what_it_says(
     chunks[mtp] = [*chunks[mtp], "m"]
     chunks[-1] = [*chunks[-1], "L"]
     layout = Layout(pp=pp, vpp=vpp, pipeline_model_parallel_layout=write(chunks))
-    of, columns = workload(model), Columns.single(layout)
+    small, columns = workload(model), Columns.single(layout)
     dp = data_parallel_size(8, columns["tp"], columns["pp"], columns["cp"])
-    found = stages_in_flight(columns, of, dp, all_stages=True)
-    ranks = np.array([np.sum(counts[rank::pp]) for rank in range(pp)])
-    assert found.layers.sum(axis=1).tolist() == ranks.tolist()
-    assert found.layers[:, MOE].sum() == sum(model.moe_layer_pattern())
-    assert found.layers[:, DENSE].sum() == model.num_layers - sum(model.moe_layer_pattern())
-    assert found.predicts.tolist() == [rank == mtp % pp for rank in range(pp)]
-    # The time predictor keeps the ranks that differ: the fullest is the fullest there.
-    split = layers_by_rank(of, columns)
-    total = np.sum(list(split.layers.values()), axis=0)[:, 0]
-    with_mtp = ranks + found.predicts
-    assert set(total.tolist()) - {0.0} == set(with_mtp.tolist()) - {0}
+    stages = stages_in_flight(columns, small, dp, all_stages=True)
+    layers = np.array([np.sum(counts[rank::pp]) for rank in range(pp)])
+    assert stages.layers.sum(axis=1).tolist() == layers.tolist()
+    assert stages.layers[:, MOE].sum() == sum(model.moe_layer_pattern())
+    assert stages.layers[:, DENSE].sum() == model.num_layers - sum(model.moe_layer_pattern())
+    assert stages.predicts.tolist() == [rank == mtp % pp for rank in range(pp)]
+    # The time predictor keeps one of several equal ranks.
+    split = layers_by_rank(small, columns)
+    kept_layers = np.sum(list(split.layers.values()), axis=0)[:, 0]
+    with_mtp = layers + stages.predicts
+    assert set(kept_layers.tolist()) - {0.0} == set(with_mtp.tolist()) - {0}
     assert split.heads.max() == 2 and split.embeddings.max() == 1
 
 
-def test_layers_taken_from_the_last_stage_make_the_pipeline_faster() -> None:
-    # A small model's output layer costs as much as some of its layers.
-    of = replace(SMALL, seq_length=4096)
-    even = step(of, pp=4)
-    lighter = step(of, pp=4, pipeline_model_parallel_layout="Et*5|t*5|t*5|tL")
+def test_a_last_stage_with_fewer_layers_makes_the_pipeline_faster() -> None:
+    # The output layer of a small model costs as much as some of its layers.
+    longer = replace(SMALL, seq_length=4096)
+    even = step(longer, pp=4)
+    lighter = step(longer, pp=4, pipeline_model_parallel_layout="Et*5|t*5|t*5|tL")
     assert lighter.total_ms < even.total_ms
 
 
 def test_multi_token_prediction_apart_from_the_loss_has_an_embedding_of_its_own() -> None:
-    of = workload(latent(mtp_num_layers=1))
-    together = memory_of(Layout(pp=4, pipeline_model_parallel_layout="Ettt|ttt|tt|mL"), of, NODE)
-    apart = memory_of(Layout(pp=4, pipeline_model_parallel_layout="Ettt|ttt|ttm|L"), of, NODE)
-    table = of.model.padded_vocab_size(1) * of.model.hidden_size
-    output = (table + of.model.hidden_size) * 2  # and the final norm
+    small = workload(latent(mtp_num_layers=1))
+    together = memory_breakdown(Layout(pp=4, pipeline_model_parallel_layout="Ettt|ttt|tt|mL"), small, NODE)
+    apart = memory_breakdown(Layout(pp=4, pipeline_model_parallel_layout="Ettt|ttt|ttm|L"), small, NODE)
+    table = small.model.padded_vocab_size(1) * small.model.hidden_size
+    output = (table + small.model.hidden_size) * 2  # The final norm is as wide as the hidden state.
     assert apart[3].parameters_gib * GIB == pytest.approx(output)
     moved = [
         (after.parameters_gib - before.parameters_gib) * GIB
         for before, after in zip(together, apart, strict=True)
     ]
     assert moved[:2] == [0, 0] and moved[2] == pytest.approx(-moved[3]) and moved[2] > 2 * table
-    # Two micro-batches wait there for the loss of the first.
+    # Two micro-batches wait on that stage for the loss of the first.
     assert apart[2].attention_gib == pytest.approx(2 * (2 + 1) * together[3].attention_gib, rel=0.2)
