@@ -1,4 +1,4 @@
-"""The faults that trials are tested with: what each has to be taken for, and how soon it has to be over."""
+"""The faults that trials are tested with: the outcome that each must get, and how soon it must be over."""
 
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ SMALL_DISK_MIB = 8
 
 
 class Programs(dict[str, str]):
-    """Every program is the one that ends as its name says."""
+    """Maps every program's name to the fault-injecting program, which ends as the name says."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -30,27 +30,27 @@ class Programs(dict[str, str]):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A way to end, and how it has to be reported."""
+    """A way in which a trial ends, and how it must be reported."""
 
     program: str
-    """The function of the fault-injecting program."""
+    """The name of a function of the fault-injecting program."""
     outcome: Outcome
     words: str
-    """What the reason has to say."""
+    """Text that the reason must contain."""
     rank: int | None = None
     limits: Limits = LIMITS
     within_s: float = 25.0
-    """From the launcher's start to the end of the last process: what the fault takes, and a slow machine's start."""
+    """Time from the launcher's start to the end of the last process: the fault's own, and a slow machine's start."""
     needs_small_disk: bool = False
-    """The trial's folder has to be a disk of SMALL_DISK_MIB of its own."""
+    """Whether the trial's folder must be a disk of its own with SMALL_DISK_MIB."""
 
     def spec(self) -> TrialSpec:
-        """A trial of two ranks on this machine's CPU that ends so."""
+        """Return a trial of two ranks on this machine's CPU that ends in this way."""
         return spec_for(self.program, self.limits)
 
 
 def spec_for(program: str, limits: Limits = LIMITS) -> TrialSpec:
-    """A trial of two ranks on this machine's CPU that runs a function of the program."""
+    """Return a trial of two ranks on this machine's CPU that runs a function of the program."""
     return replace(spec_of(0, Layout(), cluster=CPU), program=program, limits=limits)
 
 
@@ -76,7 +76,7 @@ FAULTS = (
         "kills_its_launcher", Outcome.INFRASTRUCTURE, f"the launcher died in startup of SIGKILL, {_KILLED}"
     ),
     Fault("turns_nan", Outcome.NAN, "NonFiniteLossError in warmup after 1 steps: loss nan", rank=0),
-    Fault(  # torchrun gives the other rank 30 s before it kills it, whatever it is told
+    Fault(  # torchrun gives the other rank 30 s before it kills it, whatever is set
         "turns_nan_and_a_rank_will_not_end", Outcome.NAN, "loss is nan at step 2", rank=0, within_s=50.0
     ),
     Fault(
@@ -119,7 +119,7 @@ FAULTS = (
 
 
 def wrong(fault: Fault, result: TrialResult) -> str:
-    """Say what of a trial's result is not as the fault has to be reported; empty if all is."""
+    """Return the part of a trial's result that does not match the fault; empty if all of it does."""
     if result.outcome is not fault.outcome:
         return f"{result.outcome}: {result.reason}"
     if result.rank != fault.rank:
@@ -128,7 +128,7 @@ def wrong(fault: Fault, result: TrialResult) -> str:
 
 
 def lost(folder: TrialFolder, result: TrialResult) -> list[str]:
-    """Name what is not in a trial's folder of what has to be found there in the morning."""
+    """Return the names of the files that a trial's folder lacks."""
     missing = [path.name for path in (folder.spec, folder.plan) if not path.exists()]
     try:
         if read_json(TrialResult, folder.result) != result:
@@ -145,7 +145,7 @@ def lost(folder: TrialFolder, result: TrialResult) -> list[str]:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """Make an empty folder a disk of SMALL_DISK_MIB; raises PermissionError where we may not."""
+    """Mount a disk of SMALL_DISK_MIB on an empty folder; raise PermissionError where that is forbidden."""
     options = f"size={SMALL_DISK_MIB}m"
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=False, capture_output=True

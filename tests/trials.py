@@ -1,4 +1,4 @@
-"""Trials for tests: nouns and folders as a sweep leaves them, with measurements made from one step time."""
+"""Makes trials for tests: specs, results and folders as a sweep leaves them, with metrics made from one step time."""
 
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def failed_row(
 
 
 def write_trial(results: Path, row: FinishedTrial) -> TrialFolder:
-    """Write a trial's folder as the sweep, the launcher and the program leave it."""
+    """Write a trial's folder as the sweep, the launcher and the program leave it; return it."""
     folder = trial_folder(results, row.number)
     folder.log.mkdir(parents=True, exist_ok=True)
     write_json(folder.source, TrialSource(source=row.source, note=row.note))

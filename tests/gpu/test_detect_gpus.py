@@ -11,7 +11,7 @@ pytestmark = [
 ]
 
 
-def test_a_machine_with_gpus_is_a_cluster_of_them() -> None:
+def test_a_machine_with_gpus_is_described_as_a_cluster_of_them() -> None:
     cluster = detect_cluster()
     assert cluster.device == "cuda"
     assert cluster.world_size == torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""The program of a trial on one real GPU: a dense model and a mixture of experts."""
+"""The program of a trial trains a dense model and a mixture of experts on one real GPU."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Real calibrations of this machine, short ones, under torchrun."""
+"""Short real calibrations of this machine under torchrun."""
 
 import json
 import threading
@@ -35,7 +35,7 @@ def short_plan(cluster: Cluster) -> CalibrationPlan:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of the test's own; after it, no process of a calibration may live."""
+    """A cache for one test; after the test, no process of a calibration may run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "plan_for", short_plan)
     yield tmp_path / "megatune" / "calibrations"
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_the_groups_of_every_size_hold_every_rank_once(strided: bool) -> None:
+def test_groups_of_any_size_hold_every_rank_once(strided: bool) -> None:
     assert group_sizes(1) == ()
     assert group_sizes(6) == (2, 3, 6)
     for ranks in group_sizes(12):
@@ -81,7 +81,7 @@ def test_a_torn_calibration_is_measured_again_and_the_new_one_is_kept(
 
 
 def _check(calibration: Calibration) -> None:
-    """Everything is there, and more work takes longer than none."""
+    """Assert that everything was measured, and that more work takes longer."""
     assert calibration.machine == short_plan(PAIR).machine
     assert calibration.gemm.keys() == {"fp32"}
     for times in (calibration.copy, *calibration.gemm.values(), *calibration.collectives.values()):

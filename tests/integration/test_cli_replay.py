@@ -1,4 +1,4 @@
-"""A trial that is run again from its record alone."""
+"""A trial is run again from its record alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from tuner.files import read_json, write_json
 from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
 
 
-def test_a_trial_is_run_again_from_its_folder_and_what_differs_is_told(
+def test_a_trial_is_run_again_from_its_folder_and_differences_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
@@ -24,7 +24,7 @@ def test_a_trial_is_run_again_from_its_folder_and_what_differs_is_told(
         cluster=replace(CLUSTER, device="cpu", gpu=gpu, gpus_per_node=2, nvlink_domain_gpus=2),
         layout=Layout(pp=2),
         measurement=Measurement(min_steps=2, max_steps=2),
-        give_up_above_ms=1e-6,  # the sweep's bound, and not the rerun's
+        give_up_above_ms=1e-6,  # a bound of the sweep, which does not apply to the rerun
     )
     recorded, rerun = TrialFolder(tmp_path / "t0007"), TrialFolder(tmp_path / "again")
     recorded.path.mkdir()
@@ -40,7 +40,7 @@ def test_a_trial_is_run_again_from_its_folder_and_what_differs_is_told(
     assert "the 95% intervals of the step time are apart" in told
 
 
-def test_a_trial_is_not_run_over_itself(tmp_path: Path) -> None:
+def test_a_rerun_into_the_folder_of_its_record_is_refused(tmp_path: Path) -> None:
     folder = TrialFolder(tmp_path)
     write_json(folder.spec, spec_of(0, Layout()))
     write_json(folder.result, failed_row(0, Outcome.OOM).result)

@@ -1,4 +1,4 @@
-"""The real thing: `megatune sweep` on two CPU ranks, from the command to the override, and through an interruption."""
+"""`megatune sweep` trains on two CPU ranks, from the command to the override, and through an interruption."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_a_sweep_is_interrupted_goes_on_and_ends_with_an_override(tmp_path: Path
     code, out, err = _run(tmp_path, "sweep", sweep_file)
     assert code == 0, err
     assert "1 trials done" in err
-    assert folder.trial(0).result.read_bytes() == first, "what is measured is never measured again"
+    assert folder.trial(0).result.read_bytes() == first, "a measured trial is never measured again"
     assert marked_processes(str(tmp_path)) == []
     _check_results(tmp_path, folder, out)
 
@@ -121,14 +121,14 @@ def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
     assert statuses == [("sweep", "FINISHED"), *slower, *[("trial", "FINISHED")] * len(measured)]
 
 
-def test_finals_answer_and_limits_of_the_command_line_hold(tmp_path: Path) -> None:
+def test_the_command_lines_limits_hold_and_finals_give_the_answer(tmp_path: Path) -> None:
     budget = ", finalists: 1, final_runs: 2, canary_every: 2"
     sweep_file = _write(tmp_path, "finals", trials=40, budget=budget)
     path = tmp_path / sweep_file
     text = path.read_text().replace("{min_steps: 20, max_steps: 20}", "{min_steps: 5, max_steps: 5}")
-    # Without knobs: the default search, in two stages.
+    # Without knobs: the default search, a grid and then a refinement.
     text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("knobs:"))
-    # Slow on CPU, so that something is left to come into the finals.
+    # These layouts are slow on CPU, so that others are left for the finals.
     path.write_text(f"{text}baseline: {{tp: 2}}\n")
     code, out, err = _run(tmp_path, "sweep", sweep_file, "--max-trials", "9", "--deadline", "2100-01-01")
     assert code == 0, err
@@ -158,7 +158,7 @@ def test_finals_answer_and_limits_of_the_command_line_hold(tmp_path: Path) -> No
     assert "own time" in (tmp_path / "results" / "finals" / "summary.md").read_text()
 
 
-def test_where_every_layout_runs_out_of_memory_nothing_is_feasible(tmp_path: Path) -> None:
+def test_nothing_is_feasible_where_every_layout_runs_out_of_memory(tmp_path: Path) -> None:
     sweep_file = _write(tmp_path, "small", trials=3, memory=", memory_gib: 0.001")
     code, _, err = _run(tmp_path, "sweep", sweep_file)
     assert code == 3
@@ -176,7 +176,7 @@ def test_where_every_layout_runs_out_of_memory_nothing_is_feasible(tmp_path: Pat
 
 
 @pytest.mark.parametrize("arguments", [["sweep"], ["trial"]])
-def test_a_machine_too_small_is_refused_before_anything_is_written(
+def test_a_machine_that_is_too_small_is_refused_before_anything_is_written(
     tmp_path: Path, arguments: list[str]
 ) -> None:
     text = SWEEP.format(name="big", trials=1, memory="", budget="").replace(

@@ -1,4 +1,4 @@
-"""A trainer that knows nothing of megatune, tuned by its command line and its log."""
+"""A trainer that knows nothing of megatune is tuned through its command line and its log."""
 
 import sys
 import threading
@@ -47,7 +47,7 @@ def run(
     return launcher.run(launcher.plan(spec, TrialFolder(folder)), threading.Event())
 
 
-def test_what_the_log_says_is_the_measurement(tmp_path: Path) -> None:
+def test_the_figures_in_the_log_are_the_measurement(tmp_path: Path) -> None:
     result = run(tmp_path, Layout(micro_batch_size=2))
     assert result.outcome is Outcome.COMPLETED, result.reason
     assert result.metrics is not None
@@ -63,12 +63,14 @@ def test_what_the_log_says_is_the_measurement(tmp_path: Path) -> None:
         (Layout(tp=4), Outcome.INVALID, "no tensor parallelism of 4"),
     ],
 )
-def test_a_failure_is_told_by_its_text(layout: Layout, outcome: Outcome, reason: str, tmp_path: Path) -> None:
+def test_a_failure_is_recognised_by_its_text(
+    layout: Layout, outcome: Outcome, reason: str, tmp_path: Path
+) -> None:
     result = run(tmp_path, layout)
     assert (result.outcome, reason in result.reason) == (outcome, True), result.reason
 
 
-def test_a_sweep_tunes_it_and_says_which_micro_batch_is_best(
+def test_a_sweep_tunes_the_trainer_and_names_the_best_micro_batch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "sweep.yaml"
@@ -94,7 +96,7 @@ def test_a_sweep_tunes_it_and_says_which_micro_batch_is_best(
     assert "++train.micro_batch_size=4" in capsys.readouterr().out
 
 
-def test_a_trial_that_cannot_beat_the_best_ends_early_as_a_bound(tmp_path: Path) -> None:
+def test_a_trial_that_cannot_beat_the_best_ends_early_with_a_bound(tmp_path: Path) -> None:
     result = run(tmp_path, Layout(), give_up_above_ms=5.0)
     assert result.outcome is Outcome.TOO_SLOW, result.reason
     assert result.slower_than_ms == 40.0
@@ -112,7 +114,7 @@ def test_a_trial_that_cannot_beat_the_best_ends_early_as_a_bound(tmp_path: Path)
         ),
     ],
 )
-def test_a_command_that_tells_too_little_is_the_machines_failure(
+def test_a_command_whose_output_lacks_figures_is_an_infrastructure_failure(
     command: Command, reason: str, tmp_path: Path
 ) -> None:
     result = run(tmp_path, Layout(), command)

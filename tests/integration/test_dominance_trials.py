@@ -1,4 +1,4 @@
-"""Rows that are said to need no less memory, against what the real program allocates on every pipeline stage."""
+"""A row that is said to need no less memory than another allocates no less on every pipeline stage of a real trial."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def _peaks_gib(folder: Path) -> list[float]:
     return peaks
 
 
-def test_what_is_said_to_need_no_less_measures_no_less(tmp_path: Path) -> None:
+def test_a_row_that_is_said_to_need_no_less_allocates_no_less(tmp_path: Path) -> None:
     peaks = _peaks_gib(tmp_path)
     table = pd.DataFrame([{knob: getattr(layout, knob) for knob in KNOBS} for layout in LAYOUTS])
     pairs, merged, less = 0, 0, []

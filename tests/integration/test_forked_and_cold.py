@@ -1,4 +1,4 @@
-"""A trial measures the same whether its ranks are forked or started anew."""
+"""A trial measures alike whether its ranks are forked or started cold."""
 
 import threading
 from dataclasses import replace
@@ -31,7 +31,7 @@ def measured(result: TrialResult) -> Metrics:
     return result.metrics
 
 
-def test_forked_and_cold_trials_measure_the_same(tmp_path: Path) -> None:
+def test_forked_and_cold_trials_measure_alike(tmp_path: Path) -> None:
     cold = run(TorchrunLauncher(), tmp_path / "cold")
     with Preload(tmp_path) as preload:
         forked = [run(TorchrunLauncher(start=preload.start), tmp_path / f"forked{n}") for n in range(2)]

@@ -1,4 +1,4 @@
-"""The real config.json files of public models read as the built-in models."""
+"""The real config.json files of public models are read as the built-in models."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from tuner.files import to_data
 from tuner.frameworks.huggingface.config import FAMILIES, REFUSED
 
 PACKAGE = "aiconfigurator-core==0.12.0"
-"""Its wheel carries the files as they are on Hugging Face."""
+"""The package whose wheel carries the files as they are on Hugging Face."""
 
 BUILT_IN = {
     "deepseek-ai--DeepSeek-V3": "deepseek-v3",
@@ -33,7 +33,7 @@ BUILT_IN = {
     "Qwen--Qwen3-32B": "qwen3-32b",
     "Qwen--Qwen3-30B-A3B": "qwen3-30b-a3b",
     "Qwen--Qwen3-235B-A22B": "qwen3-235b-a22b",
-    # Llama 3.1 is Llama 3 with rescaled positions.
+    # Llama 3.1 differs from Llama 3 only in rescaled positions.
     "meta-llama--Meta-Llama-3.1-8B": "llama3-8b",
     "meta-llama--Meta-Llama-3.1-70B": "llama3-70b",
 }
@@ -45,7 +45,8 @@ TEXT_OF = {
     "Qwen--Qwen3-VL-30B-A3B-Instruct": "qwen3-30b-a3b",
     "Qwen--Qwen3-VL-235B-A22B-Instruct": "qwen3-235b-a22b",
 }
-"""Models of images and text, and the text model that they grew from; longer sequences changed their rotary base."""
+"""Models of images and text by name, and the text model that each grew from; the rotary bases differ, since their
+sequences are longer."""
 
 SHAPES = Path(__file__).parents[3] / "shared" / "data" / "model_shapes.json"
 
@@ -77,19 +78,19 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stem", sorted(BUILT_IN))
-def test_a_real_config_reads_as_the_built_in_model_but_for_its_name(configs: Path, stem: str) -> None:
+def test_a_real_config_equals_the_built_in_model_except_for_its_name(configs: Path, stem: str) -> None:
     built_in = load_model(BUILT_IN[stem])
     assert replace(load_model(str(configs / f"{stem}_config.json")), name=built_in.name) == built_in
 
 
 @pytest.mark.parametrize("stem", sorted(TEXT_OF))
-def test_of_a_model_with_images_the_text_model_is_read(configs: Path, stem: str) -> None:
+def test_the_text_model_of_a_model_with_images_is_read(configs: Path, stem: str) -> None:
     built_in = load_model(TEXT_OF[stem])
     read = load_model(str(configs / f"{stem}_config.json"))
     assert replace(read, name=built_in.name, rotary_base=built_in.rotary_base) == built_in
 
 
-def test_every_real_config_that_is_read_has_the_published_shape_and_weights(configs: Path) -> None:
+def test_every_real_config_that_is_read_has_the_published_shape_and_number_of_weights(configs: Path) -> None:
     if not SHAPES.exists():
         pytest.skip(f"the published shapes are not here: {SHAPES}")
     published = json.loads(SHAPES.read_text(encoding="utf-8"))
@@ -100,10 +101,10 @@ def test_every_real_config_that_is_read_has_the_published_shape_and_weights(conf
             continue
         model = load_model(str(path))
         ours = to_data(model)
-        # That table takes latent attention's heads and the padding of the vocabulary otherwise.
+        # The published table counts latent attention's heads and the vocabulary's padding differently.
         left_out = {"kv_channels", "make_vocab_size_divisible_by"} if model.multi_latent_attention else set()
         assert {key for key, value in shape.items() if key in ours and ours[key] != value} <= left_out, hub_id
-        # It counts matrices alone: norms and biases are the difference.
+        # The published table counts matrices only: norms and biases are the difference.
         assert total_parameters(model) == pytest.approx(shape["computed_total_params"], rel=5e-4), hub_id
         compared += 1
     assert compared >= 13

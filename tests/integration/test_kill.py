@@ -1,4 +1,4 @@
-"""Killed at random moments or told to stop, a sweep goes on as if it never was, and nothing of it stays behind."""
+"""A sweep that is killed at random moments, or stopped, resumes as if it never was, and leaves no process behind."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ measurement: {min_steps: 500, max_steps: 500}
 """
 
 
-def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_one_that_nobody_killed(
+def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
     tally = kill_and_resume(tmp_path, kills=4, seed=1, trials=9)
@@ -32,7 +32,7 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_one_that_nobody
     assert tally.trials == 9 * tally.sweeps
 
 
-def test_sigterm_to_the_tuner_alone_ends_its_trial_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_sigterm_to_the_tuner_alone_ends_its_trial_and_says_how_to_resume(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     folder = SweepFolder(tmp_path / "results" / "night")
     tuner = subprocess.Popen(
@@ -45,7 +45,7 @@ def test_sigterm_to_the_tuner_alone_ends_its_trial_and_says_how_to_go_on(tmp_pat
     )
     deadline_s = time.monotonic() + 120
     while not folder.trial(0).heartbeat.exists():
-        assert tuner.poll() is None and time.monotonic() < deadline_s, "the first trial never came"
+        assert tuner.poll() is None and time.monotonic() < deadline_s, "the first trial never began"
         time.sleep(0.1)
     tuner.send_signal(signal.SIGTERM)
     out, err = tuner.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""The counted parameters are those of the modules that Megatron-Core builds."""
+"""The counted parameters equal those of the modules that Megatron-Core builds."""
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -93,7 +93,7 @@ MODELS = [
 
 
 def count_on_rank_0(model: Model, layout: Layout, world_size: int) -> int:
-    """Build rank 0's part of the model in a world of absent ranks; runs in a process of its own."""
+    """Build rank 0's part of the model in a world whose other ranks do not exist, in a process of its own."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
@@ -112,7 +112,7 @@ def count_on_rank_0(model: Model, layout: Layout, world_size: int) -> int:
         workload = Workload(model=model, seq_length=32, global_batch_size=world_size, precision="fp32")
         config = transformer_config(workload, layout, "cpu")
         initialize_grids(workload, layout, config, seed=1)
-        # Tensors without memory, so that models of any width fit; they have no random state to look at.
+        # Tensors without memory, so that models of any width fit; there is no random state to save.
         without_state = patch.object(CudaRNGStatesTracker, "fork", lambda *unused: nullcontext())
         with without_state, FakeTensorMode(allow_non_fake_inputs=True):
             (chunk,) = build_model(workload, layout, config)
@@ -124,13 +124,13 @@ def count_on_rank_0(model: Model, layout: Layout, world_size: int) -> int:
 
 @pytest.fixture(scope="module")
 def builder() -> Iterator[ProcessPoolExecutor]:
-    # One process imports Megatron for all, and what enable_cpu replaces stays out of other tests.
+    # One process imports Megatron for all cases, and keeps the patches of enable_cpu out of other tests.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
         yield executor
 
 
 def shortened(model: Model) -> Model:
-    """The model with 4 layers at full width."""
+    """Return the model with 4 layers at full width."""
     frequency = model.moe_layer_freq
     return replace(
         model,
@@ -153,7 +153,7 @@ def test_a_built_model_has_the_counted_parameters_and_the_padding(
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_a_tensor_parallel_rank_holds_its_share_of_what_is_sharded_and_all_of_the_rest(
+def test_a_tensor_parallel_rank_holds_its_shard_of_sharded_weights_and_all_others_whole(
     builder: ProcessPoolExecutor, model: Model
 ) -> None:
     layout = Layout(tp=2, sp=True)

@@ -57,7 +57,7 @@ GEMMA = replace(
     activation_func="gelu",
     share_embeddings_and_output_weights=True,
     sandwich_layernorm=True,
-    # As small as the scores and logits of untrained weights, so that they bend.
+    # The caps are as small as the scores and logits of untrained weights, so that they have an effect.
     attn_logit_softcapping=0.01,
     final_logit_softcapping=0.1,
 )
@@ -87,7 +87,7 @@ LATENT = replace(
 )
 PREDICTING = replace(LATENT, name="predicting", mtp_num_layers=1)
 BF16 = replace(MOE, name="moe-bf16")
-"""The same in bf16, as the overlap of expert communication demands."""
+"""The MoE workload in bf16, which the overlap of expert communication demands."""
 ALL = (DENSE, TIED, WINDOW, SINKS, GEMMA, UNCAPPED, MOE, LATENT, PREDICTING, BF16)
 MODELS = {model.name: model for model in ALL}
 
@@ -96,7 +96,8 @@ FULL_BLOCK = Layout(recompute_granularity="full", recompute_method="block", reco
 
 PLAIN = Layout(micro_batch_size=2)
 UNALIGNED = Layout(micro_batch_size=2, use_distributed_optimizer=False)
-"""The distributed optimizer aligns each weight in its buffer, which shows in models as small as these."""
+"""The tolerance for memory under the distributed optimizer: it aligns each weight in its buffer, which shows in models
+as small as these."""
 
 SINGLE: list[tuple[Model, Layout]] = [(model, PLAIN) for model in MODELS.values()] + [
     *((model, UNALIGNED) for model in (DENSE, MOE, LATENT)),
@@ -191,7 +192,7 @@ def assert_same_training(model: Model, run: Mapping[str, Any], alone: Runs) -> N
 
 
 @pytest.mark.parametrize("case", SINGLE, ids=case_id)
-def test_recompute_and_micro_batch_size_leave_the_training_alone(
+def test_recompute_and_micro_batch_size_do_not_change_the_training(
     case: tuple[Model, Layout], alone: Runs
 ) -> None:
     assert_same_training(case[0], alone[case_id(case)], alone)
@@ -208,13 +209,13 @@ def test_training_moves_the_weights(alone: Runs) -> None:
         assert max(norms) > min(norms) * (1 + 10 * TOLERANCE)
 
 
-def test_bent_logits_send_back_smaller_gradients(alone: Runs) -> None:
+def test_capped_logits_give_smaller_gradients(alone: Runs) -> None:
     capped, uncapped = (alone[case_id((model, PLAIN))]["grad_norms"] for model in (GEMMA, UNCAPPED))
     assert all(bent < 0.9 * straight for bent, straight in zip(capped, uncapped, strict=True))
 
 
 @pytest.mark.parametrize("model", [DENSE, MOE, LATENT], ids=lambda model: model.name)
-def test_what_stays_in_memory_is_weights_gradients_and_two_moments(model: Model, alone: Runs) -> None:
+def test_weights_gradients_and_two_moments_stay_in_memory(model: Model, alone: Runs) -> None:
     run = alone[case_id((model, UNALIGNED))]
     assert run["live_bytes"] == pytest.approx(16 * run["parameters"], rel=0.01)
     assert run["peak_bytes"] > run["live_bytes"]

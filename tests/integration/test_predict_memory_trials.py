@@ -1,4 +1,4 @@
-"""The predicted peak against what real ranks allocate on this machine: dense, experts and latent attention."""
+"""The predicted peak is what real ranks allocate on this machine: dense, with experts, and with latent attention."""
 
 import json
 import os
@@ -49,13 +49,13 @@ GEMMA = replace(
     attn_logit_softcapping=50.0,
     final_logit_softcapping=30.0,
 )
-"""A window in every other layer, four norms a layer, bounded scores and logits."""
+"""A model with a window in every other layer, four norms per layer, and capped scores and logits."""
 
 
 def case(model: str | Model, ranks: int = RANKS, **knobs: Any) -> TrialSpec:
     architecture = load_model(model) if isinstance(model, str) else model
     workload = Workload(model=architecture, seq_length=128, global_batch_size=16, precision="fp32")
-    # Random routing is even enough to predict; that of an untrained router is not.
+    # Random routing is even enough to be predicted; an untrained router's is not.
     workload = replace(workload, moe_router_force_load_balancing=architecture.is_moe)
     gpu = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
     cluster = replace(CLUSTER, device="cpu", gpu=gpu, gpus_per_node=ranks, nvlink_domain_gpus=ranks)
@@ -94,7 +94,7 @@ FREE = tuple(
 
 
 class Peak(NamedTuple):
-    """The peak of a pipeline stage, predicted and measured on its worst rank."""
+    """The peak of a pipeline stage: predicted, and measured on its worst rank."""
 
     name: str
     predicted_gib: float
@@ -123,7 +123,7 @@ def peaks(spec: TrialSpec, ranks: list[int]) -> list[Peak]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """The peak of every rank in bytes: every case, trained in one torchrun job."""
+    """The peaks in bytes, [case][rank]; all cases are trained in one torchrun job."""
     folder = tmp_path_factory.mktemp("peaks")
     write_json(folder / "cases.json", [to_data(spec) for spec in (*CASES, *FREE)])
     torchrun: list[str | Path] = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
@@ -148,11 +148,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def measured(trained: list[list[int]]) -> list[list[Peak]]:
-    """The stages of the cases with balanced routing."""
+    """The peaks of the stages, [case][stage], of the cases with balanced routing."""
     return [peaks(spec, ranks) for spec, ranks in zip(CASES, trained, strict=False)]
 
 
-def test_a_fake_rank_allocates_what_a_real_one_does(trained: list[list[int]]) -> None:
+def test_a_fake_rank_allocates_as_much_as_a_real_one(trained: list[list[int]]) -> None:
     draws, real = [], []
     for spec, ranks in list(zip(CASES, trained, strict=False))[2:5]:
         stages, each = predicted(spec), RANKS // spec.layout.pp
@@ -161,11 +161,11 @@ def test_a_fake_rank_allocates_what_a_real_one_does(trained: list[list[int]]) ->
                 Draw(family="", workload=spec.workload, cluster=spec.cluster, layout=spec.layout, stage=stage)
             )
             real.append(ranks[stage.rank * each])
-    # But for the losses of micro-batches that the probe leaves out.
+    # The difference is the losses of the micro-batches that the probe leaves out.
     assert [one.measured_gib * GIB for one in asked(draws)] == pytest.approx(real, abs=256)
 
 
-def test_of_free_routing_the_busiest_ranks_peak_is_expected(trained: list[list[int]]) -> None:
+def test_the_busiest_ranks_peak_under_free_routing_is_expected(trained: list[list[int]]) -> None:
     errors = {}
     for spec, ranks in zip(FREE, trained[len(CASES) :], strict=True):
         worst = max(stage.total_gib for stage in predicted(spec)) * GIB / max(ranks) - 1

@@ -1,4 +1,4 @@
-"""The oracle of peak memory: the predictor against it, ranks of large worlds, and the command."""
+"""The oracle of peak memory agrees with the predictor, probes ranks of large worlds, and has a command."""
 
 import json
 from collections.abc import Iterator
@@ -40,8 +40,8 @@ def probed() -> list[Probed]:
 def test_peaks_of_random_layouts_are_predicted_within_two_percent_on_average(probed: list[Probed]) -> None:
     errors = np.abs([one.error for one in probed])
     table = "\n".join(map(line, probed))
-    assert {one.draw.family for one in probed} == {"dense", "moe", "mla"}
-    assert {one.draw.workload.precision for one in probed} == {"fp32", "bf16"}
+    assert {case.draw.family for case in probed} == {"dense", "moe", "mla"}
+    assert {case.draw.workload.precision for case in probed} == {"fp32", "bf16"}
     assert errors.mean() <= 0.02, table
     assert errors.max() <= 0.08, table
 
@@ -56,7 +56,7 @@ def peaks(of: list[Draw]) -> Iterator[float]:
     return (one.measured_gib for one in asked(of))
 
 
-def test_micro_batches_beyond_a_filled_pipeline_change_nothing_but_time() -> None:
+def test_more_micro_batches_than_fill_the_pipeline_change_no_peak() -> None:
     few, many = (
         draw_of(case("tiny-gpt", pp=2, vpp=2, overlap_p2p_comm=True), stage=0, global_batch_size=size)
         for size in (12, 24)
@@ -64,7 +64,7 @@ def test_micro_batches_beyond_a_filled_pipeline_change_nothing_but_time() -> Non
     assert len(set(peaks([few, many]))) == 1
 
 
-def test_a_rank_of_a_world_that_no_machine_has_is_probed() -> None:
+def test_a_rank_of_a_world_larger_than_any_machine_is_probed() -> None:
     spec = case("tiny-moe", ranks=512, tp=2, sp=True, pp=4, ep=8)
     big = replace(spec, workload=replace(spec.workload, global_batch_size=512), cluster=cpu_cluster(512))
     record = probe(big, 511)
@@ -75,7 +75,7 @@ def test_a_rank_of_a_world_that_no_machine_has_is_probed() -> None:
     assert record.peak_allocated_gib == pytest.approx(stage.total_gib, rel=0.03)
 
 
-def test_what_megatron_refuses_is_in_the_record() -> None:
+def test_megatrons_refusal_is_in_the_record() -> None:
     spec = case("tiny-gpt", pp=2)
     record = probe(replace(spec, layout=Layout(pp=3)), 0)
     assert record.failure is not None

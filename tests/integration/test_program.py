@@ -76,7 +76,7 @@ def run(
     return result
 
 
-def test_a_trial_that_runs_to_its_end_reports_what_it_measured(tmp_path: Path) -> None:
+def test_a_trial_that_runs_to_its_end_reports_its_measurement(tmp_path: Path) -> None:
     spec = spec_of(Layout(pp=2, micro_batch_size=2), ranks=2)
     result = run(spec, tmp_path)
     assert result.outcome is Outcome.COMPLETED
@@ -106,7 +106,7 @@ def test_a_trial_that_runs_to_its_end_reports_what_it_measured(tmp_path: Path) -
     assert (heartbeat.phase, heartbeat.step) == ("teardown", len(metrics.losses))
 
 
-def test_a_trial_that_is_slower_than_asked_for_ends_early_and_tells_a_bound(tmp_path: Path) -> None:
+def test_a_trial_that_is_slower_than_asked_for_ends_early_with_a_bound(tmp_path: Path) -> None:
     measurement = Measurement(warmup_steps=3, min_steps=30, max_steps=30)
     spec = replace(
         spec_of(Layout(pp=2, micro_batch_size=2), ranks=2), measurement=measurement, give_up_above_ms=0.5
@@ -131,7 +131,7 @@ def test_a_trial_that_is_slower_than_asked_for_ends_early_and_tells_a_bound(tmp_
 
 
 def test_a_rank_that_does_not_fit_makes_the_trial_out_of_memory(tmp_path: Path) -> None:
-    # The last stage has three of four layers, so it is the one that does not fit.
+    # The last stage has three of four layers, so only it does not fit.
     layout = Layout(pp=2, num_layers_in_first_pipeline_stage=1)
     fits = run(spec_of(layout, ranks=2), tmp_path)
     peaks = [record.peak_allocated_gib or 0.0 for record in fits.ranks]
@@ -152,19 +152,19 @@ def test_weights_that_do_not_fit_end_the_trial_while_it_builds(tmp_path: Path) -
     assert (result.outcome, result.phase) == (Outcome.OOM, "build")
 
 
-def test_what_megatron_refuses_is_invalid_in_its_own_words(tmp_path: Path) -> None:
+def test_a_layout_that_megatron_refuses_is_invalid_in_megatrons_words(tmp_path: Path) -> None:
     result = run(spec_of(Layout(sp=True), ranks=1), tmp_path)
     assert (result.outcome, result.phase) == (Outcome.INVALID, "build")
     assert "Cannot use sequence parallelism without tensor parallelism" in result.reason
 
 
-def test_another_number_of_ranks_than_the_cluster_has_is_refused(tmp_path: Path) -> None:
+def test_a_number_of_ranks_other_than_the_clusters_is_refused(tmp_path: Path) -> None:
     result = run(spec_of(Layout(), ranks=2), tmp_path, ranks=1)
     assert result.outcome is Outcome.INVALID
     assert "1 ranks were started for a cluster of 1 * 2 = 2 GPUs" in result.reason
 
 
-def test_a_loss_that_is_no_number_ends_the_trial(tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_ends_the_trial(tmp_path: Path) -> None:
     result = run(spec_of(Layout(), ranks=2), tmp_path, program=(__file__,))
     assert result.outcome is Outcome.NAN
     assert [record.step for record in result.ranks] == [1] * len(result.ranks)

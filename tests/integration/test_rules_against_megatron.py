@@ -1,4 +1,4 @@
-"""The rules and the installed Megatron agree on random layouts. More of them: MEGATUNE_ORACLE_DRAWS=2000."""
+"""The rules and the installed Megatron agree on random layouts; MEGATUNE_ORACLE_DRAWS=2000 draws more of them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SEED = int(os.environ.get("MEGATUNE_ORACLE_SEED", "20260"))
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """What the oracle found, in a process of its own: it turns a process into a fake world for good."""
+    """The oracle's report, from a process of its own, since the oracle turns a process into a fake world for good."""
     print(f"MEGATUNE_ORACLE_SEED={SEED} MEGATUNE_ORACLE_DRAWS={DRAWS}")
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Real torchrun jobs that end in every way: each gets its outcome, and none leaves a process behind."""
+"""Real torchrun jobs end in every way: each gets its outcome, and none leaves a process behind."""
 
 import json
 import os
@@ -42,13 +42,13 @@ FORKED = {
     "fills_the_disk",
     "loses_its_rendezvous_port",
 }
-"""Those that a few seconds are enough for; tests/bench/faults.py tries them all, in both ways of starting."""
+"""The faults that take a few seconds; tests/bench/faults.py tries all faults, with both ways of starting."""
 COLD = {"is_killed", "hangs_in_a_collective", "leaves_grandchildren"}
 
 
 @pytest.fixture(scope="module")
 def preload(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preload]:
-    """One process for the whole file, as for a whole sweep; after it, nothing of it may live."""
+    """One server for the whole file, as for a whole sweep; after the tests, nothing of it may run."""
     marker = tmp_path_factory.mktemp("sweep")
     with Preload(marker) as preload:
         yield preload
@@ -57,14 +57,14 @@ def preload(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preload]:
 
 @pytest.fixture(params=["cold", "forked"])
 def launcher(request: pytest.FixtureRequest, preload: Preload) -> Iterator[TorchrunLauncher]:
-    """Both ways to start a job. A forked one has left no process when it ends."""
+    """A launcher for each way of starting a job. No process of a forked job may run after its end."""
     yield LAUNCHER if request.param == "cold" else replace(LAUNCHER, start=preload.start)
     assert preload.jobs() == []
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[TrialFolder]:
-    """A folder whose name a shell would take apart; after the test, no process of it may live."""
+    """A folder whose name a shell would take apart; after the test, no process of it may run."""
     path = tmp_path / "a 'night' of $trials"
     path.mkdir()
     yield TrialFolder(path)
@@ -81,7 +81,7 @@ def run(
 ) -> TrialResult:
     plan = launcher.plan(spec_for(program, limits), folder)
     with pytest.MonkeyPatch.context() as environment:
-        # It differs from test to test, and a job with another environment is not forked from the same process.
+        # It differs from test to test, and jobs of different environments are not forked from one process.
         environment.delenv("PYTEST_CURRENT_TEST")
         result = launcher.run(plan, stop or threading.Event(), on_heartbeat)
     assert read_json(TrialResult, folder.result) == result
@@ -117,7 +117,7 @@ def test_the_planned_command_runs_the_trial_again_without_the_tuner(folder: Tria
     indirect=["launcher"],
     ids=lambda value: value.program if isinstance(value, Fault) else value,
 )
-def test_a_fault_is_told_by_its_cause_and_leaves_its_evidence_and_no_process(
+def test_a_fault_is_reported_with_its_cause_and_leaves_its_evidence_but_no_process(
     launcher: TorchrunLauncher, fault: Fault, folder: TrialFolder
 ) -> None:
     with ExitStack() as stack:
@@ -130,12 +130,12 @@ def test_a_fault_is_told_by_its_cause_and_leaves_its_evidence_and_no_process(
         assert wrong(fault, result) == ""
         assert lost(folder, result) == []
         assert (result.metrics is None) == (result.outcome is not Outcome.COMPLETED)
-        # A timeout bounds the step time; a hang says nothing of it.
+        # A timeout bounds the step time; a hang does not.
         assert (result.slower_than_ms is not None) == (result.outcome is Outcome.TIMEOUT)
         assert sum(path.stat().st_size for path in folder.log.rglob("*.log")) < 64 << 20
 
 
-def test_a_program_that_cannot_be_imported_is_told_in_its_own_words(folder: TrialFolder) -> None:
+def test_a_program_that_cannot_be_imported_is_reported_with_the_error(folder: TrialFolder) -> None:
     launcher = TorchrunLauncher(programs={"gone": "no_such_package.program"})
     result = launcher.run(launcher.plan(spec_for("gone"), folder), threading.Event())
     assert result.outcome is Outcome.INFRASTRUCTURE
@@ -160,7 +160,7 @@ def test_an_exception_in_the_tuner_still_ends_the_processes(
     assert marked_processes(str(folder.path)) == []
 
 
-def test_what_a_killed_tuner_left_running_is_ended_by_the_next_attempt(folder: TrialFolder) -> None:
+def test_processes_that_a_killed_tuner_left_are_ended_by_the_next_attempt(folder: TrialFolder) -> None:
     plan = LAUNCHER.plan(spec_for("hangs"), folder)
     code = (
         "import threading\n"
@@ -185,7 +185,7 @@ def test_what_a_killed_tuner_left_running_is_ended_by_the_next_attempt(folder: T
 
 
 @pytest.mark.parametrize("launcher", ["forked"], indirect=True)
-def test_an_earlier_attempt_is_set_aside_and_does_not_speak_for_the_next(
+def test_an_earlier_attempt_is_set_aside_and_does_not_affect_the_next(
     launcher: TorchrunLauncher, folder: TrialFolder
 ) -> None:
     run("turns_nan", folder, launcher=launcher)
@@ -245,7 +245,7 @@ def test_the_jobs_of_a_killed_tuner_end_with_the_process_they_were_forked_from(f
     deadline_s = time.monotonic() + 60
     while not folder.heartbeat.exists() and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    assert len(marked_processes(str(folder.path))) >= 4  # the parent, torchrun's agent and its two ranks
+    assert len(marked_processes(str(folder.path))) >= 4  # the server, torchrun's agent and its two ranks
     tuner.kill()
     tuner.wait()
     deadline_s = time.monotonic() + 10
@@ -262,4 +262,4 @@ def test_a_stop_while_the_program_is_imported_starts_no_job(folder: TrialFolder)
         result = launcher.run(launcher.plan(spec_for("hangs"), folder), stop)
         assert result.outcome is Outcome.INTERRUPTED
         assert marked_processes(str(folder.path)) == []
-        assert run("completes", folder, launcher=launcher).outcome is Outcome.COMPLETED, "the next one runs"
+        assert run("completes", folder, launcher=launcher).outcome is Outcome.COMPLETED, "the next trial runs"

@@ -24,10 +24,10 @@ COLD = TorchrunLauncher(programs=Programs(), grace_s=1.0)
 def launcher(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TorchrunLauncher]:
-    """One launcher for both trials; after the test, no process of theirs may live."""
+    """One launcher for both trials; after the test, no process of a trial may run."""
     monkeypatch.delenv(
         "PYTEST_CURRENT_TEST"
-    )  # it changes in the test, and with it the environment of the jobs
+    )  # pytest changes it during the test, and with it the environment of the jobs
     with Preload(tmp_path) if request.param == "forked" else nullcontext() as preload:
         yield COLD if preload is None else replace(COLD, start=preload.start)
         assert preload is None or preload.jobs() == []
@@ -36,7 +36,7 @@ def launcher(
 
 @pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
-    """Two threads, each with a trial at a time."""
+    """Two threads, each of which runs one trial at a time."""
     with ThreadPoolExecutor(max_workers=2) as executor:
         yield executor
 
@@ -82,7 +82,7 @@ def test_one_is_stopped_and_the_other_completes(
 
 
 @pytest.mark.parametrize("launcher", ["forked"], indirect=True)
-def test_a_third_trial_is_forked_from_a_process_that_is_there(
+def test_a_third_trial_is_forked_from_a_server_that_exists(
     launcher: TorchrunLauncher, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     spec = spec_for("meets_another", LIMITS)
@@ -95,7 +95,7 @@ def test_a_third_trial_is_forked_from_a_process_that_is_there(
     assert marked_processes(str(tmp_path)) == servers
 
 
-def test_both_train_a_model_as_either_does_alone(
+def test_both_train_a_model_and_reach_equal_losses(
     launcher: TorchrunLauncher, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     launcher = replace(launcher, programs=TorchrunLauncher().programs)

@@ -1,7 +1,7 @@
-"""A program that ends in the way its spec's `program` names, and needs no Megatron.
+"""A program that ends in the way that its spec's `program` names, and needs no Megatron.
 
-Run as `torchrun -m tests.integration.programs.faults SPEC FOLDER`, as a trial's program is. What goes wrong really
-does: processes are killed, memory and disks are full, collectives of a Gloo group wait for a rank that never comes.
+It runs as a trial's program does: `torchrun -m tests.integration.programs.faults SPEC FOLDER`. The faults are real:
+processes are killed, memory and disks are full, collectives of a Gloo group wait for a rank that never comes.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from tuner.trial.contract import (
     TrialResult,
 )
 
-if TYPE_CHECKING:  # most endings need no torch, and a cold rank would import it for nothing
+if TYPE_CHECKING:  # most faults need no torch, which a cold rank would import for nothing
     from launchers.programs.harness.monitor import Monitor
 
 RANK = int(os.environ["RANK"])
@@ -73,7 +73,7 @@ def wait() -> NoReturn:
 
 @contextmanager
 def trial() -> Iterator["Monitor"]:
-    """In a Gloo group, and with the failures recorded as the built-in program records them."""
+    """Join a Gloo group, and record failures as the built-in program records them."""
     import torch.distributed as dist
 
     from launchers.programs.harness.failures import report_failure
@@ -102,7 +102,7 @@ def exits(code: int) -> None:
 
 
 def meets_another() -> None:
-    """Completes once the trial in another folder beside this one's has begun."""
+    """Complete once a trial in another folder beside this one has begun."""
     beat("build", 0)
     while len([*FOLDER.path.parent.glob("*/heartbeat.json")]) < 2:
         time.sleep(0.05)
@@ -110,7 +110,7 @@ def meets_another() -> None:
 
 
 def outlives_another() -> None:
-    """Completes once the trial in another folder beside this one's has left its result."""
+    """Complete once a trial in another folder beside this one has left its result."""
     beat("build", 0)
     while not [*FOLDER.path.parent.glob("*/result.json")]:
         time.sleep(0.05)
@@ -123,7 +123,7 @@ def completes_and_exits_3() -> None:
 
 
 def is_refused() -> None:
-    """As by Megatron's own checks, and before anything could record it."""
+    """Fail on rank 1 as Megatron's own checks do, before anything can record it."""
     beat("build", 0)
     while not FOLDER.heartbeat.exists():
         time.sleep(0.05)
@@ -133,7 +133,7 @@ def is_refused() -> None:
 
 
 def runs_out_of_memory(where: Phase) -> None:
-    """Rank 1 allocates too much for the account of a trial; its peer waits for it in a collective."""
+    """Allocate too much for a trial's account on rank 1, while its peer waits in a collective."""
     import torch
     import torch.distributed as dist
 
@@ -163,7 +163,7 @@ def runs_out_of_memory(where: Phase) -> None:
 
 
 def runs_out_of_host_memory() -> None:
-    """The kernel refuses rank 1 its memory, and nothing records it."""
+    """Let the kernel refuse memory to rank 1, and record nothing."""
     import torch
 
     beat("forward", 2)
@@ -175,7 +175,7 @@ def runs_out_of_host_memory() -> None:
 
 
 def is_killed() -> None:
-    """By somebody, in a step; its peer sees the connection closed, and records that as its own failure."""
+    """Kill rank 1 in a step; its peer sees a closed connection, and records that as its own failure."""
     import torch.distributed as dist
 
     with trial() as monitor:
@@ -187,7 +187,7 @@ def is_killed() -> None:
 
 
 def is_killed_by_the_kernel() -> None:
-    """Rank 1 uses more processor time than the kernel lets it: SIGKILL, as for memory."""
+    """Let rank 1 exceed its limit of processor time: the kernel sends SIGKILL, as it does for memory."""
     if RANK == 1:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         limit_s = int(usage.ru_utime + usage.ru_stime) + 1
@@ -210,7 +210,7 @@ def kills_its_launcher() -> None:
 
 
 def turns_nan() -> None:
-    """Every rank sees it, and says so."""
+    """Fail on every rank with a loss that is NaN, and record it."""
     import torch.distributed as dist
 
     from launchers.programs.harness.failures import NonFiniteLossError
@@ -224,7 +224,7 @@ def turns_nan() -> None:
 
 
 def turns_nan_and_a_rank_will_not_end() -> None:
-    """Rank 0 leaves a result and no record; torchrun has to kill rank 1, which looks like a kill by others."""
+    """Leave a result and no record on rank 0; torchrun has to kill rank 1, which looks like a foreign kill."""
     if RANK == 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         record("warmup", 1)
@@ -242,7 +242,7 @@ def hangs() -> None:
 
 
 def hangs_in_a_collective() -> None:
-    """Rank 1 never comes."""
+    """Wait on rank 0 in a collective that rank 1 never joins."""
     import torch.distributed as dist
 
     with trial() as monitor:
@@ -254,7 +254,7 @@ def hangs_in_a_collective() -> None:
 
 
 def stalls() -> None:
-    """Rank 1 is stopped after some quick steps; nobody ends, and nobody fails."""
+    """Stop rank 1 after some quick steps; no rank ends or fails."""
     import torch.distributed as dist
 
     with trial() as monitor:
@@ -278,7 +278,7 @@ def beats_forever() -> None:
 
 
 def leaves_grandchildren() -> None:
-    """In sessions of their own, deaf to SIGTERM, and their parents are gone."""
+    """Complete, and leave processes in sessions of their own that ignore SIGTERM and whose parents have ended."""
     code = (
         "import os, signal, time\n"
         "if os.fork(): time.sleep(0.5); os._exit(0)\n"
@@ -306,7 +306,7 @@ def corrupts_its_result() -> None:
 
 
 def floods() -> None:
-    """More than a disk should hold, in as little time as it takes."""
+    """Print more than a disk should hold, as fast as possible."""
     text = ("x" * 1023 + "\n") * 1024
     print("the first line", flush=True)
     for _ in range(FLOOD_MIB if RANK == 0 else 0):
@@ -316,7 +316,7 @@ def floods() -> None:
 
 
 def fills_the_disk() -> None:
-    """The trial's folder has to lie on a small one."""
+    """Fill the disk of the trial's folder, which has to be a small one."""
     import torch.distributed as dist
 
     with trial() as monitor:
@@ -331,7 +331,7 @@ def fills_the_disk() -> None:
 
 
 def loses_its_rendezvous_port() -> None:
-    """Somebody else listens where rank 0 is to."""
+    """Let rank 0 listen on a port that is taken."""
     import torch.distributed as dist
 
     with trial(), socket.create_server(("127.0.0.1", 0)) as taken:

@@ -30,19 +30,19 @@ WARMUP, STEPS = 3, 5
 
 
 def step_time_ms(layout: Layout) -> float:
-    """Another time for every layout, and so short that what a trial costs hangs on no layout."""
+    """Return a time that differs by layout, so short that every trial costs about as much."""
     recompute = 1.3 if layout.recompute_granularity == "full" else 1.0
     return recompute * (1 + 0.4 * layout.tp + 0.25 * layout.pp + 0.3 / layout.micro_batch_size)
 
 
 def peak_gib(layout: Layout) -> float:
-    """Grows with the micro-batch, shrinks with the model's shards and with recompute."""
+    """Return a peak that grows with the micro-batch, and shrinks with the model's shards and with recompute."""
     kept = 0.25 if layout.recompute_granularity == "full" else 1.0
     return (0.02 + 0.04 * layout.micro_batch_size * kept) / (layout.tp * layout.pp)
 
 
 def failure_of(layout: Layout, attempt: int, memory_gib: float) -> tuple[Phase, int, str, str] | None:
-    """How a layout fails: the phase, the steps before it, and the exception's name and text; None if it does not."""
+    """Return how a layout fails: phase, steps finished, and the exception's name and text; None if it completes."""
     full = layout.recompute_granularity == "full"
     if peak_gib(layout) > memory_gib:
         return "warmup", 1, "torch.OutOfMemoryError", "out of memory"
@@ -56,7 +56,7 @@ def failure_of(layout: Layout, attempt: int, memory_gib: float) -> tuple[Phase, 
 
 
 def metrics_of(spec: TrialSpec) -> Metrics:
-    """What is told as measured."""
+    """Return the metrics that the trial reports."""
     step_ms = step_time_ms(spec.layout)
     return Metrics(
         step_times_ms=(step_ms,) * STEPS,
@@ -74,7 +74,7 @@ def metrics_of(spec: TrialSpec) -> Metrics:
 
 
 def main(spec: TrialSpec, folder: TrialFolder) -> int:
-    """Be one rank; returns the exit code."""
+    """Run one rank; return the exit code."""
 
     def beat(phase: Phase, step: int) -> None:
         if RANK == 0:

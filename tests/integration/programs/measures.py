@@ -1,6 +1,6 @@
 """A program that times steps for two seconds, idle or busy as its spec's `program` says, and needs no Megatron.
 
-Run as `torchrun -m tests.integration.programs.measures SPEC FOLDER`.
+It runs as `torchrun -m tests.integration.programs.measures SPEC FOLDER`.
 """
 
 import os

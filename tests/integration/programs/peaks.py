@@ -1,6 +1,6 @@
 """Trains each workload and layout of a list for two steps in one job, and writes every rank's peak of tensors.
 
-`torchrun ... -m tests.integration.programs.peaks CASES.json PEAKS.json`; the peaks are bytes, [case][rank].
+It runs as `torchrun ... -m tests.integration.programs.peaks CASES.json PEAKS.json`; peaks are in bytes, [case][rank].
 """
 
 import json

@@ -1,6 +1,6 @@
 """Probes the worst pipeline stage of each trial of a list: `python -m tests.integration.programs.probed CASES PEAKS`.
 
-The peaks are GiB, one a trial: what the real program accounts under fake tensors.
+The peaks are in GiB, one per trial: the real program's account under fake tensors.
 """
 
 import json

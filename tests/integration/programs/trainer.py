@@ -1,4 +1,4 @@
-"""A trainer that knows nothing of megatune: prints Megatron-LM's lines, faster the larger its micro-batch."""
+"""A trainer that knows nothing of megatune: it prints Megatron-LM's lines, and is faster with a larger micro-batch."""
 
 import sys
 import time

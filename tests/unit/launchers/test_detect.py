@@ -1,7 +1,7 @@
-"""A machine's devices become a cluster."""
+"""The devices of a machine are described as a cluster."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchers.machine.detect import Device, cpu_cluster, gpu_cluster
@@ -9,6 +9,7 @@ from search_spaces.loader import load_cluster
 from tuner.errors import InputError
 
 GIB = 1024**3
+LEAST_MEMORY_GIB = load_cluster("cpu-4").gpu.memory_gib
 
 
 def device(name: str = "NVIDIA H100 80GB HBM3", memory_gib: float = 79.1, has_nvlink: bool = True) -> Device:
@@ -16,14 +17,14 @@ def device(name: str = "NVIDIA H100 80GB HBM3", memory_gib: float = 79.1, has_nv
 
 
 def test_known_gpus_take_their_peaks_from_the_built_in_cluster_and_their_number_from_the_machine() -> None:
-    cluster, known = gpu_cluster([device()] * 2), load_cluster("dgx-h100")
+    cluster, built_in = gpu_cluster([device()] * 2), load_cluster("dgx-h100")
     assert (cluster.nodes, cluster.gpus_per_node, cluster.nvlink_domain_gpus) == (1, 2, 2)
     assert cluster.device == "cuda"
-    assert cluster.gpu.peak_tflops == known.gpu.peak_tflops
-    assert cluster.nvlink_bandwidth_gb_per_s == known.nvlink_bandwidth_gb_per_s
+    assert cluster.gpu.peak_tflops == built_in.gpu.peak_tflops
+    assert cluster.nvlink_bandwidth_gb_per_s == built_in.nvlink_bandwidth_gb_per_s
 
 
-def test_the_memory_is_that_of_the_smallest_gpu() -> None:
+def test_the_smallest_gpu_gives_the_memory() -> None:
     assert gpu_cluster([device(memory_gib=79.1), device(memory_gib=78.5)]).gpu.memory_gib == 78.5
 
 
@@ -35,7 +36,7 @@ def test_a_gpu_on_its_own_needs_no_nvlink() -> None:
     assert gpu_cluster([device(has_nvlink=False)]).nvlink_bandwidth_gb_per_s == 450.0
 
 
-def test_an_unknown_gpu_is_refused_with_the_way_out() -> None:
+def test_an_unknown_gpu_is_refused_with_a_remedy() -> None:
     with pytest.raises(
         InputError, match=r"'NVIDIA H100 80GB' .*did you mean .*write them into a cluster YAML"
     ):
@@ -47,14 +48,14 @@ def test_a_mix_of_gpus_is_refused() -> None:
         gpu_cluster([device(), device("NVIDIA H200")])
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 256), st.integers(2 * GIB, 4096 * GIB))
 def test_cpu_ranks_are_few_and_share_at_most_half_of_the_memory_or_the_least_that_trains(
     cores: int, memory_bytes: int
 ) -> None:
     cluster = cpu_cluster(cores, memory_bytes)
-    least = load_cluster("cpu-4").gpu.memory_gib
     assert cluster.device == "cpu"
     assert 2 <= cluster.world_size <= 8
     assert cluster.world_size <= max(cores, 2)
     share = memory_bytes / 2 / GIB / cluster.world_size
-    assert cluster.gpu.memory_gib == pytest.approx(max(share, least), abs=0.005)
+    assert cluster.gpu.memory_gib == pytest.approx(max(share, LEAST_MEMORY_GIB), abs=0.005)

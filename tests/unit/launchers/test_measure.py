@@ -1,4 +1,4 @@
-"""When a trial has timed enough steps, which of them count, and how sure its median is."""
+"""A trial times enough steps, tells warm-up and outliers from the rest, and states how certain its median is."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ NOISES: dict[str, Noise] = {
     "heavy-tailed": lambda random, steps: random.laplace(scale=0.5**0.5, size=steps),
     "skewed": lambda random, steps: (np.exp(0.5 * random.normal(size=steps)) - 1) / 0.6,
 }
-"""Of median 0 and of deviation 1, or nearly so."""
+"""Draws of noise by name, with median 0 and standard deviation 1, or nearly so."""
 
 TIMES = st.lists(st.floats(1.0, 1e6), min_size=1, max_size=40)
 MEASUREMENT = Measurement(warmup_steps=3, min_steps=5, max_steps=20, target_relative_interval=0.02)
@@ -41,7 +41,7 @@ def test_every_rank_gets_the_same_interval(times_ms: list[float]) -> None:
     assert median_interval(times_ms) == median_interval(list(times_ms))
 
 
-def test_the_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_median_about_as_often_as_it_claims() -> None:
     generator = np.random.default_rng(7)
     covered = 0
     for _ in range(200):
@@ -50,25 +50,25 @@ def test_the_interval_covers_the_true_median_about_as_often_as_it_says() -> None
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_more_steps_make_the_median_surer() -> None:
+def test_more_steps_make_the_interval_narrower() -> None:
     generator = np.random.default_rng(7)
     few, many = generator.normal(100.0, 5.0, size=10), generator.normal(100.0, 5.0, size=200)
     widths = [high - low for _, low, high in (median_interval(few.tolist()), median_interval(many.tolist()))]
     assert widths[1] < widths[0] / 2
 
 
-def test_no_step_has_no_median() -> None:
+def test_there_is_no_median_without_a_step() -> None:
     with pytest.raises(ValueError, match="no step was timed"):
         median_interval([])
 
 
 @given(st.lists(st.floats(1.0, 1e6), max_size=MEASUREMENT.min_steps - 1))
-def test_fewer_than_the_least_steps_are_never_enough(times_ms: list[float]) -> None:
+def test_fewer_steps_than_the_minimum_are_never_enough(times_ms: list[float]) -> None:
     assert not measured_enough(times_ms, MEASUREMENT)
 
 
 @given(st.lists(st.floats(1.0, 1e6), min_size=MEASUREMENT.max_steps, max_size=30))
-def test_the_most_steps_are_always_enough(times_ms: list[float]) -> None:
+def test_the_maximum_of_steps_is_always_enough(times_ms: list[float]) -> None:
     assert measured_enough(times_ms, MEASUREMENT)
 
 
@@ -83,12 +83,14 @@ def test_noisy_steps_go_on_until_the_interval_is_narrow() -> None:
 
 
 @given(TIMES)
-def test_the_least_steps_are_timed_whatever_is_found_to_be_warm_up(times_ms: list[float]) -> None:
+def test_the_minimum_of_steps_is_timed_however_many_are_warm_up(times_ms: list[float]) -> None:
     always = Measurement(min_steps=4, max_steps=4)
     if measured_enough(times_ms, always):
         assert len(times_ms) - warmup_end(times_ms, 0.02) >= 4
     else:
-        assert len(times_ms) < 8, "the most that warm-up can make of four timed steps"
+        assert len(times_ms) < 8, (
+            "at most half of the steps are warm-up, so eight always hold four timed ones"
+        )
 
 
 @given(TIMES, st.floats(0.001, 0.5))
@@ -106,14 +108,14 @@ def test_the_unit_of_the_times_does_not_matter(times_ms: list[float], factor: fl
 
 @pytest.mark.parametrize("steps", [12, 20])
 @pytest.mark.parametrize("slow", [1, 2, 3, 4])
-def test_slow_first_steps_are_warm_up_whatever_their_number(slow: int, steps: int) -> None:
+def test_slow_first_steps_are_warm_up_however_many_they_are(slow: int, steps: int) -> None:
     random = np.random.default_rng(3)
-    found = []
+    counts = []
     for _ in range(200):
         times = 100 * (1 + 0.01 * random.normal(size=steps))
         times[:slow] *= np.linspace(1.4, 1.15, slow)
-        found.append(warmup_end(times.tolist(), 0.02))
-    assert np.mean(np.array(found) == slow) >= 0.95
+        counts.append(warmup_end(times.tolist(), 0.02))
+    assert np.mean(np.array(counts) == slow) >= 0.95
 
 
 @given(
@@ -122,7 +124,7 @@ def test_slow_first_steps_are_warm_up_whatever_their_number(slow: int, steps: in
     st.floats(2.0, 100.0),
 )
 def test_one_slow_step_later_on_is_no_warm_up(times_ms: list[float], place: int, factor: float) -> None:
-    # The differences to its neighbours are two of at least six: their median stays what it was, or grows.
+    # The two differences to its neighbours are among at least six, so their median stays equal or grows.
     place = 1 + (place - 1) % (len(times_ms) - 1)
     slow = [time_ms * factor if step == place else time_ms for step, time_ms in enumerate(times_ms)]
     assert warmup_end(slow, 0.11) == 0
@@ -130,7 +132,7 @@ def test_one_slow_step_later_on_is_no_warm_up(times_ms: list[float], place: int,
 
 @pytest.mark.parametrize("deviation", [0.01, 0.05, 0.2])
 @pytest.mark.parametrize("noise", NOISES)
-def test_steady_noise_seldom_is_warm_up(noise: str, deviation: float) -> None:
+def test_steady_noise_is_seldom_taken_for_warm_up(noise: str, deviation: float) -> None:
     random = np.random.default_rng(11)
     lost = []
     for steps in (5, 8, 12, 20):
@@ -158,12 +160,12 @@ def test_a_trial_that_warms_up_goes_on_and_measures_the_level_it_reaches() -> No
 
 
 @pytest.mark.parametrize(("deviation", "most"), [(0.002, 5.1), (0.01, 6.0), (0.03, 15.0), (0.1, 20.0)])
-def test_the_noise_says_how_many_steps_it_takes_and_the_median_is_as_sure_as_it_says(
+def test_noisier_steps_take_more_of_them_and_the_interval_covers_the_median_as_it_claims(
     deviation: float, most: float
 ) -> None:
     random = np.random.default_rng(2)
-    counts, covered = [], 0
-    for _ in range(200):
+    counts, covered, trials = [], 0, 100
+    for _ in range(trials):
         times_ms: list[float] = []
         while not measured_enough(times_ms, MEASUREMENT):
             times_ms.append(100 * (1 + deviation * random.normal()))
@@ -171,7 +173,7 @@ def test_the_noise_says_how_many_steps_it_takes_and_the_median_is_as_sure_as_it_
         covered += low <= 100 <= high
         counts.append(len(times_ms))
     assert np.mean(counts) <= most
-    assert covered / 200 >= 0.87, "reading it after every step costs some of the 95%"
+    assert covered / trials >= 0.87, "an interval that is read after every step covers less than its 95%"
 
 
 def test_a_step_far_from_the_median_is_an_outlier_and_one_within_the_tolerance_is_not() -> None:
@@ -184,8 +186,8 @@ def test_a_step_far_from_the_median_is_an_outlier_and_one_within_the_tolerance_i
 @pytest.mark.parametrize("noise", ["normal", "skewed"])
 def test_steady_noise_has_few_outliers(noise: str) -> None:
     random = np.random.default_rng(4)
-    found = [outliers((100 * (1 + 0.03 * NOISES[noise](random, 20))).tolist(), 0.02) for _ in range(300)]
-    assert np.mean([len(places) for places in found]) / 20 <= 0.03
+    places = [outliers((100 * (1 + 0.03 * NOISES[noise](random, 20))).tolist(), 0.02) for _ in range(300)]
+    assert np.mean([len(of_trial) for of_trial in places]) / 20 <= 0.03
 
 
 @given(TIMES)
@@ -197,7 +199,7 @@ def test_the_bound_lies_below_the_interval(times_ms: list[float]) -> None:
         assert 0 < bound_ms <= median_interval(times_ms[warmup_end(times_ms, 0.02) :])[1]
 
 
-def test_a_step_that_is_the_fastest_so_far_tells_of_no_bound() -> None:
+def test_there_is_no_bound_while_the_last_step_is_the_fastest() -> None:
     assert lower_bound_ms([900.0, 899.0, 898.0, 897.0], MEASUREMENT) is None
     bound_ms = lower_bound_ms([900.0, 899.0, 898.0, 897.0, 899.0], MEASUREMENT)
     assert bound_ms == pytest.approx(896, abs=2)
@@ -218,8 +220,8 @@ def test_a_trial_is_given_up_if_it_is_slower_and_hardly_ever_if_it_is_faster(
     slower: float, deviation: float, least: float, most: float, noise: str
 ) -> None:
     random = np.random.default_rng(9)
-    given_up, counts = 0, []
-    for _ in range(60):
+    given_up, counts, trials = 0, [], 40
+    for _ in range(trials):
         steps = NOISES[noise](random, MEASUREMENT.max_steps)
         times = (100 * slower * (1 + deviation * steps)).tolist()
         done = 0
@@ -230,7 +232,7 @@ def test_a_trial_is_given_up_if_it_is_slower_and_hardly_ever_if_it_is_faster(
                 counts.append(done)
                 break
             done += 1
-    assert least <= given_up / 60 <= most
+    assert least <= given_up / trials <= most
     if slower > 1:
         assert np.mean(counts) < 5
 

@@ -1,4 +1,4 @@
-"""What the Megatron-Core program does without another rank: tokens, weights, masks and the memory account."""
+"""The parts of the Megatron-Core program that need no other rank: tokens, weights, masks and the memory account."""
 
 from itertools import chain, product
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ WORKLOAD = Workload(model=MODEL, seq_length=16, global_batch_size=8, precision="
 
 
 def rows_of_step(layout: Layout, dp: int, step: int) -> list[tuple[int, ...]]:
-    """Every sample that any rank reads in a step, put together over the context parallel ranks."""
+    """Return all samples that the ranks read in a step, each joined over the context parallel ranks."""
     rows = []
     for dp_rank in range(dp):
         parts = [
@@ -54,7 +54,7 @@ def test_steps_read_different_samples() -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
-def test_chunks_cover_the_sequence_and_share_the_causal_work_evenly(cp: int, half: int) -> None:
+def test_chunks_cover_the_sequence_and_divide_the_causal_work_evenly(cp: int, half: int) -> None:
     length = 2 * half
     parts = [chunk_positions(length, cp, rank, CPU) for rank in range(cp)]
     assert sorted(chain.from_iterable(part.tolist() for part in parts)) == list(range(length * cp))
@@ -62,7 +62,9 @@ def test_chunks_cover_the_sequence_and_share_the_causal_work_evenly(cp: int, hal
 
 
 @given(st.integers(1, 12), st.integers(0, 12))
-def test_a_window_lets_a_token_see_itself_and_so_many_before(length: int, window: int) -> None:
+def test_a_window_lets_a_token_see_itself_and_as_many_tokens_before_it_as_it_is_wide(
+    length: int, window: int
+) -> None:
     positions = torch.arange(length)
     mask = attention_mask(positions, positions, (window, 0))
     assert mask.sum(dim=1).tolist() == [min(row, window) + 1 for row in range(length)]
@@ -78,7 +80,7 @@ def test_weights_look_like_independent_draws_of_the_right_spread() -> None:
     assert float(torch.corrcoef(torch.stack([values, other]))[0, 1]) == pytest.approx(0.0, abs=0.01)
 
 
-def test_a_tensor_whose_storage_is_emptied_leaves_the_account_and_comes_back_when_it_is_filled() -> None:
+def test_an_emptied_storage_leaves_the_account_and_returns_when_it_is_filled() -> None:
     with TensorAccount(1e9) as account:
         kept = torch.ones(1000)
         assert account.live_bytes == 4000
@@ -92,7 +94,7 @@ def test_a_tensor_whose_storage_is_emptied_leaves_the_account_and_comes_back_whe
     assert account.peak_bytes == 4000
 
 
-def test_the_account_of_a_two_layer_network_is_what_the_shapes_say() -> None:
+def test_the_account_of_a_two_layer_network_follows_from_the_shapes() -> None:
     n, width, hidden = 64, 32, 128
     with TensorAccount(float("inf")) as account:
         x = torch.randn(n, width)
@@ -115,7 +117,7 @@ def test_the_account_of_a_two_layer_network_is_what_the_shapes_say() -> None:
         assert account.live_bytes == pytest.approx(4 * (n * width + 3 * weights), abs=64)
 
 
-def test_what_does_not_fit_is_refused_in_the_words_of_cuda() -> None:
+def test_a_tensor_that_does_not_fit_is_refused_in_the_words_of_cuda() -> None:
     with (
         TensorAccount(1024.0**2),
         pytest.raises(torch.OutOfMemoryError, match=r"out of memory.*Tried to allocate 2\.00 MiB"),
@@ -131,7 +133,7 @@ def test_freed_memory_can_be_taken_again() -> None:
     assert account.peak_bytes == 2**19
 
 
-def test_the_cpu_refuses_what_it_cannot_do() -> None:
+def test_a_configuration_that_needs_cuda_is_refused_on_cpu() -> None:
     fp8 = Workload(model=MODEL, seq_length=16, global_batch_size=8, precision="fp8")
     with pytest.raises(ValueError, match="precision fp8 needs CUDA"):
         transformer_config(fp8, Layout(), "cpu")
@@ -140,7 +142,7 @@ def test_the_cpu_refuses_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("window_size", [None, (3, 0)])
-def test_a_sink_takes_its_share_of_every_softmax_and_gives_no_value(
+def test_a_sink_takes_a_share_of_every_softmax_and_adds_no_value(
     window_size: tuple[int, int] | None,
 ) -> None:
     torch.manual_seed(0)
@@ -173,7 +175,7 @@ def test_a_sink_takes_its_share_of_every_softmax_and_gives_no_value(
 
 
 @pytest.mark.parametrize("window_size", [None, (3, 0)])
-def test_capped_attention_bends_every_score_before_the_softmax(window_size: tuple[int, int] | None) -> None:
+def test_capped_attention_caps_every_score_before_the_softmax(window_size: tuple[int, int] | None) -> None:
     torch.manual_seed(0)
     length, batch, heads, groups, width, cap = 8, 2, 4, 2, 6, 0.5
     config = SimpleNamespace(softmax_type="vanilla", window_size=window_size, window_attn_skip_freq=None)
