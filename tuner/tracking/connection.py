@@ -1,4 +1,4 @@
-"""Connects to MLflow: the one place that imports it, after it has set the variables that MLflow reads on import."""
+"""Connects to MLflow. Other modules reach MLflow through this one, which first sets the variables that it reads."""
 
 import logging
 import os
