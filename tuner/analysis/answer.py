@@ -68,7 +68,7 @@ def answer(trials: Sequence[FinishedTrial]) -> Answer | None:
 
 
 def _first_round_is_over(trials: Sequence[FinishedTrial]) -> bool:
-    """Whether every finalist has run: the baseline runs last in the first round of the finals."""
+    """Return whether every finalist has run: the baseline runs last in the first round of the finals."""
     start = next((trial for trial in trials if trial.source == "baseline" and trial.result.metrics), None)
     return start is None or any(final.layout == start.layout for final in finals_of(trials))
 

@@ -1,8 +1,8 @@
 """The step times of layouts that ran several times, pooled, with bootstrap draws of their errors. Pure.
 
-Runs and steps are both drawn anew. Three runs of a layout say little about how much runs differ, so the deviations of
-all layouts' runs from the mean of their own layout are drawn from together (residual bootstrap: Efron and Tibshirani,
-An Introduction to the Bootstrap, 1993, chapter 9). The steps within each run are drawn anew on top of that.
+The bootstrap resamples runs and steps. Three runs of a layout say little about how much runs differ, so runs are drawn
+from the deviations of all layouts' runs from the mean of their own layout (residual bootstrap: Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 9). The steps within each run are drawn with replacement in addition.
 """
 
 from collections.abc import Sequence

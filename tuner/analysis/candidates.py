@@ -30,7 +30,7 @@ class Candidate:
 def candidates(
     trials: Sequence[FinishedTrial], machine_drift: Drift | None, out: Mapping[Layout, str]
 ) -> list[Candidate]:
-    """Return the layouts that the search measured, fastest first, each once; equal ones in the order of their trials.
+    """Return the layouts that the search measured, fastest first, each once; a tie goes to the earlier trial.
 
     Args:
         trials: the finished trials of a sweep.

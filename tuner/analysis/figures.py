@@ -21,8 +21,8 @@ class StepTimeComparison:
     ratio_low: float
     """Lower end of the ratio's interval.
 
-    With finals it is a 95% interval; without them it reaches from near end to near end of both step times' 95%
-    intervals, which makes it wider.
+    With finals it is a 95% interval. Without them it is wider: its lower end is the lower end of the other step time's
+    95% interval over the upper end of ours, and its upper end is the other way round.
     """
     ratio_high: float
     """Upper end of that interval."""
@@ -143,7 +143,7 @@ def _figures_of_trial(trial: FinishedTrial, ranked: Answer | None) -> Figures | 
 
 
 def _over_metrics(other: Standing, ours: Metrics) -> StepTimeComparison:
-    """Compare a standing with one trial's metrics; the interval comes from the ends of both 95% intervals."""
+    """Compare a standing with one trial's metrics; the interval follows from the ends of both 95% intervals."""
     return StepTimeComparison(
         trial=other.trial.number,
         label=other.layout.label(),

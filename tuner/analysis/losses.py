@@ -70,7 +70,7 @@ def trains_differently(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
 
 
 def _tolerance(baseline: FinishedTrial, runs: Sequence[Metrics]) -> float:
-    """Return what the precision explains, or the largest difference between the baseline's own runs if larger."""
+    """Return the difference that the precision explains, or the largest one between the baseline's runs if larger."""
     own_difference = max(_largest_difference(metrics.losses, runs[0].losses)[0] for metrics in runs)
     return max(LOSS_TOLERANCE[baseline.precision], own_difference)
 

@@ -45,8 +45,9 @@ class Standing:
     over_best: StepTimeRatio
     """The layout's step time over the best layout's.
 
-    In a ranking of the search, its interval reaches from near end to near end of both layouts' 95% intervals, which
-    makes it wider than a 95% interval, and the machine's drift is taken out.
+    In a ranking of the search, the machine's drift is taken out, and the interval is wider than a 95% interval: its
+    lower end is the lower end of this layout's interval over the upper end of the best's, and its upper end is the
+    other way round.
     """
 
     @property

@@ -1,4 +1,7 @@
-"""The grid of a search: the valid layouts that the search measures first, before it refines the best of them. Pure."""
+"""The grid of a search: the valid layouts that it measures first, before it refines the best of them. Pure.
+
+The grid of one layout is its values of all knobs that the refinement does not vary.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,10 +24,11 @@ GRID_SHARE: Final = 0.6
 
 
 def grid_space(problem: Problem) -> Space:
-    """Return the valid layouts of a problem's domain; where refined knobs are valid, with the baseline's values.
+    """Return the valid layouts of a problem's domain, with details of the baseline.
 
-    Only the knobs that the refinement would vary take the baseline's values. Without them, the recipe's own grid alone
-    would have the details that the recipe was tuned with, and it would win because of these details.
+    The details are the baseline's values of the knobs that the refinement would vary; a layout takes them if it stays
+    valid. Without them, only the grid of the user's recipe would have the details that the recipe was tuned with, and
+    it would win because of these details.
     """
     space = enumerate_layouts(problem.workload, problem.cluster, problem.domain, lifted=problem.lifted)
     table = space.table
@@ -39,7 +43,7 @@ def grid_space(problem: Problem) -> Space:
 
 
 def _with_valid_details(table: pd.DataFrame, details: Mapping[str, Value], problem: Problem) -> pd.DataFrame:
-    """Return the table with these values in every row that stays valid with them, and unchanged in all other rows."""
+    """Return the table with these values in every row that stays valid with them; all other rows are unchanged."""
     changed = table.assign(**{knob: np.full(len(table), value) for knob, value in details.items()})
     columns, valid = Columns.of(changed), np.ones(len(table), dtype=np.bool_)
     for rule in active_rules(problem.lifted):

@@ -17,7 +17,7 @@ from tuner.search.strategy import Mask, Strategy
 from tuner.trial.contract import Measurement
 
 PROMISING: Final = 0.5
-"""Least score of a proposed row, as a share of the best row's score, at which the proposed row runs first. Assumed."""
+"""A proposed row runs before the best row if its score is at least this share of the best row's score. Assumed."""
 
 
 class PredictedRows(Strategy):

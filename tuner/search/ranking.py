@@ -77,7 +77,11 @@ class Ranking:
         return int(rows[np.lexsort((expected_log, -scores))[0]])
 
     def score(self, rows: NDArray[np.intp]) -> Floats:
-        """Return each row's expected improvement of the logarithm of the best step time, per second of its trial."""
+        """Return the score of each row, of shape [len(rows)].
+
+        It is the expected improvement of the logarithm of the best step time per second of the row's trial, times the
+        probability that the row fits.
+        """
         return self._scores(rows, ())[0]
 
     def certainty(self, available: Bools) -> Certainty | None:

@@ -28,7 +28,7 @@ from tuner.space.domain import Value
 from tuner.trial.finished import FinishedTrial
 
 MAX_CENTRES: Final = 3
-"""Largest number of centres. Assumed. Each has another grid: two layouts of one grid have the same variants."""
+"""Largest number of centres. Assumed. Their grids differ, because two layouts with one grid have the same variants."""
 
 
 def choose_centres(trials: Sequence[FinishedTrial], problem: Problem) -> tuple[int, ...]:
@@ -84,7 +84,9 @@ def searched_table(problem: Problem, trials: Sequence[FinishedTrial]) -> pd.Data
 def with_refinements(
     table: pd.DataFrame, centres: Sequence[Layout], problem: Problem, least_fit: float = 0.0
 ) -> pd.DataFrame:
-    """Return the table followed by the variants of the centres that it does not hold; the table itself if none are new.
+    """Return the table, followed by the variants of the centres that it does not hold.
+
+    If it holds all of them, the result is the table itself.
 
     Args:
         table: valid layouts, one row per layout, columns as KNOBS.

@@ -10,7 +10,7 @@ from tuner.search.observation import Observation
 from tuner.search.stopping import Certainty
 
 Mask = Bools
-"""Which rows of a table are meant, of shape [rows]."""
+"""A choice of rows of a table, of shape [rows]."""
 
 
 class Strategy(ABC):

@@ -28,10 +28,10 @@ from tuner.space.domain import Domain, Value, refined_domain
 from tuner.space.placements import layer_placements
 
 MOST_PRODUCTS: Final = 4096
-"""Largest number of combinations of options that is enumerated whole. Assumed: at most so many trials are never needed,
-and checking them against the rules takes well below a second."""
+"""Largest number of combinations of options that is enumerated completely. Assumed."""
 MOST_CHANGES: Final = 3
-"""Largest number of choices in which a variant differs from its layout if there are more combinations than that."""
+"""Largest number of choices in which a variant differs from its layout if there are more than MOST_PRODUCTS
+combinations. Assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,8 @@ def refined_values(layout: Layout, workload: Workload, cluster: Cluster, knobs: 
     Knobs that have no other candidate value are left out.
     """
     anywhere, here = dict(refined_domain(workload, cluster)), _values_of_stages(layout, workload)
-    del anywhere[
-        "pipeline_model_parallel_layout"
-    ]  # holds the placements for every pp, and `here` those for this one
+    # The placements in `anywhere` are those for any pp; `here` has the placements for the layout's pp.
+    del anywhere["pipeline_model_parallel_layout"]
     values = {
         knob: tuple(dict.fromkeys((getattr(layout, knob), *anywhere.get(knob, ()), *here.get(knob, ()))))
         for knob in KNOBS
@@ -89,9 +88,9 @@ def refined_values(layout: Layout, workload: Workload, cluster: Cluster, knobs: 
 
 
 def _values_of_stages(layout: Layout, workload: Workload) -> Mapping[str, tuple[Value, ...]]:
-    """Return candidate values that only the layers of this layout's pipeline stages give a meaning, and more modules.
+    """Return candidate values that depend on the layout's pipeline stages, and single modules and pairs to recompute.
 
-    A search over the whole space could not afford these pairs of modules to recompute.
+    A search over the whole space leaves out the pairs, because there are too many of them.
     """
     layers = max(int(chunk[0]) for chunk in chunk_layers(Columns.single(layout), workload))
     modules = ["none", *("+".join(names) for count in (1, 2) for names in combinations(MODULES, count))]
