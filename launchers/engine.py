@@ -17,7 +17,7 @@ from pathlib import Path
 from launchers.commands import COMMAND
 from launchers.processes import MARKER, STARTED_AT, RunningJob, end_marked, inherited_environment
 from launchers.watch.classify import Judgement, classify
-from launchers.watch.evidence import Evidence, as_single_rank, launcher_log, rank_logs, with_files
+from launchers.watch.evidence import JobEvidence, as_single_rank, launcher_log, rank_logs, with_files
 from launchers.watch.host import HostBefore
 from launchers.watch.limits import LimitWatch
 from launchers.watch.meters import Sample
@@ -73,10 +73,12 @@ class Engine:
         folder: TrialFolder,
         stop: threading.Event,
         on_heartbeat: OnHeartbeat | None,
-    ) -> tuple[Evidence, tuple[Sample, ...]]:
+    ) -> tuple[JobEvidence, tuple[Sample, ...]]:
         """Run the job to its end; return what is left of it, and what was sampled of the machine meanwhile."""
         if survivors := end_marked(plan.env[MARKER], self.grace_s):
-            return Evidence(limits=plan.limits, folder=folder.path, exit_code=None, survivors=survivors), ()
+            return JobEvidence(
+                limits=plan.limits, folder=folder.path, exit_code=None, survivors=survivors
+            ), ()
         _prepare(folder, plan)
         host = HostBefore.of(plan.gpus, {**os.environ, **plan.env}.get("CUDA_VISIBLE_DEVICES"))
         watch = LimitWatch(plan.limits, time.monotonic())
@@ -95,7 +97,7 @@ class Engine:
             free_bytes = shutil.disk_usage(folder.path).free
             (folder.path / _RESERVE).unlink(missing_ok=True)
             watcher.close_gaps()
-        evidence = Evidence(
+        evidence = JobEvidence(
             limits=plan.limits,
             folder=folder.path,
             exit_code=job.exit_code,
@@ -148,7 +150,7 @@ def set_aside(folder: TrialFolder) -> None:
         path.rename(folder.set_aside(attempt) / path.name)
 
 
-def judged_result(evidence: Evidence, judgement: Judgement, folder: TrialFolder) -> TrialResult:
+def judged_result(evidence: JobEvidence, judgement: Judgement, folder: TrialFolder) -> TrialResult:
     """Return the program's own result where the judgement agrees with it, else its records under our judgement."""
     reported = evidence.result
     has_measured = judgement.outcome in {Outcome.COMPLETED, Outcome.TOO_SLOW}

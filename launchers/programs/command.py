@@ -126,8 +126,8 @@ class _Log:
         write_completed(self.spec, self.monitor, steps, [rank_record(self.monitor, self.peak)])
 
 
-def _larger(one: float | None, other: float | None) -> float | None:
-    return max((value for value in (one, other) if value is not None), default=None)
+def _larger(first: float | None, second: float | None) -> float | None:
+    return max((value for value in (first, second) if value is not None), default=None)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from signal import SIGKILL, SIGTERM, Signals
 
-from launchers.watch.evidence import Evidence
+from launchers.watch.evidence import JobEvidence
 from launchers.watch.limits import LEAST_SILENCE_S, SILENT_STEPS
 from launchers.watch.log_text import (
     COMMUNICATION,
@@ -39,14 +39,14 @@ class Judgement:
     rank: int | None = None
 
 
-def classify(evidence: Evidence) -> Judgement:
+def classify(evidence: JobEvidence) -> Judgement:
     """Decide how the trial ended, by the first rule that recognises the evidence."""
     judgements = (rule(evidence) for rule in _RULES)
     judgement = next(filter(None, judgements), None) or _unexplained(evidence)
     return replace(judgement, reason=" ".join(judgement.reason.split())[:_REASON_CHARACTERS])
 
 
-def _survivors(evidence: Evidence) -> Judgement | None:
+def _survivors(evidence: JobEvidence) -> Judgement | None:
     if not evidence.survivors:
         return None
     pids = ", ".join(map(str, evidence.survivors))
@@ -56,27 +56,27 @@ def _survivors(evidence: Evidence) -> Judgement | None:
     return Judgement(Outcome.INFRASTRUCTURE, reason, evidence.phase)
 
 
-def _held_gpus(evidence: Evidence) -> Judgement | None:
+def _held_gpus(evidence: JobEvidence) -> Judgement | None:
     if not evidence.held_gpus:
         return None
     reason = f"the GPUs are not as free as before the trial: {'; '.join(evidence.held_gpus)}"
     return Judgement(Outcome.INFRASTRUCTURE, reason, evidence.phase)
 
 
-def _clean_end(evidence: Evidence) -> Judgement | None:
+def _clean_end(evidence: JobEvidence) -> Judgement | None:
     if evidence.exit_code != 0 or evidence.result is None:
         return None
     result = evidence.result
     return Judgement(result.outcome, result.reason, result.phase, result.rank)
 
 
-def _recorded_failure(evidence: Evidence) -> Judgement | None:
+def _recorded_failure(evidence: JobEvidence) -> Judgement | None:
     """Judge by what the program recorded, unless it is a lost connection: another rank's failure may be its cause."""
     judgements = (_rank_record(evidence), _program_result(evidence))
     return next((each for each in judgements if each and each.outcome is not Outcome.COMMUNICATION), None)
 
 
-def _rank_record(evidence: Evidence) -> Judgement | None:
+def _rank_record(evidence: JobEvidence) -> Judgement | None:
     """Judge by the first failure that a rank recorded before the launcher ended the job."""
     in_time = [
         record
@@ -93,13 +93,13 @@ def _rank_record(evidence: Evidence) -> Judgement | None:
     return Judgement(outcome, reason, record.phase, record.rank)
 
 
-def _stopped(evidence: Evidence) -> Judgement | None:
+def _stopped(evidence: JobEvidence) -> Judgement | None:
     if evidence.ending != "stop":
         return None
     return Judgement(Outcome.INTERRUPTED, f"ended on request in {evidence.phase}", evidence.phase)
 
 
-def _signal(evidence: Evidence) -> Judgement | None:
+def _signal(evidence: JobEvidence) -> Judgement | None:
     """Judge by the signal that the first failed rank, or the first process, died of and that nobody here sent."""
     rank, code = _first_exit(evidence)
     if code >= 0 or -code == SIGTERM or (evidence.ending is not None and -code == SIGKILL):
@@ -117,7 +117,7 @@ def _signal(evidence: Evidence) -> Judgement | None:
     return Judgement(Outcome.INFRASTRUCTURE, reason, phase, rank)
 
 
-def _first_exit(evidence: Evidence) -> tuple[int | None, int]:
+def _first_exit(evidence: JobEvidence) -> tuple[int | None, int]:
     """Return the first rank that failed, or None for the job's first process, and its exit code."""
     if evidence.exit_codes:
         return next(iter(evidence.exit_codes.items()))
@@ -128,7 +128,7 @@ def _who(rank: int | None) -> str:
     return "the launcher" if rank is None else f"rank {rank}"
 
 
-def _program_result(evidence: Evidence) -> Judgement | None:
+def _program_result(evidence: JobEvidence) -> Judgement | None:
     """Judge by the failure that the program reported before the launcher ended the job."""
     result = evidence.result
     if result is None or result.outcome is Outcome.COMPLETED or evidence.result_at_s >= evidence.ended_at_s:
@@ -136,7 +136,7 @@ def _program_result(evidence: Evidence) -> Judgement | None:
     return Judgement(result.outcome, result.reason, result.phase, result.rank)
 
 
-def _limit(evidence: Evidence) -> Judgement | None:
+def _limit(evidence: JobEvidence) -> Judgement | None:
     """Judge by the limit for which the launcher ended the job."""
     phase, limits = evidence.phase, evidence.limits
     if evidence.ending == "startup":
@@ -150,7 +150,7 @@ def _limit(evidence: Evidence) -> Judgement | None:
     return None
 
 
-def _silence(evidence: Evidence) -> str:
+def _silence(evidence: JobEvidence) -> str:
     if evidence.silence_s < evidence.limits.step_s:
         why = f"{SILENT_STEPS} times the slowest step so far, at least {LEAST_SILENCE_S:g} s"
     else:
@@ -159,7 +159,7 @@ def _silence(evidence: Evidence) -> str:
     return f"no heartbeat for {silence_s:.3g} s ({why}) after step {evidence.step}; last seen in {evidence.phase}"
 
 
-def _disk(evidence: Evidence) -> Judgement | None:
+def _disk(evidence: JobEvidence) -> Judgement | None:
     judgement = _text(evidence, FULL_DISK, Outcome.INFRASTRUCTURE)
     if judgement:
         return _full_disk(evidence, judgement.reason, judgement.rank)
@@ -168,12 +168,12 @@ def _disk(evidence: Evidence) -> Judgement | None:
     return None
 
 
-def _full_disk(evidence: Evidence, message: str, rank: int | None) -> Judgement:
+def _full_disk(evidence: JobEvidence, message: str, rank: int | None) -> Judgement:
     reason = f"no space left in {evidence.phase} on the disk of {evidence.folder}, or another: {message}"
     return Judgement(Outcome.INFRASTRUCTURE, reason, evidence.phase, rank)
 
 
-def _traceback(evidence: Evidence) -> Judgement | None:
+def _traceback(evidence: JobEvidence) -> Judgement | None:
     """Judge by the last exception that a rank printed without living to record it, for instance an import error."""
     for rank in evidence.ranks_by_failure():
         if exception := last_exception(evidence.tails[rank]):
@@ -182,15 +182,15 @@ def _traceback(evidence: Evidence) -> Judgement | None:
     return None
 
 
-def _out_of_memory_text(evidence: Evidence) -> Judgement | None:
+def _out_of_memory_text(evidence: JobEvidence) -> Judgement | None:
     return _text(evidence, OUT_OF_MEMORY, Outcome.OOM)
 
 
-def _communication_text(evidence: Evidence) -> Judgement | None:
+def _communication_text(evidence: JobEvidence) -> Judgement | None:
     return _text(evidence, COMMUNICATION, Outcome.COMMUNICATION)
 
 
-def _text(evidence: Evidence, pattern: re.Pattern[str], outcome: Outcome) -> Judgement | None:
+def _text(evidence: JobEvidence, pattern: re.Pattern[str], outcome: Outcome) -> Judgement | None:
     """Judge by the first line of a log that the pattern is found in."""
     for rank in evidence.ranks_by_failure():
         if line := first_line(evidence.tails[rank], pattern):
@@ -200,7 +200,7 @@ def _text(evidence: Evidence, pattern: re.Pattern[str], outcome: Outcome) -> Jud
     return None
 
 
-def _unexplained(evidence: Evidence) -> Judgement:
+def _unexplained(evidence: JobEvidence) -> Judgement:
     rank = next(iter(evidence.exit_codes), None)
     code = evidence.exit_code if rank is None else evidence.exit_codes[rank]
     if evidence.result is not None:
@@ -216,7 +216,7 @@ def _unexplained(evidence: Evidence) -> Judgement:
     return Judgement(Outcome.INFRASTRUCTURE, reason, evidence.phase, rank)
 
 
-_RULES: tuple[Callable[[Evidence], Judgement | None], ...] = (
+_RULES: tuple[Callable[[JobEvidence], Judgement | None], ...] = (
     _survivors,
     _held_gpus,
     _clean_end,

@@ -14,7 +14,7 @@ from tuner.trial.contract import Heartbeat, Limits, Phase, RankRecord, TrialFold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence:
+class JobEvidence:
     """What a launcher saw of a job, and what the job left in its folder."""
 
     limits: Limits
@@ -84,7 +84,7 @@ def rank_logs(folder: TrialFolder) -> dict[int, list[Path]]:
     return logs_by_rank
 
 
-def with_files(evidence: Evidence, folder: TrialFolder, world_size: int) -> Evidence:
+def with_files(evidence: JobEvidence, folder: TrialFolder, world_size: int) -> JobEvidence:
     """Add what the ranks and torchrun wrote into the folder; a torn or missing file is left out."""
     records = []
     for rank in range(world_size):
@@ -109,7 +109,7 @@ def with_files(evidence: Evidence, folder: TrialFolder, world_size: int) -> Evid
     )
 
 
-def as_single_rank(evidence: Evidence) -> Evidence:
+def as_single_rank(evidence: JobEvidence) -> JobEvidence:
     """Return a command's evidence: the command counts as rank 0, since no torchrun of ours stands above it."""
     exit_codes = {0: evidence.exit_code} if evidence.exit_code else {}
     return replace(evidence, exit_codes=exit_codes, tails={0: evidence.launcher_tail}, launcher_tail="")

@@ -104,12 +104,12 @@ class OwnProcesses:
     def processes(self) -> list[psutil.Process]:
         """Return the trial's processes that run now, the tuner, and the tuner's descendants."""
         tuner = psutil.Process()
-        own = {tuner, *tuner.children(recursive=True)}
+        processes = {tuner, *tuner.children(recursive=True)}
         for pid in psutil.pids():
             with suppress(psutil.Error):
                 if self._is_marked(pid):
-                    own.add(psutil.Process(pid))
-        return list(own)
+                    processes.add(psutil.Process(pid))
+        return list(processes)
 
     def _is_marked(self, pid: int) -> bool:
         try:
@@ -122,8 +122,8 @@ class OwnProcesses:
 class CpuMeter:
     """Reads the cores that this process, and so the trial, may use."""
 
-    def __init__(self, own: OwnProcesses) -> None:
-        self._own = own
+    def __init__(self, own_processes: OwnProcesses) -> None:
+        self._own_processes = own_processes
         self._cores = sorted(os.sched_getaffinity(0))
         self._processes: list[psutil.Process] = []
 
@@ -131,7 +131,7 @@ class CpuMeter:
         """See Meter."""
         if phase == "measure" and not self._processes:
             # All ranks are there now. It is done once, because it looks at every process of the machine.
-            self._processes = self._own.processes()
+            self._processes = self._own_processes.processes()
         own_s = self._own_s() if phase == "measure" else None
         cpu = CpuReading(clock_mhz=self._clock_mhz(), busy_s=self._busy_s(), own_s=own_s)
         return Sample(time_s=time.time(), phase=phase, cpu=cpu)
@@ -161,13 +161,13 @@ class CpuMeter:
 class GpuMeter:
     """Reads the GPUs of the trial; NVML must be initialised."""
 
-    def __init__(self, selection: GpuSelection, own: OwnProcesses) -> None:
+    def __init__(self, selection: GpuSelection, own_processes: OwnProcesses) -> None:
         self._handles = [handle_of(name) for name in selection.names()]
-        self._own = own
+        self._own_processes = own_processes
 
     def read(self, phase: Phase) -> Sample:
         """See Meter."""
-        readings = tuple(read_gpu(pynvml, handle, self._own.holds) for handle in self._handles)
+        readings = tuple(read_gpu(pynvml, handle, self._own_processes.holds) for handle in self._handles)
         return Sample(time_s=time.time(), phase=phase, gpus=readings)
 
 

@@ -57,15 +57,15 @@ class Sampler:
         return tuple(self._samples)
 
     def _run(self) -> None:
-        own = OwnProcesses(self._folder.path)
+        own_processes = OwnProcesses(self._folder.path)
         # Without a driver, or the right to ask it, the trial goes on without telemetry.
         with suppress(pynvml.NVMLError, psutil.Error, OSError):
             if not self._gpus.count:
-                self._sample(CpuMeter(own))
+                self._sample(CpuMeter(own_processes))
                 return
             pynvml.nvmlInit()
             try:
-                self._sample(GpuMeter(self._gpus, own))
+                self._sample(GpuMeter(self._gpus, own_processes))
             finally:
                 pynvml.nvmlShutdown()
 

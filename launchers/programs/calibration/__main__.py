@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launchers.programs.calibration.collectives import collectives
-from launchers.programs.calibration.points import Point, PointTable
+from launchers.programs.calibration.points import PointTable, TimedPoint
 from launchers.programs.calibration.work import MLP_OPERATIONS, copies, products, small_mlp
 from launchers.programs.harness.cpu import enable_cpu
 from tuner.files import read_json, write_json
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
 def measure(plan: CalibrationPlan, device: torch.device) -> Calibration:
     """Measure everything that is planned; every rank returns an equal calibration."""
-    host = PointTable((), [Point(partial(small_mlp, device), waits=False)])
+    host = PointTable((), [TimedPoint(partial(small_mlp, device), waits=False)])
     gemm = {precision: products(plan, precision, device) for precision in plan.precisions}
     copy = copies(plan, device)
     near, apart = collectives(plan, device)

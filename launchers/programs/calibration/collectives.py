@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import p2p_communication
 from torch import Tensor
 
-from launchers.programs.calibration.points import Point, PointTable, Work
+from launchers.programs.calibration.points import PointTable, TimedPoint, Work
 from tuner.predict.calibration import CalibrationPlan, Collective
 
 Call = Callable[[dist.ProcessGroup, int, torch.device], Work]
@@ -29,8 +29,10 @@ def collectives(
     neighbours = [_group_of_this_rank(ranks, strided=False) for ranks in sizes[0]]
     strided = [_group_of_this_rank(ranks, strided=True) for ranks in sizes[0][:-1]]
 
-    def points(call: Call, groups: list[dist.ProcessGroup]) -> list[Point]:
-        return [Point(partial(call, group, size, device)) for group in groups for size in plan.message_bytes]
+    def points(call: Call, groups: list[dist.ProcessGroup]) -> list[TimedPoint]:
+        return [
+            TimedPoint(partial(call, group, size, device)) for group in groups for size in plan.message_bytes
+        ]
 
     near = {kind: points(call, neighbours) for kind, call in CALLS.items()}
     whole_world = {kind: group_points[-len(plan.message_bytes) :] for kind, group_points in near.items()}

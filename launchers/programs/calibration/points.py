@@ -14,7 +14,7 @@ Work = Callable[[], object]
 
 
 @dataclass(slots=True, eq=False)
-class Point:
+class TimedPoint:
     """One piece of work that all ranks do at once."""
 
     make: Callable[[], Work]
@@ -60,7 +60,7 @@ class PointTable:
 
     sizes: tuple[tuple[int, ...], ...]
     """The sizes along each axis."""
-    points: list[Point]
+    points: list[TimedPoint]
     """One point per combination, with the last axis running fastest."""
 
     @property

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from launchers.programs.calibration.points import Point, PointTable, Work
+from launchers.programs.calibration.points import PointTable, TimedPoint, Work
 from tuner.core.workload import Precision
 from tuner.predict.calibration import CalibrationPlan
 
@@ -26,14 +26,13 @@ def small_mlp(device: torch.device) -> Work:
 def products(plan: CalibrationPlan, precision: Precision, device: torch.device) -> PointTable:
     """Return the products of every shape (rows, output width, input width) that is planned."""
     sizes = (plan.gemm_sizes,) * 3
-    points = [Point(partial(_product, *shape, precision, device)) for shape in product(*sizes)]
+    points = [TimedPoint(partial(_product, shape, precision, device)) for shape in product(*sizes)]
     return PointTable(sizes, points)
 
 
-def _product(
-    rows: int, output_width: int, input_width: int, precision: Precision, device: torch.device
-) -> Work:
-    """Return a linear layer's forward product, as the layer calls it."""
+def _product(shape: tuple[int, int, int], precision: Precision, device: torch.device) -> Work:
+    """Return a linear layer's forward product of (rows, output width, input width), as the layer calls it."""
+    rows, output_width, input_width = shape
     inputs = torch.randn(rows, input_width, device=device)
     weights = torch.randn(output_width, input_width, device=device)
     if precision != "fp8":
@@ -47,7 +46,7 @@ def _product(
 
 def copies(plan: CalibrationPlan, device: torch.device) -> PointTable:
     """Return the copies of every size that is planned."""
-    points = [Point(partial(_copy, moved_bytes, device)) for moved_bytes in plan.copy_bytes]
+    points = [TimedPoint(partial(_copy, moved_bytes, device)) for moved_bytes in plan.copy_bytes]
     return PointTable((plan.copy_bytes,), points)
 
 

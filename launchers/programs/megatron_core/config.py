@@ -69,11 +69,10 @@ _MOE_FIELDS = (
     "moe_router_topk_scaling_factor",
     "moe_router_enable_expert_bias",
 )
-_REFUSED_KNOBS = ("cuda_graph_impl", "use_megatron_fsdp")
-"""Knobs whose features this program lacks; `tuner.trial.program.NOT_BUILT_IN` lists the features."""
 _MLA_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
-
+_REFUSED_KNOBS = ("cuda_graph_impl", "use_megatron_fsdp")
+"""Knobs whose features this program lacks; `tuner.trial.program.NOT_BUILT_IN` lists the features."""
 _CUDA_KNOBS = (
     "tp_comm_overlap",
     "delay_wgrad_compute",
@@ -107,19 +106,7 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
         ValueError: if Megatron or this program refuses the combination, or the CPU cannot do what it asks for.
         AssertionError: if Megatron refuses the combination.
     """
-    if device == "cpu":
-        _refuse_on_cpu(workload, layout)
-    for knob in _REFUSED_KNOBS:
-        if getattr(layout, knob) != DEFAULTS[knob]:
-            raise ValueError(f"{knob}: this program trains without it; a recipe or a command may have it")
-    if workload.fp8_param:
-        raise ValueError("fp8_param: this program keeps weights in 16 bits; leave it out of the workload")
-    if workload.model.is_moe and layout.ep == 1 and layout.etp != layout.tp:
-        # Megatron knows experts by ep alone (layers.py, extensions/transformer_engine.py: `expert_parallel`).
-        raise ValueError(
-            f"with ep 1 Megatron reduces the experts' gradients like dense ones, which is wrong where etp "
-            f"({layout.etp}) is not tp ({layout.tp}): set etp to tp, or ep above 1"
-        )
+    _refuse_unsupported(workload, layout, device)
     model = workload.model
     dtype = parameter_dtype(workload.precision)
     kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
@@ -143,6 +130,22 @@ def transformer_config(workload: Workload, layout: Layout, device: str) -> Trans
         embedding_init_method=leave_uninitialised,
         transformer_impl="transformer_engine" if have_transformer_engine(device) else "local",
     )
+
+
+def _refuse_unsupported(workload: Workload, layout: Layout, device: str) -> None:
+    if device == "cpu":
+        _refuse_on_cpu(workload, layout)
+    for knob in _REFUSED_KNOBS:
+        if getattr(layout, knob) != DEFAULTS[knob]:
+            raise ValueError(f"{knob}: this program trains without it; a recipe or a command may have it")
+    if workload.fp8_param:
+        raise ValueError("fp8_param: this program keeps weights in 16 bits; leave it out of the workload")
+    if workload.model.is_moe and layout.ep == 1 and layout.etp != layout.tp:
+        # Megatron knows experts by ep alone (layers.py, extensions/transformer_engine.py: `expert_parallel`).
+        raise ValueError(
+            f"with ep 1 Megatron reduces the experts' gradients like dense ones, which is wrong where etp "
+            f"({layout.etp}) is not tp ({layout.tp}): set etp to tp, or ep above 1"
+        )
 
 
 def ddp_config(workload: Workload, layout: Layout) -> DistributedDataParallelConfig:

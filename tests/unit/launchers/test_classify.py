@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from launchers.watch.classify import classify
-from launchers.watch.evidence import Evidence
+from launchers.watch.evidence import JobEvidence
 from launchers.watch.limits import Ending
 from launchers.watch.log_text import failed_ranks
 from tests.trials import metrics_of
 from tuner.trial.contract import Failure, Heartbeat, Limits, Outcome, Phase, RankRecord, TrialResult
 
-ENDED = Evidence(limits=Limits(), exit_code=1, heartbeat=Heartbeat(phase="measure", step=4, time_s=100.0))
+ENDED = JobEvidence(limits=Limits(), exit_code=1, heartbeat=Heartbeat(phase="measure", step=4, time_s=100.0))
 COMPLETED = TrialResult(outcome=Outcome.COMPLETED, reason="measured", metrics=metrics_of(100.0))
 
 # As torchrun of torch 2.13 printed it for a rank killed by SIGKILL.
@@ -197,7 +197,7 @@ FULL = "[Errno 28] No space left on device"
     ],
     ids=["recorded", "printed", "nothing could be written"],
 )
-def test_a_full_disk_is_reported_with_the_trials_folder(evidence: Evidence) -> None:
+def test_a_full_disk_is_reported_with_the_trials_folder(evidence: JobEvidence) -> None:
     judgement = classify(replace(evidence, folder=Path("/nights/t0007")))
     assert judgement.outcome is Outcome.INFRASTRUCTURE
     assert "no space left in measure on the disk of /nights/t0007" in judgement.reason
