@@ -18,7 +18,9 @@ MESSAGE_STATES: Final = 4
 """Hidden states of one micro-batch that the messages of a pipeline without interleaving hold at most: input and
 gradient received, output and gradient sent. Counted in Megatron-Core's schedules.py."""
 _RECOMPUTE: Final = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+"""The knobs of recompute, which are compared together."""
 _IN_FLIGHT: Final = ("tp", "pp", "vpp", "cp", "micro_batch_size", "microbatch_group_size_per_vp_stage")
+"""The knobs that decide how many micro-batches are in flight."""
 
 
 def needs_at_least_as_much_memory(
@@ -171,10 +173,8 @@ def _added_bytes(pp: Ints, layout: Layout, workload: Workload) -> Floats:
     sharded = attention(model).sharded + dense_mlp(model).sharded
     replicated = attention(model).replicated + dense_mlp(model).replicated + 2 * norm(model)
     layer_parameters = sharded / layout.tp + replicated
-    weight_bytes = 4 if workload.precision == "fp32" else 2
-    gradient_bytes = 4 if workload.grad_reduce_in_fp32 else weight_bytes
     gained_layers: Floats = model.num_layers / pp - model.num_layers / layout.pp
-    return gained_layers * layer_parameters * (weight_bytes + gradient_bytes)
+    return gained_layers * layer_parameters * (workload.weight_bytes + workload.gradient_bytes)
 
 
 def _taken_bytes(distributed: Bools, layout: Layout, workload: Workload, cluster: Cluster) -> Floats:
@@ -186,11 +186,11 @@ def _taken_bytes(distributed: Bools, layout: Layout, workload: Workload, cluster
     the layers over k times the ranks.
     """
     model, tp = workload.model, layout.tp
-    weight_bytes, adam_bytes = (4, 8) if workload.precision == "fp32" else (2, 12)
+    weight_bytes = workload.weight_bytes
     learned = model.position_embedding_type == "learned_absolute"
     table_rows = model.padded_vocab_size(tp) / tp + (model.max_position_embeddings if learned else 0)
     dp = data_parallel_size(cluster.world_size, tp, layout.pp, layout.cp)
-    shard_bytes = np.where(distributed, adam_bytes / (dp * layout.cp), 0)
+    shard_bytes = np.where(distributed, workload.adam_bytes / (dp * layout.cp), 0)
     embedding_parameters = table_rows * model.hidden_size + norm(model)
     embedding_bytes: Floats = embedding_parameters * (weight_bytes + shard_bytes)
     tokens = workload.seq_length * layout.micro_batch_size / layout.cp / (tp if layout.sp else 1)

@@ -94,21 +94,18 @@ class LayerTimes:
     ) -> tuple[PassTime, Floats | float]:
         """Return the forward passes that the backward pass of a layer repeats, and their share in all modules.
 
-        Selective recompute repeats the modules that the layout names. Full recompute repeats all modules in
+        Selective recompute repeats the modules that it drops. Full recompute repeats all modules in
         `full_share` of the layers.
         """
         c = self._layouts
         full = c.among("recompute_granularity", "full") * full_share
-        selective = c.among("recompute_granularity", "selective")
         repeated = PassTime()
         repeated_share: Floats | float = 0.0
         for name, module in modules.items():
-            named = c.recomputes(name)
-            if name == "core_attn":
-                named = named | c.among("recompute_modules", "none")
+            dropped = c.drops(name)
             if kind.moe and name in {"moe_act", "shared_experts"}:
-                named = named | c.recomputes("moe")
-            share = full + (selective & named)
+                dropped = dropped | c.drops("moe")
+            share = full + dropped
             repeated += module.forward.times(share)
             repeated_share = repeated_share + share / len(modules)
         return repeated, repeated_share

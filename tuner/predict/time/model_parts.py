@@ -27,21 +27,23 @@ EXPERTS_LAUNCHES: Final[Mapping[Implementation, tuple[float, float]]] = {
     "transformer_engine": (3.0, 0.0),
     "torch": (1.8, 0.18),
 }
-"""What router, permutes and dispatch of a layer of experts cost the host, in dense layers: per layer, and per local
-expert. Counted for torch in Megatron's local layers, where the experts run one after another. For Transformer Engine
-chosen within what is plausible to suit Megatron Bridge's published throughput of mixtures, which `python -m
-tests.bench.published` compares with the predictions."""
+"""Operations that the host launches for a layer of experts, as multiples of a dense layer's: those of the layer with
+its router, permutes and dispatch, and those of each local expert. Counted for torch in Megatron's local layers, where
+the experts run one after another. For Transformer Engine chosen within what is plausible to suit Megatron Bridge's
+published throughput of mixtures, which `python -m tests.bench.published` compares with the predictions."""
 EXPERT_BIAS_LAUNCHES: Final = 0.06
-"""What a bias costs the host per local expert, in dense layers: it is split, weighted and added for one expert after
-another. Counted in Megatron-Core's experts.py (_apply_bias)."""
+"""Operations that a bias adds per local expert, as a multiple of a dense layer's: it is split, weighted and added for
+one expert after another. Counted in Megatron-Core's experts.py (_apply_bias)."""
 HEAD_LAUNCHES: Final = 0.9
-"""What embedding, output layer and loss together cost the host, in dense layers. Counted like FORWARD_LAUNCHES."""
+"""Operations of embedding, output layer and loss together, as a multiple of a dense layer's. Counted like
+FORWARD_LAUNCHES."""
 CHUNK_LAUNCHES: Final = 0.25
-"""What one pass of the pipeline's schedule over a model chunk costs the host, in dense layers: data, messages,
-bookkeeping. Measured with a profiler on CPU: 0.5 ms, next to 2.9 ms for a layer, and the launches of the messages."""
+"""Work of the host for one pass of the pipeline's schedule over a model chunk (data, messages, bookkeeping), as a
+multiple of a dense layer's. Measured with a profiler on CPU: 0.5 ms, next to 2.9 ms for a layer, and the launches of
+the messages."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPart:
     """All layers of one kind, all heads, or the embedding: where they lie, and how long one takes for a micro-batch.
 
@@ -73,31 +75,47 @@ def model_parts(
     head, embedding = layers.head(), layers.embedding()
     parts = [
         ModelPart(
-            split.heads, split.heads.sum(axis=0), head.both, 0.0, host.waits_ms(head, launches=HEAD_LAUNCHES)
+            on_rank=split.heads,
+            in_model=split.heads.sum(axis=0),
+            useful=head.both,
+            recompute_ms=0.0,
+            host_ms=host.waits_ms(head, launches=HEAD_LAUNCHES),
         ),
-        ModelPart(split.embeddings, 1, embedding.both, 0.0, host.waits_ms(embedding, launches=0.0)),
+        ModelPart(
+            on_rank=split.embeddings,
+            in_model=1,
+            useful=embedding.both,
+            recompute_ms=0.0,
+            host_ms=host.waits_ms(embedding, launches=0.0),
+        ),
     ]
     full_share = _fully_recomputed_share(c, workload)
     for kind, on_rank in split.layers.items():
         modules = layers.modules(kind)
         layer = sum(modules.values(), ModuleTime())
         repeated, repeated_share = layers.recomputed(kind, modules, full_share)
-        host_ms = host.waits_ms(
-            layer,
-            launches=_launches(kind, c, workload, implementation),
-            repeated_ms=repeated.total_ms,
-            repeated_share=repeated_share,
+        part = ModelPart(
+            on_rank=on_rank,
+            in_model=split.totals[kind],
+            useful=layer.both,
+            recompute_ms=repeated.total_ms,
+            host_ms=host.waits_ms(
+                layer,
+                launches=_launches(kind, c, workload, implementation),
+                repeated_ms=repeated.total_ms,
+                repeated_share=repeated_share,
+            ),
         )
-        parts.append(ModelPart(on_rank, split.totals[kind], layer.both, repeated.total_ms, host_ms))
+        parts.append(part)
     return parts
 
 
 def _launches(
     kind: LayerKind, c: Columns, workload: Workload, implementation: Implementation
 ) -> Floats | float:
-    """Return what the host launches for a pass through a layer, in dense layers' passes, with CUDA graphs taken off.
+    """Return the operations that the host launches for a pass through a layer, as a multiple of a dense layer's.
 
-    A layer's share in the pipeline's schedule is included.
+    They include the layer's share of the pipeline's schedule, and exclude what a CUDA graph replays.
     """
     schedule = CHUNK_LAUNCHES * c["pp"] * c["vpp"] / workload.model.num_layers
     if not kind.moe:
@@ -126,7 +144,7 @@ class _Host:
         # Each half of a layer has an all-reduce, or two collectives under sequence parallelism; a ring has its steps.
         self._collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + attention_step_kernels(c)
         self._launches_passes = ~graphs.whole_iteration(c) if graphs.captures(c).any() else None
-        """Rows in which the host launches passes at all; None for every row."""
+        """Rows in which the host launches the passes itself; None if it does in every row."""
 
     def waits_ms(
         self,
@@ -140,9 +158,9 @@ class _Host:
 
         Args:
             module: The module.
-            launches: What the host launches for it, in dense layers.
+            launches: Operations that the host launches for it, as a multiple of a dense layer's.
             repeated_ms: Time of the forward passes that the backward pass repeats.
-            repeated_share: Their share in the module's launches.
+            repeated_share: The share of the module's operations that they repeat.
         """
         launch_ms = self._rates.launch_ms
         forward_ms = launch_ms * (launches * FORWARD_LAUNCHES + self._collectives)

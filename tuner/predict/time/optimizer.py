@@ -1,4 +1,4 @@
-"""What ends an optimizer step: gradients are reduced, weights updated and parameters gathered; in milliseconds."""
+"""How long it takes to reduce gradients, update weights and gather parameters once per step, in milliseconds."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -42,13 +42,15 @@ def optimizer_times(
     workload: Workload,
     rates: Rates,
     split: LayersByRank,
+    *,
     pass_ms: Floats,
     num_microbatches: Ints,
 ) -> dict[str, Floats]:
-    """Return the milliseconds of a step that data parallelism exposes ("dp_ms") and the optimizer takes
-    ("optimizer_ms").
+    """Return the parts of a step that follow its micro-batches, in milliseconds and by name, each of shape [rows].
 
-    Both are of the rank that holds the most. `pass_ms` is the time of its last micro-batch, forward and backward.
+    "dp_ms" is what nothing hides of reducing gradients and gathering parameters, "optimizer_ms" the update of the
+    weights. Both are those of the rank that holds the most. `pass_ms` is the time of its last micro-batch, forward and
+    backward.
     """
     dense, routed = _weights(c, workload.model, rates, split)
     exposed_ms = _exposed_ms(dense, pass_ms, c, rates) + _exposed_ms(routed, pass_ms, c, rates)

@@ -40,11 +40,13 @@ def pipeline_times(
     # While the pipeline fills and drains, a rank waits for one pass of all the others, one chunk at a time.
     filled_ms = num_microbatches * slowest_ms + np.maximum(model_ms - slowest_ms, 0.0) / c["vpp"]
     if rates.ranks_per_core > 1:
-        mean_ms = num_microbatches * model_ms / c["pp"]
         counted = [part.in_model / c["pp"] for part in parts]
-        return PipelineTimes(counted, slowest_ms, _shared_bubble_ms(c, rates, mean_ms, slowest_ms, filled_ms))
-    counted = [_at_rank(part.on_rank, slowest) for part in parts]
-    return PipelineTimes(counted, slowest_ms, filled_ms - num_microbatches * slowest_ms)
+        mean_ms = num_microbatches * model_ms / c["pp"]
+        bubble_ms = _shared_bubble_ms(c, rates, mean_ms=mean_ms, slowest_ms=slowest_ms, filled_ms=filled_ms)
+    else:
+        counted = [_at_rank(part.on_rank, slowest) for part in parts]
+        bubble_ms = filled_ms - num_microbatches * slowest_ms
+    return PipelineTimes(counted, slowest_ms, bubble_ms)
 
 
 def _at_rank(values: Floats, rank: NDArray[np.intp]) -> Floats:
@@ -54,7 +56,7 @@ def _at_rank(values: Floats, rank: NDArray[np.intp]) -> Floats:
 
 
 def _shared_bubble_ms(
-    c: Columns, rates: Rates, mean_ms: Floats, slowest_ms: Floats, filled_ms: Floats
+    c: Columns, rates: Rates, *, mean_ms: Floats, slowest_ms: Floats, filled_ms: Floats
 ) -> Floats:
     """Return the bubble of a pipeline whose ranks share cores.
 

@@ -65,9 +65,9 @@ class Rates:
                 f"cluster '{cluster.name}': key 'gpu.peak_tflops' states none for {workload.precision}; "
                 f"add it, or choose a precision of {', '.join(peaks)}"
             )
-        self.state_bytes = 4.0 if workload.precision == "fp32" else 2.0
+        self.state_bytes = float(workload.weight_bytes)
         """Bytes of one element of an activation."""
-        self.gradient_bytes = 4.0 if workload.grad_reduce_in_fp32 else self.state_bytes
+        self.gradient_bytes = float(workload.gradient_bytes)
         """Bytes of the gradient of one weight, as it is accumulated and reduced."""
         self.parameter_bytes = 1.0 if workload.fp8_param else self.state_bytes
         """Bytes of one weight, as the distributed optimizer gathers it."""

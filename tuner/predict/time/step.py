@@ -160,7 +160,7 @@ def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Impleme
     parts["host_ms"] = over_step(part.host_ms for part in model)
     parts["recompute_ms"] = over_step(part.recompute_ms for part in model)
     parts |= {"bubble_ms": pipeline.bubble_ms, "p2p_ms": messages_ms(c, workload, rates, count)}
-    parts |= optimizer_times(c, workload, rates, split, pipeline.slowest_ms, count)
+    parts |= optimizer_times(c, workload, rates, split, pass_ms=pipeline.slowest_ms, num_microbatches=count)
     forward_ms = (1 - fsdp.BACKWARD_SHARE) * pipeline.slowest_ms
     backward_ms = fsdp.BACKWARD_SHARE * pipeline.slowest_ms
     parts["offload_ms"] = count * offload.exposed_ms(c, workload, implementation, forward_ms, backward_ms)
