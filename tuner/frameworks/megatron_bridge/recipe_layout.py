@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from tuner.core.cluster import Cluster
 from tuner.core.environment import cuda_environment
-from tuner.core.layout import DEFAULTS, MOE_KNOBS, Layout, min_gpus
+from tuner.core.layout import DEFAULT_RECOMPUTE_MODULE, DEFAULTS, MOE_KNOBS, Layout, min_gpus
 from tuner.core.pipeline_layout import parse as read_placement
 from tuner.core.pipeline_layout import write
 from tuner.files import parse
@@ -60,7 +60,10 @@ def _stated_knobs(values: Values) -> dict[str, Any]:
 def _respelled(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
     """Yield the knobs that Bridge spells in another way than a Layout, each with the value of the Layout."""
     modules = knobs["recompute_modules"]
-    selective = knobs["recompute_granularity"] == "selective" and modules not in ("none", ["core_attn"])
+    selective = knobs["recompute_granularity"] == "selective" and modules not in (
+        "none",
+        [DEFAULT_RECOMPUTE_MODULE],
+    )
     yield "recompute_modules", "+".join(modules) if selective else "none"
     if knobs["microbatch_group_size_per_vp_stage"] == knobs["pp"]:
         yield "microbatch_group_size_per_vp_stage", 0
