@@ -189,9 +189,8 @@ def _be_rank(module: str, arguments: list[str]) -> None:
         return
     except SystemExit as end:
         code = end.code
-    except (
-        BaseException
-    ):  # multiprocessing would tell only the agent, and the rank's own log would stay empty
+    except BaseException:
+        # multiprocessing would tell only the agent, and the rank's own log would stay empty.
         traceback.print_exc()
     if code:
         sys.stdout.flush()

@@ -139,7 +139,7 @@ def _visible_devices() -> list[Device]:
 def _device(properties: Any) -> Device:
     import pynvml
 
-    # CUDA_VISIBLE_DEVICES renumbers torch's devices and not NVML's: the PCI address is what they share.
+    # CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's, so they are matched by their PCI address.
     address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode("ascii"))
     return Device(

@@ -25,9 +25,8 @@ def launcher(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TorchrunLauncher]:
     """One launcher for both trials; after the test, no process of a trial may run."""
-    monkeypatch.delenv(
-        "PYTEST_CURRENT_TEST"
-    )  # pytest changes it during the test, and with it the environment of the jobs
+    # pytest changes it during the test, and with it the environment of the jobs.
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
     with Preload(tmp_path) if request.param == "forked" else nullcontext() as preload:
         yield COLD if preload is None else replace(COLD, start=preload.start)
         assert preload is None or preload.jobs() == []

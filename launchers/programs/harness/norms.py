@@ -1,4 +1,4 @@
-"""Norms in plain Torch, which Megatron's local layers lack: under sequence parallelism, and the sandwich of Gemma."""
+"""Norms in plain Torch: one for sequence parallelism, and Gemma's second norm. Megatron's local layers have neither."""
 
 from collections.abc import Callable
 from typing import Any

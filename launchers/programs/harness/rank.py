@@ -46,7 +46,7 @@ def run_rank(arguments: list[str], run: Run) -> int:
 
 
 def end(code: int) -> None:
-    """Return if the exit code is 0, so that the process ends by itself; else end it at once, whatever it waits for."""
+    """Flush the output; if the exit code is not 0, end the process at once, whatever it waits for."""
     with suppress(OSError):  # the disk may be full
         sys.stdout.flush()
         sys.stderr.flush()

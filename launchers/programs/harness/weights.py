@@ -48,7 +48,7 @@ def global_parameters(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _source(name: str, chunk: GPTModel) -> str:
-    """Return the name of the parameter whose values a parameter has: its own, or the one that it is tied to."""
+    """Return the name that a parameter's values are drawn by: its own, or that of the parameter it is tied to."""
     # The last stage has a copy of the embedding where the model ties it to the output layer.
     tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
     return "embedding.word_embeddings.weight" if tied else name

@@ -96,11 +96,8 @@ def _shorten(config: Any, spec: TrialSpec, folder: Path) -> None:
         setattr(config.checkpoint, name, None)
     config.checkpoint.async_save = False
     config.validation.eval_iters = 0
-    for name in (
-        "eval_iters",
-        "eval_interval",
-        "skip_train",
-    ):  # deprecated fields, which would take precedence
+    # These fields are deprecated, and would take precedence.
+    for name in ("eval_iters", "eval_interval", "skip_train"):
         setattr(config.train, name, None)
     config.train.exit_interval = config.train.exit_duration_in_mins = None
     for name in _LOGGERS:
@@ -150,7 +147,7 @@ def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
 
 
 def _layouts_variables(spec: TrialSpec) -> set[str]:
-    """Return the variables that the launcher sets or leaves out for the layout; a recipe's are for its own layout."""
+    """Return the variables that the launcher decides for the layout; the recipe's values are for its own layout."""
     knobs = {
         knob.metadata["megatron"].partition(".")[2]
         for knob in fields(Layout)
