@@ -13,8 +13,8 @@ from tuner.core.choices import CHOICES, value_of
 from tuner.core.layout import Layout
 
 FEWEST_TRIALS: Final = 8
-"""Fewest trials that shares are computed from. Assumed: with three or four values per choice and fewer trials, a forest
-of trees splits on noise."""
+"""Fewest trials that shares are computed from. Assumed: with three or four points per choice, a forest of trees splits
+on noise."""
 
 
 def importances(layouts: Sequence[Layout], step_time_ms: Sequence[float]) -> dict[str, float]:

@@ -21,10 +21,10 @@ from tuner.search.cost import TrialCost
 from tuner.search.stopping import JOINT_DRAWS, Certainty, certainty
 from tuner.search.surrogate import Surrogate
 
-PAIRS: Final = 524_288
+MOST_PAIRS: Final = 524_288
 """Largest number of pairs of a row and a measurement that one choice evaluates: the more is measured, the fewer of the
 best predicted rows are considered. Measured by tests/bench/ask.py: a choice then takes tens of ms."""
-RIVALS: Final = 512
+MOST_RIVALS: Final = 512
 """Largest number of rows that are drawn jointly: the rows left that are most likely to beat the best. Assumed."""
 
 
@@ -91,7 +91,7 @@ class Ranking:
         rows = self._considered(available, 0)
         at = self._surrogate.at(rows)
         z = (self._best_log - self._log_predicted[rows] - at.mean) / at.deviation
-        likeliest = np.argsort(-self._fits[rows] * stdtr(at.freedom, z), kind="stable")[:RIVALS]
+        likeliest = np.argsort(-self._fits[rows] * stdtr(at.freedom, z), kind="stable")[:MOST_RIVALS]
         rivals = rows[likeliest]
         # Seeded by the number of measurements alone, so that a resumed sweep draws alike.
         random = np.random.default_rng(self._surrogate.measured)
@@ -101,14 +101,14 @@ class Ranking:
             self._best_log,
             self._log_predicted[rivals] + errors,
             self._fits[rivals],
-            self._surrogate.measured,
-            random,
+            measured=self._surrogate.measured,
+            random=random,
         )
 
     def _considered(self, available: Bools, in_flight: int) -> NDArray[np.intp]:
-        """Return the available rows, the best predicted first, as many as PAIRS allows."""
+        """Return the available rows, the best predicted first, as many as MOST_PAIRS allows."""
         informed = self._surrogate.informed + in_flight
-        return self._order[available[self._order]][: PAIRS // max(1, informed)]
+        return self._order[available[self._order]][: MOST_PAIRS // max(1, informed)]
 
     def _scores(self, rows: NDArray[np.intp], in_flight: Sequence[int]) -> tuple[Floats, Floats]:
         """Return the score of each row, and the expected logarithm of its step time, both of shape [len(rows)]."""

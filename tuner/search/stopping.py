@@ -18,7 +18,7 @@ JOINT_DRAWS: Final = 1000
 MIN_MEASURED: Final = 5
 """Fewest measurements after which a sweep may stop by itself. Assumed: with fewer, only the prior says how far the
 predictor errs, and one disturbed trial can lead anywhere."""
-NOTHING: Final = 0.0005
+NEGLIGIBLE_GAIN: Final = 0.0005
 """Gains below this share of the step time are shown as none. Assumed: they would print as 0.0%."""
 
 
@@ -48,13 +48,13 @@ class Certainty:
     def sentence(self, confidence: float) -> str:
         """Return a sentence that tells a user how near the best is, with this probability."""
         gain = self.gain(confidence)
-        near = f"within {gain:.1%} of the best" if gain >= NOTHING else "the best"
+        near = f"within {gain:.1%} of the best" if gain >= NEGLIGIBLE_GAIN else "the best"
         probability = f"with probability {confidence:.0%}, as far as the surrogate knows"
         return f"The best is {near} of {self.searched} {probability}."
 
 
 def certainty(
-    best_log_ms: float, left_log_ms: Floats, fits: Floats, measured: int, random: np.random.Generator
+    best_log_ms: float, left_log_ms: Floats, fits: Floats, *, measured: int, random: np.random.Generator
 ) -> Certainty:
     """Return what draws of the rows left say about the best measured row.
 

@@ -30,12 +30,12 @@ BIAS: Final = 8.0
 Assumed, for a predictor that nothing has calibrated."""
 REACH: Final = 4.0
 """Distance, in doublings of a knob, over which the correlation of the shared part falls to 1/e."""
-OWN: Final = 0.3
+OWN_PART: Final = 0.3
 """Standard deviation of a layout's own part together with that of repeats, in units of ERROR.
 
-REACH, OWN and the exponential kernel are measured: they give the greatest predictive density of rows not yet measured,
-given 2, 4 and 8 rows, over the recorded groups of vTrain. There 90% intervals hold 93 to 99% of the rows. On the
-landscape cpu-4-tiny-gpt, which was not used to choose them, they hold 91 to 93%.
+REACH, OWN_PART and the exponential kernel are measured: they give the greatest predictive density of rows not yet
+measured, given 2, 4 and 8 rows, over the recorded groups of vTrain. There 90% intervals hold 93 to 99% of the rows. On
+the landscape cpu-4-tiny-gpt, which was not used to choose them, they hold 91 to 93%.
 """
 
 
@@ -90,14 +90,14 @@ class Surrogate:
         """Return the errors that `rows` would measure, as if the rows in flight had measured their expected values."""
         fit = self._fit(tuple(in_flight))
         mean, _, variance = fit.at(self._features[rows])
-        return Posterior(mean, np.sqrt(fit.scale * (variance + OWN**2)), fit.freedom)
+        return Posterior(mean, np.sqrt(fit.scale * (variance + OWN_PART**2)), fit.freedom)
 
     def draw(self, rows: NDArray[np.intp], draws: int, random: np.random.Generator) -> Floats:
         """Return joint draws of the errors of `rows`, of shape [draws, len(rows)]."""
         fit = self._fit(())
         points = self._features[rows]
         mean, reduced, _ = fit.at(points)
-        covariance = _covariance(points, points) - reduced.T @ reduced + OWN**2 * np.eye(len(rows))
+        covariance = _covariance(points, points) - reduced.T @ reduced + OWN_PART**2 * np.eye(len(rows))
         root = cholesky(covariance, lower=True)
         scales = fit.scale * fit.freedom / random.chisquare(fit.freedom, (draws, 1))
         errors: Floats = mean + np.sqrt(scales) * (random.standard_normal((draws, len(rows))) @ root.T)
@@ -112,15 +112,15 @@ class Surrogate:
         if in_flight:
             fit = self._fit(())
             points = self._features[list(in_flight)]
-            return fit.extended(points, fit.at(points)[0], np.full(len(points), OWN**2))
+            return fit.extended(points, fit.at(points)[0], np.full(len(points), OWN_PART**2))
         exact = _Fit.of(self._features[self._rows], np.array(self._errors))
         if not self._bounds:
             return exact
         points, bounds = self._features[list(self._bounds)], np.array(list(self._bounds.values()))
         mean, reduced, _ = exact.at(points)
-        covariance = _covariance(points, points) - reduced.T @ reduced + OWN**2 * np.eye(len(points))
+        covariance = _covariance(points, points) - reduced.T @ reduced + OWN_PART**2 * np.eye(len(points))
         values, variances = bound_sites(mean, exact.scale * covariance, bounds)
-        return exact.extended(points, values, OWN**2 + variances / exact.scale)
+        return exact.extended(points, values, OWN_PART**2 + variances / exact.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class _Fit:
     @classmethod
     def of(cls, points: Floats, values: Floats) -> "_Fit":
         """Fit exact measurements."""
-        noise = np.full(len(values), OWN**2)
+        noise = np.full(len(values), OWN_PART**2)
         root, weights = _factorised(points, values, noise)
         freedom = ERROR_WEIGHT + len(values)
         scale = (ERROR_WEIGHT * ERROR**2 + float(weights @ weights)) / freedom

@@ -106,8 +106,9 @@ def nearest(wanted: Layout, available: NDArray[np.bool_]) -> int:
 
 def distance(one: Layout, other: Layout) -> float:
     """Doublings and switches between two layouts."""
-    doublings = sum(abs(log2(getattr(one, knob)) - log2(getattr(other, knob))) for knob in SIZES)
-    return doublings + sum(getattr(one, knob) != getattr(other, knob) for knob in SWITCHES_AND_TEXTS)
+    doublings: float = sum(abs(log2(getattr(one, knob)) - log2(getattr(other, knob))) for knob in SIZES)
+    switches = sum(bool(getattr(one, knob) != getattr(other, knob)) for knob in SWITCHES_AND_TEXTS)
+    return doublings + switches
 
 
 @pytest.mark.parametrize("row", [0, 5, 20])

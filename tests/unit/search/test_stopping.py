@@ -51,19 +51,22 @@ def test_the_sentence_states_the_gain_and_its_probability() -> None:
 
 def test_a_loss_is_how_much_slower_the_best_measured_is_than_the_best_of_all() -> None:
     left = np.log(np.array([[90.0, 95.0], [120.0, 130.0], [50.0, 200.0]]))
-    claim = certainty(float(np.log(100.0)), left, np.ones(2), 5, np.random.default_rng(0))
+    claim = certainty(float(np.log(100.0)), left, np.ones(2), measured=5, random=np.random.default_rng(0))
     assert claim.losses == pytest.approx([0, 100 / 90 - 1, 1.0])
 
 
 def test_rows_that_do_not_fit_cost_nothing() -> None:
     left = np.log(np.full((20_000, 1), 50.0))
-    claim = certainty(float(np.log(100.0)), left, np.array([0.3]), 5, np.random.default_rng(0))
+    claim = certainty(
+        float(np.log(100.0)), left, np.array([0.3]), measured=5, random=np.random.default_rng(0)
+    )
     assert claim.within(0.0) == pytest.approx(0.7, abs=0.02)
     assert claim.within(1.001) == 1.0
 
 
 def test_if_no_row_is_left_the_best_is_certain() -> None:
-    assert certainty(1.0, np.zeros((10, 0)), np.zeros(0), 5, np.random.default_rng(0)).within(0.0) == 1.0
+    claim = certainty(1.0, np.zeros((10, 0)), np.zeros(0), measured=5, random=np.random.default_rng(0))
+    assert claim.within(0.0) == 1.0
 
 
 @pytest.mark.skipif(not STEP_TIMES.exists(), reason=f"the recorded step times are not here: {STEP_TIMES}")

@@ -9,7 +9,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
 from tuner.search.censoring import bound_sites
-from tuner.search.surrogate import BIAS, ERROR, ERROR_WEIGHT, OWN, REACH, Surrogate
+from tuner.search.surrogate import BIAS, ERROR, ERROR_WEIGHT, OWN_PART, REACH, Surrogate
 
 GRID = np.array([(tp, micro) for tp in range(5) for micro in range(5)], dtype=np.float64)
 ALL = np.arange(len(GRID))
@@ -26,7 +26,7 @@ def test_before_a_measurement_only_the_prior_is_known() -> None:
     at = Surrogate(GRID).at(ALL)
     assert np.all(at.mean == 0)
     assert at.freedom == ERROR_WEIGHT
-    assert at.deviation == pytest.approx(ERROR * np.sqrt(BIAS**2 + 1 + OWN**2))
+    assert at.deviation == pytest.approx(ERROR * np.sqrt(BIAS**2 + 1 + OWN_PART**2))
 
 
 @settings(max_examples=20)
@@ -36,15 +36,15 @@ def test_mean_and_variance_are_those_of_a_gaussian_process_of_the_learnt_scale(
 ) -> None:
     at = taught(errors).at(ALL)
     kernel = ConstantKernel(BIAS**2) + Matern(REACH, nu=0.5)
-    process = GaussianProcessRegressor(kernel, alpha=OWN**2, optimizer=None)
+    process = GaussianProcessRegressor(kernel, alpha=OWN_PART**2, optimizer=None)
     rows, values = list(errors), np.array(list(errors.values()))
     process.fit(GRID[rows], values)
     mean, deviation = process.predict(GRID, return_std=True)
     assert at.mean == pytest.approx(mean, abs=1e-6)
-    prior = process.kernel_(GRID[rows]) + OWN**2 * np.eye(len(rows))
+    prior = process.kernel_(GRID[rows]) + OWN_PART**2 * np.eye(len(rows))
     fit = float(values @ np.linalg.solve(prior, values))
     scale = (ERROR_WEIGHT * ERROR**2 + fit) / (ERROR_WEIGHT + len(rows))
-    assert at.deviation**2 == pytest.approx(scale * (deviation**2 + OWN**2), rel=1e-4)
+    assert at.deviation**2 == pytest.approx(scale * (deviation**2 + OWN_PART**2), rel=1e-4)
 
 
 def test_a_predictor_that_is_often_wrong_is_trusted_less() -> None:
@@ -130,7 +130,7 @@ def test_draws_have_the_posteriors_mean_spread_and_correlation() -> None:
 def test_the_intervals_hold_as_often_as_they_claim_where_the_model_is_true(seed: int) -> None:
     random = np.random.default_rng(seed)
     away = np.linalg.norm(GRID[:, None] - GRID[None], axis=2)
-    root = np.linalg.cholesky(np.exp(-away / REACH) + OWN**2 * np.eye(len(GRID)))
+    root = np.linalg.cholesky(np.exp(-away / REACH) + OWN_PART**2 * np.eye(len(GRID)))
     inside = 0
     for _ in range(20):
         scale = ERROR * np.sqrt(ERROR_WEIGHT / random.chisquare(ERROR_WEIGHT))
