@@ -16,7 +16,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import KNOBS, Layout, layout_from, min_gpus
 from tuner.core.workload import Model, Workload
 from tuner.rules.validity import broken_rules, valid_mask
-from tuner.space.domain import search_domain
+from tuner.space.domain import Value, search_domain
 from tuner.space.enumeration import enumerate_layouts
 from tuner.space.guide import DenseRow, MoeRow, Range, read_guide
 from tuner.space.heuristics import GRID_WEIGHTS, Seed, seeds
@@ -338,7 +338,11 @@ def test_seeds_come_in_a_fixed_order(setting: Setting) -> None:
     assert seeds(setting.workload(), setting.cluster(), table_of(setting)) == seeds_of(setting)
 
 
-WITHOUT_RECOMPUTE = {"recompute_granularity": "none", "recompute_method": "none", "recompute_num_layers": 0}
+WITHOUT_RECOMPUTE: dict[str, Value] = {
+    "recompute_granularity": "none",
+    "recompute_method": "none",
+    "recompute_num_layers": 0,
+}
 
 
 @settings(max_examples=40, deadline=None)
