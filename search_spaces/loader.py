@@ -1,4 +1,4 @@
-"""The one loader of the built-in models and clusters, by name or from a user's own file. No logic."""
+"""Load a model or a cluster: a built-in one by its name, or one from a user's own file."""
 
 import json
 from collections.abc import Sequence
@@ -15,20 +15,24 @@ ROOT = Path(__file__).parent
 
 
 def model_names() -> list[str]:
-    """The built-in models, sorted."""
+    """Return the names of the built-in models, sorted."""
     return _names("models")
 
 
 def cluster_names() -> list[str]:
-    """The built-in clusters, sorted."""
+    """Return the names of the built-in clusters, sorted."""
     return _names("clusters")
 
 
 def load_model(name_or_path: str) -> Model:
-    """Load a built-in model by name, a `.yaml` file of `Model`'s fields, or a Hugging Face `config.json`.
+    """Return a model.
+
+    Args:
+        name_or_path: the name of a built-in model, the path of a `.yaml` file that holds the fields of `Model`, or the
+            path of a Hugging Face `config.json`.
 
     Raises:
-        InputError: if there is no such model or file, or the file does not describe a model.
+        InputError: if there is no such model or file, or the file doesn't describe a model.
     """
     path = _find("models", name_or_path, ["a .yaml file", "a Hugging Face config.json"])
     if path.suffix != ".json":
@@ -43,10 +47,14 @@ def load_model(name_or_path: str) -> Model:
 
 
 def load_cluster(name_or_path: str, nodes: int | None = None) -> Cluster:
-    """Load a built-in cluster by name or a `.yaml` file of `Cluster`'s fields; `nodes` replaces its count.
+    """Return a cluster.
+
+    Args:
+        name_or_path: the name of a built-in cluster, or the path of a `.yaml` file that holds the fields of `Cluster`.
+        nodes: replaces the cluster's number of nodes, unless it is None.
 
     Raises:
-        InputError: if there is no such cluster or file, the file describes none, or `nodes` is below 1.
+        InputError: if there is no such cluster or file, the file doesn't describe a cluster, or `nodes` is below 1.
     """
     cluster = read_yaml(Cluster, _find("clusters", name_or_path, ["a .yaml file"]))
     if nodes is None:
@@ -58,17 +66,19 @@ def load_cluster(name_or_path: str, nodes: int | None = None) -> Cluster:
 
 
 def _names(kind: str) -> list[str]:
+    """Return the names of the built-in files of a kind, which is the folder that holds them: "models" or "clusters"."""
     return sorted(path.stem for path in (ROOT / kind).glob("*.yaml"))
 
 
-def _find(kind: str, name_or_path: str, files: Sequence[str]) -> Path:
+def _find(kind: str, name_or_path: str, file_types: Sequence[str]) -> Path:
+    """Return the path of a built-in file or of the user's own; `file_types` says which files a user may give."""
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml", ".json"}:
         return path
-    known = _names(kind)
-    if name_or_path in known:
+    names = _names(kind)
+    if name_or_path in names:
         return ROOT / kind / f"{name_or_path}.yaml"
     raise InputError(
-        f"unknown {kind.removesuffix('s')} '{name_or_path}'{did_you_mean(name_or_path, known)}. "
-        f"Give the path of {' or '.join(files)}, or one of: {', '.join(known)}"
+        f"unknown {kind.removesuffix('s')} '{name_or_path}'{did_you_mean(name_or_path, names)}. "
+        f"Give the path of {' or '.join(file_types)}, or one of: {', '.join(names)}"
     )
