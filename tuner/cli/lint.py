@@ -70,7 +70,9 @@ def lint(
     ] = None,
     vocab_size: Annotated[
         int | None,
-        typer.Option("--vocab-size", help="The vocabulary, if only a run could ask the tokenizer."),
+        typer.Option(
+            "--vocab-size", help="Tokens of the vocabulary, if only the job could ask the tokenizer."
+        ),
     ] = None,
     hf_configs: Annotated[
         Path | None,

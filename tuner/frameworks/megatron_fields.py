@@ -28,7 +28,7 @@ def megatron_value(knob: str, value: Any) -> Any:
 
 
 def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any]:
-    """Return Megatron's values by `group.field` of every knob, except those of the environment.
+    """Return Megatron's values by `section.field` of every knob, except those of the environment.
 
     Args:
         layout: The layout.

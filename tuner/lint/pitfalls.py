@@ -16,7 +16,7 @@ def pitfalls(layout: Layout, workload: Workload, cluster: Cluster) -> Iterator[s
     if layout.pp > 1 and layout.vpp == 1 and layers % layout.pp == 0 and layers // layout.pp > 1:
         yield (
             f"pp {layout.pp} without interleaving: the bubble is {layout.pp - 1} micro-batches long; "
-            f"{layers} layers / pp {layout.pp} = {layers // layout.pp} a stage can be split (vpp)"
+            f"{layers} layers / pp {layout.pp} = {layers // layout.pp} per stage can be split (vpp)"
         )
     if layout.tp > 1 and not layout.sp:
         yield f"tp {layout.tp} without sequence parallelism: every rank keeps whole activations between its blocks"

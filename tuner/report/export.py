@@ -93,7 +93,7 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
     versions = ", ".join(f"{name} {text}" for name, text in figures.versions.items())
     return [
         f"megatune: trial t{figures.trial:04d} of sweep {spec.sweep}",
-        f"{workload.model.name}, {workload.seq_length} tokens a sample, "
+        f"{workload.model.name}, {workload.seq_length} tokens per sample, "
         f"global batch {workload.global_batch_size}, {workload.precision}, "
         f"on {cluster.world_size} GPUs of {cluster.name}",
         f"layout: {spec.layout.label()}",

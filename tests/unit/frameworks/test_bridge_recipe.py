@@ -138,7 +138,7 @@ def test_a_setting_that_no_layout_states_is_noted() -> None:
     assert fixed_settings(facts()) == () and not memory_is_overstated(facts())
 
 
-def test_a_saved_run_says_what_its_recipe_said() -> None:
+def test_a_saved_config_says_what_its_recipe_said() -> None:
     saved = saved_facts(as_saved(DENSE), "run_config", 8)
     assert saved is not None
     assert saved.values == DENSE

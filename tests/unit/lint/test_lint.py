@@ -50,7 +50,7 @@ def test_a_layout_that_is_too_large_is_not_refused_but_does_not_start() -> None:
 @pytest.mark.parametrize(
     ("layout", "workload", "text"),
     [
-        (replace(GOOD, vpp=1, overlap_p2p_comm=False), LLAMA_70B, "20 a stage can be split"),
+        (replace(GOOD, vpp=1, overlap_p2p_comm=False), LLAMA_70B, "20 per stage can be split"),
         (replace(GOOD, sp=False), LLAMA_70B, "without sequence parallelism"),
         (replace(GOOD, use_distributed_optimizer=False), LLAMA_70B, "no distributed optimizer"),
         (replace(GOOD, tp=16, pp=2), LLAMA_70B, "leave its NVLink domain"),

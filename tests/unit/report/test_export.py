@@ -134,11 +134,11 @@ def _exported_variables(text: str) -> dict[str, str]:
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for group, inner in tree.items():
+    for section, inner in tree.items():
         if isinstance(inner, dict):
-            flat |= {f"{group}.{name}": value for name, value in inner.items()}
+            flat |= {f"{section}.{name}": value for name, value in inner.items()}
         else:
-            flat[group] = inner
+            flat[section] = inner
     return flat
 
 
@@ -347,12 +347,12 @@ def _run_python(text: str, config: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     return result
 
 
-GROUPS = ("model", "train", "ddp", "optimizer", "dist", "checkpoint", "rng", "rerun_state_machine")
+SECTIONS = ("model", "train", "ddp", "optimizer", "dist", "checkpoint", "rng", "rerun_state_machine")
 
 
 def _recipe_config(comm_overlap: SimpleNamespace | None) -> SimpleNamespace:
-    groups = {name: SimpleNamespace(untouched=7) for name in GROUPS}
-    return SimpleNamespace(**groups, comm_overlap=comm_overlap)
+    sections = {name: SimpleNamespace(untouched=7) for name in SECTIONS}
+    return SimpleNamespace(**sections, comm_overlap=comm_overlap)
 
 
 OVERLAPPING = Layout(tp=2, pp=2, vpp=2, sp=True, overlap_p2p_comm=True, overlap_grad_reduce=True)
@@ -366,12 +366,12 @@ def test_bridge_python_sets_exactly_the_fields(
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "before")
     text = _export(Format.BRIDGE_PYTHON, layout)
     config = _run_python(text, _recipe_config(present and SimpleNamespace(**vars(present))), monkeypatch)
-    for name in GROUPS:
+    for name in SECTIONS:
         assert vars(vars(config)[name]).pop("untouched") == 7
     if config.comm_overlap is not None:
         assert vars(config.comm_overlap).pop("untouched", 7) == 7
-    groups = {name: vars(group) if group is not None else None for name, group in vars(config).items()}
-    assert _flat(groups) == {**bridge_settings(layout), "train.global_batch_size": 16}
+    sections = {name: vars(part) if part is not None else None for name, part in vars(config).items()}
+    assert _flat(sections) == {**bridge_settings(layout), "train.global_batch_size": 16}
 
 
 def test_bridge_python_sets_the_environment_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,15 +36,15 @@ def bridge_words(spec: TrialSpec, recipe_layout: Layout | None = None) -> list[s
 
 
 def bridge_yaml(overrides: Mapping[str, Any]) -> str:
-    """Return the text of a YAML file that sets overrides (value by path), with one mapping per group of fields."""
-    groups: dict[str, Any] = {}
+    """Return the text of a YAML file that sets overrides (value by path), with one mapping per section of the config."""
+    sections: dict[str, Any] = {}
     for path, value in _with_overlap_class(overrides).items():
-        group, _, name = path.partition(".")
+        section, _, name = path.partition(".")
         if name:
-            groups.setdefault(group, {})[name] = value
+            sections.setdefault(section, {})[name] = value
         else:
-            groups[group] = value
-    return yaml.safe_dump(groups, sort_keys=False)
+            sections[section] = value
+    return yaml.safe_dump(sections, sort_keys=False)
 
 
 def bridge_python(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> str:

@@ -10,12 +10,12 @@ from tuner.frameworks.megatron_bridge.values import values_of
 
 
 def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None:
-    """Return the facts of a saved run; None if the data is no saved ConfigContainer.
+    """Return the facts of a recipe whose config was saved; None if the data is no saved ConfigContainer.
 
     Args:
         data: The plain data of the file, in which `_target_` names a class, a function or a member of an enum.
         name: The name that the recipe gets.
-        gpus: Number of GPUs of the run, which the file does not state; None takes the fewest that its grids need.
+        gpus: Number of GPUs of the job, which the file does not state; None takes the fewest that its grids need.
     """
     if not isinstance(data, Mapping) or not str(data.get("_target_")).endswith(".ConfigContainer"):
         return None

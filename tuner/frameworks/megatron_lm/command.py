@@ -58,7 +58,7 @@ def read_command(
         text: A shell script, a command, or its arguments alone.
         source: The name of the text in errors; it also gives the model its name.
         world_size: Number of GPUs; None takes it from torchrun's arguments.
-        vocab_size: Tokens of the vocabulary; needed if only a run could ask the tokenizer.
+        vocab_size: Tokens of the vocabulary; needed if only the job could ask the tokenizer.
 
     Raises:
         InputError: if an argument that is needed is missing, or has a value that Megatron-LM refuses.

@@ -65,7 +65,7 @@ def _model(arguments: Namespace, source: str, vocab_size: int | None) -> dict[st
     vocabulary = vocab_size or arguments.vocab_size or _VOCABULARIES.get(arguments.tokenizer_type or "")
     if vocabulary is None:
         raise ValueError(
-            "the vocabulary is not told: no --vocab-size, and only a run could ask the tokenizer; give --vocab-size"
+            "the vocabulary is not told: no --vocab-size, and only the job could ask the tokenizer; give --vocab-size"
         )
     rotary = arguments.use_rotary_position_embeddings or arguments.position_embedding_type == "rope"
     position = "rope" if rotary else arguments.position_embedding_type or "learned_absolute"

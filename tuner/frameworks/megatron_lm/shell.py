@@ -1,8 +1,8 @@
 """The part of the shell's grammar that training scripts use: statements, words, quotations, arrays and variables.
 
 A text is divided into statements, and the words of a statement are expanded with given values. Nothing is run, and
-control structures are ignored: every branch of an `if` counts. An expansion that only a run could tell, such as
-`$(nproc)` or an unknown variable, stays in its word as it is written.
+control structures are ignored: every branch of an `if` counts. An expansion that only a shell could tell, such as
+`$(nproc)` or an unknown variable, stays in its word unchanged.
 """
 
 import re
@@ -264,7 +264,7 @@ def _filled(piece: Piece, values: Values) -> str:
 def _expansion(piece: Piece, start: int, values: Values) -> tuple[str, int]:
     """Return what the `$...` or the backticks at `start` become, and the index after them.
 
-    An expansion that only a run could tell becomes its own text.
+    An expansion that only a shell could tell becomes its own text.
     """
     text, following = piece.text, piece.text[start + 1 : start + 2]
     if text[start] == "`" or following in ("(", "{"):
@@ -288,5 +288,5 @@ def _expansion(piece: Piece, start: int, values: Values) -> tuple[str, int]:
 
 
 def _divided(text: str) -> str:
-    """Return a text with a break for every run of blanks, as an expansion outside of quotations is divided."""
+    """Return a text with a break in place of its blanks, as an expansion outside of quotations is divided."""
     return re.sub(r"\s+", _BREAK, text)

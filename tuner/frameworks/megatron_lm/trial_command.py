@@ -36,7 +36,7 @@ _LAYOUT_FLAGS: Final = frozenset(
 )
 """The arguments that a layout replaces: every spelling of a knob, its companions, and the global batch."""
 
-_RUN_FLAGS: Final = frozenset(
+_TRAINING_FLAGS: Final = frozenset(
     {
         "--rampup-batch-size",
         "--step-batch-size-schedule",
@@ -61,7 +61,7 @@ _RUN_FLAGS: Final = frozenset(
     }
 )
 """The arguments that say how long a training is, what it loads and what it reports; a trial has its own instead."""
-_RUN_PREFIXES: Final = ("--save", "--non-persistent-", "--async-", "--ckpt-", "--wandb-")
+_TRAINING_PREFIXES: Final = ("--save", "--non-persistent-", "--async-", "--ckpt-", "--wandb-")
 """How further arguments of that kind begin: those of checkpoints and of Weights & Biases."""
 
 _Argument = tuple[str, tuple[str, ...]]
@@ -84,8 +84,8 @@ def trial_words(words: Sequence[str], layout: Layout, workload: Workload, steps:
         InputError: if the command's schedule is not stated in whole numbers.
     """
     script, arguments = _script_and_arguments(words)
-    lasting = [argument for argument in arguments if not _is_of_a_run(argument[0])]
-    run = {
+    kept = [argument for argument in arguments if not _is_of_a_training(argument[0])]
+    short_training = {
         "--train-iters": steps,
         "--log-interval": 1,
         "--eval-iters": 0,
@@ -93,8 +93,8 @@ def trial_words(words: Sequence[str], layout: Layout, workload: Workload, steps:
         **_schedule(dict(arguments), workload.global_batch_size),
     }
     return (
-        *with_layout((*script, *_joined(lasting)), layout, workload),
-        *(word for flag, value in run.items() for word in (flag, str(value))),
+        *with_layout((*script, *_joined(kept)), layout, workload),
+        *(word for flag, value in short_training.items() for word in (flag, str(value))),
     )
 
 
@@ -119,7 +119,7 @@ def _is_replaced(argument: _Argument, layout: Layout) -> bool:
 
 
 def by_argument(words: Sequence[str]) -> list[list[str]]:
-    """Return the words in groups, one per line of a readable command: the script, then each flag with its values."""
+    """Return lists of words, one per line of a readable command: the script, then each flag with its values."""
     script, arguments = _script_and_arguments(words)
     return [script, *([flag, *values] for flag, values in arguments)]
 
@@ -142,8 +142,8 @@ def _script_and_arguments(words: Sequence[str]) -> tuple[list[str], list[_Argume
     return list(words[:first]), arguments
 
 
-def _is_of_a_run(flag: str) -> bool:
-    return flag in _RUN_FLAGS or flag.startswith(_RUN_PREFIXES)
+def _is_of_a_training(flag: str) -> bool:
+    return flag in _TRAINING_FLAGS or flag.startswith(_TRAINING_PREFIXES)
 
 
 def _schedule(stated: Mapping[str, tuple[str, ...]], global_batch_size: int) -> dict[str, int]:
