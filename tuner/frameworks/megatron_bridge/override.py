@@ -36,7 +36,7 @@ def bridge_words(spec: TrialSpec, recipe_layout: Layout | None = None) -> list[s
 
 
 def bridge_yaml(overrides: Mapping[str, Any]) -> str:
-    """Return the text of a YAML file that sets overrides (value by path), with one mapping per section of the config."""
+    """Return the text of a YAML file that sets overrides (value by path), with a mapping per section of the config."""
     sections: dict[str, Any] = {}
     for path, value in _with_overlap_class(overrides).items():
         section, _, name = path.partition(".")
