@@ -37,10 +37,11 @@ _END_S = 10.0
 
 
 class Preload:
-    """Starts jobs as forks of servers, processes that have imported their program; one per job that runs at a time.
+    """Starts jobs as forks of servers: processes that have imported a program, each for one job at a time.
 
-    A server imports at its first job, and serves later jobs of the same program and environment. `start` may be
-    called from several threads. Use it as a context manager: at the end everything it started is ended.
+    A server imports at its first job, and serves later jobs of the same program and environment. There are never more
+    servers than jobs that ran at once so far. `start` may be called from several threads. Use it as a context
+    manager: at the end everything it started is ended.
 
     Args:
         marker: The folder that marks the servers, and with them their jobs, should the tuner die: the sweep's.
@@ -50,6 +51,8 @@ class Preload:
         self._marker = str(marker.absolute())
         self._lock = threading.Lock()
         self._servers: list[_Server] = []
+        self._most_jobs = 0
+        """The most jobs that ran at once so far."""
 
     def __enter__(self) -> "Preload":
         return self
@@ -85,14 +88,16 @@ class Preload:
         )
 
     def _idle_server(self, module: str, env: dict[str, str], output: Path) -> "_Server":
-        """Return a server of this program and environment without a job; a new one replaces those that are idle."""
+        """Return a server of this program and environment without a job; a new one may replace an idle one."""
         idle = [server for server in self._servers if not server.is_busy]
+        self._most_jobs = max(self._most_jobs, len(self._servers) - len(idle) + 1)
         for server in idle:
             if server.is_alive() and server.key == (module, env):
                 return server
         for server in idle:
-            server.close()
-            self._servers.remove(server)
+            if not server.is_alive() or len(self._servers) >= self._most_jobs:
+                server.close()
+                self._servers.remove(server)
         server = _Server(module, env, self._marker, output)
         self._servers.append(server)
         return server

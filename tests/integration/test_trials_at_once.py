@@ -94,6 +94,20 @@ def test_a_third_trial_is_forked_from_a_server_that_exists(
     assert marked_processes(str(tmp_path)) == servers
 
 
+@pytest.mark.parametrize("launcher", ["forked"], indirect=True)
+def test_a_trial_with_another_environment_leaves_no_more_servers_than_trials_ran_at_once(
+    launcher: TorchrunLauncher,
+    threads: ThreadPoolExecutor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for number in range(3):
+        monkeypatch.setenv("CHANGED", str(number))
+        trial = Started(threads, launcher, spec_for("completes", LIMITS), tmp_path / f"t{number}")
+        assert trial.result().outcome is Outcome.COMPLETED
+        assert len(marked_processes(str(tmp_path))) == 1
+
+
 def test_both_train_a_model_and_reach_equal_losses(
     launcher: TorchrunLauncher, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
