@@ -1,29 +1,29 @@
-"""Errors that a user acts on. The command line turns each into one message and an exit code."""
+"""Errors that a user acts on. The command line turns each one into a message and an exit code."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class MegatuneError(Exception):
-    """Base of the errors that are reported without a traceback."""
+    """Base of all errors that are reported without a traceback."""
 
     exit_code = 1
 
 
 class InputError(MegatuneError):
-    """What the user gave cannot be used: says which file and key, and what to do. Exit code 2."""
+    """The user's input cannot be used. The message names the file and the key, and says what to do. Exit code 2."""
 
     exit_code = 2
 
 
 class NothingFeasibleError(MegatuneError):
-    """Every trial ran and none gave a measured layout. Exit code 3."""
+    """All trials ran, and none of them measured a layout. Exit code 3."""
 
     exit_code = 3
 
 
 class CircuitBreakerError(MegatuneError):
-    """The machine, not the layouts, keeps failing; the sweep stopped itself. Exit code 4."""
+    """The sweep stopped itself, since the machine keeps failing and not the layouts. Exit code 4."""
 
     exit_code = 4
 
