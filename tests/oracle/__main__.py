@@ -1,7 +1,7 @@
 """Hold the rules against Megatron on random layouts: `python -m tests.oracle --draws 2000 --seed 7`.
 
-The JSON on stdout lists every disagreement, how Megatron took the draws, and how often a rule was broken
-alone.
+The JSON on stdout lists every disagreement, how many draws Megatron accepted and refused, and how many draws broke each
+rule alone.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any
 
-from tests.oracle.draws import Draw, directed, draws
-from tests.oracle.megatron import Verdict, judge, prepare
+from tests.oracle.draws import Draw, directed_draws, random_draws
+from tests.oracle.megatron import Answer, judge, prepare
 from tuner.core.layout import DEFAULTS
 from tuner.rules.rule import Violation
 from tuner.rules.validity import broken_rules
@@ -22,21 +22,21 @@ from tuner.rules.validity import broken_rules
 PROCESSES = 2
 
 
-def disagreement(verdict: Verdict, broken: tuple[Violation, ...]) -> str:
-    """Say how Megatron and the rules disagree; empty if they do not.
+def disagreement(answer: Answer, violations: tuple[Violation, ...]) -> str:
+    """Say how Megatron and the rules disagree; empty if they agree.
 
-    Of a layout in another than its canonical form the rules claim only that they refuse it.
+    A `canonical` rule only claims that another layout spells the same run, so Megatron may take what breaks one.
     """
-    kinds = {violation.kind for violation in broken}
+    kinds = {violation.kind for violation in violations}
     refused = bool(kinds & {"megatron", "program"})
-    if verdict.accepted and refused and "canonical" not in kinds:
+    if answer.accepted and refused and "canonical" not in kinds:
         return "Megatron takes what a rule says it refuses"
-    if not verdict.accepted and not refused:
+    if not answer.accepted and not refused:
         return "Megatron refuses what no rule says it refuses"
     return ""
 
 
-def report(draw: Draw, verdict: Verdict, broken: tuple[Violation, ...], how: str) -> dict[str, Any]:
+def report(draw: Draw, answer: Answer, violations: tuple[Violation, ...], how: str) -> dict[str, Any]:
     """All that is needed to see and repeat a disagreement."""
     layout = {knob: value for knob, value in asdict(draw.layout).items() if value != DEFAULTS[knob]}
     return {
@@ -47,35 +47,39 @@ def report(draw: Draw, verdict: Verdict, broken: tuple[Violation, ...], how: str
         "global_batch_size": draw.workload.global_batch_size,
         "world_size": draw.cluster.world_size,
         "layout": layout,
-        "verdict": asdict(verdict),
-        "broken": [violation.rule for violation in broken],
+        "answer": asdict(answer),
+        "broken": [violation.rule for violation in violations],
     }
 
 
-def ask(draw: Draw) -> tuple[Draw, Verdict, tuple[Violation, ...]]:
-    """Ask Megatron and the rules."""
-    verdict = judge(draw.workload, draw.layout, draw.cluster.world_size)
-    return draw, verdict, broken_rules(draw.layout, draw.workload, draw.cluster)
+def ask(draw: Draw) -> tuple[Draw, Answer, tuple[Violation, ...]]:
+    """Ask Megatron and the rules about one draw."""
+    answer = judge(draw.workload, draw.layout, draw.cluster.world_size)
+    return draw, answer, broken_rules(draw.layout, draw.workload, draw.cluster)
 
 
 def main() -> None:
-    """Judge one case a rule and the random draws."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    """Judge the case of every rule, and the random draws."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--draws", type=int, default=200, help="number of random layouts (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random layouts (default 0)")
     options = parser.parse_args()
-    found, alone, counts = [], Counter[str](), Counter[str]()
-    wanted = chain(directed(), islice(draws(options.seed), options.draws))
-    # Megatron's hooks keep a model alive for good, so a process judges a few only; a fork imports nothing.
+    disagreements, broken_alone, counts = [], Counter[str](), Counter[str]()
+    all_draws = chain(directed_draws(), islice(random_draws(options.seed), options.draws))
+    # Megatron's hooks keep every model alive, so a process judges 100 draws only; a forked one has all imports already.
     with get_context("fork").Pool(PROCESSES, initializer=prepare, maxtasksperchild=100) as pool:
-        for draw, verdict, broken in pool.imap(ask, wanted):
-            counts["accepted" if verdict.accepted else f"refused: {verdict.stage}"] += 1
-            counts["valid"] += not broken
-            if len(broken) == 1:
-                alone[broken[0].rule] += 1
-            if how := disagreement(verdict, broken):
-                found.append(report(draw, verdict, broken, how))
-    json.dump({"disagreements": found, "counts": counts, "broken_alone": alone}, sys.stdout, indent=2)
+        for draw, answer, violations in pool.imap(ask, all_draws):
+            counts["accepted" if answer.accepted else f"refused: {answer.refused_by}"] += 1
+            counts["valid"] += not violations
+            if len(violations) == 1:
+                broken_alone[violations[0].rule] += 1
+            if how := disagreement(answer, violations):
+                disagreements.append(report(draw, answer, violations, how))
+    json.dump(
+        {"disagreements": disagreements, "counts": counts, "broken_alone": broken_alone}, sys.stdout, indent=2
+    )
 
 
 if __name__ == "__main__":

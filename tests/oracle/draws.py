@@ -1,4 +1,4 @@
-"""Random layouts, valid and not, for tiny models with awkward sizes."""
+"""Random layouts, valid and invalid ones, of tiny models whose sizes few numbers divide."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draw:
-    """One question to Megatron and to the rules."""
+    """One question for Megatron and for the rules."""
 
     workload: Workload
     cluster: Cluster
@@ -30,6 +30,7 @@ class Draw:
 
 
 def _model(name: str, **fields: Any) -> Model:
+    """A tiny dense model; `fields` replaces some of its fields."""
     defaults: dict[str, Any] = {
         "num_layers": 6,
         "hidden_size": 32,
@@ -118,7 +119,9 @@ MODELS: tuple[Model, ...] = (
 )
 
 _SIZES = (1, 1, 1, 2, 2, 3, 4, 6, 8)
-_CHOICES: dict[str, tuple[Any, ...]] = {
+# Defaults are listed several times, so that they are drawn more often: a knob off its default makes many layouts
+# invalid.
+_VALUES: dict[str, tuple[Any, ...]] = {
     "tp": _SIZES,
     "pp": _SIZES,
     "vpp": (1, 1, 1, 2, 3, 4),
@@ -148,45 +151,54 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "cp_comm_type": ("p2p", "p2p", "p2p", "p2p", "a2a", "all_gather"),
 }
 
-_GRID = (
-    *("tp", "pp", "vpp", "cp", "ep", "etp", "sp", "micro_batch_size"),
-    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-)
-_RECOMPUTE: tuple[dict[str, Any], ...] = tuple(
-    {
-        "recompute_granularity": how,
+_PLAIN_SPLIT: dict[str, Any] = {
+    "num_layers_in_first_pipeline_stage": 0,
+    "num_layers_in_last_pipeline_stage": 0,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+}
+_GRID_KNOBS = ("tp", "pp", "vpp", "cp", "ep", "etp", "sp", "micro_batch_size", *_PLAIN_SPLIT)
+
+
+def _recompute(
+    granularity: str, method: str = "none", layers: int = 0, modules: str = "none"
+) -> dict[str, Any]:
+    return {
+        "recompute_granularity": granularity,
         "recompute_method": method,
         "recompute_num_layers": layers,
-        "recompute_modules": names,
+        "recompute_modules": modules,
     }
-    for how, method, layers, names in (
-        ("none", "none", 0, "none"),
-        ("full", "uniform", 1, "none"),
-        ("full", "uniform", 2, "none"),
-        ("full", "uniform", 3, "none"),
-        ("full", "block", 1, "none"),
-        ("full", "block", 2, "none"),
-        *(
-            ("selective", "none", 0, names)
-            for names in ("none", "layernorm", "mlp", "moe", "core_attn+layernorm")
-        ),
-        *(("selective", "none", 0, names) for names in ("mla_up_proj", "shared_experts", "layernorm+moe")),
-    )
+
+
+_RECOMPUTES: tuple[dict[str, Any], ...] = (
+    _recompute("none"),
+    _recompute("full", "uniform", 1),
+    _recompute("full", "uniform", 2),
+    _recompute("full", "uniform", 3),
+    _recompute("full", "block", 1),
+    _recompute("full", "block", 2),
+    _recompute("selective"),
+    _recompute("selective", modules="layernorm"),
+    _recompute("selective", modules="mlp"),
+    _recompute("selective", modules="moe"),
+    _recompute("selective", modules="core_attn+layernorm"),
+    _recompute("selective", modules="mla_up_proj"),
+    _recompute("selective", modules="shared_experts"),
+    _recompute("selective", modules="layernorm+moe"),
 )
-_PLAIN = {knob: 0 if knob.startswith("num") else False for knob in _GRID if "_pipeline_" in knob}
 _LIFTED = frozenset({"uneven-split-balanced", "interleaving-overlaps-p2p"})
 
 
-def directed() -> Iterator[Draw]:
-    """One draw for each rule that breaks it, as far as CPU ranks can."""
+def directed_draws() -> Iterator[Draw]:
+    """Yield the case of every rule, moved to CPU ranks, where it may break other rules as well."""
     for case in CASES:
         cluster = cpu_cluster(case.cluster.world_size)
         yield Draw(workload=case.workload, cluster=cluster, layout=Layout(**case.knobs))
 
 
-def draws(seed: int) -> Iterator[Draw]:
-    """Endless draws: valid layouts, valid ones with a knob or two changed, and some wholly at random."""
+def random_draws(seed: int) -> Iterator[Draw]:
+    """Yield draws without end: valid layouts, valid ones with up to two knobs changed, and some wholly at random."""
     random = Random(seed)
     while True:
         workload = Workload(
@@ -198,17 +210,17 @@ def draws(seed: int) -> Iterator[Draw]:
         cluster = cpu_cluster(random.choice(WORLD_SIZES))
         layout = next(filter(None, (_valid(workload, cluster, random) for _ in range(5))), None)
         if layout is None or random.random() < 0.1:
-            layout = Layout(**{knob: random.choice(values) for knob, values in _CHOICES.items()})
+            layout = Layout(**{knob: random.choice(values) for knob, values in _VALUES.items()})
         else:
-            for knob in random.sample(sorted(_CHOICES), random.choice((0, 0, 1, 1, 1, 2))):
-                layout = replace(layout, **{knob: random.choice(_CHOICES[knob])})
+            for knob in random.sample(sorted(_VALUES), random.choice((0, 0, 1, 1, 1, 2))):
+                layout = replace(layout, **{knob: random.choice(_VALUES[knob])})
             if layout.pp > 1 and random.random() < 0.2:
                 layout = replace(layout, **_placement(workload.model, layout.pp * layout.vpp, random))
         yield Draw(workload=workload, cluster=cluster, layout=layout)
 
 
 def cpu_cluster(world_size: int) -> Cluster:
-    """CPU ranks in one NVLink domain."""
+    """A node of CPU ranks, all in one NVLink domain."""
     return Cluster(
         name=f"cpu-{world_size}",
         device="cpu",
@@ -223,31 +235,35 @@ def cpu_cluster(world_size: int) -> Cluster:
 
 
 def _placement(model: Model, chunks: int, random: Random) -> dict[str, Any]:
-    """A text that puts the layers anywhere, in place of the other knobs of the split: some chunks may be empty."""
+    """Knobs that place the layers by a random text; some chunks may be empty."""
     cuts = sorted(random.randint(0, model.num_layers) for _ in range(chunks - 1))
     counts = np.diff([0, *cuts, model.num_layers])
     texts = [DECODER * int(count) for count in counts]
     texts[0] = EMBEDDING + texts[0]
-    # Not on another rank than the loss: Megatron then exchanges shapes, which a fake world cannot.
+    # Only the chunk of the loss or the first one gets multi-token prediction: between the others Megatron exchanges
+    # shapes, which a fake world can't.
     texts[random.choice((-1, -1, -1, 0))] += MTP * (model.mtp_num_layers or 0)
     texts[-1] += LOSS
-    return {**_PLAIN, "pipeline_model_parallel_layout": write(texts)}
+    return {**_PLAIN_SPLIT, "pipeline_model_parallel_layout": write(texts)}
 
 
 def _valid(workload: Workload, cluster: Cluster, random: Random) -> Layout | None:
-    """A layout that the rules call valid, if one is found: grids and split first, then knob by knob."""
-    # A few candidates a knob, at random: every grid can come up, and no table grows large.
+    """A layout that the rules call valid: first its grid and split are drawn, then one knob after the other.
+
+    None if no grid among the drawn candidates is valid.
+    """
+    # Three random candidates per knob let every grid come up, and keep the table small.
     domain: Domain = {
-        knob: tuple(random.sample(_CHOICES[knob], min(3, len(_CHOICES[knob])))) for knob in _GRID
+        knob: tuple(random.sample(_VALUES[knob], min(3, len(_VALUES[knob])))) for knob in _GRID_KNOBS
     }
     grids = enumerate_layouts(workload, cluster, domain, lifted=_LIFTED).table
     if not len(grids):
         return None
     row = grids.iloc[random.randrange(len(grids))]
     layout = layout_from({str(knob): value for knob, value in row.items()})
-    others = sorted(set(_CHOICES) - set(_GRID) - set(_RECOMPUTE[0]))
-    changes: list[dict[str, Any]] = [{knob: random.choice(_CHOICES[knob])} for knob in others]
-    for change in random.sample([random.choice(_RECOMPUTE), *changes], len(changes) + 1):
+    other_knobs = sorted(set(_VALUES) - set(_GRID_KNOBS) - set(_RECOMPUTES[0]))
+    changes: list[dict[str, Any]] = [{knob: random.choice(_VALUES[knob])} for knob in other_knobs]
+    for change in random.sample([random.choice(_RECOMPUTES), *changes], len(changes) + 1):
         changed = replace(layout, **change)
         if not broken_rules(changed, workload, cluster, _LIFTED):
             layout = changed

@@ -1,9 +1,8 @@
-"""The verdict of the installed Megatron-Core on one layout, in one process, whatever the world's size.
+"""Let the installed Megatron-Core judge one layout, in one process, whatever the size of its world.
 
-A fake process group stands for the world: collectives return at once, and gathers repeat this rank's own
-tensor, as if all ranks held the same. Values are garbage; every refusal is real, since the program's own job
-is
-built and stepped on real tensors, on the first, a middle and the last pipeline rank.
+A fake process group stands in for the other ranks: collectives return at once, and a gather repeats this rank's own
+tensor, as if all ranks held the same one. So the values are garbage, but every refusal is real: the training job of the
+built-in program is built and stepped on real tensors, as the first, a middle and the last pipeline rank.
 """
 
 import warnings
@@ -30,62 +29,66 @@ from tuner.core.layout import Layout, data_parallel_size
 from tuner.core.workload import Workload
 
 DEEPEST_RECOMPUTE = 4
-"""Checkpoints that recompute inside one another; Megatron nests two at most."""
-
+"""Most checkpoints that may recompute inside one another. Assumed: Megatron nests two at most."""
 STEPS = 2
-"""Some refusals come with the second: Megatron then looks at what the first has done."""
+"""Steps of training: Megatron refuses some layouts in the second step, when it looks at what the first one did."""
+SEED = 1234
+"""Seed of the weights, which decides no refusal."""
 
-Stage = Literal["batch", "config", "split", "build", "step", ""]
+Check = Literal["batch", "config", "split", "build", "step"]
+"""What refused a layout: the cut of the batch or the sequence, the configuration, the split of the layers, the build of
+the model, or a step of training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """What Megatron says of a layout."""
+class Answer:
+    """What Megatron says about a layout."""
 
     accepted: bool
-    stage: Stage = ""
-    """Where it refused: cutting the batch, the configuration, the split of layers, the build or a step."""
+    refused_by: Check | None = None
+    """None if the layout is accepted."""
     message: str = ""
+    """The exception that refused the layout; empty if it is accepted."""
 
 
 def prepare() -> None:
-    """Make this process ready to judge, for good: Megatron on CPU, quiet, one thread."""
+    """Patch this process for good, so that it can judge: Megatron runs on CPU, in one thread and without warnings."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     enable_cpu()
     distributed: Any = dist
     distributed.all_to_all_single = _with_empty_input(dist.all_to_all_single)
-    # The check of P2POp knows the function by the module that defines it.
+    # P2POp compares its operation with the function in the module that defines it, so both names are replaced.
     distributed.irecv = distributed.distributed_c10d.irecv = _with_zeros(dist.irecv)
     CheckpointFunction.backward = staticmethod(_with_an_end(CheckpointFunction.backward))
 
 
-def judge(workload: Workload, layout: Layout, world_size: int) -> Verdict:
-    """Let the installed Megatron judge `layout`; `prepare` comes first."""
-    stage: Stage = "batch"
+def judge(workload: Workload, layout: Layout, world_size: int) -> Answer:
+    """Return what the installed Megatron says about `layout`; the process must have called `prepare`."""
+    check: Check = "batch"
     try:
         _cut_batch(workload, layout, world_size)
-        stage = "config"
+        check = "config"
         config = transformer_config(workload, layout, "cpu")
-        stage = "split"
+        check = "split"
         _check_split(config)
         for pp_rank in sorted({0, layout.pp // 2, layout.pp - 1}):
-            # Ranks run fastest over tp, then cp, ep and dp, slowest over pp.
+            # Megatron numbers the ranks of one pipeline stage before those of the next.
             rank = pp_rank * (world_size // layout.pp)
-            stage = "build"
+            check = "build"
             with _Rank(rank, world_size):
-                training = TrainingJob(workload, layout, 1234, torch.device("cpu"))
-                stage = "batch"
+                training = TrainingJob(workload, layout, SEED, torch.device("cpu"))
+                check = "batch"
                 _cut_sequence(workload)
-                stage = "step"
+                check = "step"
                 untrained = _untrained(training)
                 for _ in range(STEPS):
                     training.step()
                 if untrained:
                     raise ValueError(f"no gradient comes to {', '.join(sorted(untrained))}")
     except (ValueError, AssertionError, RuntimeError, IndexError, ImportError, ZeroDivisionError) as error:
-        return Verdict(accepted=False, stage=stage, message=f"{type(error).__name__}: {error}")
-    return Verdict(accepted=True)
+        return Answer(accepted=False, refused_by=check, message=f"{type(error).__name__}: {error}")
+    return Answer(accepted=True)
 
 
 def _cut_batch(workload: Workload, layout: Layout, world_size: int) -> None:
@@ -101,14 +104,14 @@ def _cut_batch(workload: Workload, layout: Layout, world_size: int) -> None:
 
 
 def _cut_sequence(workload: Workload) -> None:
-    """Megatron's own cut over the context ranks: the program's would drop tokens that are left over."""
+    """Cut the sequence over the context ranks with Megatron's own code: the program's would drop tokens left over."""
     get_batch_on_this_cp_rank({"tokens": torch.zeros(1, workload.seq_length)})
 
 
 def _check_split(config: Any) -> None:
-    """Every layer is built exactly once: where Megatron would build another model, that is a refusal, too."""
+    """Refuse a split that doesn't build every layer exactly once: Megatron would train another model."""
     if config.pipeline_model_parallel_layout is not None:
-        return  # the configuration has counted the layers of a stated layout itself
+        return  # the configuration has already counted the layers that the text places
     chunks = [
         (
             get_transformer_layer_offset(config, vp_stage, pp_rank),
@@ -119,16 +122,19 @@ def _check_split(config: Any) -> None:
     ]
     built = [offset + index for offset, count in chunks for index in range(count)]
     if built != list(range(config.num_layers)):
-        raise ValueError(f"{config.num_layers} layers wanted, but (offset, layers) a chunk are {chunks}")
+        raise ValueError(f"{config.num_layers} layers wanted, but (offset, layers) per chunk are {chunks}")
 
 
 def _untrained(training: TrainingJob) -> set[str]:
-    """The weights of this rank, each taken off the set once a gradient comes to it: a step must leave none."""
+    """Return the names of this rank's weights; a name leaves the set once its weight gets a gradient.
+
+    A step must leave the set empty.
+    """
     names: set[str] = set()
 
     def watch(name: str, weight: torch.nn.Parameter) -> None:
         names.add(name)
-        # A parameter's node lives as long as something holds it, and Megatron's own hook does.
+        # The hook stays, since Megatron's own hook keeps the autograd node of a parameter alive.
         weight.expand_as(weight).grad_fn.next_functions[0][0].register_hook(lambda *_: names.discard(name))  # type: ignore[union-attr]
 
     for index, chunk in enumerate(training.chunks):
@@ -138,7 +144,7 @@ def _untrained(training: TrainingJob) -> set[str]:
 
 
 class _Rank:
-    """One rank of a fake world, for the length of a `with`."""
+    """Makes this process one rank of a fake world for the length of a `with`."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
@@ -147,13 +153,13 @@ class _Rank:
         dist.init_process_group("fake", rank=self._rank, world_size=self._world_size, store=FakeStore())
 
     def __exit__(self, *error: object) -> None:
-        with suppress(Exception):  # a refusal may have come halfway through setting the groups up
+        with suppress(Exception):  # after a refusal halfway through the groups' set-up
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def _with_empty_input(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake exchange fills the output with the input, which it cannot where this rank has no token."""
+    """Wrap the fake exchange, which fills the output with the input, for a rank that has no token to send."""
 
     @wraps(collective)
     def wrapped(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +172,7 @@ def _with_empty_input(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_zeros(receive: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake world sends nothing; what was in memory before is no token id."""
+    """Wrap the fake receive, which leaves the memory as it was: old bytes aren't valid token ids, zeros are."""
 
     @wraps(receive)
     def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -177,7 +183,10 @@ def _with_zeros(receive: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_an_end(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A checkpoint that returns a parameter is its own ancestor: Megatron recurses until memory is gone."""
+    """Wrap the backward pass of checkpoints with a limit on its depth.
+
+    A checkpoint that returns a parameter is its own ancestor, so Megatron recomputes it until memory runs out.
+    """
     depth = 0
 
     @wraps(backward)
