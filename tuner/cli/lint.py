@@ -1,14 +1,14 @@
 """megatune lint: says whether training commands and recipes would start, without running them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from search_spaces.loader import load_cluster
-from tuner.cli.common import AsJson, detect, print_json, read_recipe, stdout
+from tuner.cli.common import AsJson, detect, print_json, read_recipe
+from tuner.cli.lint_findings import Finding, finding_data, print_findings
 from tuner.core.cluster import Cluster, with_gpus
 from tuner.errors import InputError
 from tuner.files import read_yaml_data
@@ -17,8 +17,7 @@ from tuner.frameworks.megatron_bridge.saved_config import saved_facts
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.lint.judge import judge
 from tuner.lint.recipes import judge_recipe
-from tuner.lint.verdict import LIKELY, JobVerdict
-from tuner.rules.rule import Violation
+from tuner.lint.verdict import JobVerdict
 from tuner.sweep.configuration import load_sweep
 from tuner.trial.program import BridgeRecipe
 
@@ -85,42 +84,17 @@ def lint(
     json: AsJson = False,
 ) -> int:
     """Say what Megatron would refuse and why, and the memory needed. Exit code 2 if a target would not run."""
-    findings: list[_Finding] = []
+    findings: list[Finding] = []
     for target in targets:
         if _is_recipe(target):
             findings += _recipes(target, cluster, gpus, hf_configs)
         else:
             findings.append(_file(Path(target), cluster, gpus, vocab_size))
     if json:
-        print_json([_data(finding) for finding in findings])
+        print_json([finding_data(finding) for finding in findings])
     else:
-        for finding in findings:
-            _print(finding)
-        if len(findings) > 1:
-            states = [finding.state for finding in findings]
-            counts = ", ".join(f"{states.count(state)} {state}" for state in _COLOURS if state in states)
-            stdout.print(f"{len(findings)} judged: {counts}", soft_wrap=True)
+        print_findings(findings)
     return REFUSED if any(finding.state in {"refused", "too large"} for finding in findings) else 0
-
-
-_COLOURS = {"starts": "green", "refused": "red", "too large": "red", "not judged": "yellow"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Finding:
-    """What lint prints of one job."""
-
-    source: str
-    """The file or recipe that states the job."""
-    cluster: Cluster
-    state: str
-    """A key of `_COLOURS`."""
-    verdict: JobVerdict | None
-    """None if the job's architecture cannot be stated."""
-    refused: tuple[Violation, ...]
-    unjudged: tuple[str, ...] = ()
-    """Arguments that were not judged, or the reason why there is no verdict."""
-    notes: tuple[str, ...] = ()
 
 
 def _is_recipe(target: str) -> bool:
@@ -128,7 +102,7 @@ def _is_recipe(target: str) -> bool:
     return path.suffix == ".py" or path.is_dir() or (not path.exists() and target.isidentifier())
 
 
-def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Path | None) -> list[_Finding]:
+def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Path | None) -> list[Finding]:
     from launchers.machine.recipes import read_recipes
 
     name, _, function = target.partition(":")
@@ -154,7 +128,7 @@ def _shown(file: str) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else file
 
 
-def _recipe(facts: RecipeFacts, source: str, cluster_name: str | None) -> _Finding:
+def _recipe(facts: RecipeFacts, source: str, cluster_name: str | None) -> Finding:
     """Judge a recipe on a named cluster; without a name, on the GPUs that it was resolved for."""
     world = max(facts.gpus, 1)
     if cluster_name is not None:
@@ -162,7 +136,7 @@ def _recipe(facts: RecipeFacts, source: str, cluster_name: str | None) -> _Findi
     else:
         cluster, is_known, note = cluster_of(facts.gpu, world)
     judged = judge_recipe(facts, cluster, is_known)
-    return _Finding(
+    return Finding(
         source=source,
         cluster=cluster,
         state=judged.state,
@@ -188,7 +162,7 @@ def cluster_of(gpu: str, gpus: int) -> tuple[Cluster, bool, str]:
     return renamed, False, note
 
 
-def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | None) -> _Finding:
+def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | None) -> Finding:
     if path.suffix in {".yaml", ".yml"}:
         saved = saved_facts(read_yaml_data(path), path.stem, gpus)
         if saved is not None:
@@ -211,8 +185,8 @@ def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | N
     return _finding(path, gpus_of_command, verdict, command.unjudged)
 
 
-def _finding(path: Path, cluster: Cluster, verdict: JobVerdict, unjudged: tuple[str, ...] = ()) -> _Finding:
-    return _Finding(
+def _finding(path: Path, cluster: Cluster, verdict: JobVerdict, unjudged: tuple[str, ...] = ()) -> Finding:
+    return Finding(
         source=str(path),
         cluster=cluster,
         state="starts" if verdict.starts else "refused" if verdict.refused else "too large",
@@ -220,67 +194,3 @@ def _finding(path: Path, cluster: Cluster, verdict: JobVerdict, unjudged: tuple[
         refused=verdict.refused,
         unjudged=unjudged,
     )
-
-
-def _print(finding: _Finding) -> None:
-    verdict, colour = finding.verdict, _COLOURS[finding.state]
-    world = f"{finding.cluster.world_size} x {finding.cluster.gpu.name}"
-    layout = f"  {verdict.layout.label()}" if verdict is not None else ""
-    stdout.print(
-        f"{escape(finding.source)}: [{colour}]{finding.state}[/]{escape(layout)} on {world}", soft_wrap=True
-    )
-    for item in finding.refused:
-        stdout.print(f"  [red]{item.rule}[/]: {escape(item.message)}", soft_wrap=True)
-        stdout.print(f"    [dim]{escape(item.source)}[/]", soft_wrap=True)
-    if verdict is not None:
-        _print_verdict(verdict, finding.cluster)
-    for reason in finding.unjudged:
-        stdout.print(f"  not judged: {escape(' '.join(reason.split()))}", soft_wrap=True)
-    for note in finding.notes:
-        stdout.print(f"  note: {escape(note)}", soft_wrap=True)
-    for near in verdict.nearest if verdict is not None else ():
-        likely = "" if near.fits >= LIKELY else ", too large as well"
-        stdout.print(
-            f"  near: {escape(near.layout.label())} (fits with probability {near.fits:.0%}{likely})",
-            soft_wrap=True,
-        )
-
-
-def _print_verdict(verdict: JobVerdict, cluster: Cluster) -> None:
-    if verdict.worst is not None and verdict.fits is not None:
-        meaning = (
-            f"fits with probability {verdict.fits:.0%}"
-            if verdict.memory_counts
-            else "an upper bound, see the notes"
-        )
-        stdout.print(
-            f"  peak {verdict.worst.total_gib:.1f} GiB on pipeline stage {verdict.worst.rank}, of "
-            f"{cluster.gpu.memory_gib:g} GiB: {meaning}",
-            soft_wrap=True,
-        )
-    for warning in verdict.warnings:
-        stdout.print(f"  [yellow]slow[/]: {escape(warning)}", soft_wrap=True)
-
-
-def _data(finding: _Finding) -> dict[str, Any]:
-    verdict = finding.verdict
-    return {
-        "source": finding.source,
-        "gpus": finding.cluster.world_size,
-        "gpu": finding.cluster.gpu.name,
-        "state": finding.state,
-        "layout": None if verdict is None else verdict.layout.label(),
-        "starts": finding.state == "starts",
-        "refused": [
-            {"rule": item.rule, "message": item.message, "source": item.source} for item in finding.refused
-        ],
-        "warnings": [] if verdict is None else list(verdict.warnings),
-        "unjudged": list(finding.unjudged),
-        "notes": list(finding.notes),
-        "peak_gib": None if verdict is None or verdict.worst is None else verdict.worst.total_gib,
-        "memory_gib": finding.cluster.gpu.memory_gib,
-        "fits": None if verdict is None else verdict.fits,
-        "nearest": []
-        if verdict is None
-        else [{"layout": near.layout.label(), "fits": near.fits} for near in verdict.nearest],
-    }

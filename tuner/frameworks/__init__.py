@@ -1,3 +1,4 @@
-"""What other frameworks write and read (scripts, recipes, configs), one room per framework; knows trials, and nothing
-of sweeps.
+"""Readers and writers of the scripts, recipes and configs of other frameworks, one room per framework.
+
+Knows trials; knows nothing of rules, predictions, measurements or sweeps.
 """

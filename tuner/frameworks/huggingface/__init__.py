@@ -1,1 +1,1 @@
-"""Hugging Face model configurations: what reads them; knows nothing of other frameworks."""
+"""The reader of Hugging Face model configurations; knows nothing of other frameworks."""

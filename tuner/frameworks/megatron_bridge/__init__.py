@@ -1,1 +1,1 @@
-"""Megatron Bridge's recipes and overrides: what reads them and what writes them; imports nothing of Bridge."""
+"""The reader of Megatron Bridge's recipes and the writer of overrides for them; imports nothing of Bridge."""

@@ -1,1 +1,1 @@
-"""Megatron-LM's command lines: what reads them and what writes them; knows nothing of other frameworks."""
+"""The reader and the writer of Megatron-LM's command lines; knows nothing of other frameworks."""
