@@ -17,13 +17,13 @@ def verdict(trials: Sequence[FinishedTrial]) -> list[str]:
         return _verdict_without_answer(trials)
     sentences = []
     if not ranked.is_final:
-        sentences.append("By single measurements of the search: no finals ran.")
+        sentences.append("The ranking rests on single measurements of the search, because no finals ran.")
     if len(ranked.tied) > 1:
         sentences.append(_tie_sentence(ranked))
     sentences += _out_sentences(ranked.out)
     if any(trial.routes_at_random for trial in trials):
         sentences.append(
-            "Losses were not compared: forced balance of experts routes at random, differently in every layout."
+            "Losses were not compared: with forced balance, every layout sends tokens to other experts at random."
         )
     if (refinement := refinement_sentence(trials)) is not None:
         sentences.append(refinement)
@@ -31,10 +31,15 @@ def verdict(trials: Sequence[FinishedTrial]) -> list[str]:
         sentences.append(ranked.drift.sentence())
     repeats = sum(trial.source == "repeat" for trial in trials)
     if repeats:
-        sentences.append(f"{repeats} trials that the machine had disturbed were measured again.")
+        counted = "1 trial was" if repeats == 1 else f"{repeats} trials were"
+        sentences.append(
+            f"{counted} measured again, because the machine had disturbed the first measurement."
+        )
     if ranked.doubts:
         more = f" ({len(ranked.doubts)} such lines)" if len(ranked.doubts) > 1 else ""
-        sentences.append(f"Measured on a disturbed machine, so less sure: {ranked.doubts[0]}{more}.")
+        sentences.append(
+            f"The answer is less sure, because the machine was disturbed: {ranked.doubts[0]}{more}."
+        )
     return sentences
 
 
@@ -52,10 +57,9 @@ def _tie_sentence(ranked: Answer) -> str:
         for other in others
     )
     smallest = min(ranked.tied, key=lambda standing: standing.metrics.peak_allocated_gib)
-    smallest_name = "it" if smallest is best else smallest.layout.label()
     return (
         f"Tie within {apart:.1%}: noise cannot tell the best, {best.layout.label()}, from {names}; "
-        f"of these {smallest_name} takes the least memory."
+        f"of these, {smallest.layout.label()} takes the least memory."
     )
 
 
