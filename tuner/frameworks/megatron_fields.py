@@ -11,7 +11,9 @@ _NONE_AT_ZERO = {
     "microbatch_group_size_per_vp_stage",
     "recompute_num_layers",
 }
+"""Knobs whose 0 is None in Megatron."""
 _FULL_ITERATION = "full_iteration"
+"""The scope, or implementation, of one graph for the whole step."""
 
 
 def megatron_value(knob: str, value: Any) -> Any:

@@ -48,6 +48,7 @@ class RecipeRequest:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     names: tuple[str, ...] = ()
+    """Names of recipes of the installed Bridge."""
     paths: tuple[str, ...] = ()
     """Python files with recipes, or folders of such files."""
     everything: bool = False

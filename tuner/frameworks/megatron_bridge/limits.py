@@ -78,7 +78,7 @@ _NOTES: Final[Mapping[str, str]] = {
 }
 """Notes by the path of the setting."""
 
-_MEMORY_SAVERS: Final = (
+_MEMORY_SAVING_SETTINGS: Final = (
     "peft",
     "optimizer.use_precision_aware_optimizer",
     "optimizer.optimizer_cpu_offload",
@@ -90,7 +90,7 @@ _MEMORY_SAVERS: Final = (
 
 
 def memory_is_overstated(facts: RecipeFacts) -> bool:
-    """Return whether a recipe saves memory, by settings that no layout states, that the predictor counts."""
+    """Return whether the predictor counts memory that the recipe saves by settings which no layout states."""
     if facts.values.get("optimizer.optimizer", "adam") != "adam":
         return True
-    return any(facts.values.get(path) for path in _MEMORY_SAVERS)
+    return any(facts.values.get(path) for path in _MEMORY_SAVING_SETTINGS)

@@ -8,17 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from tuner.errors import InputError
-from tuner.frameworks.megatron_lm.shell import (
-    ArrayAssignment,
-    Assignment,
-    Piece,
-    Statement,
-    Values,
-    Word,
-    assigned,
-    expanded,
-    statements,
-)
+from tuner.frameworks.megatron_lm.expansion import Values, assigned, expanded
+from tuner.frameworks.megatron_lm.shell import ArrayAssignment, Assignment, Piece, Statement, Word, statements
 
 _LEADING_WORDS: Final = frozenset({"if", "then", "elif", "else", "while", "until", "do", "{", "!", "time"})
 """Reserved words of the shell that stand before a command."""

@@ -1,17 +1,12 @@
-"""The part of the shell's grammar that training scripts use: statements, words, quotations, arrays and variables.
+"""The part of the shell's grammar that training scripts use: statements, words, quotations and arrays.
 
-A text is divided into statements, and the words of a statement are expanded with given values. Nothing is run, and
-control structures are ignored: every branch of an `if` counts. An expansion that only a shell could tell, such as
-`$(nproc)` or an unknown variable, stays in its word unchanged.
+Control structures are ignored: every branch of an `if` counts.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
-
-Values = Mapping[str, str | tuple[str, ...]]
-"""Values of shell variables by name: a text, or the elements of an array."""
 
 _CLOSERS: Final[Mapping[str, str]] = {"(": ")", "{": "}", "'": "'", '"': '"', "`": "`"}
 _BLANKS: Final = re.compile(r"(?:[ \t\r]|\\\n)*")
@@ -20,21 +15,8 @@ _REDIRECTION: Final = re.compile(r"\d*(?:<<<|<<-?|<>|<&|>&|>>|>\||[<>](?!\())|&>
 _SEPARATORS: Final = frozenset("\n;&|()")
 _PLAIN: Final = re.compile(r"[^ \t\r\n'\"\\$`;&|<>()]+|\$")
 _ASSIGNMENT: Final = re.compile(r"([A-Za-z_]\w*)(\+?)=")
-_PARAMETER: Final = re.compile(r"\{(\w+)(\[[@*]\])?(?:(:?)[-=](.*))?\}", re.S)
-_NAME: Final = re.compile(r"\w+|[@*#?$!-]")
-_EXPANSION: Final = re.compile(r"[$`]")
-_WHOLE_ARRAY: Final = re.compile(r"\$\{\w+\[[@*]\]\}")
-
-_LONGEST: Final = 1_000_000
-"""Characters that one expansion may give (assumed), so that variables which double at every line are refused."""
-
 _DEEPEST: Final = 50
 """How deep quotations and expansions may be nested (assumed), so that no text exhausts the stack."""
-
-_BREAK: Final = "\0"
-"""Stands between the words that one expansion gives; a shell script cannot hold it."""
-_QUOTED: Final = "\1"
-"""Stands where a quotation was, so that an empty quotation is a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +59,7 @@ def statements(text: str) -> Iterator[Statement]:
     Raises:
         ValueError: if a quotation or an array is not closed, or expansions are nested too deeply; says which.
     """
-    text = text.replace(_BREAK, "").replace(_QUOTED, "")
+    text = text.replace("\0", "")  # as a shell does
     items: list[Word | Assignment | ArrayAssignment] = []
     start = _after_blanks(text, 0)
     while start < len(text):
@@ -93,27 +75,6 @@ def statements(text: str) -> Iterator[Statement]:
         start = _after_blanks(text, start)
     if items:
         yield tuple(items)
-
-
-def expanded(word: Word, values: Values) -> list[str]:
-    """Return the words that a word becomes: none, one, or several if a variable or an array holds several."""
-    joined = "".join(_filled(piece, values) for piece in word)
-    return [part.replace(_QUOTED, "") for part in joined.split(_BREAK) if part]
-
-
-def assigned(assignment: Assignment | ArrayAssignment, values: Values) -> str | tuple[str, ...]:
-    """Return the value that the assignment's variable has afterwards."""
-    before = values.get(assignment.name, ())
-    if isinstance(assignment, ArrayAssignment):
-        elements = tuple(element for word in assignment.words for element in expanded(word, values))
-        if not assignment.appends:
-            return elements
-        return (before, *elements) if isinstance(before, str) else (*before, *elements)
-    undivided = tuple(Piece(piece.text, piece.quote or '"') for piece in assignment.value)
-    text = " ".join(expanded(undivided, values))
-    if not assignment.appends:
-        return text
-    return before + text if isinstance(before, str) else ("".join((*before[:1], text)), *before[1:])
 
 
 def _after_blanks(text: str, start: int) -> int:
@@ -162,15 +123,15 @@ def _word(text: str, start: int) -> tuple[Word, int]:
             pieces += [Piece(following, "'")] if following not in ("", "\n") else []
             at += 2
         elif letter == "'":
-            end = _end_of_mark(text, at)
+            end = end_of_mark(text, at)
             pieces.append(Piece(text[at + 1 : end - 1], "'"))
             at = end
         elif letter == '"':
-            end = _end_of_mark(text, at)
+            end = end_of_mark(text, at)
             pieces += _double_quoted(text[at + 1 : end - 1])
             at = end
         elif letter == "`" or (letter in "$<>" and following == "(") or (letter == "$" and following == "{"):
-            end = _end_of_mark(text, at if letter == "`" else at + 1)
+            end = end_of_mark(text, at if letter == "`" else at + 1)
             pieces.append(Piece(text[at:end], ""))
             at = end
         elif plain := _PLAIN.match(text, at):
@@ -202,13 +163,13 @@ def _double_quoted(text: str) -> list[Piece]:
             pieces += [Piece(text[at + 1], "'")] if text[at + 1] != "\n" else []
             start = at = at + 2
         elif text[at] == "`" or (text[at] == "$" and text[at + 1 : at + 2] in ("(", "{")):
-            at = _end_of_mark(text, at if text[at] == "`" else at + 1)
+            at = end_of_mark(text, at if text[at] == "`" else at + 1)
         else:
             at += 1
     return [*pieces, Piece(text[start:], '"')]
 
 
-def _end_of_mark(text: str, start: int) -> int:
+def end_of_mark(text: str, start: int) -> int:
     """Return the index after the quotation, parenthesis, brace or backtick that opens at `start`."""
     open_marks = [text[start]]
     at = start + 1
@@ -242,51 +203,3 @@ def _opens(letter: str, before: str, innermost: str) -> bool:
 def _unclosed(text: str, start: int) -> ValueError:
     line = text[text.rfind("\n", 0, start) + 1 :].partition("\n")[0]
     return ValueError(f"a quotation or an array is not closed: {line.strip()[:100]}")
-
-
-def _filled(piece: Piece, values: Values) -> str:
-    """Return the piece's text with its variables filled in, and with breaks between the words that it becomes."""
-    if piece.quote == "'":
-        return _QUOTED + piece.text
-    parts: list[str] = []
-    at = 0
-    while mark := _EXPANSION.search(piece.text, at):
-        parts.append(piece.text[at : mark.start()])
-        text, at = _expansion(piece, mark.start(), values)
-        parts.append(text)
-    filled = "".join((*parts, piece.text[at:]))
-    if len(filled) > _LONGEST:
-        raise ValueError(f"an expansion has more than {_LONGEST:,} characters")
-    # A quoted array without elements is no word, unlike a quoted variable without text.
-    return filled if not piece.quote or _WHOLE_ARRAY.fullmatch(piece.text) else _QUOTED + filled
-
-
-def _expansion(piece: Piece, start: int, values: Values) -> tuple[str, int]:
-    """Return what the `$...` or the backticks at `start` become, and the index after them.
-
-    An expansion that only a shell could tell becomes its own text.
-    """
-    text, following = piece.text, piece.text[start + 1 : start + 2]
-    if text[start] == "`" or following in ("(", "{"):
-        end = _end_of_mark(text, start if text[start] == "`" else start + 1)
-        parameter = _PARAMETER.fullmatch(text, start + 1, end)
-        name, all_elements, colon, default = parameter.groups() if parameter else ("", None, None, None)
-    else:
-        match = _NAME.match(text, start + 1)
-        end = match.end() if match else start + 1
-        name, all_elements, colon, default = text[start + 1 : end], None, None, None
-    value = values.get(name)
-    if default is not None and (value is None or (colon and not value)):
-        filled = _filled(Piece(default.replace('"', ""), piece.quote), values).replace(_QUOTED, "")
-        return filled if piece.quote or '"' in default else _divided(filled), end
-    if value is None:
-        return text[start:end], end
-    elements = (value,) if isinstance(value, str) else value if all_elements else value[:1]
-    if piece.quote:
-        return _BREAK.join(_QUOTED + element for element in elements), end
-    return _BREAK.join(_divided(element) for element in elements), end
-
-
-def _divided(text: str) -> str:
-    """Return a text with a break in place of its blanks, as an expansion outside of quotations is divided."""
-    return re.sub(r"\s+", _BREAK, text)
