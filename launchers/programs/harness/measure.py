@@ -20,7 +20,7 @@ deviation."""
 _WARMUP_DEVIATIONS = 4.0
 """A step that lies this many standard deviations above the later steps is warm-up. Measured: steady noise loses a step
 in 1 of 100 trials where it is normal, and in 3 of 100 where it is skewed (the simulation in
-tests/unit/launchers/test_measure.py)."""
+tests/unit/launchers/programs/test_measure.py)."""
 _OUTLIER_DEVIATIONS = 3.5
 """Published: Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993."""
 _LEAST_STEPS_TO_JUDGE = 3
@@ -101,7 +101,7 @@ def lower_bound_ms(times_ms: Sequence[float], measurement: Measurement) -> float
 
     The bound lies twice as far below the median as the lower end of its interval. That end is made to be read once:
     read after every step, it lies above the true median in 2 of 10 trials, and the bound does in 6 of 100 (the
-    simulation in tests/unit/launchers/test_measure.py).
+    simulation in tests/unit/launchers/programs/test_measure.py).
 
     Returns:
         The bound; None with fewer than 3 steps, or where the last step is the fastest so far, since the trial may
