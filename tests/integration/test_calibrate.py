@@ -74,9 +74,9 @@ def test_a_torn_calibration_is_measured_again_and_the_new_one_is_kept(
     _check(first)
 
     assert run(["calibrate", str(sweep), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["cached"] and told["path"] == str(path)
-    assert told["calibration"]["host_us"] == first.host_us
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["cached"] and printed["path"] == str(path)
+    assert printed["calibration"]["host_us"] == first.host_us
     assert calibrate.load_calibration(PAIR) == first
 
 

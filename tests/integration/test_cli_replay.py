@@ -34,10 +34,10 @@ def test_a_trial_is_run_again_from_its_folder_and_differences_are_reported(
     assert run(["replay", str(recorded.path), "--folder", str(rerun.path)]) == 3
     assert read_json(TrialResult, rerun.result).outcome is Outcome.COMPLETED
     assert read_json(TrialResult, recorded.result) == before
-    told = capsys.readouterr().out
-    assert "trial t0007 of night: tp1 pp2 mbs1" in told
-    assert "outcome: completed, now completed" in told
-    assert "the 95% intervals of the step time are apart" in told
+    printed = capsys.readouterr().out
+    assert "trial t0007 of night: tp1 pp2 mbs1" in printed
+    assert "outcome: completed, now completed" in printed
+    assert "the 95% intervals of the step time are apart" in printed
 
 
 def test_a_rerun_into_the_folder_of_its_record_is_refused(tmp_path: Path) -> None:

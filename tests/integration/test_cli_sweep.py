@@ -102,13 +102,17 @@ def _check_results(cwd: Path, folder: SweepFolder, out: str) -> None:
     assert "megatune export results/night" in out
 
     code, shown, _ = _run(cwd, "show", "night", "--json")
-    told = json.loads(shown)
+    summary = json.loads(shown)
     fastest = min(measured, key=lambda row: row.result.metrics.step_time_ms if row.result.metrics else 0)
-    assert (code, told["best"], len(told["trials"])) == (0, fastest.number, 3)
+    assert (code, summary["best"], len(summary["trials"])) == (0, fastest.number, 3)
     code, explained, _ = _run(cwd, "explain", "night", "--json")
-    told = json.loads(explained)
-    assert (code, told["best"], told["peak_memory"]["trials"]) == (0, fastest.number, len(measured))
-    assert told["peak_memory"]["factor"] == pytest.approx(1, rel=0.1)
+    explanation = json.loads(explained)
+    assert (code, explanation["best"], explanation["peak_memory"]["trials"]) == (
+        0,
+        fastest.number,
+        len(measured),
+    )
+    assert explanation["peak_memory"]["factor"] == pytest.approx(1, rel=0.1)
     for form in ("bridge-cli", "megatron-lm"):
         code, override, _ = _run(cwd, "export", "night", "--format", form)
         assert code == 0
@@ -143,11 +147,11 @@ def test_the_command_lines_limits_hold_and_finals_give_the_answer(tmp_path: Path
     layouts = [row.layout for row in rows[5:]]
     assert layouts == layouts[::-1]
     assert layouts[1] == rows[0].layout
-    told = " ".join(out.split())
-    assert "From t0003 on, the refinement varied the other knobs around the best of the grid: t000" in told
-    assert "Finished: the budget of trials is used." in told
+    summary = " ".join(out.split())
+    assert "From t0003 on, the refinement varied the other knobs around the best of the grid: t000" in summary
+    assert "Finished: the budget of trials is used." in summary
     assert re.search(
-        r"Of (\d+ s|\d\.\d\d h) of trials: \d+% start-up, .* The tuner's own time between this run's", told
+        r"Of (\d+ s|\d\.\d\d h) of trials: \d+% start-up, .* The tuner's own time between this run's", summary
     )
     code, shown, _ = _run(tmp_path, "show", "finals", "--json")
     answer = json.loads(shown)

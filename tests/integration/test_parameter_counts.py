@@ -168,12 +168,12 @@ def share_of_a_rank(model: Model, layout: Layout) -> int:
         return module.sharded // ranks + module.replicated
 
     def layer(moe: bool) -> int:
-        around = held(parameters.attention(model), layout.tp) + parameters.layer_norms(model)
+        rest = held(parameters.attention(model), layout.tp) + parameters.layer_norms(model)
         if not moe:
-            return around + held(parameters.dense_mlp(model), layout.tp)
+            return rest + held(parameters.dense_mlp(model), layout.tp)
         experts = (model.num_moe_experts or 0) // layout.ep * held(parameters.expert(model), layout.etp)
         shared = held(parameters.shared_experts(model), layout.tp)
-        return around + parameters.router(model) + shared + experts
+        return rest + parameters.router(model) + shared + experts
 
     pattern = model.moe_layer_pattern()
     words = model.padded_vocab_size(layout.tp) // layout.tp * model.hidden_size

@@ -31,8 +31,8 @@ def report() -> dict[str, Any]:
     ]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-4000:]
-    found: dict[str, Any] = json.loads(process.stdout)
-    return found
+    report: dict[str, Any] = json.loads(process.stdout)
+    return report
 
 
 @pytest.mark.timeout(60 + 10 * DRAWS)

@@ -96,19 +96,19 @@ def test_the_work_of_the_ranks_and_of_the_tuners_children_is_not_foreign(tmp_pat
 
 def test_a_process_is_the_trials_by_the_marker_of_the_trial_or_of_the_sweep(tmp_path: Path) -> None:
     trial = tmp_path / "night" / "trials" / "t0003"
-    own = OwnProcesses(trial)
+    own_processes = OwnProcesses(trial)
     code = "import time; time.sleep(60)"
     markers = {trial: True, tmp_path / "night": True, tmp_path / "night" / "trials" / "t0004": False}
     for marker, expected in markers.items():
         child = subprocess.Popen([sys.executable, "-c", code], env={MARKER: str(marker)})
         try:
-            assert own.holds(child.pid) is expected
+            assert own_processes.holds(child.pid) is expected
         finally:
             child.kill()
             child.wait()
-    assert own.holds(os.getpid())
-    assert not own.holds(1)
-    assert os.getpid() in {process.pid for process in own.processes()}
+    assert own_processes.holds(os.getpid())
+    assert not own_processes.holds(1)
+    assert os.getpid() in {process.pid for process in own_processes.processes()}
 
 
 def test_a_look_at_the_cpu_takes_less_than_a_hundredth_of_a_core(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def step_time_ms(layout: Layout) -> float:
 
 def peak_gib(layout: Layout) -> float:
     """Return a peak that grows with the micro-batch, and shrinks with the model's shards and with recompute."""
-    kept = 0.25 if layout.recompute_granularity == "full" else 1.0
-    return (0.02 + 0.04 * layout.micro_batch_size * kept) / (layout.tp * layout.pp)
+    activation_share = 0.25 if layout.recompute_granularity == "full" else 1.0
+    return (0.02 + 0.04 * layout.micro_batch_size * activation_share) / (layout.tp * layout.pp)
 
 
 def failure_of(layout: Layout, attempt: int, memory_gib: float) -> tuple[Phase, int, str, str] | None:

@@ -82,14 +82,14 @@ def test_weights_look_like_independent_draws_of_the_right_spread() -> None:
 
 def test_an_emptied_storage_leaves_the_account_and_returns_when_it_is_filled() -> None:
     with TensorAccount(1e9) as account:
-        kept = torch.ones(1000)
+        tensor = torch.ones(1000)
         assert account.live_bytes == 4000
-        kept.untyped_storage().resize_(0)
+        tensor.untyped_storage().resize_(0)
         assert account.live_bytes == 0
-        kept.untyped_storage().resize_(4000)
+        tensor.untyped_storage().resize_(4000)
         assert account.live_bytes == 4000
-    kept.untyped_storage().resize_(0)
-    del kept
+    tensor.untyped_storage().resize_(0)
+    del tensor
     assert account.live_bytes == 0
     assert account.peak_bytes == 4000
 

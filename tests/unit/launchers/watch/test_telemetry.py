@@ -190,10 +190,10 @@ def test_a_gpu_is_read_in_our_units() -> None:
 @pytest.mark.parametrize("name", [name for name in vars(nvml()) if name.startswith("nvmlDevice")])
 def test_a_figure_that_a_gpu_lacks_is_left_out_and_the_rest_is_read(name: str) -> None:
     usual = read_gpu(nvml(), "handle", is_own)
-    found = read_gpu(nvml(**{name: raises(pynvml.NVML_ERROR_NOT_SUPPORTED)}), "handle", is_own)
-    changed = [field for field in GpuReading.__slots__ if getattr(found, field) != getattr(usual, field)]
+    reading = read_gpu(nvml(**{name: raises(pynvml.NVML_ERROR_NOT_SUPPORTED)}), "handle", is_own)
+    changed = [field for field in GpuReading.__slots__ if getattr(reading, field) != getattr(usual, field)]
     assert len(changed) == 1
-    assert getattr(found, changed[0]) in (None, ())
+    assert getattr(reading, changed[0]) in (None, ())
 
 
 @pytest.mark.parametrize(
