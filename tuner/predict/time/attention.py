@@ -38,7 +38,7 @@ def core_attention(operations: Operations, sliding: bool) -> ModuleTime:
         forward_ms = ops.rates.attention_ms(2 * macs, ATTENTION_EFFICIENCY)
         backward_ms = BACKWARD_ATTENTION * forward_ms
     else:
-        # Unfused attention computes the whole square of scores, masked or not.
+        # Unfused attention computes the whole square of scores, which a causal mask halves.
         square_flops = 4 * core_attention_macs(model, seq_length, False) * ops.tokens / ops.tp
         passes = SCORE_PASSES + (CAP_PASSES if capped else 0)
         score_bytes = passes * heads * ops.tokens * seq_length * ops.state_bytes

@@ -94,8 +94,8 @@ class LayerTimes:
     ) -> tuple[PassTime, Floats | float]:
         """Return the forward passes that the backward pass of a layer repeats, and their share in all modules.
 
-        Selective recompute repeats the modules that it drops. Full recompute repeats all modules in
-        `full_share` of the layers.
+        Selective recompute repeats the modules that it drops. Full recompute repeats all modules in `full_share` of the
+        layers.
         """
         c = self._layouts
         full = c.among("recompute_granularity", "full") * full_share

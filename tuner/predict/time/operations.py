@@ -84,7 +84,10 @@ class Operations:
         return self.gemm(rows, inner, hidden, matrices) + self.gemm(rows, hidden, width, matrices)
 
     def activation(self, rows: Floats, width: Floats | float) -> ModuleTime:
-        """Return the time of the activation between the two products of an MLP."""
+        """Return the time of the activation between the two products of an MLP.
+
+        Per element it reads one number, or two if the MLP is gated, and writes one.
+        """
         return self.elementwise(3 if self.model.gated_linear_unit else 2, rows * width)
 
     def reduce_ms(self, whole_bytes: Floats, group: ProcessGroups) -> Floats:

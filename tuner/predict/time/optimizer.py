@@ -121,7 +121,12 @@ def _exposed_ms(weights: _Weights, pass_ms: Floats, c: Columns, rates: Rates) ->
 
 
 def _held_tensors(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats, Floats]:
-    """Return how many dense weight tensors, and how many of routed experts, the rank with the most of each holds."""
+    """Return how many dense weight tensors, and how many of routed experts, the rank with the most of each holds.
+
+    Counted in Megatron-Core: a layer has two norms, two weights of attention (five of multi-latent attention), two
+    norms of queries and keys if there are any, and either two weights of an MLP or a router and two weights of a shared
+    expert. A routed expert has two weights, a head two, an embedding one.
+    """
     dense = split.embeddings + 2 * split.heads
     routed = np.zeros_like(dense)
     for kind, layers in split.layers.items():

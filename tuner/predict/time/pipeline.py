@@ -60,9 +60,10 @@ def _shared_bubble_ms(
 ) -> Floats:
     """Return the bubble of a pipeline whose ranks share cores.
 
-    A rank that waits leaves its core to the others, so a step takes the mean work of the ranks. Two things add to that.
-    Cores idle at the start, while only the first stages have work, and at the end, while only the last ones have. And a
-    chain of passes that wait for each other goes no faster than with one core per pass.
+    A rank that waits leaves its core to the others, so a step takes at least the mean work of the ranks. The bubble is
+    the time beyond that, the larger of two. Cores idle at the start, while only the first stages have work, and at the
+    end, while only the last stages have. And a chain of passes that wait for each other is no faster than with one core
+    per pass.
 
     Args:
         c: The layouts.
