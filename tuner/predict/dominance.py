@@ -103,12 +103,12 @@ def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluste
 
 
 def _may_drop_recompute(layout: Layout, workload: Workload, cluster: Cluster) -> bool:
-    """Whether a stage provably keeps no less without any recompute than with the layout's. Two kinds are not compared.
+    """Whether a stage provably keeps no less without any recompute than with the layout's recompute.
 
-    Recomputing a layer brings back what the layer keeps, beside its input and the output that is made again: at most
-    four hidden states per layer. A layer keeps more than that: its input, the norm's output, the sum, the second norm's
-    output, and all between. So a stage with at least twice as many layers as are recomputed at once keeps more without
-    recompute.
+    Two kinds of recompute are not compared with each other. While layers are recomputed, a stage holds what these
+    layers keep, and besides that their inputs and the output that is made again: at most four hidden states per layer.
+    A layer keeps more than four: its input, the norm's output, the sum, the second norm's output, and all between. So a
+    stage with at least twice as many layers as are recomputed at once keeps more without recompute.
 
     Torch's context-parallel attention is an exception: recomputed, it keeps its input instead of the gathered keys and
     values, which may be more.

@@ -14,8 +14,7 @@ from tuner.predict.memory.overhead import UNCERTAINTY, beyond_allocated_gib, res
 from tuner.predict.memory.peak import peak_gib
 
 MIN_FIT: Final = 0.01
-"""Smallest probability of fitting with which a sweep launches a row. A choice: one wasted trial in a hundred is
-cheap."""
+"""Smallest probability of fitting with which a sweep launches a row. A choice."""
 SHARED_ERROR: Final = 0.03
 """Prior standard deviation of the error that all layouts of a workload share. The error is log(measured / predicted
 allocated memory). Assumed."""
