@@ -16,7 +16,9 @@ MOST_CONNECTIONS = 32
 """The largest value that CUDA accepts. Published: CUDA C++ Programming Guide, CUDA environment variables."""
 
 _BEFORE_AMPERE = re.compile(r"\b(P|V|T)\d{1,3}\b", re.IGNORECASE)
+"""Finds a GPU older than Ampere in a GPU's name: P100, V100, T4."""
 _GRACE_BLACKWELL = re.compile(r"\bGB\d{3}\b", re.IGNORECASE)
+"""Finds a GPU of a Grace Blackwell node in a GPU's name: GB200, GB300."""
 
 
 def flex_backend_runs(backend: str, cluster: Cluster) -> bool:
@@ -45,7 +47,10 @@ def _backend_runs_on_gpu(columns: Columns, workload: Workload, cluster: Cluster)
 
 
 def _overlap_has_one_connection(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    """Before Blackwell, communication starts before the compute it overlaps with only if both share one connection."""
+    """Tell where communication can overlap with compute.
+
+    GPUs older than Blackwell start communication ahead of the compute that hides it only if both share one connection.
+    """
     if BLACKWELL_OR_LATER.search(cluster.gpu.name):
         return True
     exempt = columns.on("use_megatron_fsdp") | columns.on("overlap_moe_expert_parallel_comm")

@@ -14,7 +14,7 @@ FLEX_KNOBS = "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp"
 
 
 def _needs_pre_softmax(model: Model) -> bool:
-    """Return whether the router takes one expert by softmax scores, which Megatron allows before the choice only."""
+    """Return whether the router takes the softmax after it has chosen one expert, whose score is then always 1."""
     softmax_of_one = model.moe_router_topk == 1 and model.moe_router_score_function == "softmax"
     sinkhorn = model.moe_router_load_balancing_type == "sinkhorn"
     return softmax_of_one and not (model.moe_router_pre_softmax or sinkhorn)
@@ -34,7 +34,7 @@ def _experts_with_tp_have_sp(columns: Columns, workload: Workload, cluster: Clus
 
 
 def _flex_has_expert_ranks(columns: Columns) -> Bools:
-    """Tell where the flex dispatcher has more than one expert rank to send tokens to."""
+    """Tell where the flex dispatcher, if it is used, has more than one expert rank."""
     return implies(columns.among("moe_token_dispatcher_type", "flex"), columns["ep"] * columns["etp"] > 1)
 
 

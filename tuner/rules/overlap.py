@@ -13,7 +13,7 @@ EXPERT_CALLABLES = "megatron/core/models/gpt/fine_grained_callables.py"
 
 
 def _needs_cuda(id: str, knob: str, requirement: str) -> Rule:
-    """Return the rule that a switch is off on CPU ranks; `requirement` is what the switch needs there."""
+    """Return the rule that a switch is off on CPU ranks; `requirement` is what it needs on CUDA devices."""
     return rule(
         id,
         "program",
@@ -36,9 +36,9 @@ def _expert_overlap(
     source: str = TRANSFORMER_CONFIG,
     gone_in: str = "",
 ) -> Rule:
-    """Return the rule that a layout with overlap_moe_expert_parallel_comm satisfies `needs`.
+    """Return the rule that a layout with overlap_moe_expert_parallel_comm on satisfies `needs`.
 
-    `knobs` names the other knobs that `needs` reads; `message` continues the sentence that the switch begins.
+    `knobs` names the other knobs that `needs` reads. `message` continues a sentence whose subject is the switch.
     """
     return rule(
         id,

@@ -61,7 +61,7 @@ def _uneven_chunks_have_a_middle(columns: Columns, workload: Workload, cluster: 
 
 
 def _stated_stages_differ(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where a stated stage differs from what it would get unstated; of two stages only the first is stated."""
+    """Tell where a stated stage differs from what it would get unstated. Of two stages only the first may be stated."""
     middle, stages = stage_slots(columns, workload).middle, unstated_stages(columns)
     repeats = (stages > 0) & ((columns[FIRST] == middle) | (columns[LAST] == middle))
     states_second_of_two = (columns["pp"] == 2) & (columns[LAST] > 0)
@@ -73,7 +73,8 @@ def _uneven_differs_from_accounted(columns: Columns, workload: Workload, cluster
     slots = stage_slots(columns, workload)
     fewer_first, fewer_last = slots.middle - slots.first, slots.middle - slots.last
     one_fewer = np.isin(fewer_first, (0, 1)) & np.isin(fewer_last, (0, 1)) & (fewer_first + fewer_last > 0)
-    # With two stages the last one gets what the stated first one leaves, so one layer less here is one more there.
+    # With two stages only the first is stated, and `middle` is what it leaves to the last: a last stage with one layer
+    # less shows as a first stage with one more.
     one_apart = (columns["pp"] == 2) & (np.abs(fewer_first) == 1)
     has_rest = (columns["pp"] > 1) & (unstated_stages(columns) != 0)
     return not_all(_uneven(columns), columns["vpp"] <= 1, has_rest, one_fewer | one_apart)

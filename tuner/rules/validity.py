@@ -44,15 +44,15 @@ RULES: tuple[Rule, ...] = (
     *graphs.RULES,
     *environment.RULES,
 )
-"""Every rule. A layout that breaks several of them is counted for the first."""
+"""Every rule, in the order in which `broken_rules` lists them."""
 
 
 def active_rules(lifted: Collection[str] = frozenset()) -> tuple[Rule, ...]:
-    """Return every rule but the lifted ones: those that the user lifts, or that a newer Megatron-Core no longer asks.
+    """Return every rule but the lifted ones: the user lifts them, or a newer Megatron-Core no longer asks them.
 
     Raises:
-        InputError: if a lifted rule is unknown, or can't be lifted since every release of Megatron refuses what it
-            refuses: only a policy, or a rule that is gone in some release, can.
+        InputError: if a lifted rule is unknown, or can't be lifted: only a policy can, and a rule that some release of
+            Megatron-Core no longer asks.
     """
     liftable = {rule.id for rule in RULES if rule.kind == "policy" or rule.gone_in}
     for name in sorted(set(lifted) - liftable):

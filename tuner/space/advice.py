@@ -32,10 +32,12 @@ class Advice:
 def advice_for(workload: Workload, cluster: Cluster, guide: Guide) -> Iterator[Advice]:
     """Yield the guide's choices, best first.
 
-    The order of a dense model: the row of its size, every step of that row's ranges, the neighbouring row for a size at
-    its end, the combined recipes, and the network. Of a mixture of experts: the row of its name or else of the nearest
-    size, the combined recipes for that row's model, and the key patterns. The network's TP=8 is for dense models: the
-    guide sizes TP of experts by what is active.
+    For a dense model they come from the row of its size, in every step of the row's ranges, then from the neighbouring
+    row if the size lies at its end, from the combined recipes, and from the network.
+
+    For a mixture of experts they come from the row of its name, or else of the nearest size, then from the combined
+    recipes for that row's model, and from the key patterns. The network isn't asked: its TP=8 is for dense models, and
+    the guide sizes TP of a mixture of experts by its active parameters.
     """
     sequence = next(row for row in reversed(guide.sequence) if workload.seq_length >= row.from_tokens)
     if workload.model.is_moe:
@@ -121,7 +123,7 @@ def _moe_bases(workload: Workload, cluster: Cluster, guide: Guide) -> Iterator[A
             yield _from_recipe(recipe, guide)
     by_active, by_total = min(guide.moe, key=active_doublings), min(guide.moe, key=total_doublings)
     experts = model.num_moe_experts or 1
-    # The guide leaves open how many experts a GPU holds: as few as fit beside these pipeline stages, then one.
+    # The guide leaves open how many experts a GPU holds: first as few as the GPUs of a stage allow, then one.
     for ep in dict.fromkeys((gcd(experts, max(1, cluster.world_size // by_total.pp)), experts)):
         pattern = f"TP of {by_active.name}, PP of {by_total.name}, EP = {experts}/{experts // ep}"
         layout = Layout(tp=by_active.tp, pp=by_total.pp, ep=ep)
@@ -134,7 +136,7 @@ def _from_recipe(recipe: Recipe, guide: Guide) -> Advice:
 
 
 def _from_network(by_size: Layout, cluster: Cluster, guide: Guide) -> Advice:
-    """Return what the network suggests. If the guide leaves PP open, it is that of `by_size`, and at least 2."""
+    """Return what the network suggests. If the guide leaves PP open, PP is that of `by_size`, and at least 2."""
     if cluster.world_size <= max(cluster.gpus_per_node, cluster.nvlink_domain_gpus):
         network = "nvlink"
     elif cluster.fabric_bandwidth_gb_per_s >= guide.infiniband_from_gb_per_s:

@@ -14,12 +14,12 @@ from pydantic import ConfigDict
 from tuner.files import STRICT, read_yaml
 
 Range = tuple[int, int]
-"""The lowest and the highest of some sizes; each size is twice the one before."""
+"""The lowest and the highest size; the sizes between are doublings of the lowest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseRow:
-    """The sizes to start from for dense models of some size."""
+    """The parallel sizes from which the guide starts for dense models of a range of sizes."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -36,7 +36,7 @@ class DenseRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeRow:
-    """The sizes to start from for one mixture of experts."""
+    """The parallel sizes from which the guide starts for one mixture of experts."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -70,7 +70,7 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopologyRow:
-    """The sizes to start from on a kind of network."""
+    """The parallel sizes from which the guide starts on a kind of network."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -85,7 +85,7 @@ class TopologyRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRow:
-    """What the guide adds for sequences of some length."""
+    """The parallelism that the guide adds for sequences of a range of lengths."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -94,7 +94,7 @@ class SequenceRow:
     from_tokens: int
     """Shortest sequence of the row, in tokens; the next row's value ends it."""
     sp: bool
-    """Whether sequence parallelism is on where tp is above 1."""
+    """Whether sequence parallelism is on, provided that tp is above 1."""
     cp: Range
     note: str = ""
     """What the guide remarks on the row."""

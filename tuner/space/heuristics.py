@@ -75,7 +75,7 @@ def _unasked_knobs(table: pd.DataFrame) -> list[str]:
 def _nearest(table: pd.DataFrame, grids: pd.DataFrame, unasked: Sequence[str], wanted: Layout) -> int:
     """Return the position in `table` of the layout nearest to `wanted`.
 
-    First the device grid counts (`grids` holds each of the table's once): the squared doublings between the sizes,
+    First the device grid counts (`grids` holds each grid of the table once): the squared doublings between the sizes,
     weighted and summed. Squares spread a move over the sizes instead of putting it on one. Then it counts whether the
     layout interleaves, then the rest of the schedule and the recompute, and then how few of the `unasked` knobs differ
     from their default. Ties go to fewer pipeline stages, then to less TP, CP and EP, and then to the first row.
