@@ -35,7 +35,6 @@ from tuner.trial.contract import TrialSpec
 from tuner.trial.program import BridgeRecipe
 
 RECIPES = recipes()
-read_configs_locally()
 
 FORMS = (Format.BRIDGE_CLI, Format.BRIDGE_YAML, Format.BRIDGE_PYTHON)
 
@@ -64,6 +63,11 @@ class Case:
     domain: Domain
     values: Mapping[str, Any]
     """Values of the recipe's config by path."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _local_configs() -> None:
+    read_configs_locally()
 
 
 @pytest.fixture

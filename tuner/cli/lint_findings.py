@@ -1,4 +1,4 @@
-"""What megatune lint prints of the jobs that it judged."""
+"""The output of megatune lint: a finding per job, printed or as data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ COLOURS: Final = {"starts": "green", "refused": "red", "too large": "red", "not 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What lint says of one job."""
+    """The result of judging one job."""
 
     source: str
     """The file or recipe that states the job."""

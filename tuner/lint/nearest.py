@@ -16,7 +16,7 @@ from tuner.space.domain import Domain, search_domain
 from tuner.space.enumeration import enumerate_layouts
 
 NEAREST: Final = 3
-"""How many valid layouts are named beside one that is refused."""
+"""Number of valid layouts that are named for a refused one."""
 
 _SIZES: Final = ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size")
 

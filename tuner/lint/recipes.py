@@ -65,7 +65,7 @@ def refused_beside_bridge(
 ) -> tuple[Violation, ...]:
     """Return the broken rules that end the job of a recipe which Bridge resolves without complaint.
 
-    They are the rules about checks that Bridge does not make when it resolves a recipe, and those of our program.
+    These rules are about checks that Bridge does not make when it resolves a recipe, or checks of our own program.
     """
     return tuple(
         item

@@ -1,4 +1,4 @@
-"""What lint says of a layout, of a recipe, and of the valid layouts near one that is refused."""
+"""The verdicts of lint on a job and on a recipe, with the valid layouts near a refused one."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -23,13 +23,13 @@ class NearLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobVerdict:
-    """What is known of a job with a layout before it runs."""
+    """The verdict on a job with a layout, before it runs."""
 
     layout: Layout
     refused: tuple[Violation, ...]
     """The rules that the layout breaks and for which Megatron would end the job, in the order of the rules."""
     warnings: tuple[str, ...]
-    """What makes the job slow."""
+    """Choices that make the job slow, one per line."""
     worst: StageMemory | None
     """The pipeline stage that needs the most memory; None if a rule of ours refuses the layout."""
     fits: float | None
@@ -50,7 +50,7 @@ class JobVerdict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeVerdict:
-    """What is known of a recipe of Megatron Bridge before it runs."""
+    """The verdict on a recipe of Megatron Bridge, before it runs."""
 
     facts: RecipeFacts
     verdict: JobVerdict | None = None

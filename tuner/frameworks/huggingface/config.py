@@ -1,10 +1,10 @@
 """Reads the architecture out of a Hugging Face `config.json`; one function per family of model classes.
 
-What the file leaves to the code of the model (norms of queries and keys, biases, the router's score, defaults) is
-taken from the class in `transformers`. A file of a model of images and text is read for its text model.
+The class in `transformers` supplies what the file leaves to the code of the model: norms of queries and keys, biases,
+the router's score, and defaults. A file of a model of images and text is read for its text model.
 
-What `Model` does not hold is not read, since it changes neither the size nor, to speak of, the speed: how much of a
-head is rotated and with how many bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
+The file's other keys are not read, since they change the size not at all and the speed hardly: how much of a head is
+rotated and with how many bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
 quantisation. OLMoE's norms of queries and keys span all heads at once; they are read as Megatron's, which span one.
 """
 

@@ -14,7 +14,7 @@ class UnsupportedError(Exception):
 
 
 def decoder_fields(config: Config, activation_key: str = "hidden_act", activation: str = "silu") -> Fields:
-    """Return the fields that every family states in the same keys.
+    """Return the fields that all families state in common keys.
 
     Args:
         config: The data of the file.

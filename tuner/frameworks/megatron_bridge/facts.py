@@ -1,4 +1,4 @@
-"""What Megatron Bridge says of a recipe, as plain data: the request to read recipes, and the answer for each."""
+"""The request to read recipes of Megatron Bridge, and the facts about each recipe as plain data."""
 
 import re
 from collections.abc import Mapping

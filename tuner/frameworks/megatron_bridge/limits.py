@@ -1,4 +1,4 @@
-"""What a recipe of Megatron Bridge trains or fixes that no Model and no Layout states."""
+"""Architectures and settings of Megatron Bridge's recipes that no Model and no Layout states."""
 
 from collections.abc import Mapping
 from typing import Final

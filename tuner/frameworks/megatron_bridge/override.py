@@ -91,5 +91,5 @@ def _hydra_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(value)}]"
-    # Other characters, such as those of a pipeline's layout, have a meaning in Hydra's grammar.
+    # Other characters, such as the bars of a placement, have a meaning in Hydra's grammar.
     return str(value) if re.fullmatch(r"[\w.+-]*", str(value)) else f'"{value}"'

@@ -40,7 +40,7 @@ def smallest_world(values: Values) -> int:
 
 
 def _stated_knobs(values: Values) -> dict[str, Any]:
-    """Return Bridge's value per knob, without the knobs of the environment and, for a dense model, those of experts."""
+    """Return Bridge's value per knob, without knobs of the environment and, for a dense model, knobs of experts."""
     knobs: dict[str, Any] = {}
     for knob in fields(Layout):
         path = knob.metadata["megatron"]

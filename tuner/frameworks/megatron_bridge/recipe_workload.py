@@ -1,4 +1,4 @@
-"""What a recipe of Megatron Bridge trains: its model and its workload, in our nouns."""
+"""The model and the workload that a recipe of Megatron Bridge trains."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -50,7 +50,7 @@ _ACTIVATIONS: Final[Mapping[str, str]] = {
     "gelu_pytorch_tanh": "gelu",
     "openai_gelu": "gelu",
 }
-"""Activations that compute the same as one of Model's, up to rounding."""
+"""Activations that equal one of Model's up to rounding."""
 
 
 def workload_of(values: Values, name: str) -> Workload:

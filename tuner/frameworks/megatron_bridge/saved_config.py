@@ -1,4 +1,4 @@
-"""The `run_config.yaml` that Megatron Bridge saves beside every checkpoint: what it says of the recipe."""
+"""The reader of the `run_config.yaml` that Megatron Bridge saves with every checkpoint."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace

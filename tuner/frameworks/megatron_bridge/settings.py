@@ -22,7 +22,7 @@ _OLDER_GRAPH_FIELDS: Final[dict[str, Any]] = {
 }
 """Older fields of CUDA graphs, each with its value that states nothing.
 
-Bridge refuses any other value beside the newer fields, or prefers it to theirs.
+Bridge refuses any other value of an older field if the newer fields are set, or prefers it to their values.
 """
 
 _DEPENDENT_FIELDS: Final[tuple[frozenset[str], ...]] = (
@@ -117,7 +117,7 @@ def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, An
 
 
 def _companions(layout: Layout) -> dict[str, Any]:
-    """Return the fields that Bridge needs beside those of the knobs.
+    """Return further fields that Bridge needs in addition to the knobs.
 
     Source: Megatron Bridge, training/config.py, models/gpt_provider.py, utils/cuda_graph.py.
     """

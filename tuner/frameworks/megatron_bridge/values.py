@@ -1,6 +1,6 @@
 """The plain values of a Megatron Bridge ConfigContainer, by path: which are read, and how they become plain data.
 
-Names are those of Megatron-Core's TransformerConfig and of Megatron Bridge's training/config.py.
+The names come from Megatron-Core's TransformerConfig and from Megatron Bridge's training/config.py.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ _FURTHER_PATHS: Final = (
     "mixed_precision.grad_reduce_in_fp32",
     "env_vars",
 )
-"""Paths beyond those of a Model's fields and a Layout's knobs."""
+"""Paths that belong to no field of Model and no knob of Layout."""
 
 
 def _knob_paths() -> list[str]:

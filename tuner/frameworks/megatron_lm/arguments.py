@@ -59,7 +59,7 @@ def _has_no_effect(knob: str, layout: Layout) -> bool:
 
 
 def _companions(layout: Layout) -> dict[str, list[str]]:
-    """Return the arguments that Megatron-LM's `validate_args` requires beside those of the knobs."""
+    """Return further arguments that Megatron-LM's `validate_args` requires in addition to the knobs."""
     companions: dict[str, list[str]] = {}
     if layout.use_megatron_fsdp:
         companions["--ckpt-format"] = ["fsdp_dtensor"]

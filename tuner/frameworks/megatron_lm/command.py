@@ -39,7 +39,7 @@ _UNJUDGED: Final = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandLine:
-    """What a Megatron-LM command trains, and how."""
+    """The workload of a Megatron-LM command, its layout and its number of GPUs."""
 
     workload: Workload
     layout: Layout

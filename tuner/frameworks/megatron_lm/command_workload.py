@@ -1,6 +1,6 @@
 """The workload that the parsed arguments of Megatron-LM train, its model included.
 
-Names and defaults are those of Megatron-LM, megatron/training/arguments.py.
+The names and defaults come from Megatron-LM, megatron/training/arguments.py.
 """
 
 import re
@@ -60,7 +60,7 @@ def _precision(arguments: Namespace) -> Precision:
 
 
 def _model(arguments: Namespace, source: str, vocab_size: int | None) -> dict[str, Any]:
-    """Return the fields of Model; they get Megatron-LM's defaults, which differ from those of Model."""
+    """Return the fields of Model, with Megatron-LM's defaults; Model has other defaults."""
     hidden, heads = arguments.hidden_size, arguments.num_attention_heads
     vocabulary = vocab_size or arguments.vocab_size or _VOCABULARIES.get(arguments.tokenizer_type or "")
     if vocabulary is None:

@@ -1,6 +1,6 @@
 """A parser of Megatron-LM's arguments, as far as they state a model, a workload, a layout and the number of GPUs.
 
-Names and types are those of Megatron-LM, megatron/training/arguments.py. An argument that a command lacks is None
+The names and types come from Megatron-LM, megatron/training/arguments.py. An argument that a command lacks is None
 (False for a switch): the defaults of Megatron-LM are filled in by the readers of the layout and the workload.
 """
 

@@ -86,7 +86,7 @@ def _after_blanks(text: str, start: int) -> int:
 
 
 def _item(text: str, start: int) -> tuple[Word | Assignment | ArrayAssignment, int]:
-    """Return the word or assignment at `start`, where no blank and no separator is, and the index after it."""
+    """Return the word or assignment that begins at `start`, and the index after it."""
     head = _ASSIGNMENT.match(text, start)
     if head is None:
         return _word(text, start)

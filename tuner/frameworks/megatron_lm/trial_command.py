@@ -1,6 +1,6 @@
 """A user's own Megatron-LM command as a trial runs it: with the arguments of the trial's layout instead of its own.
 
-Names are those of Megatron-LM, megatron/training/arguments.py and megatron/training/config/training_config.py.
+The names come from Megatron-LM, megatron/training/arguments.py and megatron/training/config/training_config.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ _TRAINING_FLAGS: Final = frozenset(
 )
 """The arguments that say how long a training is, what it loads and what it reports; a trial has its own instead."""
 _TRAINING_PREFIXES: Final = ("--save", "--non-persistent-", "--async-", "--ckpt-", "--wandb-")
-"""How further arguments of that kind begin: those of checkpoints and of Weights & Biases."""
+"""Beginnings of further such arguments, which state checkpoints and the reports to Weights & Biases."""
 
 _Argument = tuple[str, tuple[str, ...]]
 """A flag and its values."""
