@@ -3,8 +3,8 @@
 The class in `transformers` supplies what the file leaves to the code of the model: norms of queries and keys, biases,
 the router's score, and defaults. A file of a model of images and text is read for its text model.
 
-The file's other keys are not read, since they change the size not at all and the speed hardly: how much of a head is
-rotated and with how many bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
+The file's other keys are not read, since they do not change the size and hardly change the speed: how much of a head
+is rotated and with how many bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
 quantisation. OLMoE's norms of queries and keys span all heads at once; they are read as Megatron's, which span one.
 """
 
