@@ -1,10 +1,9 @@
-"""Predicted against measured peak memory, and the speed of the prediction: `python -m tests.bench.memory`."""
+"""Peak memory, predicted against measured, and the speed of the prediction: `python -m tests.bench.memory`."""
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,35 +18,45 @@ from tuner.space.domain import default_domain
 from tuner.space.enumeration import enumerate_layouts
 
 B200 = Path(__file__).parents[3] / "shared" / "data" / "b200_memory.csv"
-"""Measured on 8 B200 by the authors of SimuMax (MooreThreads/SimuMax, docs/b200, Apache-2.0)."""
+"""Peaks that the authors of SimuMax measured on 8 B200 (MooreThreads/SimuMax, docs/b200, Apache-2.0)."""
 MOST_ROWS = 500_000
+"""Most rows of a space that are predicted."""
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredStage:
     """One pipeline stage of a measured run."""
 
     case: str
+    """Name of the run."""
     rank: int
+    """Pipeline rank."""
     moment: str
+    """Predicted moment of the peak."""
     predicted_gib: float
+    """Predicted peak in GiB."""
     measured_gib: float
+    """Measured peak of the worst GPU of the stage in GiB."""
 
     @property
     def error(self) -> float:
-        """Relative."""
+        """Return the relative error of the prediction."""
         return self.predicted_gib / self.measured_gib - 1
 
 
 def measured_models() -> dict[str, Model]:
-    """The two architectures of the runs, cut to the layers that were trained."""
+    """Return the two architectures of the runs by name, cut to the layers that were trained."""
     return {
         "llama3-70b": replace(load_model("llama3-70b"), num_layers=12),
         "deepseekv2": replace(load_model("deepseek-v2"), num_layers=4, moe_layer_freq=(0, 1, 1, 1)),
     }
 
 
-def b200_stages() -> Iterator[Stage]:
-    """Every stage of every run: sequence parallel wherever tp > 1, experts' load balanced by capacity 1."""
+def b200_stages() -> Iterator[MeasuredStage]:
+    """Yield every stage of every run.
+
+    The runs use sequence parallelism if tp > 1, and a capacity factor of 1 balances the load of the experts.
+    """
     models, cluster = measured_models(), replace(load_cluster("dgx-b200"), nodes=1)
     for run in pd.read_csv(B200).to_dict("records"):
         model = models[run["model"]]
@@ -59,26 +68,32 @@ def b200_stages() -> Iterator[Stage]:
             moe_router_force_load_balancing=model.is_moe,
         )
         layout = replace(layout_from({str(name): value for name, value in run.items()}), sp=run["tp"] > 1)
-        ranks = [float(peak) for peak in run["peak_allocated_gib_by_rank"].split()]
-        each = len(ranks) // layout.pp
+        peaks_gib = [float(peak) for peak in run["peak_allocated_gib_by_rank"].split()]
+        stage_gpus = len(peaks_gib) // layout.pp
         for stage in memory_breakdown(layout, workload, cluster):
-            of_stage = ranks[stage.rank * each : (stage.rank + 1) * each]
-            yield Stage(run["case"], stage.rank, stage.moment, stage.total_gib, max(of_stage))
+            first_gpu = stage.rank * stage_gpus
+            yield MeasuredStage(
+                case=run["case"],
+                rank=stage.rank,
+                moment=stage.moment,
+                predicted_gib=stage.total_gib,
+                measured_gib=max(peaks_gib[first_gpu : first_gpu + stage_gpus]),
+            )
 
 
-def worst_errors(stages: list[Stage]) -> dict[str, float]:
-    """The relative error of each run's worst rank, by case."""
-    cases = {stage.case: [other for other in stages if other.case == stage.case] for stage in stages}
+def worst_errors(stages: list[MeasuredStage]) -> dict[str, float]:
+    """Return the relative error of the peak of each run's worst rank, by run."""
+    runs = {stage.case: [other for other in stages if other.case == stage.case] for stage in stages}
     return {
-        case: max(s.predicted_gib for s in of) / max(s.measured_gib for s in of) - 1
-        for case, of in cases.items()
+        case: max(s.predicted_gib for s in of_run) / max(s.measured_gib for s in of_run) - 1
+        for case, of_run in runs.items()
     }
 
 
 def print_b200() -> None:
-    """Print each stage of the B200 runs, and the errors of the runs."""
+    """Print the predicted and measured peak of each stage of the B200 runs, and the errors of the runs."""
     if not B200.exists():
-        print(f"{B200} is not here: no measurements to hold the predictions against")
+        print(f"{B200} is missing: there are no measurements to compare the predictions with")
         return
     stages = list(b200_stages())
     for stage in stages:
@@ -89,7 +104,7 @@ def print_b200() -> None:
 
 
 def print_speed(name: str, global_batch_size: int) -> None:
-    """Print how many of a model's layouts are predicted a second (at most MOST_ROWS), and their memory."""
+    """Print how many layouts of a model are predicted per second, and how many of them fit."""
     workload = Workload(model=load_model(name), seq_length=4096, global_batch_size=global_batch_size)
     cluster: Cluster = replace(load_cluster("dgx-h100"), nodes=NODES)
     table = enumerate_layouts(workload, cluster, default_domain(workload, cluster)).table
@@ -105,7 +120,7 @@ def print_speed(name: str, global_batch_size: int) -> None:
 
 
 def main() -> None:
-    """Print the table of errors and the speed; the targets are 1% on average, 3% at worst and 200,000 rows/s."""
+    """Print errors and speed; the targets are errors of 1% on average and 3% at worst, and 200,000 rows/s."""
     print_b200()
     print_speed("llama3-70b", 2048)
     print_speed("deepseek-v3", 15360)

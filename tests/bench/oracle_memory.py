@@ -1,7 +1,8 @@
-"""The memory predictor against the oracle: `python -m tests.bench.oracle_memory [N] [seed]`.
+"""Compare the memory predictor with an oracle: `python -m tests.bench.oracle_memory [N] [seed]`.
 
-Random valid layouts of mid-size dense, mixture and latent-attention models, each on one rank of 8 to 64: the real
-program under fake tensors (launchers/programs/megatron_core/probe.py) says what the rank allocates.
+The layouts are random valid ones of mid-size models that are dense, have experts, or have latent attention. The oracle
+runs one rank of 8 to 64 in the real program with fake tensors (launchers/programs/megatron_core/probe.py), which says
+what the rank allocates.
 """
 
 import sys
@@ -26,10 +27,11 @@ from tuner.space.enumeration import enumerate_layouts
 from tuner.space.placements import layer_placements
 
 PROCESSES = 2
-WRITTEN_OUT = 0.3
+"""Processes that ask the oracle at once."""
+WRITTEN_SHARE = 0.3
 """Share of the draws whose pipeline may be written out."""
 MOST_MICROBATCHES = 8
-"""Keeps a probe to seconds; as many are in flight on 8 stages at once."""
+"""Most micro-batches of a draw, so that a probe takes seconds. As many are in flight at once on 8 stages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,22 +39,24 @@ class Draw:
     """One rank of one layout."""
 
     family: str
+    """Family of the model, a key of FAMILIES."""
     workload: Workload
     cluster: Cluster
     layout: Layout
     stage: StageMemory
-    """What is predicted for its pipeline stage."""
+    """Prediction for the pipeline stage of the rank."""
 
 
-class Probed(NamedTuple):
-    """A draw and what the oracle said."""
+class MeasuredDraw(NamedTuple):
+    """A draw and the answer of the oracle."""
 
     draw: Draw
     measured_gib: float
+    """Peak of the rank in GiB."""
 
     @property
     def error(self) -> float:
-        """Relative; negative where less was predicted than is allocated."""
+        """Return the relative error of the prediction; it is negative if the prediction is too low."""
         return self.draw.stage.total_gib / self.measured_gib - 1
 
 
@@ -177,7 +181,7 @@ _RECOMPUTE: tuple[dict[str, Any], ...] = (
 
 
 def draws(seed: int, most_microbatches: int = MOST_MICROBATCHES) -> Iterator[Draw]:
-    """Endless draws, the families in turn."""
+    """Yield draws without end, from each family in turn."""
     random = Random(seed)
     while True:
         for family, models in FAMILIES.items():
@@ -188,7 +192,10 @@ def draws(seed: int, most_microbatches: int = MOST_MICROBATCHES) -> Iterator[Dra
 
 
 def _draw(family: str, model: Model, random: Random, most_microbatches: int) -> Draw | None:
-    """A random valid layout of a model and one of its ranks: the one predicted worst, or any; None if luck was out."""
+    """Return a random valid layout of a model and one of its ranks; None if the random domain has no such layout.
+
+    The rank is the one with the highest predicted peak, or any other, at equal chances.
+    """
     cluster = cpu_cluster(random.choice((8, 16, 32, 64)))
     workload = Workload(
         model=model,
@@ -202,7 +209,7 @@ def _draw(family: str, model: Model, random: Random, most_microbatches: int) -> 
         **{knob: (value,) for knob, value in random.choice(_RECOMPUTE).items()},
         "sp": (False, True),
     }
-    if random.random() < WRITTEN_OUT:
+    if random.random() < WRITTEN_SHARE:
         splits = [(int(pp), int(vpp)) for pp in domain["pp"] for vpp in domain["vpp"] if int(pp) > 1]
         texts = [text for pp, vpp in splits for text in layer_placements(workload, pp, vpp)]
         domain = {**domain, "pipeline_model_parallel_layout": tuple(dict.fromkeys(["none", *texts]))}
@@ -221,7 +228,7 @@ def _draw(family: str, model: Model, random: Random, most_microbatches: int) -> 
 
 
 def cpu_cluster(world_size: int) -> Cluster:
-    """So many CPU ranks, in one NVLink domain."""
+    """Return a cluster of so many CPU ranks, in one NVLink domain."""
     return Cluster(
         name=f"cpu-{world_size}",
         device="cpu",
@@ -235,38 +242,41 @@ def cpu_cluster(world_size: int) -> Cluster:
     )
 
 
-def ask(draw: Draw) -> Probed:
-    """Ask the oracle."""
+def ask(draw: Draw) -> MeasuredDraw:
+    """Ask the oracle about one draw."""
     from launchers.programs.megatron_core.probe import probe
 
     world_size = draw.cluster.world_size
     rank = draw.stage.rank * (world_size // draw.layout.pp)
-    return Probed(draw, probe(draw.workload, draw.layout, world_size, rank)[0])
+    return MeasuredDraw(draw, probe(draw.workload, draw.layout, world_size, rank)[0])
 
 
-def asked(of: Sequence[Draw]) -> Iterator[Probed]:
-    """Ask about each draw; in forks, since Megatron's hooks keep a model's objects alive for good."""
+def ask_all(draws_to_ask: Sequence[Draw]) -> Iterator[MeasuredDraw]:
+    """Ask the oracle about each draw, in forks, since Megatron's hooks keep the objects of a model alive."""
     from launchers.programs.megatron_core.probe import prepare
 
     with get_context("fork").Pool(PROCESSES, prepare, (cpu_cluster(1),), maxtasksperchild=10) as pool:
-        yield from pool.imap(ask, of)
+        yield from pool.imap(ask, draws_to_ask)
 
 
-def line(probed: Probed) -> str:
-    """One draw in a line."""
-    draw, stage = probed.draw, probed.draw.stage
+def line(measured: MeasuredDraw) -> str:
+    """Return one line about a draw: its error, its measured peak and the layout."""
+    draw, stage = measured.draw, measured.draw.stage
     return (
-        f"{probed.error:+7.2%} {probed.measured_gib:8.3f} GiB {stage.moment:9} {draw.workload.model.name:16} "
+        f"{measured.error:+7.2%} {measured.measured_gib:8.3f} GiB {stage.moment:9} {draw.workload.model.name:16} "
         f"{draw.workload.precision} seq {draw.workload.seq_length} gbs {draw.workload.global_batch_size} "
         f"world {draw.cluster.world_size} stage {stage.rank}: {draw.layout.label()}"
     )
 
 
-def calibration(found: Sequence[Probed]) -> str:
-    """How many of the rows given a probability to fit did, in memories drawn around the predicted peak."""
+def fit_calibration(measured_draws: Sequence[MeasuredDraw]) -> str:
+    """Return a table of how many layouts fit, by their predicted probability to fit.
+
+    GPU memories are drawn around the predicted peak of each layout.
+    """
     random, stated, fits = np.random.default_rng(0), [], []
-    for probed in found:
-        draw = probed.draw
+    for measured in measured_draws:
+        draw = measured.draw
         table = pd.DataFrame([asdict(draw.layout)])
         peak_gib_of_worst = float(peak_gib(table, draw.workload, draw.cluster, "torch")[0])
         if draw.stage.total_gib < peak_gib_of_worst:
@@ -274,7 +284,7 @@ def calibration(found: Sequence[Probed]) -> str:
         for memory_gib in peak_gib_of_worst * np.exp(0.05 * random.normal(size=20)):
             gpu = replace(draw.cluster.gpu, memory_gib=float(memory_gib))
             stated.append(fit_probabilities(table, draw.workload, replace(draw.cluster, gpu=gpu))[0])
-            fits.append(probed.measured_gib <= memory_gib)
+            fits.append(measured.measured_gib <= memory_gib)
     table = pd.DataFrame({"stated": stated, "fit": fits})
     bins = pd.cut(table["stated"], [0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1])
     lines = table.groupby(bins, observed=True).agg(
@@ -286,22 +296,22 @@ def calibration(found: Sequence[Probed]) -> str:
 def main(count: int, seed: int) -> None:
     """Print the errors of each family, and the worst draws; the target is 2% on average."""
     started = time.perf_counter()
-    found = list(asked(list(islice(draws(seed), count))))
+    measured_draws = list(ask_all(list(islice(draws(seed), count))))
     wall_s = time.perf_counter() - started
     for family in FAMILIES:
-        errors = np.abs([probed.error for probed in found if probed.draw.family == family])
+        errors = np.abs([measured.error for measured in measured_draws if measured.draw.family == family])
         over = (errors > 0.05).sum()
         print(
             f"{family:6} {len(errors):4} layouts: mean error {errors.mean():.2%}, "
             f"worst {errors.max():.2%}, {over} above 5%"
         )
-    errors = np.abs([probed.error for probed in found])
+    errors = np.abs([measured.error for measured in measured_draws])
     print(
         f"all    {len(errors):4} layouts: mean error {errors.mean():.2%}, worst {errors.max():.2%}; {wall_s:.0f} s"
     )
-    for probed in sorted(found, key=lambda probed: -abs(probed.error))[:25]:
-        print(line(probed))
-    print(calibration(found))
+    for measured in sorted(measured_draws, key=lambda measured: -abs(measured.error))[:25]:
+        print(line(measured))
+    print(fit_calibration(measured_draws))
 
 
 if __name__ == "__main__":

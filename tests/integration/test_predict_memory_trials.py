@@ -14,7 +14,7 @@ import pytest
 
 from launchers.local.torchrun import TorchrunLauncher
 from search_spaces.loader import load_model
-from tests.bench.oracle_memory import Draw, asked
+from tests.bench.oracle_memory import Draw, ask_all
 from tests.trials import CLUSTER
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
@@ -110,12 +110,12 @@ def predicted(spec: TrialSpec) -> tuple[StageMemory, ...]:
 
 
 def peaks(spec: TrialSpec, ranks: list[int]) -> list[Peak]:
-    each = len(ranks) // spec.layout.pp
+    ranks_per_stage = len(ranks) // spec.layout.pp
     return [
         Peak(
             f"{spec.workload.model.name} {spec.layout.label()} stage {stage.rank}",
             stage.total_gib,
-            max(ranks[stage.rank * each : (stage.rank + 1) * each]) / GIB,
+            max(ranks[stage.rank * ranks_per_stage : (stage.rank + 1) * ranks_per_stage]) / GIB,
         )
         for stage in predicted(spec)
     ]
@@ -142,8 +142,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found: list[list[int]] = json.loads((folder / "peaks.json").read_text())
-    return found
+    peaks: list[list[int]] = json.loads((folder / "peaks.json").read_text())
+    return peaks
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +155,14 @@ def measured(trained: list[list[int]]) -> list[list[Peak]]:
 def test_a_fake_rank_allocates_as_much_as_a_real_one(trained: list[list[int]]) -> None:
     draws, real = [], []
     for spec, ranks in list(zip(CASES, trained, strict=False))[2:5]:
-        stages, each = predicted(spec), RANKS // spec.layout.pp
+        stages, ranks_per_stage = predicted(spec), RANKS // spec.layout.pp
         for stage in (stages[0], stages[-1]):
             draws.append(
                 Draw(family="", workload=spec.workload, cluster=spec.cluster, layout=spec.layout, stage=stage)
             )
-            real.append(ranks[stage.rank * each])
+            real.append(ranks[stage.rank * ranks_per_stage])
     # The difference is the losses of the micro-batches that the probe leaves out.
-    assert [one.measured_gib * GIB for one in asked(draws)] == pytest.approx(real, abs=256)
+    assert [measured.measured_gib * GIB for measured in ask_all(draws)] == pytest.approx(real, abs=256)
 
 
 def test_the_busiest_ranks_peak_under_free_routing_is_expected(trained: list[list[int]]) -> None:

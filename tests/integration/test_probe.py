@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launchers.machine.probe import probe
-from tests.bench.oracle_memory import Draw, Probed, asked, cpu_cluster, draws, line
+from tests.bench.oracle_memory import Draw, MeasuredDraw, ask_all, cpu_cluster, draws, line
 from tests.integration.test_predict_memory_trials import case
 from tuner.cli.app import run
 from tuner.core.layout import Layout
@@ -33,12 +33,14 @@ def sweep_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def probed() -> list[Probed]:
-    return list(asked(list(islice(draws(SEED, MOST_MICROBATCHES), DRAWS))))
+def probed() -> list[MeasuredDraw]:
+    return list(ask_all(list(islice(draws(SEED, MOST_MICROBATCHES), DRAWS))))
 
 
-def test_peaks_of_random_layouts_are_predicted_within_two_percent_on_average(probed: list[Probed]) -> None:
-    errors = np.abs([one.error for one in probed])
+def test_peaks_of_random_layouts_are_predicted_within_two_percent_on_average(
+    probed: list[MeasuredDraw],
+) -> None:
+    errors = np.abs([measured.error for measured in probed])
     table = "\n".join(map(line, probed))
     assert {case.draw.family for case in probed} == {"dense", "moe", "mla"}
     assert {case.draw.workload.precision for case in probed} == {"fp32", "bf16"}
@@ -53,7 +55,7 @@ def draw_of(spec: TrialSpec, stage: int, global_batch_size: int) -> Draw:
 
 
 def peaks(of: list[Draw]) -> Iterator[float]:
-    return (one.measured_gib for one in asked(of))
+    return (measured.measured_gib for measured in ask_all(of))
 
 
 def test_more_micro_batches_than_fill_the_pipeline_change_no_peak() -> None:
@@ -87,9 +89,9 @@ def test_the_command_prints_measured_beside_predicted(
     sweep_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["probe", str(sweep_file), "pp=2", "--rank", "stages", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
-    assert [rank["rank"] for rank in found["ranks"]] == [0, 2]
-    for rank in found["ranks"]:
+    printed = json.loads(capfd.readouterr().out)
+    assert [rank["rank"] for rank in printed["ranks"]] == [0, 2]
+    for rank in printed["ranks"]:
         parts = [value for name, value in rank["predicted"].items() if name.endswith("_gib")]
         assert sum(parts) == pytest.approx(rank["predicted_peak_gib"])
         assert abs(rank["difference"]) < 0.02
