@@ -13,6 +13,7 @@ from tuner.frameworks.megatron_bridge.override import bridge_words
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.trial_command import trial_words
 from tuner.trial.contract import TrialFolder, TrialSpec
+from tuner.trial.launcher import Place
 from tuner.trial.program import BridgeRecipe, Command, MegatronLm, fill
 
 PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}
@@ -85,12 +86,15 @@ def filled_command(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
     return fill(spec.program.command, values, {"megatron_lm": arguments, "bridge": bridge_words(spec)})
 
 
-def job_environment(spec: TrialSpec, folder: TrialFolder, cores: int, grace_s: float) -> dict[str, str]:
+def job_environment(
+    spec: TrialSpec, folder: TrialFolder, place: Place, *, cores: int, grace_s: float
+) -> dict[str, str]:
     """Return the variables that are set on top of the inherited environment.
 
     Args:
         spec: The trial.
         folder: Its folder, which marks the job's processes.
+        place: The GPUs that it runs on.
         cores: CPU cores of a node that the ranks share.
         grace_s: The time that the ranks get between SIGTERM and SIGKILL.
     """
@@ -107,4 +111,6 @@ def job_environment(spec: TrialSpec, folder: TrialFolder, cores: int, grace_s: f
     }
     if on_cpu:
         return env
+    if place.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
     return env | cuda_environment(spec.layout, cluster, complete=isinstance(spec.program, BridgeRecipe))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
@@ -26,7 +26,7 @@ from tuner.space.enumeration import enumerate_layouts
 from tuner.space.heuristics import seeds
 from tuner.sweep.configuration import SweepFile, resolve
 from tuner.sweep.folder import SweepFolder
-from tuner.trial.finished import FinishedTrial, read_trials
+from tuner.trial.finished import SEARCHED, read_trials
 
 ORPHANS_S = 5.0
 """What a killed tuner started must have ended by itself within."""
@@ -47,34 +47,13 @@ TRIALS = 15
 """With canaries and finals, as many as end in each of the formula's ways."""
 
 
-class Nowhere:
-    """No tracker: MLflow takes longer to import than most of these tuners live."""
-
-    def sync(self, rows: list[FinishedTrial]) -> None:
-        """See Tracker."""
-
-    def log_trial(self, row: FinishedTrial, folder: object) -> bool:
-        """See Tracker."""
-        return True
-
-
-class Unseen:
-    """No observer."""
-
-    def started(self, *told: object) -> None:
-        """See Observer."""
-
-    def heartbeat(self, *told: object) -> None:
-        """See Observer."""
-
-    def finished(self, *told: object) -> None:
-        """See Observer."""
-
-
-def tune(path: Path, trials: int) -> None:
-    """Run the sweep, or go on with it, to its end: as `megatune sweep` does."""
-    from launchers.tracking import Tracker
-    from tuner.sweep.loop import SweepLoop, queue_of
+def tune(path: Path, trials: int, slots: int = 1) -> None:
+    """Run the sweep, or go on with it, to its end, as `megatune sweep` does; `slots` trials at once, without MLflow."""
+    from tuner.sweep.controller import resumed
+    from tuner.sweep.policy import queue_of
+    from tuner.sweep.runner import ThreadRunner
+    from tuner.sweep.study import StudyProjection
+    from tuner.trial.launcher import Place
 
     budget = {"trials": trials, "min_gain": None, "finalists": 1, "final_runs": 2, "canary_every": 4}
     file = parse(SweepFile, {**SWEEP, "budget": budget}, "night")
@@ -82,27 +61,38 @@ def tune(path: Path, trials: int) -> None:
     table = enumerate_layouts(sweep.workload, sweep.cluster, sweep.domain, lifted=sweep.lifted).table
     queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
     folder = SweepFolder(path)
-    folder.claim(sweep, measuring_machine(sweep.cluster))
-    with folder.lock(), Preload(folder.path) as preload:
+    with (
+        folder.claimed(sweep, measuring_machine(sweep.cluster)),
+        Preload(folder.path) as preload,
+    ):
         # So many cores that no load of other jobs counts: what is disturbed is measured again, and changes the table.
         launcher = TorchrunLauncher(
             programs={str(sweep.program): formula.__name__}, start=preload.start, cores=4096
         )
         end_marked(str(path.absolute()), grace_s=10.0)
-        loop = SweepLoop(sweep, table, queue, folder, launcher, cast(Tracker, Nowhere()), Unseen())
-        loop.run(threading.Event())
+        stop = threading.Event()
+        places = tuple(Place() for _ in range(slots))
+        with ThreadRunner(launcher, stop, places) as runner:
+            resumed(
+                sweep,
+                table=table,
+                queue=queue,
+                folder=folder,
+                runner=runner,
+                stop=stop,
+                sinks=[StudyProjection(folder.study, sweep.name)],
+            ).run()
 
 
-def start(path: Path, trials: int) -> subprocess.Popen[bytes]:
+def start(path: Path, trials: int, slots: int) -> subprocess.Popen[bytes]:
     """The tuner as a process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, str(path), str(trials)], stdin=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", __spec__.name, str(path), str(trials), str(slots)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 
-def to_end(path: Path, trials: int) -> float:
+def to_end(path: Path, trials: int, slots: int) -> float:
     """Run the tuner to its end; returns how long it lived, in seconds."""
-    began_s, tuner = time.monotonic(), start(path, trials)
+    began_s, tuner = time.monotonic(), start(path, trials, slots)
     try:
         assert tuner.wait(timeout=600) == 0, f"the tuner of {path} failed"
     finally:
@@ -123,7 +113,7 @@ class Tally:
     lost: int = 0
     """Trials that an equal table lacks."""
     twice: int = 0
-    """Trials whose result was written twice."""
+    """Trials whose result was written twice, and layouts that were searched twice."""
     differing: list[str] = field(default_factory=list)
     """The first difference of each table from that of the sweep that nobody killed."""
     orphans: int = 0
@@ -143,7 +133,7 @@ def table_of(path: Path) -> list[Row]:
     ]
 
 
-def kill_and_resume(root: Path, kills: int, seed: int, trials: int = TRIALS) -> Tally:
+def kill_and_resume(root: Path, kills: int, seed: int, trials: int = TRIALS, slots: int = 1) -> Tally:
     """Kill tuners at random moments, and resume each, until a sweep has ended after the last kill.
 
     However fast the machine, the moments lie between a tuner's start and a quarter of the way from the end of its first
@@ -151,16 +141,18 @@ def kill_and_resume(root: Path, kills: int, seed: int, trials: int = TRIALS) -> 
     """
     draw, tally, whole = random.Random(seed), Tally(), root / "whole"
     began_s = time.time()
-    life_s = to_end(whole, trials)
+    life_s = to_end(whole, trials, slots)
     first_s = SweepFolder(whole).trial(0).result.stat().st_mtime - began_s
     longest_s = first_s + (life_s - first_s) / 4
     expected = table_of(whole)
     while tally.kills < kills:
         path = root / f"killed-{tally.sweeps}"
-        while tally.kills < kills and _killed(start(path, trials), path, draw.uniform(0, longest_s), tally):
+        while tally.kills < kills and _killed(
+            start(path, trials, slots), path, draw.uniform(0, longest_s), tally
+        ):
             pass
-        to_end(path, trials)
-        _compare(path, expected, tally)
+        to_end(path, trials, slots)
+        _compare(path, expected, tally, slots)
     return tally
 
 
@@ -184,18 +176,26 @@ def _killed(tuner: subprocess.Popen[bytes], path: Path, after_s: float, tally: T
     return True
 
 
-def _compare(path: Path, expected: list[Row], tally: Tally) -> None:
+def _compare(path: Path, expected: list[Row], tally: Tally, slots: int) -> None:
+    """Add a sweep's table to the tally.
+
+    With several trials in flight the table depends on which ended first, so only what must hold of every table is
+    compared: as many trials as without kills, and no layout searched twice.
+    """
     found = table_of(path)
     tally.sweeps += 1
     tally.trials += len(found)
     tally.lost += max(0, len(expected) - len(found))
-    tally.differing += [
-        f"{path.name}: {a} and not {b}" for a, b in zip(found, expected, strict=False) if a != b
-    ][:1]
+    if slots == 1:
+        tally.differing += [
+            f"{path.name}: {a} and not {b}" for a, b in zip(found, expected, strict=False) if a != b
+        ][:1]
+    searched = [trial.layout for trial in read_trials(path) if trial.source in SEARCHED]
+    tally.twice += len(searched) - len(set(searched))
     written = [line["number"] for line in read_json_lines(path / "written.jsonl")]
     tally.twice += len(written) - len(set(written))
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    tune(Path(sys.argv[1]), int(sys.argv[2]))
+    tune(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

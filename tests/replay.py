@@ -2,29 +2,39 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
 from launchers.local.torchrun import TorchrunLauncher
-from launchers.tracking import Status, Tracker
 from tests.trials import CLUSTER, WORKLOAD, metrics_of
+from tuner.analysis.figures import best_trial
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.files import parse, to_data, write_json, write_text
+from tuner.predict.calibration import Machine
 from tuner.search.grid import grid_space
 from tuner.space.heuristics import seeds
 from tuner.space.table import with_row
+from tuner.sweep.budget import Stop
 from tuner.sweep.configuration import Sweep, SweepFile, resolve
+from tuner.sweep.controller import Clock, Controller, resumed
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.loop import Progress, SweepLoop, queue_of
+from tuner.sweep.policy import queue_of
+from tuner.sweep.progress import Progress
+from tuner.sweep.runner import AttemptEnded, Beat
+from tuner.sweep.sinks import Sink, Snapshot
+from tuner.sweep.state import RunningTrial, SweepState
+from tuner.sweep.study import StudyProjection
+from tuner.tracking.spool import Status
 from tuner.trial.contract import Durations, Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.trial.finished import FinishedTrial, TrialSource
-from tuner.trial.launcher import LaunchPlan
+from tuner.trial.finished import FinishedTrial
+from tuner.trial.launcher import WHOLE_MACHINE, LaunchPlan, Place
 
 SEARCHED: Mapping[str, Any] = {
     "tp": [1, 2, 4],
@@ -94,9 +104,9 @@ class ReplayLauncher:
     """What becomes of the formulas' result: noise, drift, a disturbed machine."""
     launched: list[TrialSpec] = field(default_factory=list)
 
-    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
+    def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
         """The real launcher's plan."""
-        return TorchrunLauncher().plan(spec, folder)
+        return TorchrunLauncher().plan(spec, folder, place)
 
     def run(
         self,
@@ -145,48 +155,87 @@ class ReplayLauncher:
         return [spec.layout for spec in self.launched]
 
 
-class NoTracker(Tracker):
-    """No MLflow: making its store takes seconds. Remembers what it was told."""
+class Logged(Sink):
+    """Remembers the numbers of the trials that it was told of, as a tracker would log them."""
 
     def __init__(self) -> None:
         self.logged: list[int] = []
 
-    def sync(self, rows: Any) -> None:
-        self.logged += [row.number for row in rows]
+    def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
+        self.logged += [trial.number for trial in snapshot.state.ended]
 
-    def log_trial(self, row: FinishedTrial, folder: TrialFolder) -> None:
-        self.logged.append(row.number)
+    def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
+        self.logged.append(trial.number)
+
+
+class LoggedTracker(Logged):
+    """A tracker of the command line that needs no MLflow: making its store takes seconds."""
 
     def finish(self, summary: str, status: Status) -> None:
-        pass
+        """See Tracker."""
 
-    def close(self) -> None:
-        pass
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
 
 
 @dataclass
-class Watching:
-    """An observer that remembers."""
+class Watching(Sink):
+    """Remembers what it was told."""
 
-    begun: list[tuple[int, int, str]] = field(default_factory=list)
+    starts: list[tuple[int, int, str]] = field(default_factory=list)
     """Number, attempt and source."""
-    ended: list[tuple[int, int]] = field(default_factory=list)
+    endings: list[tuple[int, int]] = field(default_factory=list)
     """Number and how many rows it ruled out."""
     progress: list[Progress] = field(default_factory=list)
     beats: int = 0
+    most_in_flight: int = 0
 
-    def started(
-        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: Progress
-    ) -> None:
-        self.begun.append((number, attempt, origin.source))
-        self.progress.append(progress)
+    def begun(self, trial: RunningTrial, snapshot: Snapshot) -> None:
+        self.starts.append((trial.number, trial.attempt, trial.source.source))
+        self.progress.append(snapshot.progress)
+        self.most_in_flight = max(self.most_in_flight, len(snapshot.state.running))
 
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
         self.beats += 1
 
-    def finished(self, row: FinishedTrial, pruned: int, progress: Progress) -> None:
-        self.ended.append((row.number, pruned))
-        self.progress.append(progress)
+    def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
+        self.endings.append((trial.number, pruned))
+        self.progress.append(snapshot.progress)
+
+
+class InlineRunner:
+    """Runs trials one after the other in the caller's thread; the trial that started last ends first.
+
+    Up to `slots` are in flight between `submit` and `next_event`.
+    """
+
+    def __init__(self, launcher: ReplayLauncher, stop: threading.Event, slots: int = 1) -> None:
+        self.launcher, self.stop, self._slots = launcher, stop, slots
+        self._submitted: list[tuple[TrialSpec, TrialFolder]] = []
+        self._events: list[Beat | AttemptEnded] = []
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots - len(self._submitted) - bool(self._events)
+
+    def submit(self, spec: TrialSpec, folder: TrialFolder) -> None:
+        self._submitted.append((spec, folder))
+
+    def next_event(self, patience_s: float) -> Beat | AttemptEnded | None:
+        if not self._events:
+            spec, folder = self._submitted.pop()
+            plan = self.launcher.plan(spec, folder)
+            beats: list[Heartbeat] = []
+            result = self.launcher.run(plan, self.stop, beats.append)
+            self._events = [Beat(number=spec.number, heartbeat=beat) for beat in beats]
+            self._events.append(AttemptEnded(number=spec.number, result=result))
+        return self._events.pop(0)
+
+    def stop_all(self) -> None:
+        self.stop.set()
 
 
 def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
@@ -227,35 +276,93 @@ def slowed(result: TrialResult, factor: float, suspicions: tuple[str, ...] = ())
     return replace(result, metrics=replace(metrics, **times, step_times_ms=steps), suspicions=suspicions)
 
 
+@dataclass
+class ReplayedSweep:
+    """A sweep as the command line makes it, around a replay."""
+
+    controller: Controller
+    runner: InlineRunner
+
+    def run(self, stop: threading.Event | None = None) -> Stop:
+        """Run it until it ends, or `stop` is set."""
+        self.controller.stop = self.runner.stop = stop or threading.Event()
+        return self.controller.run()
+
+    @property
+    def rows(self) -> list[FinishedTrial]:
+        """The finished trials, by number."""
+        return list(self.controller.state.ended)
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        return self.controller.progress()
+
+    def finals_note(self) -> str | None:
+        """What to say of finals that are not whole."""
+        return self.controller.finals_note()
+
+
 def loop_of(
     results: Path,
     launcher: ReplayLauncher,
     sweep: Sweep | None = None,
-    tracker: Tracker | None = None,
+    *,
+    tracker: Sink | None = None,
     observer: Watching | None = None,
     deadline_s: float | None = None,
-) -> SweepLoop:
-    """The loop of a sweep as the command line makes it, around a replay."""
+    clock: Clock = time,
+    slots: int = 1,
+    with_study: bool = False,
+) -> ReplayedSweep:
+    """The loop of a sweep around a replay. A study costs more than all else, so that only its tests have one."""
     sweep = sweep or sweep_of()
     table, folder = table_of(sweep), SweepFolder(results)
-    folder.claim(sweep)
-    queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
-    return SweepLoop(
+    claim(folder, sweep)
+    stop = threading.Event()
+    runner = InlineRunner(launcher, stop, slots)
+    sinks = [StudyProjection(folder.study, sweep.name)] if with_study else []
+    controller = resumed(
         sweep,
-        table,
-        queue,
-        folder,
-        launcher,
-        tracker or NoTracker(),
-        observer or Watching(),
+        table=table,
+        queue=queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table)),
+        folder=folder,
+        runner=runner,
+        stop=stop,
+        sinks=[*sinks, *(sink for sink in (tracker, observer) if sink is not None)],
         deadline_s=deadline_s,
+        clock=clock,
     )
+    return ReplayedSweep(controller, runner)
+
+
+def snapshot_of(trials: Sequence[FinishedTrial]) -> Snapshot:
+    """A sweep of these finished trials."""
+    progress = Progress(
+        finished=len(trials),
+        budget=TRIALS,
+        used_s=0.0,
+        left_s=None,
+        best=best_trial(trials),
+        pruned=0,
+        certainty=None,
+    )
+    return Snapshot(SweepState(ended=tuple(trials)), progress)
+
+
+def claim(folder: SweepFolder, sweep: Sweep, machine: Machine | None = None) -> None:
+    """Make a folder a sweep's, as a tuner does that ends at once."""
+    with folder.claimed(sweep, machine):
+        pass
 
 
 def run_to_end(
-    results: Path, launcher: ReplayLauncher | None = None, sweep: Sweep | None = None
-) -> SweepLoop:
+    results: Path,
+    launcher: ReplayLauncher | None = None,
+    sweep: Sweep | None = None,
+    *,
+    with_study: bool = False,
+) -> ReplayedSweep:
     """Run a sweep until it ends by itself."""
-    loop = loop_of(results, launcher or ReplayLauncher(), sweep)
-    loop.run(threading.Event())
+    loop = loop_of(results, launcher or ReplayLauncher(), sweep, with_study=with_study)
+    loop.run()
     return loop

@@ -13,7 +13,7 @@ from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.frameworks.megatron_bridge.recipe_file import with_file_text
 from tuner.trial.contract import TrialFolder, TrialResult, TrialSpec
-from tuner.trial.launcher import LaunchPlan
+from tuner.trial.launcher import WHOLE_MACHINE, LaunchPlan, Place
 from tuner.trial.program import BridgeRecipe
 
 
@@ -30,7 +30,7 @@ class TorchrunLauncher:
     start: Start = ColdJob
     """Starts a job: cold, or with `Preload.start` as a fork."""
 
-    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
+    def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
         """See Launcher. The kernel chooses the port at the start, so no two jobs can collide on one."""
         cluster = spec.cluster
         if cluster.nodes > 1:
@@ -46,7 +46,7 @@ class TorchrunLauncher:
             folder=folder.path,
             world_size=cluster.world_size,
             argv=job_argv(spec, folder, torchrun, self.programs),
-            env=job_environment(spec, folder, self.cores, self.grace_s),
+            env=job_environment(spec, folder, place, cores=self.cores, grace_s=self.grace_s),
             files={folder.spec.name: json.dumps(to_data(spec), indent=2) + "\n"},
             limits=spec.limits,
             gpus=cluster.world_size if cluster.device == "cuda" else 0,

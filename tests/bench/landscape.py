@@ -34,7 +34,7 @@ from tuner.files import write_text
 from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import layout_at
 from tuner.sweep.configuration import Sweep, load_sweep
-from tuner.sweep.loop import trial_spec
+from tuner.sweep.specs import trial_spec
 from tuner.trial.contract import Outcome, TrialFolder, TrialResult
 
 LANDSCAPES: Final = Path(__file__).parents[2] / "results" / "published" / "landscapes"

@@ -15,7 +15,7 @@ from tuner.core.workload import Workload
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.space.heuristics import seeds
 from tuner.space.table import find_row
-from tuner.sweep.loop import queue_of
+from tuner.sweep.policy import queue_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ def searched(problem: MeasuredProblem) -> MeasuredProblem:
     may_fit = fit_probabilities(problem.table, problem.workload, problem.cluster) >= MIN_FIT
     table = problem.table[may_fit].reset_index(drop=True)
     queue = queue_of(None, seeds(problem.workload, problem.cluster, table))
-    rows = (find_row(table, layout) for layout, _ in queue)
+    rows = (find_row(table, queued.layout) for queued in queue)
     return replace(
         problem,
         table=table,

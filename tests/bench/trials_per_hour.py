@@ -22,10 +22,12 @@ from launchers.local.torchrun import TorchrunLauncher
 from launchers.tracking import Tracker
 from tuner.cli.common import load, prepare, stderr
 from tuner.cli.progress import PlainProgress
+from tuner.sweep.controller import resumed
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.loop import SweepLoop
+from tuner.sweep.runner import ThreadRunner
+from tuner.sweep.study import StudyProjection
 from tuner.trial.contract import Heartbeat, TrialFolder, TrialResult, TrialSpec
-from tuner.trial.launcher import Launcher, LaunchPlan
+from tuner.trial.launcher import WHOLE_MACHINE, Launcher, LaunchPlan, Place
 
 SWEEP: Final = Path(__file__).parents[2] / "search_spaces" / "sweeps" / "tiny-gpt.yaml"
 TRIALS: Final = 12
@@ -41,9 +43,9 @@ class Stopwatch:
     """The beginning and the end of each trial, in seconds of the monotonic clock."""
     results: list[TrialResult] = field(default_factory=list)
 
-    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
+    def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
         """See Launcher."""
-        return self.launcher.plan(spec, folder)
+        return self.launcher.plan(spec, folder, place)
 
     def run(
         self,
@@ -66,15 +68,21 @@ def measured(trials: int, results: Path, cold: bool) -> dict[str, float | str]:
     loaded = replace(loaded, sweep=replace(loaded.sweep, budget=budget))
     sweep, prepared = loaded.sweep, prepare(loaded, SWEEP)
     folder = SweepFolder(results)
-    folder.claim(sweep)
-    tracker = Tracker.open(folder.path, sweep.tracking.uri)
     began = time.monotonic()
-    with folder.lock(), Preload(folder.path) as preload:
+    stop = threading.Event()
+    with folder.claimed(sweep), Preload(folder.path) as preload:
+        tracker = Tracker.open(folder.path, sweep.tracking.uri)
         stopwatch = Stopwatch(TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start))
-        loop = SweepLoop(
-            sweep, prepared.table, prepared.queue, folder, stopwatch, tracker, PlainProgress(stderr)
-        )
-        loop.run(threading.Event())
+        with ThreadRunner(stopwatch, stop) as runner:
+            resumed(
+                sweep,
+                table=prepared.table,
+                queue=prepared.queue,
+                folder=folder,
+                runner=runner,
+                stop=stop,
+                sinks=[StudyProjection(folder.study, sweep.name), tracker, PlainProgress(stderr)],
+            ).run()
     tracker.finish("", "FINISHED")
     return _line("cold" if cold else "forked", stopwatch, time.monotonic() - began)
 

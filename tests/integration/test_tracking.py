@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from launchers import tracking as tracking
 from launchers.tracking import Tracker
-from tests.replay import sweep_of
+from tests.replay import claim, snapshot_of, sweep_of
 from tests.trials import completed_row, failed_row, spec_of, write_trial
 from tuner.cli.app import run as megatune
 from tuner.core.layout import Layout
@@ -109,7 +110,7 @@ def shared(first: _First, in_memory: Path) -> str:
 
 def _night(path: Path, trials: list[FinishedTrial] = NIGHT, experiment: str = "night shift") -> Path:
     """Write a sweep's folder with these trials, and return its path."""
-    SweepFolder(path).claim(sweep_of(tracking={"experiment": experiment}))
+    claim(SweepFolder(path), sweep_of(tracking={"experiment": experiment}))
     for trial in trials:
         write_trial(path, trial)
     return path
@@ -372,7 +373,7 @@ def test_a_password_stays_out_of_what_others_may_read(
 ) -> None:
     secret = f"postgresql://me:secret@127.0.0.1:{_free_port()}/x"
     results = folder / "night"
-    SweepFolder(results).claim(sweep_of(tracking={"uri": secret}))
+    claim(SweepFolder(results), sweep_of(tracking={"uri": secret}))
     runs = _log(results, shared)
     path = _client(shared).download_artifacts(runs.run_id, "sweep.json", str(folder))
     assert "secret" not in Path(path).read_text()
@@ -509,9 +510,9 @@ def _wait_until(
 
 def _log_trial(tracker: Tracker, results: Path, trial: FinishedTrial) -> None:
     """Log a trial, and check that the tracker returns at once."""
-    folder = write_trial(results, trial)
+    write_trial(results, trial)
     begun_s = time.monotonic()
-    tracker.log_trial(trial, folder)
+    tracker.ended(trial, 0, snapshot_of([trial]))
     assert time.monotonic() - begun_s < AT_ONCE_S
 
 
@@ -525,7 +526,7 @@ def test_a_server_that_dies_amid_a_sweep_costs_nothing_and_gets_everything_later
     results = _night(folder / "night", NIGHT[:1])
     server.start()
     tracker = Tracker.open(results, server.uri)
-    tracker.sync(NIGHT[:1])
+    tracker.opened(snapshot_of(NIGHT[:1]), pd.DataFrame())
     _wait_until(lambda: (results / "sweep_id").exists() and 0 in _whole(results, database))
     server.kill()
     for trial in NIGHT[1:]:
@@ -564,7 +565,7 @@ def test_an_mlflow_that_fails_from_the_start_is_reported_and_gets_everything_onc
     client.delete_experiment(experiment_id)
     begun_s = time.monotonic()
     tracker = Tracker.open(results, database)
-    tracker.sync(NIGHT[:2])
+    tracker.opened(snapshot_of(NIGHT[:2]), pd.DataFrame())
     assert time.monotonic() - begun_s < AT_ONCE_S
     _wait_until(lambda: "cannot be used now (experiment 'night shift' is deleted" in caplog.text)
     client.restore_experiment(experiment_id)
@@ -584,7 +585,7 @@ def test_a_server_that_never_answers_is_not_waited_for(
         silent.bind(("127.0.0.1", 0))
         silent.listen(16)
         tracker = Tracker.open(results, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        tracker.sync(NIGHT[:4])
+        tracker.opened(snapshot_of(NIGHT[:4]), pd.DataFrame())
         # Go on only once the logging process hangs in a request.
         silent.settimeout(60)
         connection, _ = silent.accept()
@@ -602,7 +603,7 @@ def test_a_full_disk_costs_nothing_and_gets_everything_once_there_is_room(
     results: Path, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = Tracker.open(results, database)
-    tracker.sync(NIGHT)
+    tracker.opened(snapshot_of(NIGHT), pd.DataFrame())
     _wait_until(lambda: (results / "sweep_id").exists() and sorted(_whole(results, database)) == NUMBERS)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.prlimit(tracker.process_id, resource.RLIMIT_FSIZE, (4096, most))

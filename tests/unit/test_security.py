@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.replay import ReplayLauncher, sweep_of
+from tests.replay import ReplayLauncher, claim, sweep_of
 from tests.trials import completed_row, failed_row, write_trial
 from tests.unit.cli.commands import write_results
 from tuner.cli.app import run
@@ -146,7 +146,7 @@ def test_texts_from_someone_else_are_shown_as_they_are_and_change_nothing_else(
     hostile = "[red]x[/] [link=file:///etc]y[/link] \x1b[2J\x1b]0;title\x07\x9b31m <script>alert(1)</script>"
     sweep = replace(sweep_of(), name=f"[bold]{hostile}")
     folder = SweepFolder(tmp_path)
-    folder.claim(sweep)
+    claim(folder, sweep)
     write_trial(tmp_path, completed_row(0, 100.0, source="baseline", note=hostile))
     write_trial(tmp_path, completed_row(1, 90.0, source=hostile, note=hostile))
     write_trial(tmp_path, failed_row(2, reason=hostile))
@@ -233,7 +233,7 @@ def test_links_that_lead_out_of_the_results_are_refused_whatever_they_lead_to(
         assert code == 2, command
         assert f"{path}: is a link that leads out of the results, to {target}" in text
     with pytest.raises(InputError, match="is a link that leads out of the results"):
-        SweepFolder(night).claim(sweep_of())
+        claim(SweepFolder(night), sweep_of())
 
 
 def test_links_within_the_results_are_fine(night: Path, capsys: pytest.CaptureFixture[str]) -> None:

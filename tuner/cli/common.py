@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tuner.frameworks.megatron_bridge.facts import RecipeFacts
-    from tuner.trial.finished import TrialSource
+    from tuner.sweep.policy import Queued
     from tuner.trial.program import BridgeRecipe
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
@@ -151,7 +151,8 @@ class Prepared:
 
     table: "pd.DataFrame"
     """The valid layouts that may fit, the baseline included."""
-    queue: "list[tuple[Layout, TrialSource]]"
+    queue: "tuple[Queued, ...]"
+    """What is tried before the strategy chooses, the baseline first."""
     too_large: int
     """Valid layouts that are never launched, since they are predicted not to fit."""
 
@@ -165,7 +166,7 @@ def prepare(loaded: Loaded, source: Path) -> Prepared:
     """
     from tuner.predict.feasibility import MIN_FIT, fit_probabilities
     from tuner.space.table import with_row
-    from tuner.sweep.loop import queue_of
+    from tuner.sweep.policy import queue_of
 
     check_not_empty(loaded, source)
     check_baseline(loaded.sweep, source)

@@ -1,6 +1,7 @@
 """megatune export: prints a measured layout as an override for the user's own recipe."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,10 @@ def export(
 
 
 def override(
-    folder: SweepFolder, trials: list[FinishedTrial], format: Format | None = None, number: int | None = None
+    folder: SweepFolder,
+    trials: Sequence[FinishedTrial],
+    format: Format | None = None,
+    number: int | None = None,
 ) -> str:
     """Return the text of the override that selects the layout of a trial.
 

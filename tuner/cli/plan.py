@@ -56,8 +56,12 @@ def _plan_data(loaded: "Loaded", prepared: "Prepared", parts: list[dict[str, Any
         "rejected": _rejections(loaded),
         "stages": parts,
         "queue": [
-            {"source": origin.source, "note": origin.note, "layout": to_data(layout)}
-            for layout, origin in prepared.queue
+            {
+                "source": queued.source.source,
+                "note": queued.source.note,
+                "layout": to_data(queued.layout),
+            }
+            for queued in prepared.queue
         ],
     }
 
@@ -88,8 +92,9 @@ def _print_trials(sweep: "Sweep", prepared: "Prepared", parts: list[dict[str, An
     """Print the first trials, the parts of the search, and how many trials follow."""
     queue = prepared.queue
     first = Table("trial", "source", "layout", "why", title="First trials", title_justify="left")
-    for number, (layout, origin) in enumerate(queue[: sweep.budget.trials]):
-        first.add_row(str(number), origin.source, layout.label(), escape(origin.note))
+    for number, queued in enumerate(queue[: sweep.budget.trials]):
+        source = queued.source
+        first.add_row(str(number), source.source, queued.layout.label(), escape(source.note))
     stdout.print(first)
     _print_parts_of_search(parts)
     later = max(0, sum(part["trials"] for part in parts) - len(queue))

@@ -72,7 +72,7 @@ def probe(
 
     sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))
-    from tuner.sweep.loop import trial_spec
+    from tuner.sweep.specs import trial_spec
 
     spec = trial_spec(sweep, 0, 1, layout)
     ranks = []

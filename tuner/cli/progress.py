@@ -1,6 +1,7 @@
 """The sweep while it runs: a live line on a terminal, one plain line a trial anywhere else."""
 
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 from rich.console import Console
@@ -9,32 +10,25 @@ from rich.markup import escape
 from rich.text import Text
 
 from tuner.core.layout import Layout
+from tuner.report.durations import duration
+from tuner.sweep.sinks import Sink, Snapshot
+from tuner.sweep.state import RunningTrial
 from tuner.trial.contract import Heartbeat
 from tuner.trial.finished import FinishedTrial, TrialSource
 
 if TYPE_CHECKING:
-    from tuner.sweep.loop import Progress
+    from tuner.sweep.progress import Progress
 
 
 NEAR: Final = 0.05
 """How near to the best of all is told while the sweep runs: a share of the step time."""
 
 
-def duration(seconds: float) -> str:
-    """A span of time as a glance takes it: `45s`, `7m05s`, `3h10m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 def standing(progress: "Progress") -> str:
     """Trials done of how many, best so far, time and budget left."""
     parts = [f"{progress.finished}/{progress.budget} trials"]
-    if progress.stage is not None:
-        parts.append(f"stage {progress.stage} of 2")
+    if progress.part is not None:
+        parts.append(f"searching the {progress.part}")
     if progress.best is not None and progress.best.result.metrics is not None:
         metrics = progress.best.result.metrics
         parts.append(
@@ -43,7 +37,7 @@ def standing(progress: "Progress") -> str:
     if progress.pruned:
         parts.append(f"{progress.pruned} ruled out by memory")
     if progress.certainty is not None:
-        best_of = "the best" if progress.stage is None else f"the best of {progress.certainty.searched}"
+        best_of = "the best" if progress.part is None else f"the best of {progress.certainty.searched}"
         parts.append(f"{progress.certainty.within(NEAR):.0%} sure to be within {NEAR:.0%} of {best_of}")
     left_s = (
         progress.used_s / progress.finished * (progress.budget - progress.finished)
@@ -77,11 +71,11 @@ def outcome_line(row: FinishedTrial, pruned: int) -> str:
 
 def _shown(origin: FinishedTrial | TrialSource) -> str:
     """Why a trial runs, as a line names it."""
-    return f"{origin.source}, stage 2" if origin.around else origin.source
+    return f"{origin.source}, refinement" if origin.around else origin.source
 
 
-class PlainProgress:
-    """One line a trial, for logs."""
+class PlainProgress(Sink):
+    """One line per trial, for logs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -92,31 +86,40 @@ class PlainProgress:
     def __exit__(self, *exc_info: object) -> None:
         return None
 
-    def started(
-        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: "Progress"
-    ) -> None:
-        """Says only that a trial is tried again."""
-        if attempt > 1:
-            self._console.print(f"trial {number}: attempt {attempt}", markup=False)
-
     def waiting_for(self, layout: Layout) -> None:
-        """Nothing: the trial's line comes at its end."""
+        """Show that one layout runs, outside a sweep. A log shows nothing: the trial's line comes at its end."""
 
-    def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
-        """Nothing: a log wants no heartbeats."""
+    def begun(self, trial: RunningTrial, snapshot: Snapshot) -> None:
+        """See Sink. A log says only that a trial is tried again."""
+        if trial.attempt > 1:
+            self._console.print(f"trial {trial.number}: attempt {trial.attempt}", markup=False)
 
-    def finished(self, row: FinishedTrial, pruned: int, progress: "Progress") -> None:
-        """The trial's line, and where the sweep stands."""
-        self._console.print(outcome_line(row, pruned), markup=False)
-        self._console.print(f"    {standing(progress)}", markup=False)
+    def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
+        """See Sink. Prints the trial's line, and where the sweep stands."""
+        self._console.print(outcome_line(trial, pruned), markup=False)
+        self._console.print(f"    {standing(snapshot.progress)}", markup=False)
+
+    def halted(self, snapshot: Snapshot, request: str) -> None:
+        """See Sink."""
+        self._console.print(snapshot.state.halt.value, markup=False)
+
+
+@dataclass(slots=True)
+class _LiveTrial:
+    """A running trial as the live view shows it."""
+
+    head: str
+    phase: str = "starting"
+    since_s: float = field(default_factory=time.monotonic)
 
 
 class LiveProgress(PlainProgress):
-    """The same lines, and below them a live one about the running trial."""
+    """The lines of a log, and below them live ones about the running trials."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._head, self._phase, self._standing, self._since = "", "", "", time.monotonic()
+        self._running: dict[int, _LiveTrial] = {}
+        self._standing = ""
         self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> Self:
@@ -126,29 +129,32 @@ class LiveProgress(PlainProgress):
     def __exit__(self, *exc_info: object) -> None:
         self._live.stop()
 
-    def started(
-        self, number: int, attempt: int, layout: Layout, origin: TrialSource, progress: "Progress"
-    ) -> None:
-        """A trial begins."""
-        super().started(number, attempt, layout, origin, progress)
-        self.waiting_for(layout)
-        self._head, self._standing = f"trial {number} [{_shown(origin)}] {layout.label()}", standing(progress)
-
     def waiting_for(self, layout: Layout) -> None:
-        """One layout runs."""
-        self._head, self._phase, self._since = layout.label(), "starting", time.monotonic()
+        """See PlainProgress."""
+        self._running = {0: _LiveTrial(layout.label())}
+
+    def begun(self, trial: RunningTrial, snapshot: Snapshot) -> None:
+        """See Sink."""
+        super().begun(trial, snapshot)
+        head = f"trial {trial.number} [{_shown(trial.source)}] {trial.layout.label()}"
+        self._running[trial.number] = _LiveTrial(head)
+        self._standing = standing(snapshot.progress)
 
     def heartbeat(self, number: int, heartbeat: Heartbeat) -> None:
-        """The running trial's phase and step."""
-        self._phase = f"{heartbeat.phase}, step {heartbeat.step}"
+        """See Sink."""
+        if number in self._running:
+            self._running[number].phase = f"{heartbeat.phase}, step {heartbeat.step}"
 
-    def finished(self, row: FinishedTrial, pruned: int, progress: "Progress") -> None:
-        """The trial's line goes above the live one."""
-        self._standing = standing(progress)
-        self._console.print(outcome_line(row, pruned), markup=False)
+    def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
+        """See Sink. The trial's line goes above the live ones."""
+        self._running.pop(trial.number, None)
+        self._standing = standing(snapshot.progress)
+        self._console.print(outcome_line(trial, pruned), markup=False)
 
     def _render(self) -> Text:
-        elapsed = duration(time.monotonic() - self._since)
-        return Text.from_markup(
-            f"[bold]{escape(self._head)}[/] {escape(self._phase)} ({elapsed})\n[dim]{escape(self._standing)}[/]"
-        )
+        now_s = time.monotonic()
+        lines = [
+            f"[bold]{escape(trial.head)}[/] {escape(trial.phase)} ({duration(now_s - trial.since_s)})"
+            for trial in list(self._running.values())
+        ]
+        return Text.from_markup("\n".join([*lines, f"[dim]{escape(self._standing)}[/]"]))

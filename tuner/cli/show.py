@@ -12,9 +12,12 @@ from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
 from tuner.report.page import html_page
+from tuner.report.status import status_lines
 from tuner.report.summary import summary
 from tuner.report.terminal import terminal_table
 from tuner.search.refinement import searched_table
+from tuner.sweep.lock import holder_of
+from tuner.sweep.status import read_status
 from tuner.trial.finished import read_trials
 
 
@@ -31,6 +34,7 @@ def show(
 
     folder = results_folder(results)
     sweep, rows = folder.sweep(), read_trials(folder.path)
+    status, holder = read_status(folder), holder_of(folder.lock)
     valid = searched_table(sweep.problem, rows) if pruned else None
     gone = None if valid is None else pruned_rows(valid, sweep.workload, sweep.cluster, rows)
     if html is not None:
@@ -49,6 +53,8 @@ def show(
                 "tied_with_best": [] if found is None else [standing.trial.number for standing in found.tied],
                 "finals": _finals_data(found) if found and found.is_final else [],
                 "verdict": verdict(rows),
+                "is_running": holder is not None,
+                "status": None if status is None else to_data(status),
                 "trials": [
                     {
                         "number": row.number,
@@ -64,6 +70,8 @@ def show(
             }
         )
         return
+    for line in status_lines(status, holder) if status is not None else []:
+        stdout.print(line, markup=False, soft_wrap=True)
     stdout.print(terminal_table(rows, sweep.name))
     for sentence in verdict(rows):
         stdout.print(sentence, markup=False, soft_wrap=True)

@@ -12,32 +12,29 @@ from rich.markup import escape
 
 from tuner.analysis.figures import best_trial, figures
 from tuner.analysis.verdict import verdict
-from tuner.cli.common import Gpus, OnCluster, RecipeName, ResultsRoot, load, prepare, stderr, stdout
+from tuner.cli.common import Gpus, OnCluster, Prepared, RecipeName, ResultsRoot, load, prepare, stderr, stdout
 from tuner.cli.export import override
 from tuner.cli.init import recipe_name, recipe_sweep
-from tuner.cli.progress import LiveProgress, PlainProgress
+from tuner.cli.progress import NEAR, LiveProgress, PlainProgress
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
 from tuner.files import make_folder, write_json, write_text
 from tuner.report.summary import summary, time_shares
 from tuner.report.terminal import terminal_table
-from tuner.sweep.budget import FAILURES_TO_STOP, Stop, deadline_of, is_finished
+from tuner.sweep.budget import Stop, deadline_of, is_finished
 from tuner.sweep.folder import SweepFolder
+from tuner.sweep.state import FAILURES_TO_STOP
 from tuner.trial.finished import FinishedTrial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import pandas as pd
-
     from launchers.tracking import Tracker
     from tuner.cli.common import Loaded
-    from tuner.core.layout import Layout
     from tuner.predict.calibration import Calibration
     from tuner.search.stopping import Certainty
     from tuner.sweep.configuration import Sweep
     from tuner.tracking.spool import Status
-    from tuner.trial.finished import TrialSource
     from tuner.trial.launcher import Launcher
 
 
@@ -77,7 +74,7 @@ def sweep(
     from launchers.machine.detect import check_machine
     from launchers.machine.identity import measuring_machine
     from launchers.tracking import Tracker
-    from tuner.sweep.loop import trial_spec
+    from tuner.sweep.specs import trial_spec
 
     sweep_file = _recipes_file(sweep_file, recipe, gpus, cluster, results)
     until = None if deadline is None else deadline_of(deadline, datetime.now())
@@ -85,22 +82,20 @@ def sweep(
     loaded = replace(loaded, sweep=_limited(loaded.sweep, budget_gpu_hours, max_trials))
     config = loaded.sweep
     prepared = prepare(loaded, sweep_file)
-    table, queue = prepared.table, prepared.queue
     folder = SweepFolder(results / config.name)
     # Also refuses what this launcher cannot run, before anything is written.
-    first = TorchrunLauncher().plan(trial_spec(config, 0, 1, queue[0][0]), folder.trial(0))
+    first = TorchrunLauncher().plan(trial_spec(config, 0, 1, prepared.queue[0].layout), folder.trial(0))
     if dry_run:
         stdout.print(first.shell_command(), markup=False, soft_wrap=True)
         return 0
     check_machine(config.cluster)
-    folder.claim(config, measuring_machine(config.cluster))
     with (
-        folder.lock(),
+        folder.claimed(config, measuring_machine(config.cluster)),
         Preload(folder.path) as preload,
         Tracker.open(folder.path, config.tracking.uri) as tracker,
     ):
         launcher = TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start)
-        return _run(config, table, queue, folder, launcher, tracker, sweep_file, until)
+        return _run(config, prepared, folder, launcher, tracker, sweep_file, until)
 
 
 def _recipes_file(
@@ -138,8 +133,7 @@ def _load(path: Path, is_recipe: bool) -> "Loaded":
 
 def _run(
     config: "Sweep",
-    table: "pd.DataFrame",
-    queue: "Sequence[tuple[Layout, TrialSource]]",
+    prepared: Prepared,
     folder: SweepFolder,
     launcher: "Launcher",
     tracker: "Tracker",
@@ -147,26 +141,45 @@ def _run(
     deadline: datetime | None,
 ) -> int:
     from launchers.processes import end_marked
-    from tuner.sweep.loop import SweepLoop
+    from tuner.sweep.controller import resumed
+    from tuner.sweep.runner import ThreadRunner
+    from tuner.sweep.status import StatusFile
+    from tuner.sweep.study import StudyProjection
 
     end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
     calibration = _calibration(config, folder)
     deadline_s = None if deadline is None else deadline.timestamp()
-    loop = SweepLoop(config, table, queue, folder, launcher, tracker, observer, calibration, deadline_s)
-    stderr.print(
-        f"{config.name}: {len(table):,} layouts to choose from"
-        + (" in the first of two stages" if config.refined else "")
-        + f", {len(loop.rows)} trials done, results in {folder.path}"
-        + (f", step times predicted from the calibration of {calibration.measured_at}" if calibration else "")
-        + (f", to end by {deadline:%Y-%m-%d %H:%M}" if deadline else ""),
-        markup=False,
-    )
-    with stop_on_signals() as stop, observer:
-        reason = loop.run(stop)
-    rows, progress = loop.rows, loop.progress()
+    status = StatusFile(folder, world_size=config.cluster.world_size, near=NEAR, deadline_s=deadline_s)
+    with stop_on_signals() as stop, ThreadRunner(launcher, stop) as runner:
+        controller = resumed(
+            config,
+            table=prepared.table,
+            queue=prepared.queue,
+            folder=folder,
+            runner=runner,
+            stop=stop,
+            sinks=(StudyProjection(folder.study, config.name), tracker, status, observer),
+            calibration=calibration,
+            deadline_s=deadline_s,
+        )
+        stderr.print(
+            f"{config.name}: {len(prepared.table):,} layouts to choose from"
+            + (" in the grid, before its refinement" if config.refined else "")
+            + f", {len(controller.state.ended)} trials done, results in {folder.path}"
+            + (
+                f", step times predicted from the calibration of {calibration.measured_at}"
+                if calibration
+                else ""
+            )
+            + (f", to end by {deadline:%Y-%m-%d %H:%M}" if deadline else ""),
+            markup=False,
+        )
+        with observer:
+            reason = controller.run()
+    rows, progress = controller.state.ended, controller.progress()
     ended = _sentence(reason, progress.certainty, config.budget.confidence)
-    if (note := loop.finals_note()) is not None:
+    if (note := controller.finals_note()) is not None:
         ended = f"{ended} {note}"
     shares = time_shares(rows, progress.own_s, progress.run_s)
     commands = _next_commands(folder, sweep_file, is_finished(reason))
@@ -204,7 +217,7 @@ def _calibration(config: "Sweep", folder: SweepFolder) -> "Calibration | None":
     return folder.read_calibration()
 
 
-def _exit_code(reason: Stop, rows: list[FinishedTrial], folder: SweepFolder) -> int:
+def _exit_code(reason: Stop, rows: "Sequence[FinishedTrial]", folder: SweepFolder) -> int:
     if reason is Stop.INTERRUPTED:
         return 130
     if reason is Stop.BREAKER:
@@ -244,7 +257,7 @@ def _next_commands(folder: SweepFolder, sweep_file: Path, is_finished: bool) -> 
 
 
 def _print_end(
-    rows: list[FinishedTrial], folder: SweepFolder, title: str, shares: str, commands: Mapping[str, str]
+    rows: "Sequence[FinishedTrial]", folder: SweepFolder, title: str, shares: str, commands: Mapping[str, str]
 ) -> None:
     stdout.print(terminal_table(rows, title))
     for sentence in (shares, *verdict(rows)):

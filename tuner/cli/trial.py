@@ -44,7 +44,7 @@ def trial(
     """Run one layout as one trial outside the sweep. Exit code 0 if it was measured, 3 if not."""
     from launchers.local.torchrun import TorchrunLauncher
     from launchers.machine.detect import check_machine
-    from tuner.sweep.loop import trial_spec
+    from tuner.sweep.specs import trial_spec
 
     sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))

@@ -1,7 +1,12 @@
 """The table of valid layouts: the row of a layout, the layout of a row, and the sizes that follow from a row."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Columns
@@ -50,3 +55,39 @@ def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> p
     return table.assign(
         dp=dp.astype(np.int32), edp=edp.astype(np.int32), num_microbatches=micro_batches.astype(np.int32)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _IndexedColumn:
+    knob: str
+    values: NDArray[Any]
+    """One value per row; texts as codes."""
+    codes: Mapping[str, int] | None
+    """The code of each text; None if the column holds sizes or switches."""
+
+
+class RowIndex:
+    """Finds rows of a table of layouts again and again, without converting the table's columns each time."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self._columns = [_indexed(knob, table[knob]) for knob in KNOBS]
+
+    def find(self, layout: Layout) -> int | None:
+        """The position of a layout in the table; None if the table does not hold it."""
+        rows: NDArray[np.intp] | None = None
+        for column in self._columns:
+            value = getattr(layout, column.knob)
+            code = value if column.codes is None else column.codes.get(value, -1)
+            left = column.values if rows is None else column.values[rows]
+            matches = np.flatnonzero(left == code)
+            rows = matches if rows is None else rows[matches]
+            if not len(rows):
+                return None
+        return None if rows is None else int(rows[0])
+
+
+def _indexed(knob: str, column: "pd.Series[Any]") -> _IndexedColumn:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes = {text: code for code, text in enumerate(column.cat.categories)}
+        return _IndexedColumn(knob, column.cat.codes.to_numpy(), codes)
+    return _IndexedColumn(knob, column.to_numpy(), None)

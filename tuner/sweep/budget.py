@@ -18,10 +18,8 @@ from tuner.analysis.finals import (
 from tuner.analysis.runs import finals_of
 from tuner.errors import InputError
 from tuner.sweep.configuration import Budget
+from tuner.sweep.state import FAILURES_TO_STOP
 from tuner.trial.finished import FinishedTrial
-
-FAILURES_TO_STOP: Final = 3
-"""Infrastructure failures in a row that stop the sweep."""
 
 LARGEST_SHARE: Final = 0.5
 """Of any budget, for the finals and what is measured again before them: a search must come first."""
@@ -75,13 +73,25 @@ class Ledger:
     """The finished trials, by number."""
     lost_s: float
     """Wall clock of attempts that came to nothing; it is used too."""
+    running: int = 0
+    """Trials in flight. They count as used, each with the wall clock that a trial is expected to take."""
     clock: Clock | None
     """None without a deadline."""
 
     @property
     def used_s(self) -> float:
-        """Wall clock of all trials, every attempt included."""
+        """Wall clock of all trials, every attempt included; of those in flight what a trial is expected to take."""
+        return self.finished_s + (self.running * expected_trial_s(self.rows) if self.running else 0.0)
+
+    @property
+    def finished_s(self) -> float:
+        """Wall clock of all trials that have ended, every attempt included."""
         return self.lost_s + sum(row.result.durations.total_s for row in self.rows)
+
+    @property
+    def used_trials(self) -> int:
+        """Trials that are finished or in flight."""
+        return len(self.rows) + self.running
 
     @property
     def finals(self) -> list[FinishedTrial]:
@@ -97,6 +107,7 @@ class Ledger:
             world_size=self.world_size,
             rows=rows,
             lost_s=self.lost_s,
+            running=self.running,
             clock=self.clock,
         )
 
@@ -123,7 +134,7 @@ class Ledger:
 
     def used_up(self, next_s: float) -> Stop | None:
         """Why not even one more trial may begin, which is expected to take `next_s`; None where it may."""
-        if len(self.rows) >= self.budget.trials:
+        if self.used_trials >= self.budget.trials:
             return Stop.TRIALS
         for reason, limit_s in self.time_limits_s().items():
             if self.used_s >= limit_s:
@@ -148,7 +159,7 @@ class Ledger:
             share: of what the search may use: less than 1 for the first of its stages.
         """
         before, reserve = self.searched, self.searched.reserve()
-        if len(before.rows) >= share * (self.budget.trials - reserve):
+        if before.used_trials >= share * (self.budget.trials - reserve):
             return Stop.TRIALS
         trial_s = expected_trial_s(before.rows)
         for reason, limit_s in self.time_limits_s().items():
@@ -171,7 +182,7 @@ class Ledger:
             seconds = min(
                 seconds, self.clock.left_s + sum(row.result.durations.total_s for row in self.finals)
             )
-        left = self.budget.trials - len(before.rows)
+        left = self.budget.trials - before.used_trials
         return fitting_plan(
             wanted, len(layouts), left - more, seconds - more * expected_trial_s(self.rows), trial_s
         )

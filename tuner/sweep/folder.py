@@ -53,6 +53,21 @@ class SweepFolder:
         return read_json(Calibration, self.calibration) if self.calibration.exists() else None
 
     @property
+    def status(self) -> Path:
+        """The Status of the tuner that runs the sweep, or ran it last."""
+        return self.path / "status.json"
+
+    @property
+    def request(self) -> Path:
+        """What somebody asks of the running tuner; absent if nothing is asked."""
+        return self.path / "request.json"
+
+    @property
+    def lock(self) -> Path:
+        """The lock file, which names the tuner that holds the folder."""
+        return self.path / "lock"
+
+    @property
     def trials(self) -> Path:
         """The folder of the trial folders."""
         return self.path / "trials"
@@ -61,17 +76,30 @@ class SweepFolder:
         """The folder of one trial."""
         return trial_folder(self.path, number)
 
-    def claim(self, sweep: Sweep, machine: Machine | None = None) -> None:
-        """Make the folder this sweep's, or find that it already is.
+    @contextmanager
+    def claimed(self, sweep: Sweep, machine: Machine | None = None) -> Iterator[None]:
+        """Hold the folder for one tuner that runs this sweep; the kernel lets go of it however the process ends.
 
         Args:
-            sweep: Whose it shall be.
-            machine: What its trials run on; None where that is not known, and not compared.
+            sweep: The sweep that the folder holds, or will hold.
+            machine: What the trials run on; None if that is not known, and not compared.
 
         Raises:
-            InputError: if it cannot be written, holds the results of a sweep of something else, or trials that ran on
-                other hardware or software.
+            InputError: if the folder cannot be written, another tuner holds it, or it holds the results of another
+                sweep, or of trials that ran on other hardware or software. Nothing is written then.
         """
+        self._create()
+        with hold(self.lock):
+            self._refuse_other_sweep(sweep)
+            self._refuse_other_machine(machine)
+            if machine is not None and self._recorded_machine() != machine:
+                write_json(self.machine, machine)
+            if self._recorded_sweep() != to_data(sweep):
+                write_json(self.identity, sweep)
+            self.request.unlink(missing_ok=True)  # it was meant for a tuner that has ended
+            yield
+
+    def _create(self) -> None:
         if unfit := sorted(_UNFIT & set(str(self.path.absolute()))):
             raise InputError(
                 f"{self.path}: the results folder's path holds {' '.join(unfit)}, which the URI of a SQLite file "
@@ -87,46 +115,38 @@ class SweepFolder:
                 "name another with --results"
             ) from None
         refuse_links_out(self.path)
+
+    def _recorded_sweep(self) -> Any:
+        """The sweep as JSON data; None if the folder is new. Raises InputError if the file is damaged."""
         try:
             recorded = read_json_data(self.identity) if self.identity.exists() else None
         except InputError as error:
             raise InputError(f"{error}; move the folder away, or name another with --results") from None
-        wanted = to_data(sweep)
-        if recorded is not None and not isinstance(recorded, dict):
-            recorded = {}
-        differences = [] if recorded is None else _differences(_identity(recorded), _identity(wanted))
-        if differences:
+        return recorded if recorded is None or isinstance(recorded, dict) else {}
+
+    def _recorded_machine(self) -> Machine | None:
+        return read_json(Machine, self.machine) if self.machine.exists() else None
+
+    def _refuse_other_sweep(self, sweep: Sweep) -> None:
+        recorded = self._recorded_sweep()
+        changed = [] if recorded is None else differences(_identity(recorded), _identity(to_data(sweep)))
+        if changed:
             raise InputError(
-                f"{self.path}: holds the results of another sweep; different: {'; '.join(differences[:5])}. "
+                f"{self.path}: holds the results of another sweep; different: {'; '.join(changed[:5])}. "
                 "Give this sweep another name, or another folder with --results"
             )
-        if machine is not None:
-            self._claim_machine(machine)
-        if recorded != wanted:
-            write_json(self.identity, wanted)
 
-    def _claim_machine(self, machine: Machine) -> None:
-        recorded = read_json(Machine, self.machine) if self.machine.exists() else None
-        if recorded == machine:
+    def _refuse_other_machine(self, machine: Machine | None) -> None:
+        recorded = self._recorded_machine()
+        if machine is None or recorded is None or recorded == machine:
             return
-        if recorded is not None and any(self.trials.glob("t*/result.json")):
-            differences = _differences(to_data(recorded), to_data(machine), "machine")
+        if any(self.trials.glob("t*/result.json")):
+            changed = differences(to_data(recorded), to_data(machine), "machine")
             raise InputError(
                 f"{self.path}: its trials ran on other hardware or software, and what is measured now could not be "
-                f"compared with them; different: {'; '.join(differences[:5])}. Go back to those, or give this sweep "
+                f"compared with them; different: {'; '.join(changed[:5])}. Go back to those, or give this sweep "
                 "another name, or another folder with --results"
             )
-        write_json(self.machine, machine)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for one tuner; the kernel lets go of it however the process ends.
-
-        Raises:
-            InputError: if another tuner holds it, naming it.
-        """
-        with hold(self.path / "lock"):
-            yield
 
     def sweep(self) -> Sweep:
         """The sweep that this folder holds.
@@ -145,11 +165,12 @@ def _identity(sweep: dict[str, Any]) -> dict[str, Any]:
     return {key: sweep.get(key) for key in IDENTITY}
 
 
-def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
+def differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
+    """A line for every key of two JSON values that differs, naming both values."""
     if isinstance(recorded, dict) and isinstance(wanted, dict):
         return [
             line
             for name in sorted(recorded.keys() | wanted.keys())
-            for line in _differences(recorded.get(name), wanted.get(name), f"{key}.{name}".lstrip("."))
+            for line in differences(recorded.get(name), wanted.get(name), f"{key}.{name}".lstrip("."))
         ]
     return [] if recorded == wanted else [f"{key} was {recorded!r}, is now {wanted!r}"]

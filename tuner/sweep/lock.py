@@ -96,6 +96,20 @@ def hold(path: Path) -> Iterator[None]:
             _write(file, "")
 
 
+def holder_of(path: Path) -> Holder | None:
+    """Who holds a lock file; None if nobody does, or if the holder is known to have died.
+
+    Whether a holder on another host still lives cannot be told from here: it counts as holding.
+    """
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as file:
+        holder = _read(file)
+    if holder is None or (holder.host == socket.gethostname() and not _is_alive(holder)):
+        return None
+    return holder
+
+
 def is_shared(file_system: str) -> bool:
     """Whether hosts may share a file system of this type."""
     return file_system in _SHARED or file_system.startswith("fuse.")

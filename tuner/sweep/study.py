@@ -2,18 +2,25 @@
 
 import logging
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tuner.core.layout import KNOBS, Layout
 from tuner.search.observation import STATES
+from tuner.sweep.sinks import Sink, Snapshot
+from tuner.sweep.state import RunningTrial, SweepState
 from tuner.trial.contract import TrialResult
+from tuner.trial.finished import FinishedTrial
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +29,7 @@ class StudyTrial:
 
     params: Mapping[str, Any]
     result: TrialResult | None
-    """None for a trial that was begun and has no result: it waits."""
+    """None for a trial that has to run: it waits."""
     source: str
     label: str
 
@@ -39,12 +46,94 @@ class StudyTrial:
         return shown
 
 
+class StudyProjection(Sink):
+    """Keeps Optuna's study in step with the trials of a running sweep.
+
+    The sweep does not wait for it: if the study cannot be written, that is said once, and the next start of the sweep
+    builds it anew from the trial folders.
+
+    Args:
+        path: The study's SQLite file.
+        name: The study's name.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        self._study: optuna.Study | None = None
+        self._space: dict[str, BaseDistribution] = {}
+        self._running: dict[int, optuna.Trial] = {}
+
+    def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
+        """See Sink. The study's distributions hold every value that a row of the table may take."""
+        layouts = snapshot.state.layouts()
+        self._space = distributions(table, list(layouts.values()))
+        with self._kept_going():
+            self._study = open_study(self._path, self._name, self._space, self._trials(snapshot.state))
+
+    def begun(self, trial: RunningTrial, snapshot: Snapshot) -> None:
+        """See Sink."""
+        if self._study is None or trial.number in self._running:
+            return
+        with self._kept_going():
+            if trial.number >= len(self._study.get_trials(deepcopy=False)):
+                self._study.enqueue_trial(self._params(trial.layout))
+            asked = self._study.ask(self._space)
+            if asked.number != trial.number:
+                raise RuntimeError(f"Optuna counts {asked.number} trials, the sweep {trial.number}")
+            asked.set_user_attr("source", trial.source.source)
+            asked.set_user_attr("layout", trial.layout.label())
+            self._running[trial.number] = asked
+
+    def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
+        """See Sink."""
+        if self._study is None or trial.number not in self._running:
+            return
+        with self._kept_going():
+            asked, result = self._running.pop(trial.number), trial.result
+            asked.set_user_attr("outcome", str(result.outcome))
+            asked.set_user_attr("reason", result.reason)
+            value = result.metrics.step_time_ms if result.metrics else None
+            self._study.tell(asked, value, STATES[result.outcome])
+
+    def _trials(self, state: SweepState) -> list[StudyTrial]:
+        ended = [(trial.number, trial.layout, trial.source, trial.result) for trial in state.ended]
+        waiting = [(trial.number, trial.layout, trial.source.source, None) for trial in state.waiting]
+        return [
+            StudyTrial(params=self._params(layout), result=result, source=source, label=layout.label())
+            for _, layout, source, result in sorted([*ended, *waiting], key=lambda record: record[0])
+        ]
+
+    def _params(self, layout: Layout) -> dict[str, Any]:
+        """A layout as Optuna's parameters: the knobs that vary."""
+        return {knob: getattr(layout, knob) for knob in self._space}
+
+    @contextmanager
+    def _kept_going(self) -> Iterator[None]:
+        """Give the study up, with a word, if Optuna or its database fails in any way."""
+        try:
+            yield
+        except Exception as error:
+            self._study = None
+            logging.getLogger(__name__).warning(
+                "%s: cannot be written (%s); the sweep goes on, and builds the study anew when it is started again",
+                self._path,
+                error,
+            )
+
+
+def distributions(table: pd.DataFrame, tried: Sequence[Layout] = ()) -> dict[str, BaseDistribution]:
+    """A categorical distribution for each knob that takes more than one value in the table and the tried layouts."""
+    space: dict[str, BaseDistribution] = {}
+    for knob in KNOBS:
+        values = {value.item() if isinstance(value, np.generic) else value for value in table[knob].unique()}
+        values |= {getattr(layout, knob) for layout in tried}
+        if len(values) > 1:
+            space[knob] = CategoricalDistribution(sorted(values))
+    return space
+
+
 def open_study(
-    path: Path,
-    name: str,
-    sampler: BaseSampler,
-    space: Mapping[str, BaseDistribution],
-    trials: Sequence[StudyTrial],
+    path: Path, name: str, space: Mapping[str, BaseDistribution], trials: Sequence[StudyTrial]
 ) -> optuna.Study:
     """Open the study at `path` (SQLite), holding exactly `trials`, numbered from 0 in their order.
 
@@ -52,29 +141,27 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     frozen = [_frozen(trial, space) for trial in trials]
-    study = _load(path, name, sampler)
+    study = _load(path, name)
     if study is None or [_essence(t) for t in study.get_trials(deepcopy=False)] != [
         _essence(t) for t in frozen
     ]:
         for file in path.parent.glob(f"{path.name}*"):
             file.unlink()
-        study = _create(path, name, sampler)
+        study = optuna.create_study(
+            study_name=name, storage=_storage(path), sampler=RandomSampler(), direction="minimize"
+        )
         study.add_trials(frozen)
     return study
 
 
-def _load(path: Path, name: str, sampler: BaseSampler) -> optuna.Study | None:
+def _load(path: Path, name: str) -> optuna.Study | None:
     if not path.exists():
         return None
     try:
-        return optuna.load_study(study_name=name, storage=_storage(path), sampler=sampler)
+        return optuna.load_study(study_name=name, storage=_storage(path), sampler=RandomSampler())
     except Exception:  # a torn or foreign file fails in any of SQLite's, SQLAlchemy's and Optuna's ways
         logging.getLogger(__name__).warning("%s: cannot be read; rebuilding it from the trial folders", path)
         return None
-
-
-def _create(path: Path, name: str, sampler: BaseSampler) -> optuna.Study:
-    return optuna.create_study(study_name=name, storage=_storage(path), sampler=sampler, direction="minimize")
 
 
 class _Unsynced(sqlite3.Connection):

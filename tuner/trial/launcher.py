@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from tuner.trial.contract import Heartbeat, Limits, TrialFolder, TrialResult, TrialSpec
 
@@ -47,11 +47,22 @@ class LaunchPlan:
         }
 
 
-class Launcher(Protocol):
-    """Runs trials, one at a time."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a trial runs. Trials in different places do not share GPUs."""
 
-    def plan(self, spec: TrialSpec, folder: TrialFolder) -> LaunchPlan:
-        """Decide what to run, touching nothing.
+    gpus: tuple[int, ...] = ()
+    """GPUs of this machine, by their index; empty for all that the launcher sees."""
+
+
+WHOLE_MACHINE: Final = Place()
+
+
+class Launcher(Protocol):
+    """Runs trials; `run` may be called from several threads at once, for different trials."""
+
+    def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
+        """Decide what to run and where, touching nothing.
 
         Raises:
             InputError: if this launcher cannot run the spec.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.replay import ReplayLauncher
+from tests.replay import ReplayLauncher, claim
 from tests.trials import spec_of
 from tuner.cli.app import run
 from tuner.core.layout import Layout
@@ -48,7 +48,7 @@ def write_results(
 ) -> None:
     """Fill a results folder with a replayed trial per layout, the first one as the baseline, without any search."""
     launcher, folder = launcher or ReplayLauncher(), SweepFolder(results)
-    folder.claim(sweep)
+    claim(folder, sweep)
     for number, layout in enumerate(layouts):
         trial = folder.trial(number)
         trial.path.mkdir(parents=True)

@@ -10,12 +10,12 @@ from tuner.cli.progress import outcome_line, standing
 from tuner.cli.sweep import _sentence
 from tuner.search.stopping import Certainty
 from tuner.sweep.budget import Stop
-from tuner.sweep.loop import Progress
+from tuner.sweep.progress import Progress, SearchPart
 
 KNOWN = Certainty(np.array([0.0] * 93 + [0.02] * 3 + [0.2] * 4), measured=9)
 
 
-def progress(certainty: Certainty | None, stage: int | None = None) -> Progress:
+def progress(certainty: Certainty | None, part: SearchPart | None = None) -> Progress:
     return Progress(
         finished=3,
         budget=10,
@@ -24,7 +24,7 @@ def progress(certainty: Certainty | None, stage: int | None = None) -> Progress:
         best=completed_row(2, 100.0),
         pruned=0,
         certainty=certainty,
-        stage=stage,
+        part=part,
     )
 
 
@@ -33,17 +33,17 @@ def test_the_standing_tells_how_sure_the_best_is_where_that_is_known() -> None:
     assert "sure" not in standing(progress(None))
 
 
-def test_in_a_stage_the_standing_claims_no_more_than_of_that_stage() -> None:
-    told = standing(progress(replace(KNOWN, searched="the grid"), stage=1))
-    assert told.startswith("3/10 trials | stage 1 of 2 |")
+def test_in_the_grid_the_standing_claims_no_more_than_of_the_grid() -> None:
+    told = standing(progress(replace(KNOWN, searched="the grid"), part="grid"))
+    assert told.startswith("3/10 trials | searching the grid |")
     assert "| 96% sure to be within 5% of the best of the grid |" in told
-    assert "stage" not in standing(progress(KNOWN))
+    assert "grid" not in standing(progress(KNOWN))
 
 
-def test_a_trial_of_the_second_stage_says_so() -> None:
+def test_a_trial_of_the_refinement_says_so() -> None:
     row = completed_row(4, 100.0)
     assert outcome_line(row, 0).startswith("trial 4 [sampler] ")
-    assert outcome_line(replace(row, around=(1,)), 0).startswith("trial 4 [sampler, stage 2] ")
+    assert outcome_line(replace(row, around=(1,)), 0).startswith("trial 4 [sampler, refinement] ")
 
 
 @pytest.mark.parametrize("reason", list(Stop))

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.replay import sweep_of
+from tests.replay import claim, sweep_of
 from tests.unit.cli.commands import SWEEP, refused, write
 from tuner.sweep.folder import SweepFolder
+from tuner.sweep.lock import hold
 
 
 @pytest.mark.parametrize("command", [["plan"], ["sweep"], ["explain", "tp=1"], ["trial", "tp=1"]])
@@ -85,7 +86,7 @@ def test_a_results_folder_that_cannot_be_written_is_refused(
 
 
 def test_results_of_another_sweep_arerefused(sweep_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    SweepFolder(Path("results/night")).claim(sweep_of())
+    claim(SweepFolder(Path("results/night")), sweep_of())
     message = refused(capsys, "sweep", sweep_file)
     assert "results/night: holds the results of another sweep; different: cluster." in message
     assert "another folder with --results" in message
@@ -93,7 +94,7 @@ def test_results_of_another_sweep_arerefused(sweep_file: str, capsys: pytest.Cap
 
 def test_a_torn_identity_is_refused(sweep_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = SweepFolder(Path("results/night"))
-    folder.claim(sweep_of())
+    claim(folder, sweep_of())
     folder.identity.write_text("{")
     assert "sweep.json: is not JSON" in refused(capsys, "sweep", sweep_file)
     assert "sweep.json: is not JSON" in refused(capsys, "show", "night")
@@ -103,7 +104,7 @@ def test_a_folder_in_use_isrefused(tmp_path: Path, capsys: pytest.CaptureFixture
     path = write(tmp_path / "sweep.yaml", {**SWEEP, "tracking": {"uri": "sqlite:///unused.db"}})
     folder = SweepFolder(Path("results/night"))
     folder.path.mkdir(parents=True)
-    with folder.lock():
+    with hold(folder.lock):
         assert "results/night: another megatune is running this sweep" in refused(capsys, "sweep", path)
     assert not Path("unused.db").exists()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.replay import NoTracker, ReplayLauncher
+from tests.replay import LoggedTracker, ReplayLauncher
 from tests.unit.cli.commands import SWEEP, write
 from tuner.cli.app import run
 from tuner.trial.contract import Outcome
@@ -39,7 +39,7 @@ def test_a_machine_that_keeps_failing_ends_the_sweep_with_code_4_and_the_same_co
 ) -> None:
     launcher = ReplayLauncher(script={1: [Outcome.INFRASTRUCTURE] * 3})
     monkeypatch.setattr("launchers.local.torchrun.TorchrunLauncher", lambda **_: launcher)
-    monkeypatch.setattr("launchers.tracking.Tracker.open", lambda *_: NoTracker())
+    monkeypatch.setattr("launchers.tracking.Tracker.open", lambda *_: LoggedTracker())
     command = ["sweep", write(tmp_path / "sweep.yaml", SWEEP), "--results", str(results)]
     assert run(command) == 4
     out, err = capsys.readouterr()

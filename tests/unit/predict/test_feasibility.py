@@ -69,7 +69,7 @@ def test_a_stated_baseline_runs_whatever_is_predicted(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, 0.001, "baseline: {pp: 2}")
     prepared = prepare(load(path), path)
     assert len(prepared.table) == 1
-    assert [layout for layout, _ in prepared.queue][:1] == [Layout(pp=2)]
+    assert [queued.layout for queued in prepared.queue][:1] == [Layout(pp=2)]
 
 
 def test_a_row_that_hardly_fits_waits_behind_a_slower_row_that_does() -> None:

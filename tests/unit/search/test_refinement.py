@@ -11,6 +11,7 @@ import pytest
 
 from tests.replay import (
     KilledError,
+    ReplayedSweep,
     ReplayLauncher,
     Watching,
     loop_of,
@@ -43,7 +44,6 @@ from tuner.space.table import find_row, layout_at
 from tuner.sweep.budget import Clock, Ledger, Stop
 from tuner.sweep.configuration import Budget, Sweep
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.loop import SweepLoop
 from tuner.trial.contract import Outcome, TrialResult, TrialSpec
 from tuner.trial.finished import FinishedTrial, TrialSource, read_trials
 from tuner.trial.program import NOT_BUILT_IN
@@ -113,7 +113,7 @@ def night(**keys: Any) -> Sweep:
     return default_sweep(**{"budget": {"trials": TRIALS}, **keys})
 
 
-def run(loop: SweepLoop) -> Stop:
+def run(loop: ReplayedSweep) -> Stop:
     return loop.run(threading.Event())
 
 
@@ -143,9 +143,8 @@ def test_the_grid_comes_first_then_its_best_few_layouts_are_refined(results: Pat
     assert all(find_row(grown, row.layout) is not None for row in loop.rows)
     assert any(find_row(table, row.layout) is None for row in loop.rows[GRID_TRIALS:])
     assert len({row.layout for row in loop.rows}) == TRIALS
-    assert [progress.stage for progress in watching.progress] == [1] * 2 * GRID_TRIALS + [2] * 2 * (
-        TRIALS - GRID_TRIALS
-    )
+    parts = ["grid"] * 2 * GRID_TRIALS + ["refinement"] * 2 * (TRIALS - GRID_TRIALS)
+    assert [progress.part for progress in watching.progress] == parts
     known = [progress.certainty.searched for progress in watching.progress if progress.certainty]
     assert sorted(set(known)) == ["the grid", "the grid and its refinement"]
     assert known == sorted(known)

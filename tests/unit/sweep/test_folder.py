@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.replay import sweep_of
+from tests.replay import claim, sweep_of
 from tests.trials import CLUSTER, MODEL, completed_row, write_trial
 from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.predict.calibration import Machine
 from tuner.sweep.folder import SweepFolder
+from tuner.sweep.lock import hold
 
 
 def test_a_folder_is_claimed_and_read_back(tmp_path: Path) -> None:
@@ -23,14 +24,14 @@ def test_a_folder_is_claimed_and_read_back(tmp_path: Path) -> None:
         SweepFolder(tmp_path / "a" / "night"),
         sweep_of(baseline={"tp": 2}, lift=["tp-inside-nvlink"]),
     )
-    folder.claim(sweep)
+    claim(folder, sweep)
     assert folder.sweep() == sweep
     assert folder.trials.is_dir()
     before = folder.identity.stat().st_mtime_ns
-    folder.claim(sweep)
+    claim(folder, sweep)
     assert folder.identity.stat().st_mtime_ns == before
     later = sweep_of(budget={"trials": 99}, knobs={"tp": [1]})
-    folder.claim(later)
+    claim(folder, later)
     assert folder.sweep() == later
 
 
@@ -56,10 +57,10 @@ def test_a_folder_is_claimed_and_read_back(tmp_path: Path) -> None:
 )
 def test_every_difference_of_another_sweep_is_named(tmp_path: Path, other: object, told: list[str]) -> None:
     folder = SweepFolder(tmp_path)
-    folder.claim(sweep_of())
+    claim(folder, sweep_of())
     before = folder.identity.read_bytes()
     with pytest.raises(InputError) as caught:
-        folder.claim(other)  # type: ignore[arg-type]  # a sweep: pytest's parameters have no type
+        claim(folder, other)  # type: ignore[arg-type]  # a sweep: pytest's parameters have no type
     assert all(line in str(caught.value) for line in told)
     assert folder.identity.read_bytes() == before
 
@@ -71,7 +72,7 @@ def test_an_identity_that_is_damaged_is_not_overwritten(tmp_path: Path, text: st
     folder = SweepFolder(tmp_path)
     folder.identity.write_text(text)
     with pytest.raises(InputError, match=told):
-        folder.claim(sweep_of())
+        claim(folder, sweep_of())
     assert folder.identity.read_text() == text
     with pytest.raises(InputError, match=r"sweep\.json"):
         folder.sweep()
@@ -100,13 +101,13 @@ def test_trials_of_other_hardware_or_software_are_not_joined(
     tmp_path: Path, other: Machine, told: list[str]
 ) -> None:
     folder = SweepFolder(tmp_path)
-    folder.claim(sweep_of(), replace(MACHINE, count=64))
-    folder.claim(sweep_of(), MACHINE)  # nothing is measured yet
+    claim(folder, sweep_of(), replace(MACHINE, count=64))
+    claim(folder, sweep_of(), MACHINE)  # nothing is measured yet
     write_trial(tmp_path, completed_row(0, 100.0))
-    folder.claim(sweep_of(budget={"trials": 99}), MACHINE)
+    claim(folder, sweep_of(budget={"trials": 99}), MACHINE)
     before = folder.machine.read_bytes(), folder.identity.read_bytes()
     with pytest.raises(InputError) as caught:
-        folder.claim(sweep_of(), other)
+        claim(folder, sweep_of(), other)
     assert all(line in str(caught.value) for line in told)
     assert "name, or another folder with --results" in str(caught.value)
     assert (folder.machine.read_bytes(), folder.identity.read_bytes()) == before
@@ -114,11 +115,11 @@ def test_trials_of_other_hardware_or_software_are_not_joined(
 
 def test_an_older_folder_takes_the_machine_of_its_next_run(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
-    folder.claim(sweep_of())
+    claim(folder, sweep_of())
     write_trial(tmp_path, completed_row(0, 100.0))
-    folder.claim(sweep_of(), MACHINE)
+    claim(folder, sweep_of(), MACHINE)
     with pytest.raises(InputError, match="other hardware or software"):
-        folder.claim(sweep_of(), replace(MACHINE, count=3))
+        claim(folder, sweep_of(), replace(MACHINE, count=3))
 
 
 @pytest.mark.parametrize(
@@ -136,10 +137,10 @@ def test_an_older_folder_takes_the_machine_of_its_next_run(tmp_path: Path) -> No
 )
 def test_what_leaves_the_measurements_their_meaning_may_change(tmp_path: Path, keys: dict[str, Any]) -> None:
     folder = SweepFolder(tmp_path)
-    folder.claim(sweep_of())
+    claim(folder, sweep_of())
     changed = sweep_of(**keys)
     assert changed != sweep_of()
-    folder.claim(changed)
+    claim(folder, changed)
     assert folder.sweep() == changed
 
 
@@ -151,7 +152,7 @@ def test_a_folder_without_a_sweep_says_so(tmp_path: Path) -> None:
 def test_a_folder_below_a_file_cannot_be_claimed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="the results folder cannot be written: Not a directory"):
-        SweepFolder(tmp_path / "file" / "night").claim(sweep_of())
+        claim(SweepFolder(tmp_path / "file" / "night"), sweep_of())
 
 
 @pytest.mark.parametrize("name", ["a?b", "100%", "{a}"])
@@ -159,19 +160,19 @@ def test_a_path_that_sqlite_cannot_take_is_refused_before_anything_is_written(
     tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(InputError, match="which the URI of a SQLite file cannot"):
-        SweepFolder(tmp_path / name).claim(sweep_of())
+        claim(SweepFolder(tmp_path / name), sweep_of())
     assert not list(tmp_path.iterdir())
 
 
 def test_the_identity_keeps_the_order_of_what_is_searched(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
-    folder.claim(sweep_of(knobs={"tp": [4, 1, 2]}))
+    claim(folder, sweep_of(knobs={"tp": [4, 1, 2]}))
     assert json.loads(folder.identity.read_text())["domain"]["tp"] == [4, 1, 2]
     assert folder.sweep().domain["tp"] == (4, 1, 2)
 
 
 def _hold(path: Path, held: "multiprocessing.synchronize.Event") -> None:
-    with SweepFolder(path).lock():
+    with hold(SweepFolder(path).lock):
         held.set()
         signal.pause()
 
@@ -185,12 +186,12 @@ def test_the_lock_of_a_killed_tuner_is_free(tmp_path: Path) -> None:
         assert held.wait(60)
         with (
             pytest.raises(InputError, match="another megatune is running this sweep"),
-            SweepFolder(tmp_path).lock(),
+            hold(SweepFolder(tmp_path).lock),
         ):
             pass
     finally:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join(30)
-    with SweepFolder(tmp_path).lock():
+    with hold(SweepFolder(tmp_path).lock):
         pass

@@ -14,7 +14,7 @@ import pytest
 from tests.replay import ReplayLauncher, loop_of, sweep_of
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.loop import attempts_spent
+from tuner.sweep.state import attempts_spent
 from tuner.trial.contract import Heartbeat, Outcome, TrialResult
 from tuner.trial.finished import read_trials
 from tuner.trial.launcher import LaunchPlan

@@ -6,7 +6,6 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from tests.trials import metrics_of
@@ -29,7 +28,7 @@ def _trial(outcome: Outcome | None, step_time_ms: float = 100.0) -> StudyTrial:
 
 
 def _open(path: Path, *trials: StudyTrial, space: dict[str, BaseDistribution] = SPACE) -> optuna.Study:
-    return open_study(path / "study.db", "night", RandomSampler(seed=0), space, trials)
+    return open_study(path / "study.db", "night", space, trials)
 
 
 def test_every_outcome_has_a_state_and_only_what_is_run_again_waits() -> None:

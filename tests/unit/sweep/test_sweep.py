@@ -16,10 +16,12 @@ from tests.replay import (
     TRIAL_S,
     TRIALS,
     KilledError,
-    NoTracker,
+    Logged,
+    ReplayedSweep,
     ReplayLauncher,
     Scripted,
     Watching,
+    claim,
     loop_of,
     memory_gib,
     run_to_end,
@@ -36,10 +38,11 @@ from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.rules.validity import broken_rules
 from tuner.search.observation import STATES
 from tuner.space.table import find_row, layout_at
-from tuner.sweep.budget import FAILURES_TO_STOP, Stop
+from tuner.sweep.budget import Stop
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.loop import SweepLoop
+from tuner.sweep.lock import hold
+from tuner.sweep.state import FAILURES_TO_STOP
 from tuner.trial.contract import Outcome, TrialResult, TrialSpec
 from tuner.trial.finished import read_trials
 
@@ -48,7 +51,7 @@ LIMIT_GIB = 60.0
 THREE_ROWS: dict[str, Any] = {"knobs": {"tp": [1, 2, 4]}, "fixed": {"pp": 2}}
 
 
-def run(loop: SweepLoop) -> Stop:
+def run(loop: ReplayedSweep) -> Stop:
     return loop.run(threading.Event())
 
 
@@ -90,7 +93,7 @@ def test_the_baseline_runs_first_then_what_promises_most(results: Path) -> None:
 def test_a_stated_baseline_outside_the_searched_values_runs_first(results: Path) -> None:
     sweep = sweep_of(baseline={"tp": 1, "cp": 2, "pp": 4})
     launcher = ReplayLauncher()
-    loop = loop_of(results, launcher, sweep)
+    loop = loop_of(results, launcher, sweep, with_study=True)
     run(loop)
     assert launcher.layouts[0] == Layout(tp=1, cp=2, pp=4)
     assert loop.rows[0].source == "baseline"
@@ -133,12 +136,14 @@ def test_oom_rules_out_exactly_the_rows_that_need_as_much_and_they_never_run(res
     every = {layout_at(table, row) for row in range(len(table))}
     assert set(launcher.layouts) == every - (ruled_out - set(ooms))
     assert len(ruled_out) > len(ooms)
-    assert loop.progress().pruned == sum(pruned for _, pruned in watching.ended) == len(ruled_out - set(ooms))
+    assert (
+        loop.progress().pruned == sum(pruned for _, pruned in watching.endings) == len(ruled_out - set(ooms))
+    )
     assert all(memory_gib(layout) > 30.0 for layout in ruled_out)
 
 
 def test_everything_out_of_memory_ends_without_a_winner(results: Path) -> None:
-    loop = loop_of(results, ReplayLauncher(limit_gib=0.1), sweep_of(budget={"trials": 100}))
+    loop = loop_of(results, ReplayLauncher(limit_gib=0.1), sweep_of(budget={"trials": 100}), with_study=True)
     assert run(loop) is Stop.EXHAUSTED
     assert best_trial(loop.rows) is None
     assert loop.progress().best is None
@@ -171,7 +176,7 @@ def test_the_other_samplers_run_the_seeds_first_and_then_only_valid_untried_rows
     results: Path, sampler: str
 ) -> None:
     launcher, sweep = ReplayLauncher(LIMIT_GIB), sweep_of(sampler=sampler, budget={"trials": 12})
-    loop = run_to_end(results, launcher, sweep)
+    loop = run_to_end(results, launcher, sweep, with_study=True)
     sources = [row.source for row in loop.rows]
     assert sources == sorted(sources, key=["baseline", "seed", "sampler"].index)
     assert len(set(launcher.layouts)) == 12
@@ -263,9 +268,9 @@ def test_killed_during_any_trial_the_sweep_goes_on_as_if_it_never_was(
 ) -> None:
     launcher = ReplayLauncher(LIMIT_GIB, {number: [KilledError]})
     with pytest.raises(KilledError):
-        run(loop_of(results, launcher))
+        run(loop_of(results, launcher, with_study=True))
     assert not SweepFolder(results).trial(number).result.exists()
-    assert run(loop_of(results, launcher)) is Stop.TRIALS
+    assert run(loop_of(results, launcher, with_study=True)) is Stop.TRIALS
     assert launcher.numbers == [*range(number + 1), *range(number, TRIALS)], "run again, or not run again"
     assert launcher.layouts[number] == launcher.layouts[number + 1]
     assert story(results) == uninterrupted
@@ -276,7 +281,7 @@ def test_killed_during_any_trial_the_sweep_goes_on_as_if_it_never_was(
 def test_stopped_during_any_trial_the_sweep_goes_on_as_if_it_never_was(
     results: Path, number: int, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
-    launcher, tracker = ReplayLauncher(LIMIT_GIB, stop_at=number), NoTracker()
+    launcher, tracker = ReplayLauncher(LIMIT_GIB, stop_at=number), Logged()
     loop = loop_of(results, launcher, tracker=tracker)
     assert run(loop) is Stop.INTERRUPTED
     assert [row.number for row in loop.rows] == list(range(number))
@@ -305,9 +310,9 @@ def test_killed_before_the_trials_spec_is_written_its_number_is_used_again(
     results: Path, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     with pytest.raises(KilledError):
-        run(loop_of(results, ReplayLauncher(LIMIT_GIB, {4: [KilledError]})))
+        run(loop_of(results, ReplayLauncher(LIMIT_GIB, {4: [KilledError]}), with_study=True))
     SweepFolder(results).trial(4).spec.unlink()
-    run_to_end(results, ReplayLauncher(LIMIT_GIB))
+    run_to_end(results, ReplayLauncher(LIMIT_GIB), with_study=True)
     assert story(results) == uninterrupted
     assert_study_equals_folders(results)
 
@@ -377,19 +382,21 @@ def _sql(command: str) -> Callable[[Path], None]:
 def test_a_study_that_is_gone_or_differs_is_rebuilt_from_the_folders(
     results: Path, damage: Callable[[Path], None], uninterrupted: list[tuple[Any, ...]]
 ) -> None:
-    run_to_end(results, ReplayLauncher(LIMIT_GIB), sweep_of(budget={"trials": 6}))
+    run_to_end(results, ReplayLauncher(LIMIT_GIB), sweep_of(budget={"trials": 6}), with_study=True)
     damage(SweepFolder(results).study)
-    loop = loop_of(results, ReplayLauncher(LIMIT_GIB))
+    nothing_more = ReplayLauncher(LIMIT_GIB)
+    run_to_end(results, nothing_more, sweep_of(budget={"trials": 6}), with_study=True)
+    assert nothing_more.launched == []
     assert_study_equals_folders(results)
-    run(loop)
+    run_to_end(results, ReplayLauncher(LIMIT_GIB), with_study=True)
     assert story(results) == uninterrupted
     assert_study_equals_folders(results)
 
 
 def test_a_study_that_agrees_is_not_written_anew(results: Path) -> None:
-    run_to_end(results)
+    run_to_end(results, with_study=True)
     before = [trial.datetime_complete for trial in study_of(results)]
-    loop_of(results, ReplayLauncher())
+    run_to_end(results, with_study=True)
     assert [trial.datetime_complete for trial in study_of(results)] == before
 
 
@@ -402,7 +409,7 @@ def test_the_study_holds_what_the_folders_hold_whatever_happened(results: Path) 
         5: [Outcome.HANG] * 2,
         6: [Outcome.COMMUNICATION] * 2,
     }
-    run_to_end(results, ReplayLauncher(LIMIT_GIB, script))
+    run_to_end(results, ReplayLauncher(LIMIT_GIB, script), with_study=True)
     states = [trial.state for trial in study_of(results)]
     assert states[1:7] == [TrialState.FAIL, *[TrialState.PRUNED] * 4, TrialState.FAIL]
     assert_study_equals_folders(results)
@@ -413,14 +420,14 @@ def test_a_fault_of_the_machine_is_tried_once_more(results: Path, outcome: Outco
     launcher, watching = ReplayLauncher(script={1: [outcome], 2: [outcome, outcome]}), Watching()
     loop = loop_of(results, launcher, sweep_of(budget={"trials": 4}), observer=watching)
     assert run(loop) is Stop.TRIALS
-    assert [(number, attempt) for number, attempt, _ in watching.begun] == [
+    assert [(number, attempt) for number, attempt, _ in watching.starts] == [
         (0, 1),
         *[(1, 1), (1, 2)],
         *[(2, 1), (2, 2)],
         (3, 1),
     ]
     assert [(spec.number, spec.attempt) for spec in launcher.launched] == [
-        (number, attempt) for number, attempt, _ in watching.begun
+        (number, attempt) for number, attempt, _ in watching.starts
     ]
     outcomes = [row.result.outcome for row in loop.rows]
     assert outcomes == [Outcome.COMPLETED, Outcome.COMPLETED, outcome, Outcome.COMPLETED]
@@ -441,11 +448,11 @@ def test_three_failures_of_the_machine_in_a_row_stop_the_sweep_and_the_trial_run
     results: Path, number: int, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     launcher = ReplayLauncher(LIMIT_GIB, {number: [Outcome.INFRASTRUCTURE] * FAILURES_TO_STOP})
-    loop = loop_of(results, launcher)
+    loop = loop_of(results, launcher, with_study=True)
     assert run(loop) is Stop.BREAKER
     assert launcher.numbers == [*range(number), *[number] * FAILURES_TO_STOP]
     assert len(loop.rows) == number
-    assert run(loop_of(results, launcher)) is Stop.TRIALS
+    assert run(loop_of(results, launcher, with_study=True)) is Stop.TRIALS
     assert launcher.numbers[number + FAILURES_TO_STOP :] == list(range(number, TRIALS))
     assert story(results) == uninterrupted
     assert_study_equals_folders(results)
@@ -482,9 +489,9 @@ def test_a_sweep_whose_knobs_changed_goes_on_with_what_it_measured(
     results: Path, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
     first, second = ReplayLauncher(LIMIT_GIB), ReplayLauncher(LIMIT_GIB)
-    run_to_end(results, first, sweep_of(**before))
+    run_to_end(results, first, sweep_of(**before), with_study=True)
     earlier, changed = story(results), sweep_of(budget={"trials": TRIALS + 3}, **after)
-    loop = run_to_end(results, second, changed)
+    loop = run_to_end(results, second, changed, with_study=True)
     assert second.numbers[0] == TRIALS
     assert story(results)[:TRIALS] == earlier
     assert not set(first.layouts) & set(second.layouts)
@@ -496,12 +503,12 @@ def test_a_sweep_whose_knobs_changed_goes_on_with_what_it_measured(
 def test_fewer_knobs_leave_an_interrupted_trial_outside_the_table_and_it_runs_again(results: Path) -> None:
     launcher = ReplayLauncher(script={1: [KilledError]})
     with pytest.raises(KilledError):
-        run(loop_of(results, launcher))
+        run(loop_of(results, launcher, with_study=True))
     second = launcher.layouts[1]
     others = [size for size in (1, 2, 4) if size != second.micro_batch_size]
     narrower = sweep_of(knobs={"tp": [1, 2], "micro_batch_size": others}, budget={"trials": 3})
     assert find_row(table_of(narrower), second) is None
-    run_to_end(results, launcher, narrower)
+    run_to_end(results, launcher, narrower, with_study=True)
     assert launcher.numbers == [0, 1, 1, 2]
     assert launcher.layouts[2] == second
     assert_study_equals_folders(results)
@@ -520,10 +527,10 @@ def test_fewer_knobs_leave_an_interrupted_trial_outside_the_table_and_it_runs_ag
 def test_the_folder_of_another_sweep_is_refused_naming_the_difference(
     results: Path, other: Sweep, told: str
 ) -> None:
-    SweepFolder(results).claim(sweep_of())
+    claim(SweepFolder(results), sweep_of())
     with pytest.raises(InputError, match=told):
-        SweepFolder(results).claim(other)
-    SweepFolder(results).claim(sweep_of(budget={"trials": 3}))
+        claim(SweepFolder(results), other)
+    claim(SweepFolder(results), sweep_of(budget={"trials": 3}))
 
 
 def test_a_missing_trial_folder_among_others_is_named(results: Path) -> None:
@@ -551,8 +558,8 @@ def test_a_trials_spec_holds_the_sweeps_workload_unchanged(results: Path) -> Non
 
 def test_two_sweeps_do_not_run_in_one_folder_at_once(results: Path) -> None:
     folder = SweepFolder(results)
-    folder.claim(sweep_of())
-    with folder.lock(), pytest.raises(InputError, match="another megatune"), folder.lock():
+    claim(folder, sweep_of())
+    with hold(folder.lock), pytest.raises(InputError, match="another megatune"), hold(folder.lock):
         pass
-    with folder.lock():
+    with hold(folder.lock):
         pass

@@ -10,6 +10,7 @@ import pytest
 from tests.replay import (
     TRIAL_S,
     KilledError,
+    ReplayedSweep,
     ReplayLauncher,
     Watching,
     loop_of,
@@ -20,10 +21,8 @@ from tests.replay import (
 )
 from tuner.analysis.answer import answer
 from tuner.analysis.drift import drift
-from tuner.sweep import loop as module
 from tuner.sweep.budget import Stop
 from tuner.sweep.configuration import Sweep
-from tuner.sweep.loop import SweepLoop
 from tuner.trial.contract import TrialResult, TrialSpec
 from tuner.trial.finished import FinishedTrial, read_trials
 
@@ -46,7 +45,7 @@ def launcher(**keys: Any) -> ReplayLauncher:
     return ReplayLauncher(change=machine, **keys)
 
 
-def run(loop: SweepLoop) -> Stop:
+def run(loop: ReplayedSweep) -> Stop:
     return loop.run(threading.Event())
 
 
@@ -197,14 +196,11 @@ class FakeTime:
 
 
 @pytest.mark.parametrize("trials", [4, 5.5, 12, 20.5, 30])
-def test_everything_ends_by_the_deadline_finals_included(
-    results: Path, trials: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_ends_by_the_deadline_finals_included(results: Path, trials: float) -> None:
     clock = FakeTime()
-    monkeypatch.setattr(module, "time", clock)
     deadline_s = clock.now_s + trials * TRIAL_S
     replay = ReplayLauncher(change=clock.trial)
-    loop = loop_of(results, replay, night(trials=99, canary_every=None), deadline_s=deadline_s)
+    loop = loop_of(results, replay, night(trials=99, canary_every=None), deadline_s=deadline_s, clock=clock)
     assert run(loop) is Stop.DEADLINE
     assert clock.now_s <= deadline_s
     order = sources(loop.rows)
@@ -215,17 +211,14 @@ def test_everything_ends_by_the_deadline_finals_included(
     assert (loop.finals_note() is None) == (expected == 6)
 
 
-def test_killed_in_the_finals_before_a_deadline_they_go_on(
-    results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_in_the_finals_before_a_deadline_they_go_on(results: Path) -> None:
     clock = FakeTime()
-    monkeypatch.setattr(module, "time", clock)
     deadline_s = clock.now_s + 20.5 * TRIAL_S
     sweep = night(trials=99, canary_every=None)
     killed = ReplayLauncher(change=clock.trial, script={16: [KilledError]})
     with pytest.raises(KilledError):
-        run(loop_of(results, killed, sweep, deadline_s=deadline_s))
-    loop = loop_of(results, ReplayLauncher(change=clock.trial), sweep, deadline_s=deadline_s)
+        run(loop_of(results, killed, sweep, deadline_s=deadline_s, clock=clock))
+    loop = loop_of(results, ReplayLauncher(change=clock.trial), sweep, deadline_s=deadline_s, clock=clock)
     assert sources(loop.rows)[-1] == "final"
     run(loop)
     order = sources(loop.rows)
@@ -254,7 +247,7 @@ def test_an_interruption_in_the_finals_says_that_they_are_not_through(results: P
     loop = loop_of(results, launcher(stop_at=20), night())
     assert run(loop) is Stop.INTERRUPTED
     note = loop.finals_note()
-    assert note == "The finals are not through: 2 of 6 trials ran."
+    assert note == "The finals are not complete: 2 of 6 trials ran."
 
 
 def test_finals_use_the_whole_machine_and_tell_the_samplers_nothing(results: Path) -> None:
@@ -274,15 +267,12 @@ def test_the_tuners_own_time_is_told(results: Path) -> None:
     assert 0 < last.own_s <= last.run_s
 
 
-def test_before_a_deadline_both_stages_and_the_finals_have_their_time(
-    results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_before_a_deadline_both_stages_and_the_finals_have_their_time(results: Path) -> None:
     clock = FakeTime()
-    monkeypatch.setattr(module, "time", clock)
     deadline_s = clock.now_s + 26.5 * TRIAL_S
     budget = {"trials": 99, "finalists": 2, "final_runs": 2}
     replay = ReplayLauncher(change=clock.trial)
-    loop = loop_of(results, replay, sweep_of(knobs=None, budget=budget), deadline_s=deadline_s)
+    loop = loop_of(results, replay, sweep_of(knobs=None, budget=budget), deadline_s=deadline_s, clock=clock)
     assert run(loop) is Stop.DEADLINE
     assert clock.now_s <= deadline_s
     order = sources(loop.rows)

@@ -1,0 +1,79 @@
+"""How far a sweep is, for people who watch it. Pure."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tuner.analysis.figures import best_trial
+from tuner.search.stopping import Certainty
+from tuner.sweep.policy import Policy, SearcherView
+from tuner.sweep.state import SweepState
+from tuner.trial.finished import FinishedTrial
+
+SearchPart = Literal["grid", "refinement"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a sweep is."""
+
+    finished: int
+    """Finished trials, those of earlier runs included."""
+    budget: int
+    """Trials that the sweep may take: its budget, or fewer if fewer layouts are left."""
+    used_s: float
+    """Wall clock of all trials so far, every attempt included."""
+    left_s: float | None
+    """Seconds that the budgets of time leave; None without one."""
+    best: FinishedTrial | None
+    pruned: int
+    """Rows ruled out without a run, by memory dominance."""
+    certainty: Certainty | None
+    """How near the best is to the best of all; None if nothing is modelled, measured or left."""
+    own_s: float = 0.0
+    """Seconds during which this run of the tuner had no trial in flight: it chose, learnt and wrote."""
+    run_s: float = 0.0
+    """Wall clock of this run, from the start of its first trial to the end of its last."""
+    part: SearchPart | None = None
+    """The part of the search that goes on; None if the sweep has one part only."""
+
+
+def progress_of(
+    state: SweepState,
+    policy: Policy,
+    searcher: SearcherView,
+    *,
+    pruned: int,
+    now_s: float,
+    own_s: float = 0.0,
+    run_s: float = 0.0,
+) -> Progress:
+    """How far a sweep is.
+
+    Args:
+        state: Where it stands.
+        policy: What it may use.
+        searcher: What it has learnt.
+        pruned: Rows ruled out without a run.
+        now_s: The time, in seconds since the epoch.
+        own_s: Seconds without a trial in flight, in this run of the tuner.
+        run_s: Seconds from the start of this run's first trial to the end of its last.
+    """
+    ledger = policy.ledger(state, now_s)
+    part: SearchPart | None = None
+    if policy.problem.refined:
+        part = "refinement" if state.centres else "grid"
+    finals_left = max(0, ledger.searched.reserve() - len(ledger.finals))
+    possible = state.next_number + searcher.remaining + finals_left
+    trials = policy.budget.trials
+    return Progress(
+        finished=len(state.ended),
+        budget=trials if part == "grid" else min(trials, possible),
+        used_s=ledger.finished_s,
+        left_s=ledger.left_s(),
+        best=best_trial(state.ended),
+        pruned=pruned,
+        certainty=searcher.certainty(),
+        own_s=own_s,
+        run_s=run_s,
+        part=part,
+    )

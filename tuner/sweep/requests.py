@@ -1,0 +1,61 @@
+"""What somebody asks of a running tuner, through a file in the results folder.
+
+The command writes request.json; the tuner takes it within a second, removes it, and names its id in status.json.
+"""
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Literal
+
+from pydantic import ConfigDict
+
+from tuner.errors import InputError
+from tuner.files import STRICT, read_json, write_json
+from tuner.sweep.folder import SweepFolder
+from tuner.sweep.state import Halt
+
+Wish = Literal["stop", "stop_after_this_trial", "pause", "resume"]
+
+_HALT: Final[dict[Wish, Halt]] = {
+    "stop": Halt.STOPPING,
+    "stop_after_this_trial": Halt.CLOSING,
+    "pause": Halt.PAUSED,
+    "resume": Halt.NONE,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRequest:
+    """One wish; `request.json`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    wish: Wish
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    asked_s: float = field(default_factory=time.time)
+    """When it was asked, in seconds since the epoch."""
+
+    @property
+    def halt(self) -> Halt:
+        """What the wish makes of the sweep."""
+        return _HALT[self.wish]
+
+
+def ask(folder: SweepFolder, wish: Wish) -> SweepRequest:
+    """Write a request for the tuner that holds the folder; an earlier one that was not taken yet is replaced."""
+    request = SweepRequest(wish=wish)
+    write_json(folder.request, request)
+    return request
+
+
+def take_request(folder: SweepFolder) -> SweepRequest | None:
+    """Read and remove the request, if there is one; a file that cannot be read is removed."""
+    if not folder.request.exists():
+        return None
+    try:
+        return read_json(SweepRequest, folder.request)
+    except InputError:
+        return None
+    finally:
+        folder.request.unlink(missing_ok=True)

@@ -1,0 +1,203 @@
+"""Where a sweep stands, as one frozen value, and what each event makes of it. Pure."""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
+
+from tuner.core.layout import Layout
+from tuner.trial.contract import Outcome, TrialResult
+from tuner.trial.finished import FinishedTrial, TrialSource
+
+RETRIED: Final = frozenset({Outcome.HANG, Outcome.COMMUNICATION, Outcome.INFRASTRUCTURE})
+"""Outcomes that a second attempt may change: the machine is at fault, not the layout."""
+
+FAILURES_TO_STOP: Final = 3
+"""Infrastructure failures in a row that stop the sweep."""
+
+
+class Halt(Enum):
+    """What somebody asked of the running sweep."""
+
+    NONE = "running"
+    PAUSED = "paused: running trials end, no further trial starts"
+    CLOSING = "stopping once the running trials have ended"
+    STOPPING = "stopping now: running trials are ended and run again on resume"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingTrial:
+    """A trial that was begun and has to run again."""
+
+    number: int
+    layout: Layout
+    source: TrialSource
+    attempts_spent: int
+    """Attempts so far that count against it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningTrial:
+    """A trial in flight."""
+
+    number: int
+    layout: Layout
+    source: TrialSource
+    attempt: int
+    """From 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepState:
+    """All that deciding what runs next depends on, but for the clock and the budget."""
+
+    ended: tuple[FinishedTrial, ...] = ()
+    """Finished trials, by number."""
+    waiting: tuple[WaitingTrial, ...] = ()
+    """Trials that have to run again, by number."""
+    running: tuple[RunningTrial, ...] = ()
+    """Trials in flight, in the order of their start."""
+    lost_s: float = 0.0
+    """Wall clock of attempts that were followed by another one."""
+    centres: tuple[int, ...] = ()
+    """Numbers of the trials that the refinement varies; empty while the grid is searched."""
+    is_out_of_time: bool = False
+    """Whether the deadline has ended the search. It stays ended, even if the finals go faster than expected."""
+    failures: int = 0
+    """Infrastructure failures in a row."""
+    halt: Halt = Halt.NONE
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next new trial; numbers have no gap."""
+        return len(self.ended) + len(self.waiting) + len(self.running)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the machine fails so often that the sweep stops."""
+        return self.failures >= FAILURES_TO_STOP
+
+    def layouts(self) -> dict[int, Layout]:
+        """The layout of every trial that was ever begun, by number."""
+        begun = {
+            **{trial.number: trial.layout for trial in self.ended},
+            **{trial.number: trial.layout for trial in self.waiting},
+            **{trial.number: trial.layout for trial in self.running},
+        }
+        return {number: begun[number] for number in sorted(begun)}
+
+    def running_trial(self, number: int) -> RunningTrial:
+        """The trial of this number that is in flight; raises KeyError if there is none."""
+        for trial in self.running:
+            if trial.number == number:
+                return trial
+        raise KeyError(number)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialBegan:
+    """An attempt at a trial starts."""
+
+    trial: RunningTrial
+
+
+@dataclass(frozen=True, slots=True)
+class TrialEnded:
+    """A trial is over; it does not run again."""
+
+    trial: FinishedTrial
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """An attempt ended for a reason that another attempt may change, or because somebody stopped it."""
+
+    number: int
+    result: TrialResult
+
+
+@dataclass(frozen=True, slots=True)
+class RefinementBegan:
+    """The grid is searched; from now on the other knobs vary around these trials."""
+
+    centres: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRanOut:
+    """The deadline leaves no time for another trial of the search."""
+
+
+@dataclass(frozen=True, slots=True)
+class HaltAsked:
+    """Somebody asked the sweep to pause, to go on, or to stop."""
+
+    halt: Halt
+
+
+Event = TrialBegan | TrialEnded | AttemptFailed | RefinementBegan | TimeRanOut | HaltAsked
+
+
+def advanced(state: SweepState, event: Event) -> SweepState:
+    """The state after an event."""
+    match event:
+        case TrialBegan(trial):
+            waiting = tuple(other for other in state.waiting if other.number != trial.number)
+            return replace(state, waiting=waiting, running=(*state.running, trial))
+        case TrialEnded(trial):
+            return replace(
+                _without_running(state, trial.number, trial.result.outcome),
+                ended=tuple(sorted((*state.ended, trial), key=lambda other: other.number)),
+            )
+        case AttemptFailed(number, result):
+            return _attempt_failed(state, state.running_trial(number), result)
+        case RefinementBegan(centres):
+            return replace(state, centres=centres)
+        case TimeRanOut():
+            return replace(state, is_out_of_time=True)
+        case HaltAsked(halt):
+            # A stop cannot be taken back: its trials are already being ended.
+            return state if state.halt is Halt.STOPPING else replace(state, halt=halt)
+
+
+def is_over(result: TrialResult, attempt: int) -> bool:
+    """Whether a trial is over after this attempt, from 1; if not, it waits to run again."""
+    return attempts_spent(attempt, result) is None
+
+
+def attempts_spent(attempt: int, result: TrialResult | None) -> int | None:
+    """How many attempts count against a trial that has to run again; None if the trial is over.
+
+    Args:
+        attempt: The number of the last attempt begun, from 1.
+        result: How that attempt ended; None if the tuner was killed before it did.
+    """
+    if result is None or result.outcome is Outcome.INTERRUPTED:
+        return attempt - 1
+    if result.outcome is Outcome.INFRASTRUCTURE:
+        return 0
+    return attempt if result.outcome in RETRIED and attempt == 1 else None
+
+
+def _without_running(state: SweepState, number: int, outcome: Outcome) -> SweepState:
+    is_failure = outcome is Outcome.INFRASTRUCTURE
+    return replace(
+        state,
+        running=tuple(other for other in state.running if other.number != number),
+        failures=state.failures + 1 if is_failure else 0,
+    )
+
+
+def _attempt_failed(state: SweepState, trial: RunningTrial, result: TrialResult) -> SweepState:
+    is_interrupted = result.outcome is Outcome.INTERRUPTED
+    again = WaitingTrial(
+        number=trial.number,
+        layout=trial.layout,
+        source=trial.source,
+        attempts_spent=trial.attempt - 1 if is_interrupted else trial.attempt,
+    )
+    state = replace(
+        _without_running(state, trial.number, result.outcome),
+        waiting=tuple(sorted((*state.waiting, again), key=lambda other: other.number)),
+        lost_s=state.lost_s + result.durations.total_s,
+    )
+    return replace(state, halt=Halt.STOPPING) if is_interrupted else state
