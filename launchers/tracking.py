@@ -1,4 +1,4 @@
-"""MLflow as the sweep sees it: a view of the trial folders that a process of its own keeps, and nobody waits for."""
+"""Keeps MLflow, a view of the trial folders, in step with a sweep: in a process of its own that nobody waits for."""
 
 import json
 import logging
@@ -25,21 +25,22 @@ from tuner.trial.finished import FinishedTrial
 _log = logging.getLogger(__name__)
 
 FINISH_S = 20.0
-"""How long the end of a sweep waits for what MLflow does not hold yet."""
+"""How long the end of a sweep waits until MLflow holds everything. Assumed: short against a sweep."""
 
 
 class Tracker(Sink):
     """Keeps MLflow in step with the trial folders while a sweep runs, through a process of its own.
 
-    A process, not a thread: importing MLflow and writing to it takes nothing from the tuner's own time, and a server
-    that never answers can be left at any moment. It ends with the tuner, however the tuner ends. No method waits,
-    `finish` for at most FINISH_S; nothing that MLflow does raises here. Use it as a context manager.
+    It is a process and no thread, so that importing MLflow and writing to it takes none of the tuner's own time, and a
+    server that never answers can be left at any moment. The process ends with the tuner, however the tuner ends. No
+    method waits, except `finish` for at most FINISH_S, and none raises for what MLflow does. Use it as a context
+    manager.
     """
 
     def __init__(self, process: "subprocess.Popen[str]", results: Path, uri: str) -> None:
         """Use `Tracker.open`."""
         self.uri = without_password(uri)
-        """To show."""
+        """The tracking URI without its password, to be shown."""
         self.process_id = process.pid
         self._process, self._results = process, results
         self._finished: set[int] = set()
@@ -50,14 +51,14 @@ class Tracker(Sink):
 
     @classmethod
     def open(cls, results: Path, uri: str | None) -> "Tracker":
-        """Start to log the sweep in the folder `results`, whose sweep.json is there; what is missing comes first.
+        """Start to log a sweep; trials that MLflow lacks are logged first.
 
         Args:
-            results: the sweep's folder.
-            uri: an MLflow tracking URI; None takes the default one.
+            results: The sweep's folder, which holds its sweep.json.
+            uri: An MLflow tracking URI; None takes the default one.
 
         Raises:
-            InputError: where no MLflow store takes the URI.
+            InputError: if no MLflow store takes the URI.
         """
         chosen = uri or default_uri(results)
         check_uri(chosen)
@@ -69,9 +70,9 @@ class Tracker(Sink):
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                # Ctrl-C is the tuner's: the end of the sweep is still to be logged.
+                # Ctrl-C must reach the tuner alone: the end of the sweep is still to be logged.
                 start_new_session=True,
-                # Not an argument, which every user of the machine may read: a URI may hold a password.
+                # A URI may hold a password, and every user of the machine can read a process's arguments.
                 env=os.environ | {"MLFLOW_TRACKING_URI": chosen},
             )
         return cls(process, results, chosen)
@@ -85,18 +86,18 @@ class Tracker(Sink):
         self.close()
 
     def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
-        """See Sink. Every finished trial is logged that MLflow lacks, or has with another result."""
+        """See Sink. Those finished trials are logged that MLflow lacks, or holds with another result."""
         self._finished |= {trial.number for trial in snapshot.state.ended}
         self._wake()
 
     def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
-        """See Sink. The trial is logged from its folder; a result other than the one in MLflow replaces that."""
+        """See Sink. The trial is logged from its folder; a new result replaces the trial's MLflow run."""
         self._logged.discard(trial.number)
         self._finished.add(trial.number)
         self._wake()
 
     def finish(self, summary: str, status: Status) -> None:
-        """End the sweep's run with its summary in Markdown; tells what MLflow has not taken within FINISH_S."""
+        """End the sweep's MLflow run with its summary in Markdown; warn if MLflow lacks something after FINISH_S."""
         try:
             spool.note_end(
                 self._results, SweepEnd(status=status, ended_ms=round(time.time() * 1000), summary=summary)
@@ -113,17 +114,17 @@ class Tracker(Sink):
         self.close()
         missing = len(self._finished - self._logged)
         if missing or self._process.returncode != 0:
-            what = f"{missing} of {len(self._finished)} trials are" if missing else "the sweep's end is"
+            subject = f"{missing} of {len(self._finished)} trials are" if missing else "the sweep's end is"
             _log.warning(
                 "%s not known to be in MLflow at %s (%s); `%s` logs what is missing",
-                what,
+                subject,
                 self.uri,
                 self._trouble or f"it took longer than {FINISH_S:g} s",
                 f"megatune sync {shlex.quote(str(self._results))}",
             )
 
     def close(self) -> None:
-        """End the process, whatever it is doing: a run that is cut short is replaced by whoever logs next."""
+        """End the process, whatever it is doing; the next process to log replaces an MLflow run that is cut short."""
         self._is_closing = True
         self._process.kill()
         self._process.wait()
@@ -134,25 +135,26 @@ class Tracker(Sink):
 
     def _wake(self) -> None:
         assert self._process.stdin is not None
-        # A process that has ended has been told of.
+        # A process that has ended was reported by `_listen`.
         with suppress(OSError):
             self._process.stdin.write("\n")
             self._process.stdin.flush()
 
     def _listen(self) -> None:
-        """Follow what the process says, until it ends."""
+        """Read the process's answers until it ends."""
         assert self._process.stdout is not None
         with self._process.stdout as answers:
             for line in answers:
                 answer = json.loads(line)
                 self._logged |= set(answer["logged"])
                 if answer["trouble"] is not None:
-                    self._tell(answer["trouble"])
+                    self._warn(answer["trouble"])
         code = self._process.wait()
         if code not in (0, GAVE_UP) and not self._is_closing:
-            self._tell(f"its process ended with exit code {code}, see {self._results / 'mlflow.log'}")
+            self._warn(f"its process ended with exit code {code}, see {self._results / 'mlflow.log'}")
 
-    def _tell(self, trouble: str) -> None:
+    def _warn(self, trouble: str) -> None:
+        """Log a warning where trouble begins or ends; an empty text is no trouble."""
         if trouble and not self._trouble:
             _log.warning(
                 "MLflow at %s cannot be used now (%s); the sweep goes on, and what is missing there is logged later",
