@@ -18,6 +18,7 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import parse
 from tuner.trial.contract import TrialFolder, TrialSpec
+from tuner.trial.launcher import Place
 
 CPU = replace(CLUSTER, device="cpu", gpus_per_node=4)
 FOLDER = TrialFolder(Path("/nowhere/a 'night'/t0000"))
@@ -132,3 +133,10 @@ def test_only_a_cuda_job_uses_gpus() -> None:
     launcher = TorchrunLauncher()
     assert launcher.plan(spec_of(0, Layout()), FOLDER).gpus == 8
     assert launcher.plan(spec_of(0, Layout(), cluster=CPU), FOLDER).gpus == 0
+
+
+def test_a_cuda_job_sees_the_gpus_of_its_place_and_a_cpu_job_needs_none() -> None:
+    launcher, place, names = TorchrunLauncher(), Place(gpus=(4, 6)), "CUDA_VISIBLE_DEVICES"
+    assert launcher.plan(spec_of(0, Layout()), FOLDER, place).env[names] == "4,6"
+    assert names not in launcher.plan(spec_of(0, Layout()), FOLDER).env
+    assert names not in launcher.plan(spec_of(0, Layout(), cluster=CPU), FOLDER, place).env
