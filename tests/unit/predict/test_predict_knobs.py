@@ -24,8 +24,7 @@ from tuner.predict.memory.peak import GIB, StageMemory, memory_breakdown, peak_g
 from tuner.predict.memory.share import RankShare
 from tuner.predict.memory.stages import DENSE, MOE, stages_in_flight
 from tuner.predict.time.stages import layers_by_rank
-from tuner.predict.time.step import StepTime, step_parts_ms, step_time_ms
-from tuner.predict.time.step import step_breakdown as time_of
+from tuner.predict.time.step import StepTime, step_breakdown, step_parts_ms, step_time_ms
 
 H100 = replace(load_cluster("dgx-h100"), nodes=4)
 NODE = replace(H100, nodes=1)
@@ -150,7 +149,7 @@ def test_a_knob_changes_the_predictions_that_its_mechanism_concerns(knob: str) -
 
 
 def step(workload: Workload, cluster: Cluster = H100, /, **knobs: Any) -> StepTime:
-    return time_of(Layout(**knobs), workload, cluster)
+    return step_breakdown(Layout(**knobs), workload, cluster)
 
 
 def stage(workload: Workload, cluster: Cluster = H100, /, **knobs: Any) -> StageMemory:
@@ -324,7 +323,7 @@ def test_a_text_that_writes_the_even_split_out_is_predicted_like_the_even_split(
     plain = Layout(pp=pp, vpp=vpp, **(FULL if recompute else {}))
     text = replace(plain, pipeline_model_parallel_layout=write(chunks))
     assert memory_breakdown(text, small, NODE) == memory_breakdown(plain, small, NODE)
-    written_ms, plain_ms = (time_of(layout, small, NODE).total_ms for layout in (text, plain))
+    written_ms, plain_ms = (step_breakdown(layout, small, NODE).total_ms for layout in (text, plain))
     assert written_ms == pytest.approx(plain_ms, rel=0.02)
 
 
