@@ -1,4 +1,4 @@
-"""Choices: every knob once, values that a person reads, and the rows one step from another."""
+"""Choices: each has its own knobs, a value that a person can read, and rows that are one step apart by it."""
 
 import numpy as np
 import pytest
@@ -27,12 +27,17 @@ TABLE = enumerate_layouts(
         "recompute_num_layers": (0, 1),
     },
 ).table
-LAYOUTS = [layout_at(TABLE, row) for row in range(len(TABLE))]
+CODES = codes_of(TABLE)
+NAMES = list(CHOICES)
+VALUES = [
+    {choice: value_of(choice, layout_at(TABLE, row)) for choice in CHOICES} for row in range(len(TABLE))
+]
 ROWS = st.integers(0, len(TABLE) - 1)
 
 
-def _moved(one: Layout, other: Layout) -> set[str]:
-    return {choice for choice in CHOICES if value_of(choice, one) != value_of(choice, other)}
+def differences(left: int, right: int) -> set[str]:
+    """Return the choices in which two rows differ."""
+    return {choice for choice in CHOICES if VALUES[left][choice] != VALUES[right][choice]}
 
 
 def test_every_knob_belongs_to_one_choice() -> None:
@@ -41,7 +46,7 @@ def test_every_knob_belongs_to_one_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "layout", "told"),
+    ("choice", "layout", "value"),
     [
         ("tp", Layout(tp=4), "4"),
         ("sp", Layout(sp=True), "on"),
@@ -63,52 +68,45 @@ def test_every_knob_belongs_to_one_choice() -> None:
         ("layer split", Layout(account_for_loss_in_pipeline_split=True), "loss counts"),
     ],
 )
-def test_a_value_is_told_as_a_person_reads_it(choice: str, layout: Layout, told: str) -> None:
-    assert value_of(choice, layout) == told
+def test_a_value_is_written_for_a_person(choice: str, layout: Layout, value: str) -> None:
+    assert value_of(choice, layout) == value
 
 
 @given(ROWS, ROWS)
-def test_two_rows_have_the_same_code_exactly_where_they_take_the_same_value(one: int, other: int) -> None:
-    codes = codes_of(TABLE)
-    differs = {choice for choice, apart in zip(CHOICES, codes[one] != codes[other], strict=True) if apart}
-    assert differs == _moved(LAYOUTS[one], LAYOUTS[other])
+def test_two_rows_have_equal_codes_exactly_where_they_take_equal_values(row: int, other: int) -> None:
+    differ = zip(CHOICES, CODES[row] != CODES[other], strict=True)
+    assert {choice for choice, differs in differ if differs} == differences(row, other)
 
 
 @given(ROWS)
 def test_rows_one_step_away_differ_in_the_choice_and_the_fewest_followers(row: int) -> None:
-    names, seen = list(CHOICES), set[int]()
-    for choice, rows in one_step(codes_of(TABLE), row):
-        name = names[choice]
-        assert not seen & set(rows.tolist()), "a row is reached by one choice only"
-        seen |= set(rows.tolist())
-        moved = [_moved(LAYOUTS[row], LAYOUTS[other]) for other in rows]
-        assert all(name in each and each - {name} <= FOLLOWERS for each in moved)
-        (value,) = {value_of(name, LAYOUTS[other]) for other in rows}
-        rivals = [
-            each
-            for layout in LAYOUTS
-            if value_of(name, layout) == value
-            and (each := _moved(LAYOUTS[row], layout)) - {name} <= FOLLOWERS
-        ]
-        assert {len(each) for each in moved} == {min(map(len, rivals))}
+    reached = set[int]()
+    for choice, rows in one_step(CODES, row):
+        name = NAMES[choice]
+        assert not reached & set(rows.tolist()), "a row is reached by one choice only"
+        reached |= set(rows.tolist())
+        changes = [differences(row, other) for other in rows]
+        assert all(name in changed and changed - {name} <= FOLLOWERS for changed in changes)
+        (value,) = {VALUES[other][name] for other in rows}
+        possible = [differences(row, other) for other, values in enumerate(VALUES) if values[name] == value]
+        fewest = min(len(changed) for changed in possible if changed - {name} <= FOLLOWERS)
+        assert {len(changed) for changed in changes} == {fewest}
 
 
 @given(ROWS)
 def test_every_row_that_differs_in_one_choice_alone_is_one_step_away(row: int) -> None:
-    found = {int(other) for _, rows in one_step(codes_of(TABLE), row) for other in rows}
-    alone = {other for other, layout in enumerate(LAYOUTS) if len(_moved(LAYOUTS[row], layout)) == 1}
-    assert alone <= found
-    assert row not in found
+    reached = {int(other) for _, rows in one_step(CODES, row) for other in rows}
+    alone = {other for other in range(len(TABLE)) if len(differences(row, other)) == 1}
+    assert alone <= reached
+    assert row not in reached
 
 
-def test_what_a_change_forces_follows() -> None:
-    start = Layout(tp=2, sp=True, etp=2, pp=2, vpp=2, overlap_p2p_comm=True)
-    row = find_row(TABLE, start)
+def test_a_change_forces_its_followers() -> None:
+    row = find_row(TABLE, Layout(tp=2, sp=True, etp=2, pp=2, vpp=2, overlap_p2p_comm=True))
     assert row is not None
-    names = list(CHOICES)
     steps = {
-        (names[choice], value_of(names[choice], LAYOUTS[rows[0]])): _moved(start, LAYOUTS[rows[0]])
-        for choice, rows in one_step(codes_of(TABLE), row)
+        (NAMES[choice], VALUES[rows[0]][NAMES[choice]]): differences(row, rows[0])
+        for choice, rows in one_step(CODES, row)
     }
     assert steps["tp", "1"] == {"tp", "sp", "etp"}
     assert steps["pp", "1"] == {"pp", "vpp", "overlap_p2p_comm"}

@@ -1,4 +1,4 @@
-"""What of the environment is kept, and what never."""
+"""A record keeps the variables that a measurement depends on, and never a secret."""
 
 import random
 import string
@@ -33,7 +33,7 @@ _LETTERS = string.ascii_letters + string.digits
         ("MEGATUNE_TRIAL", "/home/ann/results/tiny-gpt/trials/t0001"),
     ],
 )
-def test_what_a_measurement_depends_on_is_kept(name: str, value: str) -> None:
+def test_a_variable_that_a_measurement_depends_on_is_kept(name: str, value: str) -> None:
     assert recorded_environment({name: value}) == {name: value}
 
 
@@ -54,7 +54,7 @@ def test_what_a_measurement_depends_on_is_kept(name: str, value: str) -> None:
         ("NCCL_NOTE", "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0"),
     ],
 )
-def test_what_looks_like_a_secret_never_is(name: str, value: str) -> None:
+def test_a_variable_that_looks_like_a_secret_is_never_kept(name: str, value: str) -> None:
     assert looks_secret(name, value)
     assert recorded_environment({name: value}) == {}
 
@@ -67,7 +67,7 @@ def test_no_other_variable_is_kept_whatever_it_holds(name: str) -> None:
 
 
 @given(st.dictionaries(st.text("ABCDEFN_C", min_size=1), st.text()))
-def test_nothing_is_made_up_or_changed(environment: dict[str, str]) -> None:
+def test_a_record_invents_and_changes_nothing(environment: dict[str, str]) -> None:
     kept = recorded_environment(environment)
     assert kept.items() <= environment.items()
     assert not any(looks_secret(name, value) for name, value in kept.items())
@@ -83,7 +83,7 @@ def test_a_variable_whose_knob_has_its_default_is_left_to_the_shell() -> None:
     assert cuda_environment(Layout(), CLUSTER).keys() == {"CUDA_DEVICE_MAX_CONNECTIONS"}
 
 
-def test_over_a_recipe_that_may_state_them_the_defaults_are_stated_too() -> None:
+def test_defaults_are_stated_if_a_recipe_may_state_other_values() -> None:
     variables = cuda_environment(Layout(), CLUSTER, complete=True)
     assert variables["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:False"
     assert variables["NCCL_NVLS_ENABLE"] == "2"
@@ -99,7 +99,7 @@ def test_the_knobs_of_the_environment_become_its_variables(complete: bool) -> No
     }
 
 
-def test_nccl_registers_no_graphs_in_segments_that_grow() -> None:
+def test_nccl_does_not_register_graphs_in_segments_that_grow() -> None:
     layout = Layout(expandable_segments=True, cuda_graph_impl="transformer_engine")
     assert cuda_environment(layout, CLUSTER)["NCCL_GRAPH_REGISTER"] == "0"
 

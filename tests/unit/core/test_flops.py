@@ -1,4 +1,4 @@
-"""Model FLOPs agree with what Megatron reports."""
+"""FLOPs of a model agree with what Megatron reports."""
 
 import csv
 from pathlib import Path
@@ -47,10 +47,10 @@ def published_rows() -> list[dict[str, str]]:
 
 
 def reported_share(row: dict[str, str]) -> float:
-    """Published TFLOP/s over what our count makes of the published tokens/s of the same row."""
+    """Return the published TFLOP/s of a row over those that our count gives for its published tokens/s."""
     model = load_model(MODELS[row["model"]])
     flops = model_flops_per_token(workload(model, int(row["seq_length"])), tp=int(row["tp"]))
-    reported = float(row["model_tflops_per_gpu"].split("[")[0])  # some carry a footnote's mark
+    reported = float(row["model_tflops_per_gpu"].split("[")[0])  # a footnote's mark may follow
     return reported / (float(row["tokens_per_s_per_gpu"]) * flops / 1e12)
 
 
@@ -69,14 +69,14 @@ def test_published_tflops_follow_from_published_tokens_within_two_percent(model:
 
 
 def test_gpt_oss_agrees_from_the_release_that_corrected_its_count() -> None:
-    # Before 26.06 Megatron Bridge reported a sixth too little for GPT-OSS.
+    # Before release 26.06, the count of Megatron Bridge for GPT-OSS was too low by a sixth.
     rows = [row for row in published_rows() if row["model"] == "GPT OSS 120B"]
     later = [reported_share(row) for row in rows if row["release"] >= "26.06"]
     assert len(later) >= 5
     assert all(share == pytest.approx(1, abs=0.02) for share in later), sorted(later)
 
 
-def test_a_small_dense_model_is_counted_as_by_hand() -> None:
+def test_the_count_of_a_small_dense_model_equals_a_count_by_hand() -> None:
     # A layer: MLP 3*8*16; query, key, value and output 8*(8+4+4+8); scores and values 2 * 8 channels * 32/2.
     layer = 3 * 8 * 16 + 8 * 24 + 8 * 32
     assert model_flops_per_token(workload(dense(), 32)) == 6 * (2 * layer + 8 * 128)
@@ -90,8 +90,8 @@ def test_padding_the_vocabulary_for_tp_is_counted_in_the_logits(tp: int) -> None
 
 
 @pytest.mark.parametrize("name", ["llama3-8b", "deepseek-v2", "kimi-k2", "qwen3-235b-a22b"])
-def test_a_short_sequence_costs_six_flops_an_active_parameter(name: str) -> None:
-    # Kaplan et al., arXiv:2001.08361: 6 N a token, without the look-up; Megatron leaves out the routers too.
+def test_a_short_sequence_costs_six_flops_per_active_parameter(name: str) -> None:
+    # Kaplan et al., arXiv:2001.08361: 6 N per token, without the look-up; Megatron leaves out the routers too.
     model = load_model(name)
     routers = sum(model.moe_layer_pattern()) * router(model)
     matrices = active_parameters(model) - embedding(model) - routers
@@ -101,21 +101,21 @@ def test_a_short_sequence_costs_six_flops_an_active_parameter(name: str) -> None
 @given(st.integers(1, 300), st.integers(0, 300))
 def test_a_window_sees_the_average_of_its_tokens(seq_length: int, left: int) -> None:
     model = dense(window_size=(left, 0))
-    seen = sum(min(token, left + 1) for token in range(1, seq_length + 1)) / seq_length
+    visible = sum(min(token, left + 1) for token in range(1, seq_length + 1)) / seq_length
     counted = core_attention_macs(model, seq_length, sliding=True) / (2 * 8)
     # A window as long as the sequence is counted as full attention is, at half the sequence.
-    expected = seen if left + 1 < seq_length else seq_length / 2
+    expected = visible if left + 1 < seq_length else seq_length / 2
     assert counted == pytest.approx(expected)
 
 
-def test_full_attention_comes_every_so_many_layers() -> None:
+def test_every_nth_layer_has_full_attention() -> None:
     model = dense(window_size=(3, 0), window_attn_skip_freq=3)
     assert [slides(model, layer) for layer in range(1, 7)] == [True, True, False, True, True, False]
     assert slides(dense(window_size=(3, 0)), 7)
     assert not slides(dense(), 1)
 
 
-def test_a_prediction_layer_costs_a_layer_its_projection_and_logits() -> None:
+def test_a_layer_of_multi_token_prediction_costs_a_layer_a_projection_and_logits() -> None:
     plain, predicting = dense(), dense(mtp_num_layers=1)
     one_more = model_flops_per_token(workload(dense(num_layers=3), 32)) - model_flops_per_token(
         workload(plain, 32)

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.replay import sweep_of, table_of
@@ -19,6 +19,7 @@ from tuner.core.layout import (
     min_gpus,
     module_names,
     num_microbatches,
+    recomputed_modules,
 )
 from tuner.files import parse, to_data
 from tuner.space.table import layout_at
@@ -43,7 +44,7 @@ SIZES = st.sampled_from([1, 2, 3, 4, 8])
         ),
     ],
 )
-def test_the_label_tells_what_differs_from_the_default(knobs: dict[str, object], label: str) -> None:
+def test_the_label_has_the_knobs_that_differ_from_their_default(knobs: dict[str, object], label: str) -> None:
     assert layout_from(knobs).label() == label
 
 
@@ -60,7 +61,7 @@ def test_every_switch_shows_in_the_label(knob: str) -> None:
     assert ("no-" in switched.label()) == DEFAULTS[knob]
 
 
-def test_every_knob_knows_what_megatron_calls_it() -> None:
+def test_every_knob_has_the_names_that_megatron_gives_it() -> None:
     for knob in fields(Layout):
         assert knob.metadata["flag"].startswith("--") is (knob.name not in ENVIRONMENT_KNOBS)
         assert knob.metadata["megatron"]
@@ -108,11 +109,17 @@ def test_the_fewest_gpus_hold_the_larger_of_both_grids(tp: int, pp: int, cp: int
 
 
 @given(st.integers(1, 512), st.integers(1, 16), st.integers(1, 64))
-def test_the_micro_batches_are_the_global_batch(batch: int, micro_batch_size: int, dp: int) -> None:
-    assume(batch % (micro_batch_size * dp) == 0)
-    assert num_microbatches(batch, micro_batch_size, dp) * micro_batch_size * dp == batch
+def test_the_micro_batches_of_all_ranks_add_up_to_the_global_batch(
+    count: int, micro_batch_size: int, dp: int
+) -> None:
+    assert num_microbatches(count * micro_batch_size * dp, micro_batch_size, dp) == count
 
 
-def test_modules_are_told_apart() -> None:
+def test_a_text_of_modules_is_divided_into_their_names() -> None:
     assert tuple(module_names("none")) == ()
     assert tuple(module_names("core_attn+mlp")) == ("core_attn", "mlp")
+
+
+def test_selective_recompute_drops_core_attention_by_default() -> None:
+    assert tuple(recomputed_modules("none")) == ("core_attn",)
+    assert tuple(recomputed_modules("layernorm+mlp")) == ("layernorm", "mlp")

@@ -1,4 +1,4 @@
-"""The shipped models are found, named and right."""
+"""The shipped models are found, have the names of their files, and have the published shapes."""
 
 import json
 from dataclasses import replace
@@ -45,9 +45,9 @@ HUB_IDS = {
     "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
 }
 
-# Where that table holds Megatron's untouched defaults, a padded vocabulary, an unused field, or a window with the
-# token itself.
-NOT_TAKEN = {
+# Fields in which a published shape holds an untouched default of Megatron, a padded vocabulary, a value without use, or
+# a window that counts the token itself.
+NOT_COMPARED = {
     "deepseek-v2": {"qk_layernorm", "add_bias_linear", "kv_channels"},
     "deepseek-v3": {"kv_channels", "make_vocab_size_divisible_by"},
     "gemma2-9b": {"window_size"},
@@ -64,13 +64,13 @@ def test_a_built_in_model_is_named_after_its_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(HUB_IDS))
-def test_a_built_in_model_has_the_shape_that_others_published(name: str) -> None:
+def test_a_built_in_model_has_the_published_shape(name: str) -> None:
     if not SHAPES.exists():
         pytest.skip(f"the published shapes are not here: {SHAPES}")
     published = json.loads(SHAPES.read_text(encoding="utf-8"))[HUB_IDS[name]]
     ours = to_data(load_model(name))
     different = {key for key, value in published.items() if key in ours and ours[key] != value}
-    assert different == NOT_TAKEN.get(name, set())
+    assert different == NOT_COMPARED.get(name, set())
 
 
 def test_every_built_in_model_but_our_own_tiny_ones_is_compared() -> None:
@@ -94,7 +94,7 @@ def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], 
         replace(load_model("tiny-moe"), **changes)
 
 
-def test_a_model_is_read_from_a_file_of_ones_own(tmp_path: Path) -> None:
+def test_a_model_is_read_from_the_users_own_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "name: mine\nnum_layers: 2\nhidden_size: 8\nffn_hidden_size: 8\nnum_attention_heads: 2\n"
@@ -112,7 +112,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
         load_model("lama3-8b")
 
 
-def test_a_missing_file_is_refused_by_its_path(tmp_path: Path) -> None:
+def test_the_message_about_a_missing_file_has_its_path(tmp_path: Path) -> None:
     for name in ("none.yaml", "config.json"):
         with pytest.raises(InputError, match=f"{name}: cannot be read"):
             load_model(str(tmp_path / name))
