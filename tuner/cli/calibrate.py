@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 
 from search_spaces.loader import load_cluster
-from tuner.cli.common import AsJson, detect, print_json, read_recipe, stderr, stdout
+from tuner.cli.common import AsJson, print_json, stderr, stdout
+from tuner.cli.planning import detect, read_recipe
 from tuner.cli.signals import stop_on_signals
 from tuner.core.cluster import Cluster
 from tuner.core.workload import Precision

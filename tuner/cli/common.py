@@ -1,9 +1,7 @@
 """What several commands share: their arguments, and the way from a sweep file to its table."""
 
 import json
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,22 +9,13 @@ import typer
 import yaml
 from rich.console import Console
 
-from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
-from tuner.errors import InputError, NothingFeasibleError
+from tuner.errors import InputError
 from tuner.files import parse, refuse_links_out
-from tuner.rules.validity import broken_rules
-from tuner.space.enumeration import Space
-from tuner.space.heuristics import seeds
-from tuner.sweep.configuration import Sweep, load_sweep
 from tuner.sweep.folder import SweepFolder
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from tuner.frameworks.megatron_bridge.facts import RecipeFacts
-    from tuner.sweep.policy import Queued
-    from tuner.trial.program import BridgeRecipe
+    pass
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
 ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]
@@ -54,37 +43,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")
 # Piped, a table has no terminal's width to keep to.
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A sweep and the table of its valid layouts; of the first stage, where it has two."""
-
-    sweep: Sweep
-    space: Space
-
-
-def detect() -> Cluster:
-    """This machine; imported late, since it asks the driver."""
-    from launchers.machine.detect import detect_cluster
-
-    return detect_cluster()
-
-
-def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
-    """What Megatron Bridge says of a recipe, in a process of its own."""
-    from launchers.machine import recipes
-
-    kind = re.search(r"\b((?:GB|VR|A|B|H|R)\d{3})\b", cluster.gpu.name)
-    return recipes.read_recipe(program, cluster.world_size, kind[1].lower() if kind else "h100")
-
-
-def load(path: Path) -> Loaded:
-    """Read a sweep file and enumerate its valid layouts."""
-    from tuner.search.grid import grid_space
-
-    sweep = load_sweep(path, detect, read_recipe)
-    return Loaded(sweep, grid_space(sweep.problem))
 
 
 def results_folder(folder: Path) -> SweepFolder:
@@ -115,88 +73,3 @@ def parse_layout(pairs: list[str]) -> Layout:
 def print_json(data: Any) -> None:
     """Print data for a script: plain JSON, never wrapped or coloured."""
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
-def refuse_invalid(sweep: Sweep, layout: Layout, what: str) -> None:
-    """Refuse a layout that breaks a rule, naming every one.
-
-    Raises:
-        InputError: opening with `what`, which says where the layout comes from.
-    """
-    broken = broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted)
-    if broken:
-        lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
-        raise InputError(f"{what}: {layout.label()} is not a valid layout:\n  {lines}")
-
-
-def check_baseline(sweep: Sweep, source: Path) -> None:
-    """Refuse a stated baseline that is no valid layout; raises InputError."""
-    from tuner.lint.recipes import refused_beside_bridge
-    from tuner.trial.program import BridgeRecipe
-
-    if sweep.baseline is not None and isinstance(sweep.program, BridgeRecipe):
-        # Bridge has taken it; how our table would spell it does not matter.
-        if broken := refused_beside_bridge(sweep.baseline, sweep.workload, sweep.cluster, sweep.lifted):
-            lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
-            raise InputError(
-                f"{source}: the recipe's own layout, {sweep.baseline.label()}, cannot run:\n  {lines}"
-            )
-    elif sweep.baseline is not None:
-        refuse_invalid(sweep, sweep.baseline, f"{source}: key 'baseline'")
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What a sweep may launch, and what it launches first."""
-
-    table: "pd.DataFrame"
-    """The valid layouts that may fit, the baseline included."""
-    queue: "tuple[Queued, ...]"
-    """What is tried before the strategy chooses, the baseline first."""
-    too_large: int
-    """Valid layouts that are never launched, since they are predicted not to fit."""
-
-
-def prepare(loaded: Loaded, source: Path) -> Prepared:
-    """Leave out what is predicted not to fit, and put the baseline and the seeds in front.
-
-    Raises:
-        InputError: if no layout is valid, or the baseline is not.
-        NothingFeasibleError: if every valid layout is predicted to run out of memory.
-    """
-    from tuner.predict.feasibility import MIN_FIT, fit_probabilities
-    from tuner.space.table import with_row
-    from tuner.sweep.policy import queue_of
-
-    check_not_empty(loaded, source)
-    check_baseline(loaded.sweep, source)
-    sweep, valid = loaded.sweep, loaded.space.table
-    fits = fit_probabilities(valid, sweep.workload, sweep.cluster)
-    table = valid[fits >= MIN_FIT].reset_index(drop=True)
-    if table.empty and sweep.baseline is None:
-        raise NothingFeasibleError(
-            f"{source}: all {len(valid):,} valid layouts are predicted to need more than "
-            f"{sweep.cluster.gpu.memory_gib:g} GiB a GPU: use more GPUs, let more knobs vary (recompute, pp), "
-            "or state a baseline, which runs whatever is predicted"
-        )
-    if sweep.baseline is not None:
-        table = with_row(table, sweep.baseline)
-    queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
-    return Prepared(table, queue, len(valid) - int((fits >= MIN_FIT).sum()))
-
-
-def check_not_empty(loaded: Loaded, source: Path) -> None:
-    """Refuse a space without a valid layout, saying which rules emptied it.
-
-    Raises:
-        InputError: with the count of combinations that each rule removed.
-    """
-    if len(loaded.space.table):
-        return
-    counts = sorted(loaded.space.rejected.items(), key=lambda item: -item[1])
-    lines = [f"  {count:>14,}  {rule}" for rule, count in counts if count]
-    raise InputError(
-        f"{source}: none of {loaded.space.combinations:,} combinations is a valid layout. Removed by rule:\n"
-        + "\n".join(lines)
-        + f"\nTry one layout with `megatune explain {source} tp=1 pp=1` to read what a rule asks for."
-    )

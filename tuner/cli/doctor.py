@@ -12,7 +12,8 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 
-from tuner.cli.common import AsJson, ResultsRoot, detect, print_json, stdout
+from tuner.cli.common import AsJson, ResultsRoot, print_json, stdout
+from tuner.cli.planning import detect
 from tuner.errors import InputError
 
 Status = Literal["ok", "missing", "failed"]

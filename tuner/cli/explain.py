@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from tuner.cli.common import AsJson, detect, parse_layout, print_json, read_recipe, results_folder, stdout
+from tuner.cli.common import AsJson, parse_layout, print_json, results_folder, stdout
+from tuner.cli.planning import detect, read_recipe
 from tuner.core.layout import (
     Layout,
     data_parallel_size,

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from search_spaces.loader import load_cluster
-from tuner.cli.common import AsJson, detect, print_json, read_recipe
+from tuner.cli.common import AsJson, print_json
 from tuner.cli.lint_findings import Finding, finding_data, print_findings
+from tuner.cli.planning import detect, read_recipe
 from tuner.core.cluster import Cluster, with_gpus
 from tuner.errors import InputError
 from tuner.files import read_yaml_data

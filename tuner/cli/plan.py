@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from tuner.cli.common import AsJson, SweepPath, load, prepare, print_json, stdout
+from tuner.cli.common import AsJson, SweepPath, print_json, stdout
+from tuner.cli.planning import load, prepare
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.core.choices import CHOICES
 from tuner.files import to_data
@@ -15,7 +16,7 @@ from tuner.sweep.budget import Ledger
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tuner.cli.common import Loaded, Prepared
+    from tuner.cli.planning import Loaded, Prepared
     from tuner.sweep.configuration import Sweep
 
 

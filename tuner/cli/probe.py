@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from tuner.cli.common import (
-    AsJson,
-    Knobs,
-    SweepPath,
-    detect,
-    parse_layout,
-    print_json,
-    read_recipe,
-    refuse_invalid,
-    stderr,
-    stdout,
-)
+from tuner.cli.common import AsJson, Knobs, SweepPath, parse_layout, print_json, stderr, stdout
+from tuner.cli.planning import detect, read_recipe, refuse_invalid
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import to_data

@@ -2,13 +2,14 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from tuner.cli.session import NEAR
 from tuner.core.layout import Layout
 from tuner.report.durations import duration
 from tuner.sweep.sinks import Sink, Snapshot
@@ -18,10 +19,6 @@ from tuner.trial.finished import FinishedTrial, TrialSource
 
 if TYPE_CHECKING:
     from tuner.sweep.progress import Progress
-
-
-NEAR: Final = 0.05
-"""How near to the best of all is told while the sweep runs: a share of the step time."""
 
 
 def standing(progress: "Progress") -> str:
@@ -84,7 +81,10 @@ class PlainProgress(Sink):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        return None
+        self.close()
+
+    def close(self) -> None:
+        """Show nothing more that changes; a log has nothing of the kind."""
 
     def waiting_for(self, layout: Layout) -> None:
         """Show that one layout runs, outside a sweep. A log shows nothing: the trial's line comes at its end."""
@@ -126,7 +126,8 @@ class LiveProgress(PlainProgress):
         self._live.start()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
+        """Take the live lines away."""
         self._live.stop()
 
     def waiting_for(self, layout: Layout) -> None:

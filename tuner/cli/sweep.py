@@ -12,34 +12,23 @@ from rich.markup import escape
 
 from tuner.analysis.figures import best_trial, figures
 from tuner.analysis.verdict import verdict
-from tuner.cli.common import Gpus, OnCluster, Prepared, RecipeName, ResultsRoot, load, prepare, stderr, stdout
+from tuner.cli.common import Gpus, OnCluster, RecipeName, ResultsRoot, stderr, stdout
 from tuner.cli.export import override
 from tuner.cli.init import recipe_name, recipe_sweep
-from tuner.cli.progress import NEAR, LiveProgress, PlainProgress
+from tuner.cli.planning import Prepared, load, prepare
+from tuner.cli.progress import LiveProgress, PlainProgress
+from tuner.cli.session import SweepEnd, SweepStart, run_sweep
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
-from tuner.files import make_folder, write_json, write_text
-from tuner.report.summary import summary, time_shares
+from tuner.files import make_folder, write_text
 from tuner.report.terminal import terminal_table
 from tuner.sweep.budget import Stop, deadline_of, is_finished
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.state import FAILURES_TO_STOP
-from tuner.trial.finished import FinishedTrial
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from launchers.tracking import Tracker
-    from tuner.cli.common import Loaded
-    from tuner.predict.calibration import Calibration
-    from tuner.search.stopping import Certainty
+    from tuner.cli.planning import Loaded
     from tuner.sweep.configuration import Sweep
-    from tuner.tracking.spool import Status
-    from tuner.trial.launcher import Launcher
-
-
-_STATUS: Mapping[str, "Status"] = {"INTERRUPTED": "KILLED", "BREAKER": "FAILED"}
-"""MLflow's status of a sweep that ended for this reason; any other is FINISHED."""
 
 
 def sweep(
@@ -69,11 +58,7 @@ def sweep(
     ] = None,
 ) -> int:
     """Run the sweep, or go on with it: the same command resumes after any end."""
-    from launchers.local.fork_client import Preload
     from launchers.local.torchrun import TorchrunLauncher
-    from launchers.machine.detect import check_machine
-    from launchers.machine.identity import measuring_machine
-    from launchers.tracking import Tracker
     from tuner.sweep.specs import trial_spec
 
     sweep_file = _recipes_file(sweep_file, recipe, gpus, cluster, results)
@@ -88,14 +73,7 @@ def sweep(
     if dry_run:
         stdout.print(first.shell_command(), markup=False, soft_wrap=True)
         return 0
-    check_machine(config.cluster)
-    with (
-        folder.claimed(config, measuring_machine(config.cluster)),
-        Preload(folder.path) as preload,
-        Tracker.open(folder.path, config.tracking.uri) as tracker,
-    ):
-        launcher = TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start)
-        return _run(config, prepared, folder, launcher, tracker, sweep_file, until)
+    return _run(config, prepared, folder, sweep_file, until, cold=cold)
 
 
 def _recipes_file(
@@ -135,59 +113,53 @@ def _run(
     config: "Sweep",
     prepared: Prepared,
     folder: SweepFolder,
-    launcher: "Launcher",
-    tracker: "Tracker",
     sweep_file: Path,
     deadline: datetime | None,
+    *,
+    cold: bool,
 ) -> int:
-    from launchers.processes import end_marked
-    from tuner.sweep.controller import resumed
-    from tuner.sweep.runner import ThreadRunner
-    from tuner.sweep.status import StatusFile
-    from tuner.sweep.study import StudyProjection
-
-    end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
     observer = LiveProgress(stderr) if stderr.is_terminal else PlainProgress(stderr)
-    calibration = _calibration(config, folder)
-    deadline_s = None if deadline is None else deadline.timestamp()
-    status = StatusFile(folder, world_size=config.cluster.world_size, near=NEAR, deadline_s=deadline_s)
-    with stop_on_signals() as stop, ThreadRunner(launcher, stop) as runner:
-        controller = resumed(
+
+    def announce(start: SweepStart) -> None:
+        _print_start(config, prepared, folder, start, deadline)
+
+    def show_end(end: SweepEnd) -> None:
+        observer.close()
+        _print_end(end, folder, f"{config.name}: {end.sentence}", commands(end.reason))
+
+    def commands(reason: Stop) -> dict[str, str]:
+        return _next_commands(folder, sweep_file, is_finished(reason))
+
+    with stop_on_signals() as stop, observer:
+        end = run_sweep(
             config,
-            table=prepared.table,
-            queue=prepared.queue,
-            folder=folder,
-            runner=runner,
+            prepared,
+            folder,
             stop=stop,
-            sinks=(StudyProjection(folder.study, config.name), tracker, status, observer),
-            calibration=calibration,
-            deadline_s=deadline_s,
+            sinks=(observer,),
+            cold=cold,
+            deadline_s=None if deadline is None else deadline.timestamp(),
+            commands=commands,
+            on_start=announce,
+            on_end=show_end,
         )
-        stderr.print(
-            f"{config.name}: {len(prepared.table):,} layouts to choose from"
-            + (" in the grid, before its refinement" if config.refined else "")
-            + f", {len(controller.state.ended)} trials done, results in {folder.path}"
-            + (
-                f", step times predicted from the calibration of {calibration.measured_at}"
-                if calibration
-                else ""
-            )
-            + (f", to end by {deadline:%Y-%m-%d %H:%M}" if deadline else ""),
-            markup=False,
-        )
-        with observer:
-            reason = controller.run()
-    rows, progress = controller.state.ended, controller.progress()
-    ended = _sentence(reason, progress.certainty, config.budget.confidence)
-    if (note := controller.finals_note()) is not None:
-        ended = f"{ended} {note}"
-    shares = time_shares(rows, progress.own_s, progress.run_s)
-    commands = _next_commands(folder, sweep_file, is_finished(reason))
-    text = summary(rows, config.name, ended, commands, shares)
-    write_text(folder.path / "summary.md", text)
-    _print_end(rows, folder, f"{config.name}: {ended}", shares, commands)
-    tracker.finish(text, _STATUS.get(reason.name, "FINISHED"))
-    return _exit_code(reason, rows, folder)
+    return _exit_code(end, folder)
+
+
+def _print_start(
+    config: "Sweep", prepared: Prepared, folder: SweepFolder, start: SweepStart, deadline: datetime | None
+) -> None:
+    parts = [
+        f"{config.name}: {len(prepared.table):,} layouts to choose from"
+        + (" in the grid, before its refinement" if config.refined else ""),
+        f"{start.trials} trials done",
+        f"results in {folder.path}",
+    ]
+    if start.calibration is not None:
+        parts.append(f"step times predicted from the calibration of {start.calibration.measured_at}")
+    if deadline is not None:
+        parts.append(f"to end by {deadline:%Y-%m-%d %H:%M}")
+    stderr.print(", ".join(parts), markup=False)
 
 
 def _limited(config: "Sweep", gpu_hours: float | None, trials: int | None) -> "Sweep":
@@ -208,34 +180,21 @@ def _limited(config: "Sweep", gpu_hours: float | None, trials: int | None) -> "S
     )
 
 
-def _calibration(config: "Sweep", folder: SweepFolder) -> "Calibration | None":
-    """This machine's as it was when the sweep began: a later one would rank its trials by another measure."""
-    from launchers.machine.calibrate import load_calibration
-
-    if not folder.trial(0).spec.exists() and (found := load_calibration(config.cluster)) is not None:
-        write_json(folder.calibration, found)
-    return folder.read_calibration()
-
-
-def _exit_code(reason: Stop, rows: "Sequence[FinishedTrial]", folder: SweepFolder) -> int:
-    if reason is Stop.INTERRUPTED:
+def _exit_code(end: SweepEnd, folder: SweepFolder) -> int:
+    if end.reason is Stop.INTERRUPTED:
         return 130
-    if reason is Stop.BREAKER:
+    if end.reason is Stop.BREAKER:
         raise CircuitBreakerError(
             f"{FAILURES_TO_STOP} infrastructure failures in a row: the machine keeps failing, not the layouts. "
             f"The last one's logs are in {folder.trials}; `megatune doctor` looks at the machine; "
             "the same command goes on"
         )
-    if best_trial(rows) is None:
+    if best_trial(end.trials) is None:
         raise NothingFeasibleError(
-            f"{len(rows)} trials ran, none gave a measured layout; `megatune show {folder.path}` says why each failed"
+            f"{len(end.trials)} trials ran, none gave a measured layout; `megatune show {folder.path}` says why each "
+            "failed"
         )
     return 0
-
-
-def _sentence(reason: Stop, certainty: "Certainty | None", confidence: float) -> str:
-    ended = f"{'Finished' if is_finished(reason) else 'Stopped early'}: {reason.value}."
-    return ended if certainty is None else f"{ended} {certainty.sentence(confidence)}"
 
 
 def _next_commands(folder: SweepFolder, sweep_file: Path, is_finished: bool) -> dict[str, str]:
@@ -256,15 +215,13 @@ def _next_commands(folder: SweepFolder, sweep_file: Path, is_finished: bool) -> 
     }
 
 
-def _print_end(
-    rows: "Sequence[FinishedTrial]", folder: SweepFolder, title: str, shares: str, commands: Mapping[str, str]
-) -> None:
-    stdout.print(terminal_table(rows, title))
-    for sentence in (shares, *verdict(rows)):
+def _print_end(end: SweepEnd, folder: SweepFolder, title: str, commands: Mapping[str, str]) -> None:
+    stdout.print(terminal_table(end.trials, title))
+    for sentence in (end.shares, *verdict(end.trials)):
         stdout.print(sentence, markup=False, soft_wrap=True)
-    facts = figures(rows)
+    facts = figures(end.trials)
     if facts is not None:
         stdout.print(f"\n[bold]Best layout[/] (trial {facts.trial})", soft_wrap=True)
-        stdout.print(override(folder, rows), markup=False, soft_wrap=True)
+        stdout.print(override(folder, end.trials), markup=False, soft_wrap=True)
     for purpose, command in commands.items():
         stdout.print(f"{purpose}:\n    [bold]{escape(command)}[/]", soft_wrap=True)

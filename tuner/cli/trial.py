@@ -6,17 +6,8 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli.common import (
-    AsJson,
-    Knobs,
-    SweepPath,
-    detect,
-    parse_layout,
-    print_json,
-    read_recipe,
-    refuse_invalid,
-    stdout,
-)
+from tuner.cli.common import AsJson, Knobs, SweepPath, parse_layout, print_json, stdout
+from tuner.cli.planning import detect, read_recipe, refuse_invalid
 from tuner.cli.progress import outcome_line
 from tuner.cli.single import run_single
 from tuner.errors import InputError

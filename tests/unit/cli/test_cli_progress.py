@@ -7,7 +7,7 @@ import pytest
 
 from tests.trials import completed_row
 from tuner.cli.progress import outcome_line, standing
-from tuner.cli.sweep import _sentence
+from tuner.cli.session import end_sentence
 from tuner.search.stopping import Certainty
 from tuner.sweep.budget import Stop
 from tuner.sweep.progress import Progress, SearchPart
@@ -48,7 +48,7 @@ def test_a_trial_of_the_refinement_says_so() -> None:
 
 @pytest.mark.parametrize("reason", list(Stop))
 def test_however_it_ends_the_end_says_why_and_how_near_the_best_is(reason: Stop) -> None:
-    told = _sentence(reason, KNOWN, 0.95)
+    told = end_sentence(reason, KNOWN, 0.95)
     assert reason.value in told
     assert "The best is within 2.0% of the best of the space with probability 95%" in told
-    assert _sentence(reason, None, 0.95).endswith(f"{reason.value}.")
+    assert end_sentence(reason, None, 0.95).endswith(f"{reason.value}.")

@@ -11,7 +11,7 @@ import pytest
 
 from search_spaces.loader import load_cluster, load_model
 from tests.replay import sweep_of, table_of
-from tuner.cli.common import load, prepare
+from tuner.cli.planning import load, prepare
 from tuner.core.columns import Floats
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
