@@ -52,7 +52,7 @@ def test_power_sums_over_all_gpus_and_energy_per_token_follows_from_the_rate() -
     assert telemetry.energy_j_per_token == pytest.approx(1290.0 / 26_000)
 
 
-def test_energy_counters_are_believed_before_power_readings_which_lag() -> None:
+def test_energy_counters_are_preferred_to_power_readings_which_lag() -> None:
     samples = [
         of_gpus(replace(QUIET, power_w=90.0, energy_j=1e6), time_s=10.0),
         of_gpus(replace(QUIET, power_w=500.0, energy_j=1e6 + 1400.0), time_s=12.0),
@@ -104,7 +104,7 @@ def test_any_samples_can_be_summed_up(readings: list[tuple[float, float, float |
 
 
 @pytest.mark.parametrize(
-    ("disturbed", "said"),
+    ("disturbed", "line"),
     [
         (
             Telemetry(samples=3, throttle_reasons=("HwThermalSlowdown", "SwPowerCap"), temperature_c=92.4),
@@ -124,8 +124,8 @@ def test_any_samples_can_be_summed_up(readings: list[tuple[float, float, float |
         ),
     ],
 )
-def test_a_disturbed_machine_makes_the_measurement_suspect(disturbed: Telemetry, said: str) -> None:
-    assert suspicions(disturbed, cores=16) == (said,)
+def test_a_disturbed_machine_makes_the_measurement_suspect(disturbed: Telemetry, line: str) -> None:
+    assert suspicions(disturbed, cores=16) == (line,)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_disturbed_machine_makes_the_measurement_suspect(disturbed: Telemetry,
         Telemetry(samples=3, foreign_load=1.5),
     ],
 )
-def test_a_machine_at_its_usual_work_does_not(sound: Telemetry) -> None:
+def test_a_machine_at_its_usual_work_is_not_suspect(sound: Telemetry) -> None:
     assert suspicions(sound, cores=16) == ()
 
 
@@ -172,7 +172,7 @@ def is_own(pid: int) -> bool:
     return pid == 7
 
 
-def test_every_function_that_is_asked_for_is_one_of_nvml() -> None:
+def test_every_function_that_is_used_exists_in_nvml() -> None:
     assert all(hasattr(pynvml, name) for name in vars(nvml()))
 
 
@@ -211,7 +211,7 @@ def test_a_figure_that_a_gpu_lacks_is_left_out_and_the_rest_is_read(name: str) -
         (pynvml.nvmlClocksThrottleReasonSyncBoost, ("SyncBoost",)),
     ],
 )
-def test_throttle_reasons_are_nvmls_but_for_those_that_are_no_trouble(
+def test_throttle_reasons_have_nvmls_names_and_leave_out_harmless_ones(
     mask: int, reasons: tuple[str, ...]
 ) -> None:
     functions = nvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: mask)
@@ -243,7 +243,7 @@ def test_sampling_takes_no_more_than_its_share_of_a_core(
         assert pause <= max(sparse_s, cost_s / MOST_SHARE)
 
 
-def test_timed_steps_are_sampled_finely_at_first_and_then_as_all_else() -> None:
+def test_timed_steps_are_sampled_finely_at_first_and_then_as_sparsely_as_the_rest() -> None:
     assert pause_s("measure", 0.0, 0.0, 1.0) == pytest.approx(0.1)
     assert pause_s("measure", 10.0, 0.0, 1.0) == pytest.approx(0.5)
     assert pause_s("measure", 500.0, 0.0, 1.0) == 1.0
