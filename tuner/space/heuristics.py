@@ -1,6 +1,6 @@
 """The published heuristics as seeds: the rows of the layout table nearest to what the guide says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import log2
 
@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
+from tuner.core.columns import Bools, Columns
 from tuner.core.layout import DEFAULTS, KNOBS, Layout
 from tuner.core.workload import Workload
 from tuner.rules.validity import RULES, broken_rules
@@ -51,68 +52,77 @@ def seeds(workload: Workload, cluster: Cluster, table: pd.DataFrame) -> tuple[Se
     """
     if table.empty:
         return ()
-    grids = table[list(GRID_WEIGHTS)].drop_duplicates()
-    unasked = _unasked_knobs(table)
+    columns, grids = Columns.of(table), table[list(GRID_WEIGHTS)].drop_duplicates()
+    off_default = _off_default(columns, len(table))
     seed_of_row: dict[int, Seed] = {}
     for advice in advice_for(workload, cluster, read_guide()):
-        position = _nearest(table, grids, unasked, advice.layout)
-        layout, row = layout_at(table, position), int(table.index[position])
+        position = _nearest(columns, grids, off_default, advice.layout)
+        row = int(table.index[position])
+        seed = seed_of_row.get(row)
+        layout = seed.layout if seed else layout_at(table, position)
         moved = _moved_knobs(advice.layout, layout)
         source = advice.source + (" (moved)" if moved else "")
-        note = _note(advice.layout, layout, moved, workload, cluster)
-        seed = seed_of_row.get(row, Seed(layout=layout, row=row, source=source, note=note))
-        sources = dict.fromkeys([*seed.source.split("; "), source])
-        seed_of_row[row] = replace(seed, source="; ".join(sources))
+        if seed is None:
+            note = _note(advice.layout, layout, moved, workload, cluster)
+            seed_of_row[row] = Seed(layout=layout, row=row, source=source, note=note)
+        elif source not in seed.source.split("; "):
+            seed_of_row[row] = replace(seed, source=f"{seed.source}; {source}")
     return tuple(seed_of_row.values())
 
 
-def _unasked_knobs(table: pd.DataFrame) -> list[str]:
-    """Return the knobs that no seed asks for and that differ between rows of the table."""
-    asked = {*GRID_WEIGHTS, *SHAPE_SIZES, *SHAPE_CHOICES}
-    return [name for name in KNOBS if name not in asked and (table[name] != table[name].iloc[0]).any()]
+def _nearest(columns: Columns, grids: pd.DataFrame, off_default: NDArray[np.float64], wanted: Layout) -> int:
+    """Return the position in the table of the layout nearest to `wanted`.
 
+    First the device grid counts: the squared doublings between the sizes, weighted and summed. Squares spread a move
+    over the sizes instead of putting it on one. Then it counts whether the layout interleaves, then the rest of the
+    schedule and the recompute, and then how few other knobs differ from their default. Ties go to fewer pipeline
+    stages, then to less TP, CP and EP, and then to the first row.
 
-def _nearest(table: pd.DataFrame, grids: pd.DataFrame, unasked: Sequence[str], wanted: Layout) -> int:
-    """Return the position in `table` of the layout nearest to `wanted`.
-
-    First the device grid counts (`grids` holds each grid of the table once): the squared doublings between the sizes,
-    weighted and summed. Squares spread a move over the sizes instead of putting it on one. Then it counts whether the
-    layout interleaves, then the rest of the schedule and the recompute, and then how few of the `unasked` knobs differ
-    from their default. Ties go to fewer pipeline stages, then to less TP, CP and EP, and then to the first row.
+    Args:
+        columns: the table.
+        grids: every device grid of the table once, one column per name in GRID_WEIGHTS.
+        off_default: as `_off_default` returns it.
+        wanted: the layout that the guide leads to.
     """
     apart = np.zeros(len(grids))
     for name, weight in GRID_WEIGHTS.items():
-        apart += weight * _doublings(grids[name], getattr(wanted, name)) ** 2
+        apart += weight * _doublings(grids[name].to_numpy(), getattr(wanted, name)) ** 2
     ties = [grids[name].to_numpy() for name in ("etp", "ep", "cp", "tp", "pp")]
     nearest_grid = grids.iloc[int(np.lexsort((*ties, apart.round(9)))[0])]
-    on_grid = np.logical_and.reduce([table[name].to_numpy() == nearest_grid[name] for name in GRID_WEIGHTS])
+    on_grid = np.logical_and.reduce([columns.column(name) == nearest_grid[name] for name in GRID_WEIGHTS])
     positions = np.flatnonzero(on_grid)
-    return int(positions[_nearest_on_grid(table.iloc[positions], unasked, wanted)])
-
-
-def _nearest_on_grid(rows: pd.DataFrame, unasked: Sequence[str], wanted: Layout) -> int:
-    """Return the position of the row nearest to `wanted` among the rows of one device grid."""
-    interleaves_otherwise = (rows["vpp"] > 1).to_numpy() != (wanted.vpp > 1)
-    apart = np.zeros(len(rows))
+    interleaves_otherwise = (columns.column("vpp")[positions] > 1) != (wanted.vpp > 1)
+    shape = np.zeros(len(positions))
     for name in SHAPE_SIZES:
-        apart += _doublings(rows[name], getattr(wanted, name)) ** 2
+        shape += _doublings(columns.column(name)[positions], getattr(wanted, name)) ** 2
     for name in SHAPE_CHOICES:
-        apart += (rows[name] != getattr(wanted, name)).to_numpy()
-    return int(np.lexsort((_off_default(rows, unasked), apart.round(9), interleaves_otherwise))[0])
+        shape += _differs(columns, name, getattr(wanted, name))[positions]
+    order = np.lexsort((off_default[positions], shape.round(9), interleaves_otherwise))
+    return int(positions[order[0]])
 
 
-def _doublings(sizes: "pd.Series[int]", wanted: int) -> NDArray[np.float64]:
+def _doublings(sizes: NDArray[np.integer], wanted: int) -> NDArray[np.float64]:
     """Return how many doublings lie between each size and the wanted one."""
-    return np.abs(np.log2(sizes.to_numpy(dtype=np.float64)) - log2(wanted))
+    return np.abs(np.log2(sizes.astype(np.float64)) - log2(wanted))
 
 
-def _off_default(rows: pd.DataFrame, knobs: Sequence[str]) -> NDArray[np.float64]:
-    """Return how many of the knobs differ from their default, one number per row."""
-    count = np.zeros(len(rows))
-    for name in knobs:
-        count += (rows[name] != DEFAULTS[name]).to_numpy()
+def _differs(columns: Columns, knob: str, value: bool | int | str) -> Bools:
+    """Return where a knob has another value than `value`."""
+    if isinstance(value, str):
+        return ~columns.among(knob, value)
+    differs: Bools = columns.column(knob) != value
+    return differs
+
+
+def _off_default(columns: Columns, rows: int) -> NDArray[np.float64]:
+    """Return how many of the knobs that no seed asks for differ from their default, one number per row."""
+    asked = {*GRID_WEIGHTS, *SHAPE_SIZES, *SHAPE_CHOICES}
+    count = np.zeros(rows)
+    for knob in KNOBS:
+        if knob not in asked:
+            count += _differs(columns, knob, DEFAULTS[knob])
     # The last stage also holds the output layer and the loss, so it is better shortened than the first.
-    return count + 0.5 * (rows["num_layers_in_first_pipeline_stage"] != 0).to_numpy()
+    return count + 0.5 * _differs(columns, "num_layers_in_first_pipeline_stage", 0)
 
 
 def _moved_knobs(wanted: Layout, layout: Layout) -> frozenset[str]:
