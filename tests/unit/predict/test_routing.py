@@ -1,4 +1,4 @@
-"""The load of the busiest expert parallel rank: what is expected of an untrained router."""
+"""The load of the busiest expert parallel rank that is expected of an untrained router."""
 
 from typing import Any
 
@@ -17,12 +17,13 @@ def of_experts(experts: int, topk: int, layers: int) -> Model:
 
 
 def load(of: Workload, **knobs: Any) -> tuple[float, float]:
-    found = load_of_busiest(Columns.single(Layout(**knobs)), of)
-    return float(found.kept[0]), float(found.worst[0])
+    """Return the load that decides what layers keep, and the load that decides what one layer needs."""
+    expected = load_of_busiest(Columns.single(Layout(**knobs)), of)
+    return float(expected.kept[0]), float(expected.worst[0])
 
 
 def drawn(experts: int, topk: int, layers: int, ep: int) -> Load:
-    """The mean over many draws of independent loads with the deviation that UNEVENNESS states."""
+    """Return the mean over many draws of independent loads with the deviation that UNEVENNESS states."""
     random = np.random.default_rng(0)
     loads = random.normal(size=(4000, layers, experts))
     loads -= loads.mean(axis=2, keepdims=True)
@@ -32,30 +33,32 @@ def drawn(experts: int, topk: int, layers: int, ep: int) -> Load:
 
 
 @pytest.mark.parametrize(("experts", "topk", "layers", "ep"), [(64, 8, 6, 8), (64, 8, 4, 4), (128, 8, 16, 8)])
-def test_the_formula_is_the_mean_of_many_draws(experts: int, topk: int, layers: int, ep: int) -> None:
+def test_the_expected_load_is_the_mean_of_many_draws(experts: int, topk: int, layers: int, ep: int) -> None:
     kept, worst = load(workload(of_experts(experts, topk, layers)), ep=ep)
     expected = drawn(experts, topk, layers, ep)
     assert kept == pytest.approx(expected.kept, rel=0.03)
     assert worst == pytest.approx(expected.worst, rel=0.06)
 
 
-# (experts, topk, layers) and, over four steps of a trial on CPU, the mean load of the busiest of ep ranks.
+# Experts, topk and layers; ep; and the mean load of the busiest of ep ranks over four steps of a trial on CPU.
 MEASURED = (((16, 4, 8), 8, 1.41), ((64, 8, 6), 8, 1.36), ((64, 8, 4), 8, 1.41), ((16, 4, 8), 4, 1.30))
 
 
 @pytest.mark.parametrize(("of", "ep", "measured"), MEASURED)
-def test_loads_of_untrained_routers_are_met(of: tuple[int, int, int], ep: int, measured: float) -> None:
+def test_the_expected_load_is_near_that_of_untrained_routers(
+    of: tuple[int, int, int], ep: int, measured: float
+) -> None:
     assert load(workload(of_experts(*of)), ep=ep)[0] == pytest.approx(measured, abs=0.15)
 
 
-def test_nothing_is_uneven_where_each_rank_has_all_experts_or_routing_is_forced() -> None:
+def test_loads_are_even_if_each_rank_has_all_experts_or_routing_is_forced() -> None:
     assert load(workload(dense())) == (1, 1)
     assert load(workload(mixture())) == (1, 1)
     forced = workload(mixture(), moe_router_force_load_balancing=True)
     assert load(forced, ep=4) == (1, 1)
 
 
-def test_more_ranks_are_less_even_and_never_beyond_all_tokens() -> None:
+def test_more_ranks_are_less_even_and_no_rank_has_more_than_all_tokens() -> None:
     loads = [load(workload(of_experts(64, 8, 4)), ep=ep) for ep in (1, 2, 4, 8, 16, 32, 64)]
     assert loads == sorted(loads)
     assert all(kept <= worst <= ep for (kept, worst), ep in zip(loads, (1, 2, 4, 8, 16, 32, 64), strict=True))
