@@ -24,8 +24,9 @@ from tests.integration.programs import formula
 from tuner.files import parse, read_json_lines
 from tuner.space.enumeration import enumerate_layouts
 from tuner.space.heuristics import seeds
-from tuner.sweep.configuration import SweepFile, resolve
+from tuner.sweep.configuration import SweepFile
 from tuner.sweep.folder import SweepFolder
+from tuner.sweep.resolution import resolve
 from tuner.trial.finished import SEARCHED, read_trials
 
 ORPHANS_S = 5.0

@@ -22,11 +22,12 @@ from tuner.search.grid import grid_space
 from tuner.space.heuristics import seeds
 from tuner.space.table import with_row
 from tuner.sweep.budget import Stop
-from tuner.sweep.configuration import Sweep, SweepFile, resolve
+from tuner.sweep.configuration import Sweep, SweepFile
 from tuner.sweep.controller import Clock, Controller, resumed
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.policy import queue_of
 from tuner.sweep.progress import Progress
+from tuner.sweep.resolution import resolve
 from tuner.sweep.runner import AttemptEnded, Beat
 from tuner.sweep.sinks import Sink, Snapshot
 from tuner.sweep.state import RunningTrial, SweepState

@@ -33,7 +33,8 @@ from tuner.core.layout import KNOBS
 from tuner.files import write_text
 from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import layout_at
-from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.resolution import load_sweep
 from tuner.sweep.specs import trial_spec
 from tuner.trial.contract import Outcome, TrialFolder, TrialResult
 

@@ -20,8 +20,8 @@ import pandas as pd
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.tracking import Tracker
-from tuner.cli.planning import load, prepare
 from tuner.cli.common import stderr
+from tuner.cli.planning import load, prepare
 from tuner.cli.progress import PlainProgress
 from tuner.sweep.controller import resumed
 from tuner.sweep.folder import SweepFolder

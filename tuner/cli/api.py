@@ -25,8 +25,9 @@ from tuner.predict.memory.peak import peak_gib
 from tuner.predict.time.step import step_time_ms
 from tuner.report.export import Format
 from tuner.search.grid import grid_space
-from tuner.sweep.configuration import Sweep, SweepFile, resolve
+from tuner.sweep.configuration import Sweep, SweepFile
 from tuner.sweep.folder import SweepFolder
+from tuner.sweep.resolution import resolve
 from tuner.sweep.sinks import Sink
 from tuner.trial.finished import read_trials
 

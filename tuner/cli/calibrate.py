@@ -15,7 +15,7 @@ from tuner.core.workload import Precision
 from tuner.errors import InputError
 from tuner.files import read_yaml_data, to_data
 from tuner.predict.calibration import Calibration, CalibrationPlan, Collective, TimeTable
-from tuner.sweep.configuration import load_sweep
+from tuner.sweep.resolution import load_sweep
 
 
 def calibrate(

@@ -18,7 +18,8 @@ from tuner.core.layout import (
 from tuner.errors import InputError
 from tuner.rules.rule import Violation
 from tuner.rules.validity import broken_rules
-from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.resolution import load_sweep
 
 
 def explain(

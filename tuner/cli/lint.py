@@ -19,7 +19,7 @@ from tuner.frameworks.megatron_lm.command import read_command
 from tuner.lint.judge import judge
 from tuner.lint.recipes import judge_recipe
 from tuner.lint.verdict import JobVerdict
-from tuner.sweep.configuration import load_sweep
+from tuner.sweep.resolution import load_sweep
 from tuner.trial.program import BridgeRecipe
 
 REFUSED = 2

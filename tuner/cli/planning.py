@@ -11,7 +11,8 @@ from tuner.errors import InputError, NothingFeasibleError
 from tuner.rules.validity import broken_rules
 from tuner.space.enumeration import Space
 from tuner.space.heuristics import seeds
-from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.resolution import load_sweep
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,8 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.predict.implementation import implementation_of
-from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.resolution import load_sweep
 from tuner.trial.contract import Outcome, RankRecord
 from tuner.trial.outcomes import outcome_of_failure
 

@@ -12,7 +12,7 @@ from tuner.cli.progress import outcome_line
 from tuner.cli.single import run_single
 from tuner.errors import InputError
 from tuner.files import to_data, write_json
-from tuner.sweep.configuration import load_sweep
+from tuner.sweep.resolution import load_sweep
 from tuner.trial.contract import Outcome, TrialFolder
 from tuner.trial.finished import FinishedTrial, TrialSource
 

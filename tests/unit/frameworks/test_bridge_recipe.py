@@ -24,7 +24,8 @@ from tuner.frameworks.megatron_bridge.recipe_layout import layout_of, smallest_w
 from tuner.frameworks.megatron_bridge.recipe_workload import model_of, workload_of
 from tuner.frameworks.megatron_bridge.saved_config import saved_facts
 from tuner.frameworks.megatron_bridge.values import PATHS
-from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.resolution import load_sweep
 from tuner.trial.program import BridgeRecipe
 
 H100 = load_cluster("dgx-h100")

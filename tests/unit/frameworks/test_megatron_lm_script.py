@@ -14,7 +14,7 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.script import script_words, training_command
-from tuner.sweep.configuration import load_sweep
+from tuner.sweep.resolution import load_sweep
 
 SCRIPT = """#!/bin/bash
 set -e

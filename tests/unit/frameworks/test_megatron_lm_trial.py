@@ -23,7 +23,8 @@ from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import trial_words, with_layout
 from tuner.report.export import Format, export
 from tuner.space.table import layout_at
-from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.resolution import load_sweep
 from tuner.trial.program import MegatronLm
 
 COMMAND = ("/home/ann/Megatron-LM/pretrain_gpt.py", *shlex.split(GPT))

@@ -15,7 +15,8 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import read_json, to_data, write_json
 from tuner.space.domain import REFINED, search_domain
-from tuner.sweep.configuration import Sweep, load_sweep
+from tuner.sweep.configuration import Sweep
+from tuner.sweep.resolution import load_sweep
 from tuner.trial.program import NOT_BUILT_IN
 
 GOOD: dict[str, Any] = {
