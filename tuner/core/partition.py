@@ -1,4 +1,4 @@
-"""Which layers each chunk of each pipeline rank holds, for many layouts at once; both predictors read this account."""
+"""Which layers each chunk of each pipeline rank holds, for many layouts at once; both predictors read it."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Partition:
 
     @property
     def layers(self) -> Ints:
-        """Decoder layers of each chunk."""
+        """Return the number of decoder layers of each chunk."""
         return self.end - self.begin
 
 
@@ -41,6 +41,7 @@ class Partitions:
     """The partitions of many layouts; layouts that split their layers alike share one."""
 
     distinct: tuple[Partition, ...]
+    """The partitions that differ from each other."""
     of_row: Ints
     """Index in `distinct` of the partition of each layout, shape [rows]."""
 
@@ -62,7 +63,7 @@ def partitions(c: Columns, workload: Workload) -> Partitions:
 def _keys(c: Columns, workload: Workload) -> tuple[Ints, list[str]]:
     """Return the numbers that decide the partition of each layout, shape [8, rows], and the written texts.
 
-    The numbers are: 1 + the index of the written text, or 0 where there is none; pp; vpp; the slots of the first, a
+    The numbers are: the index of the written text plus 1, or 0 without a text; pp; vpp; the slots of the first, a
     middle and the last rank; and whether the embedding and the loss take slots.
     """
     column = c.column("pipeline_model_parallel_layout")
@@ -99,7 +100,7 @@ def _written(text: str, pp: int) -> Partition:
 
 
 def _spread(key: Ints, mtp_num_layers: int) -> Partition:
-    """Return the partition of a key without a text: middle ranks alike, and slots divided evenly over chunks."""
+    """Return the partition of a key without a text, in which the chunks of a rank have equal slots."""
     _, pp, vpp, first, middle, last, embedding, loss = key.tolist()
     layers = np.full((pp, vpp), middle // vpp)
     layers[-1] = last // vpp

@@ -15,8 +15,8 @@ from tuner.core.workload import Model, Workload
 from tuner.predict.memory.passes import Kept, passes_of
 
 DENSE, MOE, CHECKPOINTS = 0, 1, 2
-"""Kinds of what a chunk keeps per micro-batch: layers with a dense MLP, layers with experts, and checkpoints (the
-inputs of recomputed layers). They index the last axis of counts."""
+"""Kinds of what a chunk keeps per micro-batch, as indices of the last axis of counts: layers with a dense MLP, layers
+with experts, and checkpoints (the inputs of recomputed layers)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class StagesInFlight:
     working: Floats
     """Layers that full recompute brings back at once in the chunk that goes backward first, [entries, (DENSE, MOE)]."""
     last_is_moe: Bools
-    """Whether the layer that goes backward first has experts; False in a stage without layers."""
+    """Whether the layer that goes backward first has experts; False in a stage without any layer."""
 
 
 def stages_in_flight(

@@ -7,7 +7,7 @@ import numpy as np
 
 from tuner.core import parameters
 from tuner.core.cluster import Cluster
-from tuner.core.columns import Columns, Floats
+from tuner.core.columns import Bools, Columns, Floats, Ints
 from tuner.core.layout import data_parallel_size, expert_data_parallel_size
 from tuner.core.workload import Model, Precision, Workload
 from tuner.predict import fsdp
@@ -67,77 +67,125 @@ def model_state(
         layers: Layers of each stage, those of multi-token prediction included, shape [stages, (DENSE, MOE)].
         vocabulary: Rows of the embedding on a rank, one value per stage.
     """
-    row, vpp = stages.row, c["vpp"][stages.row]
+    row = stages.row
     dense, experts = _weights(c, workload.model, stages, layers, vocabulary)
-    weight_bytes, gradient_bytes = float(workload.weight_bytes), float(workload.gradient_bytes)
-    table = vocabulary * workload.model.hidden_size
     dense_ranks = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"]) * c["cp"]
     expert_ranks = np.maximum(expert_data_parallel_size(cluster.world_size, c["pp"], c["ep"], c["etp"]), 1)
     of_dense, of_experts = (
         fsdp.Shares(*(ranks[row] for ranks in fsdp.shares(c, group))) for group in (dense_ranks, expert_ranks)
     )
-    weights = dense / of_dense.weights + experts / of_experts.weights
-    gradients = dense / of_dense.gradients + experts / of_experts.gradients
-    adam = workload.adam_bytes * (dense / of_dense.optimizer + experts / of_experts.optimizer)
-
-    distributed = (c.on("use_distributed_optimizer") & ~c.on("use_megatron_fsdp"))[row]
-    # With ep 1 the experts share the buffer of the dense weights. Otherwise they have a buffer of their own, which is
-    # filled later, and their gradients are reduced later too.
-    has_expert_buffer = (c["ep"] > 1)[row]
-    apart = np.maximum(dense - experts * gradient_bytes / weight_bytes, experts)
-    moved = np.where(has_expert_buffer, apart, dense + experts) * weight_bytes / vpp
-    building = (dense + experts) * weight_bytes + gradients * gradient_bytes
-    building += np.where(distributed, moved, 0)
-    whole = np.zeros_like(dense)
-    if c.on("use_megatron_fsdp").any():
-        # Weights are built whole before they are split.
-        building += np.where(fsdp.gathers_weights(c)[row], weights * weight_bytes, 0)
-        tables = np.where(stages.first | stages.last, table, 0)
-        whole = fsdp.whole_bytes(
-            c,
-            row,
-            workload,
-            layers=layers.sum(axis=1),
-            layer_weights=dense + experts - tables,
-            table_weights=tables,
-            ranks=dense_ranks,
-        )
-
-    by_gloo = distributed & np.bool_(cluster.device == "cpu")
-    reduced = np.where(has_expert_buffer, np.maximum(dense, experts), dense + experts)
-    # If the reduction overlaps the backward pass, the first stage reduces pieces of whole weights.
-    piece = np.where(c.on("overlap_grad_reduce"), fsdp.bucket(dense_ranks), np.inf)[row]
-    piece = np.where(stages.first, piece, np.inf)
-    piece = np.maximum(piece, np.where(stages.last, table, 0))
-    reduces_embedding = by_gloo & stages.first & np.isfinite(piece)
+    weights = _RankWeights(
+        dense=dense,
+        experts=experts,
+        table=vocabulary * workload.model.hidden_size,
+        held=dense / of_dense.weights + experts / of_experts.weights,
+        gradients=dense / of_dense.gradients + experts / of_experts.gradients,
+    )
+    reducing, reducing_embedding = _reducing_bytes(c, workload, cluster, stages, weights)
     return ModelState(
-        parameters=weights * weight_bytes
-        + _quantised_bytes(workload, stages, table, dense + experts, weights),
-        gradients=gradients * gradient_bytes,
-        optimizer=adam,
-        whole=whole,
-        reducing=np.where(by_gloo, np.minimum(reduced / vpp, piece) * gradient_bytes, 0),
-        reducing_embedding=np.where(reduces_embedding, table * gradient_bytes, 0),
-        building=building,
+        parameters=weights.held * workload.weight_bytes + _quantised_bytes(workload, stages, weights),
+        gradients=weights.gradients * workload.gradient_bytes,
+        optimizer=workload.adam_bytes * (dense / of_dense.optimizer + experts / of_experts.optimizer),
+        whole=_whole_bytes(c, workload, stages, weights, layers=layers.sum(axis=1), ranks=dense_ranks),
+        reducing=reducing,
+        reducing_embedding=reducing_embedding,
+        building=_building_bytes(c, workload, stages, weights),
     )
 
 
-def _quantised_bytes(
-    workload: Workload, stages: StagesInFlight, table: Floats, whole: Floats, held: Floats
-) -> Floats:
-    """Return the bytes of the quantised copies of linear weights, less the bf16 weights that they replace.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RankWeights:
+    """Numbers of weights on the rank of each stage: arrays of shape [stages]."""
 
-    Args:
-        workload: The workload.
-        stages: The stages.
-        table: Weights of the embedding on a rank.
-        whole: Weights of the stage's rank before Megatron-FSDP splits them.
-        held: Weights that the rank holds.
-    """
+    dense: Floats
+    """Weights that data parallel ranks share, before Megatron-FSDP splits them."""
+    experts: Floats
+    """Weights of routed experts, before Megatron-FSDP splits them."""
+    table: Floats
+    """Weights of one embedding or output layer."""
+    held: Floats
+    """Weights that the rank holds."""
+    gradients: Floats
+    """Gradients that the rank holds."""
+
+    @property
+    def whole(self) -> Floats:
+        """Return all weights before Megatron-FSDP splits them."""
+        return self.dense + self.experts
+
+
+def _uses_distributed_optimizer(c: Columns) -> Bools:
+    """Return where Megatron's own distributed optimizer runs, and not that of Megatron-FSDP."""
+    return c.on("use_distributed_optimizer") & ~c.on("use_megatron_fsdp")
+
+
+def _building_bytes(c: Columns, workload: Workload, stages: StagesInFlight, weights: _RankWeights) -> Floats:
+    """Return all that is allocated while the model is built."""
+    row, weight_bytes = stages.row, float(workload.weight_bytes)
+    # With ep 1 the experts share the buffer of the dense weights. Otherwise their buffer is filled later.
+    experts_gradients = weights.experts * workload.gradient_bytes / weight_bytes
+    apart = np.maximum(weights.dense - experts_gradients, weights.experts)
+    moved = np.where((c["ep"] > 1)[row], apart, weights.whole) * weight_bytes / c["vpp"][row]
+    building = weights.whole * weight_bytes + weights.gradients * workload.gradient_bytes
+    building += np.where(_uses_distributed_optimizer(c)[row], moved, 0)
+    if c.on("use_megatron_fsdp").any():
+        # Weights are built whole before they are split.
+        building += np.where(fsdp.gathers_weights(c)[row], weights.held * weight_bytes, 0)
+    return building
+
+
+def _whole_bytes(
+    c: Columns,
+    workload: Workload,
+    stages: StagesInFlight,
+    weights: _RankWeights,
+    *,
+    layers: Floats,
+    ranks: Ints,
+) -> Floats:
+    """Return the bytes of weights and gradients that Megatron-FSDP holds whole for a while; 0 without it."""
+    if not c.on("use_megatron_fsdp").any():
+        return np.zeros_like(weights.dense)
+    tables = np.where(stages.first | stages.last, weights.table, 0)
+    return fsdp.whole_bytes(
+        c,
+        stages.row,
+        workload,
+        layers=layers,
+        layer_weights=weights.whole - tables,
+        table_weights=tables,
+        ranks=ranks,
+    )
+
+
+def _reducing_bytes(
+    c: Columns, workload: Workload, cluster: Cluster, stages: StagesInFlight, weights: _RankWeights
+) -> tuple[Floats, Floats]:
+    """Return the bytes of the copies that Gloo reduces: of gradients, and of the embedding's gradient apart."""
+    row, gradient_bytes = stages.row, float(workload.gradient_bytes)
+    by_gloo = _uses_distributed_optimizer(c)[row] & np.bool_(cluster.device == "cpu")
+    # With ep > 1 the gradients of experts have a buffer of their own, which is reduced later.
+    larger_buffer = np.maximum(weights.dense, weights.experts)
+    reduced = np.where((c["ep"] > 1)[row], larger_buffer, weights.whole) / c["vpp"][row]
+    # If the reduction overlaps the backward pass, the first stage reduces pieces of whole weights.
+    ranks = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"]) * c["cp"]
+    piece = np.where(c.on("overlap_grad_reduce"), fsdp.bucket(ranks), np.inf)[row]
+    piece = np.where(stages.first, piece, np.inf)
+    piece = np.maximum(piece, np.where(stages.last, weights.table, 0))
+    reduces_embedding = by_gloo & stages.first & np.isfinite(piece)
+    return (
+        np.where(by_gloo, np.minimum(reduced, piece) * gradient_bytes, 0),
+        np.where(reduces_embedding, weights.table * gradient_bytes, 0),
+    )
+
+
+def _quantised_bytes(workload: Workload, stages: StagesInFlight, weights: _RankWeights) -> Floats:
+    """Return the bytes of the quantised copies of linear weights, less the bf16 weights that they replace."""
     replaced = float(workload.weight_bytes) if workload.fp8_param else 0.0
     copies = QUANTISED_WEIGHT_BYTES.get(workload.precision, 0.0)
-    linear = whole - table * (stages.first + stages.last * 1.0)
-    return np.maximum(linear, 0) * (copies - replaced) * held / np.maximum(whole, 1)
+    linear = weights.whole - weights.table * (stages.first + stages.last * 1.0)
+    held_share = weights.held / np.maximum(weights.whole, 1)
+    return np.maximum(linear, 0) * (copies - replaced) * held_share
 
 
 def _weights(
