@@ -12,8 +12,8 @@ from tests.unit.cli.commands import refused
 from tuner.cli.app import run
 
 COMMANDS = (
-    "init", "lint", "plan", "explain", "sweep", "trial", "replay", "show", "export", "ui", "sync", "doctor",
-    "calibrate", "probe",
+    "init", "lint", "plan", "explain", "sweep", "trial", "replay", "show", "stop", "pause", "resume", "export",
+    "ui", "sync", "doctor", "calibrate", "probe",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_our_own_error_says_so_and_hides_the_traceback(
     def broken(*arguments: object) -> None:
         raise RuntimeError("a [bug] of ours")
 
-    monkeypatch.setattr("tuner.cli.common.seeds", broken)
+    monkeypatch.setattr("tuner.cli.planning.seeds", broken)
     assert run(["plan", sweep_file]) == 1
     err = capsys.readouterr().err
     assert "internal error: RuntimeError: a [bug] of ours" in err
@@ -71,7 +71,7 @@ def test_an_interruption_outside_a_trial_is_130(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tuner.cli.common.seeds", interrupted)
+    monkeypatch.setattr("tuner.cli.planning.seeds", interrupted)
     assert run(["plan", sweep_file]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
