@@ -1,4 +1,4 @@
-"""The measured facts of the best layout, or of one trial, beside those of its rival and of the baseline."""
+"""The measured facts of the best layout, or of one trial, compared with its rival and the baseline."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

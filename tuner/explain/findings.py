@@ -27,7 +27,7 @@ FEWEST_RANKED: Final = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictedTrial:
-    """A trial beside what was predicted of its layout before any trial."""
+    """A trial, and what was predicted of its layout before any trial."""
 
     trial: FinishedTrial
     predicted_ms: float
@@ -90,7 +90,7 @@ class Findings:
     """What the trials of a sweep say."""
 
     predicted_trials: tuple[PredictedTrial, ...]
-    """Every trial beside its prediction."""
+    """Every trial with its prediction."""
     time: Accuracy | None
     """How well predicted step times held; None if no trial completed."""
     memory: Accuracy | None
@@ -143,7 +143,7 @@ def predict_layout(evidence: Evidence, layout: Layout) -> LayoutPrediction:
 
 
 def predicted_trials(evidence: Evidence) -> tuple[PredictedTrial, ...]:
-    """Return every trial beside its prediction."""
+    """Return every trial with its prediction."""
     return tuple(
         PredictedTrial(
             trial=trial,

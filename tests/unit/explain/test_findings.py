@@ -224,8 +224,8 @@ def test_values_that_rules_forbid_are_listed_with_these_rules() -> None:
 def test_a_best_layout_outside_the_space_has_neighbours_there_and_says_what_is_not_searched() -> None:
     sweep = sweep_of(knobs={"tp": [1, 2]}, baseline={"tp": 2, "pp": 2})
     said = findings(gather(sweep, trials_of(Layout(tp=2, pp=2))))
-    (beside,) = (neighbour for neighbour in said.neighbours if neighbour.known is NeighbourStatus.OUTSIDE)
-    assert (beside.choice, beside.value, beside.cost) == ("tp", "1", None)
+    (outside,) = (neighbour for neighbour in said.neighbours if neighbour.known is NeighbourStatus.OUTSIDE)
+    assert (outside.choice, outside.value, outside.cost) == ("tp", "1", None)
     assert {neighbour.choice for neighbour in said.neighbours} == {"tp", "pp"}
 
 
