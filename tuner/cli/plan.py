@@ -29,7 +29,7 @@ def plan(sweep_file: SweepPath, pruned: Pruned = False, json: AsJson = False) ->
     sweep, table = loaded.sweep, loaded.space.table
     removed = pruned_rows(table, sweep.workload, sweep.cluster) if pruned else None
     finals = Ledger(
-        budget=sweep.budget, world_size=sweep.cluster.world_size, rows=(), lost_s=0.0, clock=None
+        budget=sweep.budget, world_size=sweep.cluster.world_size, trials=(), lost_s=0.0, deadline=None
     ).reserve()
     parts = _parts_of_search(sweep, prepared.table, sweep.budget.trials - finals)
     if json:

@@ -1,7 +1,8 @@
-"""When a sweep ends: what it may use, what it keeps for its finals, and why it stops. Pure."""
+"""What a sweep may use, what it keeps for its finals, and why it stops. Pure."""
 
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, time, timedelta
 from enum import Enum
 from math import inf
@@ -22,7 +23,9 @@ from tuner.sweep.state import FAILURES_TO_STOP
 from tuner.trial.finished import FinishedTrial
 
 LARGEST_SHARE: Final = 0.5
-"""Of any budget, for the finals and what is measured again before them: a search must come first."""
+"""The largest share of any limit that is kept for the finals and the repeats before them. Assumed: without a search
+before them, finals have nothing to compare.
+"""
 
 
 class Stop(Enum):
@@ -39,27 +42,27 @@ class Stop(Enum):
 
 
 def is_finished(reason: Stop) -> bool:
-    """Whether a sweep that ended so came to its end, and was not cut off."""
+    """Whether a sweep that stopped for this reason is complete; False if it was cut off and should be resumed."""
     return reason not in (Stop.INTERRUPTED, Stop.BREAKER)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clock:
-    """Where the night stands, in seconds since the epoch."""
+class Deadline:
+    """The time by which the sweep must end, seen from now; all times are seconds since the epoch."""
 
     began_s: float
-    """When this run of the sweep began."""
+    """When this tuner began or resumed the sweep."""
     now_s: float
     deadline_s: float
 
     @property
     def left_s(self) -> float:
-        """Until the deadline."""
+        """Seconds from now to the deadline; negative if it has passed."""
         return self.deadline_s - self.now_s
 
     @property
     def whole_s(self) -> float:
-        """From this run's begin to the deadline."""
+        """Seconds from the begin to the deadline."""
         return self.deadline_s - self.began_s
 
 
@@ -69,134 +72,145 @@ class Ledger:
 
     budget: Budget
     world_size: int
-    rows: tuple[FinishedTrial, ...]
+    """GPUs of the cluster, all of which a trial uses."""
+    trials: tuple[FinishedTrial, ...]
     """The finished trials, by number."""
     lost_s: float
-    """Wall clock of attempts that came to nothing; it is used too."""
+    """Wall clock in seconds of attempts that left no finished trial; it counts as used."""
     running: int = 0
-    """Trials in flight. They count as used, each with the wall clock that a trial is expected to take."""
-    clock: Clock | None
+    """Trials in flight. Each counts as used, with the wall clock that a trial is expected to take."""
+    deadline: Deadline | None
     """None without a deadline."""
 
     @property
     def used_s(self) -> float:
-        """Wall clock of all trials, every attempt included; of those in flight what a trial is expected to take."""
-        return self.finished_s + (self.running * expected_trial_s(self.rows) if self.running else 0.0)
+        """Used wall clock in seconds: every attempt that has ended, and the expected time of the trials in flight."""
+        return self.finished_s + (self.running * expected_trial_s(self.trials) if self.running else 0.0)
 
     @property
     def finished_s(self) -> float:
-        """Wall clock of all trials that have ended, every attempt included."""
-        return self.lost_s + sum(row.result.durations.total_s for row in self.rows)
+        """Wall clock in seconds of every attempt that has ended."""
+        return self.lost_s + _wall_clock_s(self.trials)
 
     @property
     def used_trials(self) -> int:
-        """Trials that are finished or in flight."""
-        return len(self.rows) + self.running
+        """Number of trials that are finished or in flight."""
+        return len(self.trials) + self.running
 
     @property
     def finals(self) -> list[FinishedTrial]:
-        """The finals that count."""
-        return finals_of(self.rows)
+        """The finished trials of the current finals."""
+        return finals_of(self.trials)
 
     @property
-    def searched(self) -> "Ledger":
-        """As it stood before the finals, but for the clock."""
-        rows = self.rows[: len(self.rows) - len(self.finals)]
-        return Ledger(
-            budget=self.budget,
-            world_size=self.world_size,
-            rows=rows,
-            lost_s=self.lost_s,
-            running=self.running,
-            clock=self.clock,
-        )
+    def before_finals(self) -> "Ledger":
+        """The ledger without the finals; the deadline is as it is now."""
+        return replace(self, trials=self.trials[: len(self.trials) - len(self.finals)])
 
     @property
     def wanted(self) -> FinalsPlan:
-        """The finals that the sweep asks for."""
+        """The finals that the budget asks for."""
         runs = self.budget.final_runs
         return FinalsPlan(self.budget.finalists, runs) if self.budget.finalists else FinalsPlan(0, 0)
 
     def time_limits_s(self) -> dict[Stop, float]:
-        """The wall clock that all trials together may take, by the budget that says so."""
-        found: dict[Stop, float] = {}
+        """Return the wall clock in seconds that all trials together may take, per limit of the budget."""
+        limits_s: dict[Stop, float] = {}
         if self.budget.hours is not None:
-            found[Stop.HOURS] = self.budget.hours * 3600
+            limits_s[Stop.HOURS] = self.budget.hours * 3600
         if self.budget.gpu_hours is not None:
-            found[Stop.GPU_HOURS] = self.budget.gpu_hours * 3600 / self.world_size
-        return found
+            limits_s[Stop.GPU_HOURS] = self.budget.gpu_hours * 3600 / self.world_size
+        return limits_s
 
     def left_s(self) -> float | None:
-        """What the budgets of time leave; None without one."""
+        """Return the seconds until the first limit of time is reached; None without a limit."""
         left = [limit_s - self.used_s for limit_s in self.time_limits_s().values()]
-        left += [self.clock.left_s] if self.clock else []
+        left += [self.deadline.left_s] if self.deadline else []
         return max(0.0, min(left)) if left else None
 
     def used_up(self, next_s: float) -> Stop | None:
-        """Why not even one more trial may begin, which is expected to take `next_s`; None where it may."""
+        """Return why no further trial may begin; None if one may.
+
+        Args:
+            next_s: how many seconds the next trial is expected to take.
+        """
         if self.used_trials >= self.budget.trials:
             return Stop.TRIALS
         for reason, limit_s in self.time_limits_s().items():
             if self.used_s >= limit_s:
                 return reason
-        return Stop.DEADLINE if self.clock and next_s > self.clock.left_s else None
+        return Stop.DEADLINE if self.deadline and next_s > self.deadline.left_s else None
 
     def reserve(self) -> int:
-        """Trials kept for the finals and for what is measured again before them."""
-        limits_s = [*self.time_limits_s().values(), *([self.clock.whole_s] if self.clock else [])]
+        """Return how many trials are kept for the finals and for the repeats before them."""
+        limits_s = [*self.time_limits_s().values(), *([self.deadline.whole_s] if self.deadline else [])]
         share, share_s = self.budget.trials * LARGEST_SHARE, min(limits_s, default=inf) * LARGEST_SHARE
-        trial_s = expected_trial_s(self.rows)
+        trial_s = expected_trial_s(self.trials)
         finals = fitting_plan(self.wanted, self.wanted.finalists, share, share_s, trial_s).trials
-        again = len(trials_to_repeat(self.rows)) if finals else 0
-        return int(min(finals + again, share, share_s / trial_s if trial_s else inf))
+        repeats = len(trials_to_repeat(self.trials)) if finals else 0
+        return int(min(finals + repeats, share, share_s / trial_s if trial_s else inf))
 
     def search_is_over(self, share: float = 1.0) -> Stop | None:
-        """Why the search ends so that the finals still fit; None where it goes on.
+        """Return why the search must end for the finals to fit; None if it goes on.
 
-        Judged by the trials before the finals. A deadline ended the search if finals that are not through follow it.
+        Only the trials before the finals count. Under a deadline, finals that have begun and are not complete mean that
+        the deadline ended the search.
 
         Args:
-            share: of what the search may use: less than 1 for the first of its stages.
+            share: the share of the search's part of the budget that may be used; less than 1 for its grid.
         """
-        before, reserve = self.searched, self.searched.reserve()
+        before, reserve = self.before_finals, self.before_finals.reserve()
         if before.used_trials >= share * (self.budget.trials - reserve):
             return Stop.TRIALS
-        trial_s = expected_trial_s(before.rows)
+        trial_s = expected_trial_s(before.trials)
         for reason, limit_s in self.time_limits_s().items():
             if before.used_s >= share * (limit_s - reserve * trial_s):
                 return reason
-        if self.clock is None:
+        if self.deadline is None:
             return None
-        if self.finals and next_final(self.rows, self.plan()) is not None:
+        if self.finals and next_final(self.trials, self.plan()) is not None:
             return Stop.DEADLINE
-        later_s = (1 - share) * (self.clock.whole_s - reserve * trial_s)
-        return Stop.DEADLINE if (1 + reserve) * trial_s > self.clock.left_s - later_s else None
+        later_s = (1 - share) * (self.deadline.whole_s - reserve * trial_s)
+        return Stop.DEADLINE if (1 + reserve) * trial_s > self.deadline.left_s - later_s else None
 
     def plan(self, more: int = 0) -> FinalsPlan:
-        """The finals that fit into what is left behind the search and `more` further trials."""
-        before, layouts = self.searched, eligible_finalists(self.rows)
-        wanted = self.wanted
-        trial_s = expected_trial_s(self.rows, layouts[: wanted.finalists])
-        seconds = min((limit_s - before.used_s for limit_s in self.time_limits_s().values()), default=inf)
-        if self.clock:
-            seconds = min(
-                seconds, self.clock.left_s + sum(row.result.durations.total_s for row in self.finals)
-            )
-        left = self.budget.trials - before.used_trials
+        """Return the finals that fit into what the search leaves.
+
+        Args:
+            more: how many further trials of the search or repeats run before them.
+        """
+        before, layouts = self.before_finals, eligible_finalists(self.trials)
+        final_s = expected_trial_s(self.trials, layouts[: self.wanted.finalists])
+        left_s = [limit_s - before.used_s for limit_s in self.time_limits_s().values()]
+        left_s += [self.deadline.left_s + _wall_clock_s(self.finals)] if self.deadline else []
         return fitting_plan(
-            wanted, len(layouts), left - more, seconds - more * expected_trial_s(self.rows), trial_s
+            self.wanted,
+            len(layouts),
+            self.budget.trials - before.used_trials - more,
+            min(left_s, default=inf) - more * expected_trial_s(self.trials),
+            final_s,
         )
 
     def next_repeat(self) -> FinishedTrial | None:
-        """The disturbed trial that is measured again next: while that makes the finals no smaller."""
-        waiting = trials_to_repeat(self.rows)
-        if not waiting or self.finals or not self.wanted.finalists:
+        """Return the disturbed trial to measure again next; None if there is none or it would shrink the finals."""
+        disturbed = trials_to_repeat(self.trials)
+        if not disturbed or self.finals or not self.wanted.finalists:
             return None
-        return waiting[0] if self.plan(more=1) == self.plan() else None
+        return disturbed[0] if self.plan(more=1) == self.plan() else None
+
+
+def _wall_clock_s(trials: Sequence[FinishedTrial]) -> float:
+    return sum(trial.result.durations.total_s for trial in trials)
 
 
 def shrunk(wanted: FinalsPlan, plan: FinalsPlan, finalists: int) -> str | None:
-    """What to say where the finals are smaller than asked for; `finalists` layouts there were."""
+    """Return the sentence that says that the finals are smaller than wanted; None if they are not.
+
+    Args:
+        wanted: the finals that the budget asks for.
+        plan: the finals that fit.
+        finalists: how many layouts may run in them, besides the baseline.
+    """
     full = FinalsPlan(min(wanted.finalists, finalists), wanted.runs)
     if plan == full or not wanted.finalists or not finalists:
         return None
@@ -207,15 +221,19 @@ def shrunk(wanted: FinalsPlan, plan: FinalsPlan, finalists: int) -> str | None:
 
 
 def deadline_of(text: str, now: datetime) -> datetime:
-    """The next time this machine's clock shows `07:00`, or an ISO date and time; `now` and it in local time.
+    """Return the deadline that a text states, in local time without a zone.
+
+    Args:
+        text: a time of day as `07:00`, which means its next occurrence, or an ISO date and time.
+        now: the time now, in local time without a zone.
 
     Raises:
-        InputError: if it is neither, or has passed.
+        InputError: if the text is neither, or its date and time have passed.
     """
     with suppress(ValueError):
-        clock = time.fromisoformat(text)
-        if clock.tzinfo is None:
-            today = datetime.combine(now.date(), clock)
+        time_of_day = time.fromisoformat(text)
+        if time_of_day.tzinfo is None:
+            today = datetime.combine(now.date(), time_of_day)
             return today if today > now else today + timedelta(days=1)
     try:
         wanted = datetime.fromisoformat(text)

@@ -13,7 +13,7 @@ from tuner.search.problem import Problem
 from tuner.search.refinement import choose_centres
 from tuner.search.stopping import Certainty
 from tuner.space.heuristics import Seed
-from tuner.sweep.budget import Clock, Ledger, Stop, shrunk
+from tuner.sweep.budget import Deadline, Ledger, Stop, shrunk
 from tuner.sweep.configuration import Budget
 from tuner.sweep.state import Halt, RunningTrial, SweepState, WaitingTrial
 from tuner.trial.finished import FinishedTrial, TrialSource
@@ -111,16 +111,16 @@ class Policy:
 
     def ledger(self, state: SweepState, now_s: float) -> Ledger:
         """What the sweep may use and has used, at a time in seconds since the epoch."""
-        clock = None
+        deadline = None
         if self.deadline_s is not None:
-            clock = Clock(began_s=self.began_s, now_s=now_s, deadline_s=self.deadline_s)
+            deadline = Deadline(began_s=self.began_s, now_s=now_s, deadline_s=self.deadline_s)
         return Ledger(
             budget=self.budget,
             world_size=self.problem.cluster.world_size,
-            rows=state.ended,
+            trials=state.ended,
             lost_s=state.lost_s,
             running=len(state.running),
-            clock=clock,
+            deadline=deadline,
         )
 
     def is_out_of_time(self, state: SweepState, now_s: float) -> bool:

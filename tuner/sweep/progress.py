@@ -62,7 +62,7 @@ def progress_of(
     part: SearchPart | None = None
     if policy.problem.refined:
         part = "refinement" if state.centres else "grid"
-    finals_left = max(0, ledger.searched.reserve() - len(ledger.finals))
+    finals_left = max(0, ledger.before_finals.reserve() - len(ledger.finals))
     possible = state.next_number + searcher.remaining + finals_left
     trials = policy.budget.trials
     return Progress(

@@ -41,7 +41,7 @@ from tuner.search.refinement import MAX_CENTRES, centre_layouts, with_refinement
 from tuner.search.variants import variants_of
 from tuner.space.domain import REFINED
 from tuner.space.table import find_row, layout_at
-from tuner.sweep.budget import Clock, Ledger, Stop
+from tuner.sweep.budget import Deadline, Ledger, Stop
 from tuner.sweep.configuration import Budget, Sweep
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import Outcome, TrialResult, TrialSpec
@@ -193,9 +193,9 @@ def test_killed_before_a_trials_spec_is_written_it_goes_on_too(
 def test_a_deleted_study_is_rebuilt_over_the_grid_and_its_refinement(
     results: Path, uninterrupted: list[FinishedTrial]
 ) -> None:
-    run_to_end(results, launcher(), night(budget={"trials": TRIALS}))
+    run_to_end(results, launcher(), night(budget={"trials": TRIALS}), with_study=True)
     SweepFolder(results).study.unlink()
-    loop = run_to_end(results, launcher(), night(budget={"trials": TRIALS + 3}))
+    loop = run_to_end(results, launcher(), night(budget={"trials": TRIALS + 3}), with_study=True)
     assert loop.rows[:TRIALS] == uninterrupted
     assert {row.around for row in loop.rows[GRID_TRIALS:]} == {uninterrupted[-1].around}
     assert len(loop.rows) == TRIALS + 3
@@ -278,10 +278,10 @@ def test_the_grid_ends_with_its_share_of_whatever_the_search_may_use(
 ) -> None:
     """20 trials of the search, of 15 s each."""
 
-    def ledger(trials: int) -> Ledger:
-        rows = tuple(completed_row(number, 100.0) for number in range(trials))
-        clock = deadline_s and Clock(began_s=0.0, now_s=15.0 * trials, deadline_s=deadline_s)
-        return Ledger(budget=budget, world_size=8, rows=rows, lost_s=0.0, clock=clock or None)
+    def ledger(count: int) -> Ledger:
+        trials = tuple(completed_row(number, 100.0) for number in range(count))
+        deadline = deadline_s and Deadline(began_s=0.0, now_s=15.0 * count, deadline_s=deadline_s)
+        return Ledger(budget=budget, world_size=8, trials=trials, lost_s=0.0, deadline=deadline or None)
 
     assert ledger(11).search_is_over(0.6) is None
     assert ledger(12).search_is_over(0.6) is not None

@@ -1,4 +1,4 @@
-"""What a sweep may use: its limits hold to within one trial, the finals' share is kept, a deadline is read right."""
+"""A sweep keeps its limits to within one trial, keeps a share for its finals, and reads a deadline correctly."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -12,16 +12,16 @@ from tests.trials import completed_row
 from tuner.analysis.finals import FinalsPlan
 from tuner.core.layout import Layout
 from tuner.errors import InputError
-from tuner.sweep.budget import Clock, Ledger, Stop, deadline_of, shrunk
+from tuner.sweep.budget import Deadline, Ledger, Stop, deadline_of, shrunk
 from tuner.sweep.configuration import Budget
 from tuner.trial.finished import FinishedTrial
 
 NOW = datetime(2026, 3, 1, 22, 30)
 TRIAL_S = 15.0
-"""What a row of tests.trials took."""
+"""Wall clock in seconds of a completed trial of tests.trials."""
 
 
-def rows_of(count: int) -> tuple[FinishedTrial, ...]:
+def trials_of(count: int) -> tuple[FinishedTrial, ...]:
     return tuple(
         completed_row(
             number,
@@ -33,23 +33,25 @@ def rows_of(count: int) -> tuple[FinishedTrial, ...]:
     )
 
 
-def ledger(rows: tuple[FinishedTrial, ...], clock: Clock | None = None, **budget: Any) -> Ledger:
-    return Ledger(budget=Budget(**budget), world_size=8, rows=rows, lost_s=0.0, clock=clock)
+def ledger(finished: tuple[FinishedTrial, ...], deadline: Deadline | None = None, **budget: Any) -> Ledger:
+    return Ledger(budget=Budget(**budget), world_size=8, trials=finished, lost_s=0.0, deadline=deadline)
 
 
-def finals(rows: tuple[FinishedTrial, ...], count: int) -> tuple[FinishedTrial, ...]:
-    layouts = [rows[-1].layout, rows[0].layout]
+def with_finals(trials: tuple[FinishedTrial, ...], count: int) -> tuple[FinishedTrial, ...]:
+    layouts = [trials[-1].layout, trials[0].layout]
     ran = (
-        completed_row(len(rows) + place, 90.0, layout=layouts[place % 2], source="final")
+        completed_row(len(trials) + place, 90.0, layout=layouts[place % 2], source="final")
         for place in range(count)
     )
-    return (*rows, *ran)
+    return (*trials, *ran)
 
 
-def searched(limit: int = 200, clock: Clock | None = None, **budget: Any) -> tuple[int, Stop | None]:
-    """How many trials the search gets, and why it ends."""
+def search_trials(
+    limit: int = 200, deadline: Deadline | None = None, **budget: Any
+) -> tuple[int, Stop | None]:
+    """Return how many trials the search gets, and why it ends."""
     for count in range(limit):
-        if (reason := ledger(rows_of(count), clock, **budget).search_is_over()) is not None:
+        if (reason := ledger(trials_of(count), deadline, **budget).search_is_over()) is not None:
             return count, reason
     return limit, None
 
@@ -61,80 +63,78 @@ def searched(limit: int = 200, clock: Clock | None = None, **budget: Any) -> tup
         ({"trials": 8}, 4, Stop.TRIALS),
         ({"trials": 3}, 3, Stop.TRIALS),
         ({"trials": 40, "finalists": 0}, 40, Stop.TRIALS),
-        # Twelve finals of 15 s are 180 s: of 400 s the search gets the rest.
+        # Twelve finals of 15 s take 180 s; the search gets the other 220 s.
         ({"trials": 100, "hours": 400 / 3600}, 15, Stop.HOURS),
         ({"trials": 100, "gpu_hours": 8 * 400 / 3600}, 15, Stop.GPU_HOURS),
-        # Of 200 s half is kept: six finals of 15 s.
+        # Half of the 200 s is kept, which is enough for six finals of 15 s.
         ({"trials": 100, "hours": 200 / 3600}, 8, Stop.HOURS),
     ],
 )
 def test_the_search_leaves_room_for_the_finals(budget: dict[str, Any], count: int, reason: Stop) -> None:
-    assert searched(**budget) == (count, reason)
+    assert search_trials(**budget) == (count, reason)
 
 
 def test_the_deadline_leaves_room_for_the_next_trial_and_the_finals() -> None:
-    rows = rows_of(5)
+    trials = trials_of(5)
     for left_s, reason in ((13 * TRIAL_S + 1, None), (13 * TRIAL_S - 1, Stop.DEADLINE)):
-        clock = Clock(began_s=0.0, now_s=1000.0 - left_s, deadline_s=1000.0)
-        assert ledger(rows, clock, trials=100).search_is_over() is reason
+        deadline = Deadline(began_s=0.0, now_s=1000.0 - left_s, deadline_s=1000.0)
+        assert ledger(trials, deadline, trials=100).search_is_over() is reason
 
 
-def test_finals_that_are_not_through_keep_the_search_ended_under_a_deadline() -> None:
-    clock = Clock(began_s=0.0, now_s=100.0, deadline_s=1e6)
-    rows = rows_of(5)
-    assert ledger(finals(rows, 3), clock, trials=100).search_is_over() is Stop.DEADLINE
-    assert ledger(finals(rows, 3), None, trials=100).search_is_over() is None
+def test_the_search_stays_over_while_finals_before_a_deadline_are_incomplete() -> None:
+    deadline = Deadline(began_s=0.0, now_s=100.0, deadline_s=1e6)
+    trials = trials_of(5)
+    assert ledger(with_finals(trials, 3), deadline, trials=100).search_is_over() is Stop.DEADLINE
+    assert ledger(with_finals(trials, 3), None, trials=100).search_is_over() is None
 
 
-def test_a_trial_that_would_end_behind_the_deadline_is_not_begun() -> None:
-    clock = Clock(began_s=0.0, now_s=990.0, deadline_s=1000.0)
-    assert ledger(rows_of(3), clock).used_up(next_s=11.0) is Stop.DEADLINE
-    assert ledger(rows_of(3), clock).used_up(next_s=9.0) is None
+def test_a_trial_that_would_end_after_the_deadline_does_not_begin() -> None:
+    deadline = Deadline(began_s=0.0, now_s=990.0, deadline_s=1000.0)
+    assert ledger(trials_of(3), deadline).used_up(next_s=11.0) is Stop.DEADLINE
+    assert ledger(trials_of(3), deadline).used_up(next_s=9.0) is None
 
 
 @given(st.integers(1, 60), st.integers(0, 5), st.integers(2, 4))
-def test_search_and_finals_together_take_the_budget_and_no_more(
-    trials: int, finalists: int, runs: int
-) -> None:
-    count, _ = searched(trials=trials, finalists=finalists, final_runs=runs)
-    books = ledger(rows_of(count), trials=trials, finalists=finalists, final_runs=runs)
-    assert count + books.plan().trials <= trials
-    assert books.plan().trials <= trials / 2
+def test_search_and_finals_together_stay_within_the_budget(trials: int, finalists: int, runs: int) -> None:
+    count, _ = search_trials(trials=trials, finalists=finalists, final_runs=runs)
+    account = ledger(trials_of(count), trials=trials, finalists=finalists, final_runs=runs)
+    assert count + account.plan().trials <= trials
+    assert account.plan().trials <= trials / 2
     assert count >= trials / 2
 
 
-def test_the_finals_do_not_grow_smaller_as_they_run() -> None:
-    rows = rows_of(28)
-    plans = {ledger(finals(rows, count), trials=40).plan() for count in range(12)}
+def test_the_finals_keep_their_size_while_they_run() -> None:
+    trials = trials_of(28)
+    plans = {ledger(with_finals(trials, count), trials=40).plan() for count in range(12)}
     assert plans == {FinalsPlan(3, 3)}
-    hours = {ledger(finals(rows, count), trials=100, hours=600 / 3600).plan() for count in range(12)}
+    hours = {ledger(with_finals(trials, count), trials=100, hours=600 / 3600).plan() for count in range(12)}
     assert hours == {FinalsPlan(3, 3)}
 
 
-def test_a_disturbed_trial_is_measured_again_while_the_finals_keep_their_size() -> None:
-    rows = rows_of(27)
-    shared = replace(rows[5], result=replace(rows[5].result, suspicions=("shared",)))
-    rows = (*rows[:5], shared, *rows[6:])
-    assert ledger(rows, trials=40).search_is_over() is Stop.TRIALS
-    assert ledger(rows, trials=40).next_repeat() is shared
-    assert ledger(rows, trials=39).next_repeat() is None
-    assert ledger(finals(rows, 1), trials=40).next_repeat() is None
-    assert ledger(rows, trials=40, finalists=0).next_repeat() is None
+def test_a_disturbed_trial_is_repeated_if_the_finals_keep_their_size() -> None:
+    trials = trials_of(27)
+    shared = replace(trials[5], result=replace(trials[5].result, suspicions=("shared",)))
+    trials = (*trials[:5], shared, *trials[6:])
+    assert ledger(trials, trials=40).search_is_over() is Stop.TRIALS
+    assert ledger(trials, trials=40).next_repeat() is shared
+    assert ledger(trials, trials=39).next_repeat() is None
+    assert ledger(with_finals(trials, 1), trials=40).next_repeat() is None
+    assert ledger(trials, trials=40, finalists=0).next_repeat() is None
 
 
-def test_lost_attempts_are_used_time() -> None:
-    books = replace(ledger(rows_of(2), hours=100 / 3600), lost_s=60.0)
-    assert books.used_s == 90.0
-    assert books.left_s() == pytest.approx(10.0)
-    assert ledger(rows_of(2)).left_s() is None
+def test_lost_attempts_count_as_used_time() -> None:
+    account = replace(ledger(trials_of(2), hours=100 / 3600), lost_s=60.0)
+    assert account.used_s == 90.0
+    assert account.left_s() == pytest.approx(10.0)
+    assert ledger(trials_of(2)).left_s() is None
 
 
-def test_smaller_finals_are_said() -> None:
+def test_smaller_finals_are_reported() -> None:
     assert shrunk(FinalsPlan(3, 3), FinalsPlan(3, 3), 9) is None
     assert shrunk(FinalsPlan(3, 3), FinalsPlan(1, 3), 1) is None
     assert shrunk(FinalsPlan(0, 0), FinalsPlan(0, 0), 9) is None
-    told = shrunk(FinalsPlan(3, 3), FinalsPlan(1, 2), 9)
-    assert told is not None and "3 finalists and the baseline 3 times each do not fit" in told
+    sentence = shrunk(FinalsPlan(3, 3), FinalsPlan(1, 2), 9)
+    assert sentence is not None and "3 finalists and the baseline 3 times each do not fit" in sentence
     none = shrunk(FinalsPlan(3, 3), FinalsPlan(0, 0), 9)
     assert none is not None and none.startswith("No finals")
 
@@ -149,20 +149,20 @@ def test_smaller_finals_are_said() -> None:
         ("2026-03-03 06:00", datetime(2026, 3, 3, 6, 0)),
     ],
 )
-def test_a_deadline_is_the_next_such_time_or_a_date(text: str, wanted: datetime) -> None:
+def test_a_deadline_is_the_next_time_of_day_or_a_date_and_time(text: str, wanted: datetime) -> None:
     assert deadline_of(text, NOW) == wanted
 
 
-def test_a_deadline_with_a_zone_is_told_in_local_time() -> None:
+def test_a_deadline_with_a_zone_is_converted_to_local_time() -> None:
     wanted = datetime(2026, 3, 2, 7, 0).astimezone()
     assert deadline_of(wanted.isoformat(), NOW) == datetime(2026, 3, 2, 7, 0)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("soon", "is neither a time of day"), ("2026-03-01T22:30", "has passed")]
+    ("text", "message"), [("soon", "is neither a time of day"), ("2026-03-01T22:30", "has passed")]
 )
-def test_a_deadline_that_cannot_be_met_or_read_is_refused(text: str, told: str) -> None:
-    with pytest.raises(InputError, match=f"--deadline {text}: {told}"):
+def test_a_deadline_that_cannot_be_met_or_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"--deadline {text}: {message}"):
         deadline_of(text, NOW)
 
 
