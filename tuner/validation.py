@@ -1,4 +1,4 @@
-"""What is wrong with data that does not fit a dataclass, in one line per key for the person who wrote the data."""
+"""Messages about data that does not fit a dataclass, in one line per key, for the person who wrote the data."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ def explain(cls: type[Any], problems: Sequence[Problem], data: object) -> list[s
 
     Args:
         cls: The dataclass that the data does not fit.
-        problems: What pydantic found.
+        problems: The errors that pydantic reports.
         data: The data.
     """
     by_key = _nearest_branches(problems, data)

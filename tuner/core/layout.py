@@ -83,8 +83,8 @@ class Layout:
     pipeline_model_parallel_layout: str = _knob(
         "none", "model.pipeline_model_parallel_layout", "--pipeline-model-parallel-layout", "stages"
     )
-    """What each of the pp * vpp chunks holds, in Megatron's letters (`Et*3|(t*4|)*14tmL`); with `none` the knobs above
-    decide."""
+    """The content of each of the pp * vpp chunks, in Megatron's letters (`Et*3|(t*4|)*14tmL`); with `none` the knobs
+    above decide."""
     cp_comm_type: CpCommType = _knob("p2p", "model.cp_comm_type", "--cp-comm-type", "cpc")
 
     recompute_granularity: RecomputeGranularity = _knob(
@@ -133,7 +133,8 @@ class Layout:
     data_parallel_sharding_strategy: ShardingStrategy = _knob(
         "no_shard", "ddp.data_parallel_sharding_strategy", "--data-parallel-sharding-strategy", "shard"
     )
-    """What Megatron-FSDP shards over dp; without Megatron-FSDP the knob has no meaning."""
+    """The parts of the model's state that Megatron-FSDP shards over dp; without Megatron-FSDP the knob has no
+    meaning."""
     cpu_offloading_num_layers: int = _knob(
         0, "model.cpu_offloading_num_layers", "--cpu-offloading-num-layers", "offload"
     )

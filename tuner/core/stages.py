@@ -1,4 +1,4 @@
-"""How many layers the first, a middle and the last pipeline rank hold, for many layouts at once."""
+"""Counts of the layers on the first, a middle and the last pipeline rank, for many layouts at once."""
 
 from typing import NamedTuple
 

@@ -1,3 +1,4 @@
-"""Predicted peak memory and step time of rows of layouts; knows the nouns and a machine's calibration, and nothing of
-a sweep or its trials.
+"""Predictions of peak memory and step time for layouts, with or without a calibration of the machine.
+
+This room knows nothing of a sweep or its trials.
 """

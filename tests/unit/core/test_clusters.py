@@ -1,4 +1,4 @@
-"""The shipped clusters are found, and each figure has a source."""
+"""The shipped clusters can be loaded, and each of their figures has a source."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_a_built_in_cluster_is_named_after_its_file_and_states_a_source_for_ever
         ("gb300-nvl72", 5000, 10000),
     ],
 )
-def test_peaks_are_dense_which_is_half_of_the_sparse_ones_on_the_data_sheet(
+def test_peaks_are_dense_and_half_of_the_sparse_peaks_on_the_data_sheet(
     name: str, bf16: float, fp8: float
 ) -> None:
     peaks = load_cluster(name).gpu.peak_tflops

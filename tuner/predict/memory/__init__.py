@@ -1,1 +1,4 @@
-"""Peak memory of a rank, in bytes, from what each module of Megatron keeps; knows nothing of time."""
+"""Predicted peak memory of a rank, added up from what each module of Megatron allocates.
+
+This room knows nothing of step times.
+"""

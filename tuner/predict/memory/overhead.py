@@ -1,4 +1,4 @@
-"""What a GPU holds beyond allocated tensors: CUDA's context, NCCL's buffers, and blocks that the allocator cannot use.
+"""Memory of a GPU beyond allocated tensors: CUDA's context, NCCL's buffers, and blocks that the allocator cannot use.
 
 The constants are prior values from what others measured; a sweep corrects the result by the trials that fit
 (tuner/predict/feasibility.py). On CPU there is nothing beyond tensors: the program counts tensors, and the limit is on

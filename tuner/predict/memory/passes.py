@@ -1,4 +1,4 @@
-"""The forward passes that a pipeline rank does before its first backward pass, and what they keep.
+"""Forward passes that a pipeline rank does before its first backward pass, and the layers that they keep.
 
 1F1B does `pp - rank` forward passes before the first backward pass. The interleaved schedule walks all chunks but the
 last once, which is `(vpp - 1) * group` passes, and does `2 * (pp - rank - 1) + 1` passes more; it takes `group`
@@ -48,11 +48,11 @@ def passes_of(c: Columns, workload: Workload, dp: Ints, row: Ints, rank: Ints) -
     return Passes(vpp=vpp, group=group, before_backward=before_backward, total=total)
 
 
-class Kept:
-    """What forward passes keep on the stages of many pipelines, by kind; arrays have the shape [stages, kinds]."""
+class KeptLayers:
+    """Layers that forward passes keep on the stages of many pipelines: arrays of shape [stages, kinds]."""
 
     def __init__(self, kept_by_chunk: list[Floats], stage: Ints, passes: Passes) -> None:
-        """Take what one micro-batch keeps.
+        """Add up the layers that one micro-batch keeps.
 
         Args:
             kept_by_chunk: Arrays of shape [distinct stages, chunks, kinds], each for pipelines of so many chunks.
@@ -66,10 +66,10 @@ class Kept:
         self._start = np.concatenate([[0], np.cumsum(sizes)])[stage]
         self._flat = np.concatenate([part.reshape(-1, part.shape[2]) for part in first_chunks])
         self.before_backward: Floats = self.by(passes.before_backward)
-        """What each stage keeps just before its first backward pass."""
+        """Layers that each stage keeps just before its first backward pass."""
 
     def by(self, passes: Ints) -> Floats:
-        """Return what so many forward passes of each stage keep."""
+        """Return the layers that so many forward passes of each stage keep."""
         vpp, group = self._passes.vpp, self._passes.group
         rounds, rest = np.divmod(passes, group * vpp)
         chunk, part = np.divmod(rest, group)
@@ -79,7 +79,7 @@ class Kept:
         return kept
 
     def most(self) -> Floats:
-        """Return the most that a stage keeps in a step.
+        """Return the most layers that a stage keeps in a step.
 
         This is what it keeps before its first backward pass, unless the last chunk has fewer layers than the others:
         then more is in flight after a group of micro-batches went backward through the last chunk.
@@ -92,5 +92,5 @@ class Kept:
         return np.where(more[:, None], later, first)
 
     def _first_chunks(self, chunks: Ints) -> Floats:
-        """Return what one micro-batch keeps in the first `chunks` chunks of each stage."""
+        """Return the layers that one micro-batch keeps in the first `chunks` chunks of each stage."""
         return self._flat[self._start + chunks]

@@ -1,8 +1,8 @@
 """Peak memory of every layout, from what Megatron allocates: weights, gradients, Adam, activations and transients.
 
 The peak is what the allocator has handed out at the worst moment of the worst rank (`torch.cuda.max_memory_allocated`,
-or the CPU program's account of tensors). What the allocator keeps beyond that, CUDA's context, and NCCL are in
-tuner/predict/memory/overhead.py.
+or the CPU program's account of tensors). tuner/predict/memory/overhead.py adds what the allocator keeps beyond that,
+CUDA's context, and NCCL.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ cache. Measured with `python -m tests.bench.memory`."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMemory:
-    """What holds the peak of one pipeline stage's rank, in GiB; the parts sum to `total_gib`."""
+    """The parts of the peak memory of one pipeline stage's rank, in GiB; they sum to `total_gib`."""
 
     rank: int
     """Pipeline rank."""
@@ -48,20 +48,21 @@ class StageMemory:
     optimizer_gib: float
     """State of Adam."""
     buffers_gib: float
-    """Memory beside the model: workspaces, the empty gradients of the gradient hooks, gather buffers, what
+    """Memory beside the state of the model: workspaces, the empty gradients of the gradient hooks, gather buffers, what
     Megatron-FSDP holds whole, and what CUDA graphs hold."""
     attention_gib: float
-    """What attention and the norm in front keep for the backward pass, over all micro-batches in flight."""
+    """Memory that attention and the norm in front keep for the backward pass, over all micro-batches in flight."""
     dense_mlp_gib: float
-    """What dense MLPs and the norm in front keep for the backward pass, over all micro-batches in flight."""
+    """Memory that dense MLPs and the norm in front keep for the backward pass, over all micro-batches in flight."""
     experts_gib: float
-    """What router, dispatch, routed and shared experts, and the norm in front keep for the backward pass."""
+    """Memory that router, dispatch, experts and the norm in front keep for the backward pass, over all micro-batches in
+    flight."""
     checkpoints_gib: float
     """Inputs of recomputed layers."""
     loss_gib: float
     """Final norm, logits and what the loss keeps of them."""
     transient_gib: float
-    """What the worst moment needs beyond all that is kept."""
+    """Memory that the worst moment needs beyond all that is kept."""
 
     @property
     def total_gib(self) -> float:

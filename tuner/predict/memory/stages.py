@@ -12,11 +12,11 @@ import numpy as np
 from tuner.core.columns import Bools, Columns, Floats, Ints
 from tuner.core.partition import Partition, partitions
 from tuner.core.workload import Model, Workload
-from tuner.predict.memory.passes import Kept, passes_of
+from tuner.predict.memory.passes import KeptLayers, passes_of
 
 DENSE, MOE, CHECKPOINTS = 0, 1, 2
-"""Kinds of what a chunk keeps per micro-batch, as indices of the last axis of counts: layers with a dense MLP, layers
-with experts, and checkpoints (the inputs of recomputed layers)."""
+"""Kinds of the layers that a chunk keeps per micro-batch, as indices of the last axis of counts: layers with a dense
+MLP, layers with experts, and checkpoints (the inputs of recomputed layers)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +38,9 @@ class StagesInFlight:
     layers: Floats
     """Layers whose weights the stage holds, [entries, (DENSE, MOE)]."""
     in_flight: Floats
-    """What the stage keeps at its peak, summed over all micro-batches in flight, [entries, 3 kinds]."""
+    """Layers that the stage keeps at its peak, summed over all micro-batches in flight, [entries, 3 kinds]."""
     at_loss: Floats
-    """What the stage keeps just before its first backward pass, when a loss is taken, [entries, 3 kinds].
+    """Layers that the stage keeps just before its first backward pass, when a loss is taken, [entries, 3 kinds].
 
     The schedule comes back to this state in every round."""
     forwards_left: Ints
@@ -48,7 +48,7 @@ class StagesInFlight:
     last_chunk_in_flight: Ints
     """Micro-batches that the last chunk of the stage has in flight just before the first backward pass."""
     first_chunk: Floats
-    """What the first chunk of the stage keeps of one micro-batch, [entries, 3 kinds]."""
+    """Layers that the first chunk of the stage keeps of one micro-batch, [entries, 3 kinds]."""
     working: Floats
     """Layers that full recompute brings back at once in the chunk that goes backward first, [entries, (DENSE, MOE)]."""
     last_is_moe: Bools
@@ -75,7 +75,7 @@ def stages_in_flight(
     stage = np.concatenate([[0], np.cumsum(counts)])[content_of_row[row]] + within_row
     rank = np.concatenate([content.ranks for content in contents])[stage]
     passes = passes_of(columns, workload, dp, row, rank)
-    kept = Kept([content.kept for content in contents], stage, passes)
+    kept = KeptLayers([content.kept for content in contents], stage, passes)
     return StagesInFlight(
         row=row,
         pp=columns["pp"][row],
@@ -96,14 +96,14 @@ def stages_in_flight(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
-    """What the stages of one partition hold under one kind of full recompute."""
+    """The contents of the stages of one partition under one kind of full recompute."""
 
     ranks: Ints
     """Pipeline rank of each stage, shape [stages]."""
     predicts: Bools
     """Whether a stage holds the layers of multi-token prediction, shape [stages]."""
     kept: Floats
-    """What each chunk keeps of one micro-batch, shape [stages, chunks, 3 kinds]."""
+    """Layers that each chunk keeps of one micro-batch, shape [stages, chunks, 3 kinds]."""
     layers: Floats
     """Layers of each stage, shape [stages, (DENSE, MOE)]."""
     working: Floats
@@ -174,7 +174,7 @@ def _earliest_of_equals(contents: _Contents) -> _Contents:
 
 
 def _kept(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats:
-    """Return what each chunk keeps of one micro-batch, shape [ranks, chunks, 3 kinds]."""
+    """Return the layers that each chunk keeps of one micro-batch, shape [ranks, chunks, 3 kinds]."""
     kept = np.zeros((*begin.shape, 3))
     if uniform:
         kept[..., CHECKPOINTS] = -(-(end - begin) // uniform)
