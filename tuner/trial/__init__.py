@@ -1,3 +1,3 @@
-"""The contract between the tuner, a launcher and a program: spec in, result out; knows the nouns, and nothing of why
-a layout was chosen.
+"""The contract between the tuner, a launcher and a program: a spec goes in, a result comes out. Knows the nouns, but
+not why a layout was chosen.
 """

@@ -1,8 +1,7 @@
-"""The contract of a trial: the only thing that crosses a process boundary.
+"""The contract of a trial: the files through which the tuner, a launcher and a program speak, and nothing else.
 
-A launcher writes `spec.json`; the program reads it, writes `heartbeat.json` while it runs, a record for each rank,
-and `result.json` at the end, also on an error. Nothing else passes between them: a program needs this module and
-the nouns in its records, no more.
+A launcher writes `spec.json`. The program reads it, writes `heartbeat.json` while it runs, one record per rank, and
+`result.json` at the end, after an error too. A program therefore imports only this module and the nouns in its records.
 """
 
 from collections.abc import Mapping
@@ -20,10 +19,11 @@ from tuner.files import STRICT
 from tuner.trial.program import Program
 
 SCHEMA_VERSION = 1
+"""Version of the format of `spec.json` and `result.json`."""
 
 
 class Outcome(StrEnum):
-    """How a trial ended. Values are only ever added."""
+    """How a trial ended. Values may be added, but none is removed or renamed, so that old results stay readable."""
 
     COMPLETED = "completed"
     OOM = "oom"
@@ -40,24 +40,32 @@ class Outcome(StrEnum):
 Phase = Literal[
     "startup", "build", "warmup", "memory", "forward", "backward", "optimizer", "measure", "teardown"
 ]
-"""Where a rank was: imports and rendezvous, model build, untimed steps, the accounted step, timed steps, the end."""
+"""What a rank does.
+
+`startup` imports modules and joins the process group, `build` builds the model, `warmup` runs untimed steps, `memory`
+runs the step whose memory is accounted, `measure` runs timed steps, `teardown` is the end. A failure within a step may
+name the part of the step instead: `forward`, `backward` or `optimizer`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """How long a trial measures."""
+    """How many steps a trial runs and times."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     warmup_steps: int = 3
-    """Optimizer steps that never count; at least 3, since the second holds the peak (Adam's state comes with the
-    first). Where the times still fall after them, more steps are found to be warm-up."""
+    """Optimizer steps that are never timed; at least 3, since the second step has the peak memory (the first creates
+    Adam's state). If step times still fall after them, further steps count as warm-up.
+    """
     min_steps: int = 5
-    """Steps that are timed at least, behind all warm-up."""
+    """The least number of timed steps, after all warm-up."""
     max_steps: int = 20
-    """Steps behind the least warm-up at most, or twice `min_steps` where more warm-up is found."""
+    """The largest number of steps after `warmup_steps`; twice `min_steps` instead if further steps count as warm-up and
+    that is more.
+    """
     target_relative_interval: float = 0.02
-    """Stop once the 95% interval of the median step is within plus or minus this share of it."""
+    """A trial stops once the 95% interval of the median step time is within plus or minus this share of the median."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 3:
@@ -80,11 +88,11 @@ class Limits:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     startup_s: float = 600.0
-    """From the start to the end of the first optimizer step: imports, rendezvous, build, just-in-time compilation."""
+    """Limit from the start to the end of the first optimizer step, for imports, rendezvous, build and compilation."""
     step_s: float = 300.0
-    """Between two heartbeats after that; longer is a hang."""
+    """Limit between two heartbeats after the first step; a longer silence is a hang."""
     trial_s: float = 1800.0
-    """The whole trial."""
+    """Limit of the whole trial."""
 
     def __post_init__(self) -> None:
         for name in ("startup_s", "step_s", "trial_s"):
@@ -100,79 +108,91 @@ class TrialSpec:
 
     schema_version: int = SCHEMA_VERSION
     sweep: str
+    """Name of the sweep."""
     number: int
     """The trial's number in its sweep, from 0."""
     attempt: int = 1
+    """Which attempt at the trial this is, from 1."""
     workload: Workload
     cluster: Cluster
     layout: Layout
     program: Program = "megatron_core"
-    """A program of megatune by name, or any other."""
+    """What the trial runs: a program of megatune by name, or a program of the user."""
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)
     seed: int = 1234
-    """Of the weights, the mock tokens and the dropout."""
+    """Seed of the weights, the mock tokens and the dropout."""
     give_up_above_ms: float | None = None
-    """The trial may end as too slow once the lower end of its interval is above this; None runs it to its end."""
+    """The trial may end as too slow once the lower end of its 95% interval, in ms, is above this; None never ends it
+    early.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """What a failing rank saw, in its own words."""
+    """The exception of a failing rank, as the rank saw it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     kind: str
-    """The exception's qualified name, `torch.OutOfMemoryError`."""
+    """The exception's qualified name, as `torch.OutOfMemoryError`; builtins without their module."""
     message: str
     traceback: str
     time_s: float
-    """Seconds since the epoch: the earliest of many is the cause."""
+    """When it was raised, in seconds since the epoch; of several failures the earliest is the cause."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankRecord:
-    """What one rank reports, at its end or at its failure."""
+    """What one rank reports at its end or at its failure."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     rank: int
+    """The rank's number in the job, from 0."""
     host: str
+    """Name of the rank's machine."""
     phase: Phase
-    """Where it was at the end."""
+    """What the rank did last."""
     step: int
-    """Optimizer steps finished."""
+    """Number of finished optimizer steps, warm-up included."""
     peak_allocated_gib: float | None = None
+    """Largest memory allocated by the rank, GiB; None if it was not measured."""
     peak_reserved_gib: float | None = None
+    """Largest memory reserved by the rank's allocator, GiB; None if it was not measured, as on CPU."""
     failure: Failure | None = None
+    """The exception that ended the rank; None if none did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """Rank 0's sign of life."""
+    """What rank 0 writes after every step, so that a hang can be told from a long step."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     phase: Phase
     step: int
-    """Optimizer steps finished, warm-up included."""
+    """Number of finished optimizer steps, warm-up included."""
     time_s: float
-    """Seconds since the epoch."""
+    """When it was written, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Durations:
-    """Where the trial's wall clock went, in seconds."""
+    """How the wall clock of a trial divides, in seconds."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     startup_s: float = 0.0
-    """From the launcher's start to the process group."""
+    """From the launcher's start until the process group exists."""
     build_s: float = 0.0
+    """Time to build the model."""
     warmup_s: float = 0.0
+    """Time of the untimed steps."""
     measure_s: float = 0.0
+    """Time of the timed steps."""
     total_s: float = 0.0
-    """Launcher's start to the end of the last process."""
+    """From the launcher's start to the end of the last process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,27 +202,31 @@ class Metrics:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     step_times_ms: tuple[float, ...]
-    """Every timed step: the slowest rank's, synchronised."""
+    """Duration of every timed step in ms: that of the slowest rank, synchronised."""
     step_time_ms: float
-    """Their median."""
+    """Median of `step_times_ms`."""
     step_time_low_ms: float
-    """Lower end of the bootstrap 95% interval of the median."""
+    """Lower end of the bootstrap 95% interval of the median, in ms."""
     step_time_high_ms: float
+    """Upper end of that interval, in ms."""
     warmup_times_ms: tuple[float, ...] = ()
-    """The steps before the timed ones, those that were found to be warm-up included."""
+    """Duration in ms of the steps before the timed ones, those included that were only found to be warm-up."""
     outliers: tuple[int, ...] = ()
-    """Places in `step_times_ms` of steps far from the median; they stay in it."""
+    """Indices into `step_times_ms` of the steps far from the median; the median still includes them."""
     losses: tuple[float, ...]
-    """One an optimizer step, warm-up included."""
+    """The loss, one per optimizer step, warm-up included."""
     grad_norms: tuple[float, ...]
+    """The norm of the gradients, one per optimizer step, warm-up included."""
     tokens_per_s_per_gpu: float
+    """Tokens per step / median step time / GPUs."""
     model_tflops_per_s_per_gpu: float
+    """Model TFLOP/s per GPU as Megatron counts them, without recompute."""
     mfu: float | None
-    """Share of the GPU's dense peak of the precision; None where the cluster does not state it."""
+    """Model FLOP/s as a share of the GPU's dense peak at the precision; None if the cluster states no such peak."""
     peak_allocated_gib: float
-    """The worst rank's."""
+    """Largest memory that any rank allocated, GiB."""
     peak_reserved_gib: float | None
-    """The worst rank's; None on CPU, where nothing is reserved."""
+    """Largest memory that the allocator of any rank reserved, GiB; None on CPU, where nothing is reserved."""
 
     def __post_init__(self) -> None:
         for name in ("step_time_ms", "step_time_low_ms", "step_time_high_ms", "peak_allocated_gib"):
@@ -212,25 +236,28 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry:
-    """What the machine did while the steps were timed; None where it does not tell."""
+    """What the machine did while the steps were timed; a value is None if the machine does not report it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     samples: int
+    """How many samples were taken."""
     power_w: float | None = None
-    """Mean, of all the trial's GPUs together."""
+    """Mean power of all the trial's GPUs together, W."""
     energy_j_per_token: float | None = None
+    """Energy that those GPUs used per token, J."""
     clock_mhz: float | None = None
-    """Mean, of the GPUs' SM clocks, or of the CPU's cores."""
+    """Mean clock of the GPUs' SMs, or of the CPU's cores, MHz."""
     lowest_clock_mhz: float | None = None
+    """Lowest clock of any of them, MHz."""
     temperature_c: float | None = None
-    """The hottest GPU's, at its hottest."""
+    """Highest temperature of any GPU, degrees Celsius."""
     throttle_reasons: tuple[str, ...] = ()
-    """NVML's names, without those that are no trouble (idle, an application's own clocks)."""
+    """NVML's names of the reasons for throttling, without harmless ones (idle, clocks that an application set)."""
     foreign_memory_gib: float | None = None
-    """The most that processes other than the trial's held on one of its GPUs."""
+    """Most memory that processes outside the trial held on one of its GPUs, GiB."""
     foreign_load: float | None = None
-    """Cores that processes other than the trial's kept busy, on average."""
+    """Mean number of CPU cores that processes outside the trial kept busy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,69 +271,73 @@ class TrialResult:
     reason: str
     """One line: what happened, where, and what to do."""
     phase: Phase | None = None
+    """What the job did when it failed; None if it did not fail."""
     rank: int | None = None
-    """The first failing rank."""
+    """The rank that failed first; None if none did."""
     metrics: Metrics | None = None
-    """Present exactly if the outcome is completed."""
+    """What was measured; present exactly if the outcome is completed."""
     slower_than_ms: float | None = None
-    """A lower bound of the step time, where the trial ended before it measured one."""
+    """A lower bound of the step time in ms, if the trial ended before it measured one."""
     telemetry: Telemetry | None = None
+    """What the machine did meanwhile; None if nothing was sampled."""
     suspicions: tuple[str, ...] = ()
-    """Why the measurement is not to be trusted, a line each: the machine was throttled or shared."""
+    """Reasons not to trust the measurement, one line each: the machine was throttled or shared."""
     ranks: tuple[RankRecord, ...] = ()
+    """The records of the ranks that left one."""
     durations: Durations = field(default_factory=Durations)
     versions: Mapping[str, str] = field(default_factory=dict)
-    """torch, megatron-core, transformer-engine, CUDA, NCCL, driver, python, megatune."""
+    """Versions by name: torch, megatron-core, transformer-engine, CUDA, NCCL, driver, python, megatune."""
     device_name: str = ""
+    """Name of the GPU or CPU."""
     finished_at: str = ""
-    """ISO 8601, UTC."""
+    """When the trial ended: ISO 8601, UTC."""
 
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.COMPLETED) != (self.metrics is not None):
             raise ValueError("metrics are present exactly if the outcome is completed")
         if self.slower_than_ms is not None and (self.metrics is not None or self.slower_than_ms <= 0):
-            raise ValueError("slower_than_ms is above 0, and stands only where there are no metrics")
+            raise ValueError("slower_than_ms must be above 0, and absent if there are metrics")
 
 
 @dataclass(frozen=True, slots=True)
 class TrialFolder:
-    """The paths of one trial: no other place spells them."""
+    """The paths of one trial; no other code spells them."""
 
     path: Path
 
     @property
     def spec(self) -> Path:
-        """The TrialSpec."""
+        """The file of the TrialSpec."""
         return self.path / "spec.json"
 
     @property
     def result(self) -> Path:
-        """The TrialResult."""
+        """The file of the TrialResult."""
         return self.path / "result.json"
 
     @property
     def source(self) -> Path:
-        """Why the trial was chosen (tuner.trial.finished.TrialSource)."""
+        """The file that says why the trial was chosen (tuner.trial.finished.TrialSource)."""
         return self.path / "source.json"
 
     @property
     def heartbeat(self) -> Path:
-        """The Heartbeat."""
+        """The file of the last Heartbeat."""
         return self.path / "heartbeat.json"
 
     @property
     def plan(self) -> Path:
-        """The launcher's plan, with the command that reruns the trial."""
+        """The file of the launcher's plan, with the command that reruns the trial."""
         return self.path / "plan.json"
 
     @property
     def telemetry(self) -> Path:
-        """What the launcher saw of the machine, a sample a line."""
+        """The file of what the launcher saw of the machine, one sample per line."""
         return self.path / "telemetry.jsonl"
 
     @property
     def log(self) -> Path:
-        """The folder of the ranks' output."""
+        """The folder of what the ranks print."""
         return self.path / "log"
 
     @property
@@ -315,9 +346,9 @@ class TrialFolder:
         return self.path / "ranks"
 
     def rank_record(self, rank: int) -> Path:
-        """The RankRecord of a rank."""
+        """The file of a rank's RankRecord."""
         return self.ranks / f"rank{rank:05d}.json"
 
     def set_aside(self, attempt: int) -> Path:
-        """Where the files of an earlier attempt are kept, from 1."""
+        """The folder that keeps the files of an earlier attempt; attempts count from 1."""
         return self.path / f"attempt-{attempt}"

@@ -1,4 +1,4 @@
-"""The trials of a sweep as its folders hold them: the record that everything else is a view of."""
+"""Reads the finished trials of a sweep from its folders, the record from which every view can be rebuilt."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,50 +15,59 @@ from tuner.trial.contract import Metrics, Outcome, TrialFolder, TrialResult, Tri
 from tuner.trial.program import BridgeRecipe, Command, MegatronLm, Program
 
 SEARCHED: Final = ("baseline", "seed", "sampler")
-"""Sources of the trials that measure a layout for the first time."""
+"""The values of `TrialSource.source` of trials that measure a layout for the first time."""
 
 UNFINISHED: Final = frozenset({Outcome.INFRASTRUCTURE, Outcome.INTERRUPTED})
-"""Outcomes that say nothing of the layout: the trial runs again, under its number."""
+"""Outcomes that say nothing about the layout: the trial is not finished, and runs again under its number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialSource:
-    """Why the sweep ran a trial; `source.json` in its folder."""
+    """Why the sweep ran a trial; the file `source.json` in the trial's folder."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     source: str
-    """`baseline`, `seed` or `sampler`; `repeat` of a suspect trial, `canary` for the machine's drift, `final`."""
+    """What chose the trial.
+
+    `baseline`, `seed` and `sampler` measure a layout for the first time. A `repeat` measures a disturbed trial again, a
+    `canary` the baseline for the machine's drift, a `final` a finalist.
+    """
     note: str = ""
-    """Which table a seed comes from, and how it was moved."""
+    """For a seed, the heuristic that it comes from and how it was moved; for a repeat, the trial that it repeats."""
     around: tuple[int, ...] = ()
-    """The trials whose layouts the second stage varies (tuner.search.refinement); empty in the first."""
+    """Numbers of the trials that are the centres of the refinement (tuner.search.refinement); empty if the trial ran
+    before the refinement began.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedTrial:
-    """One finished trial of a sweep."""
+    """One finished trial of a sweep: what was run, why, and how it ended."""
 
     number: int
+    """The trial's number in its sweep, from 0."""
     source: str
+    """What chose the trial: `TrialSource.source`."""
     note: str
+    """More about the choice: `TrialSource.note`."""
     layout: Layout
     precision: Precision
-    """Of the workload: it says how far two losses may lie apart."""
+    """Precision of the workload, on which depends how far apart two losses may lie."""
     routes_at_random: bool = False
-    """Of the workload: tokens go to experts that are drawn, differently in every layout, so that losses say nothing."""
+    """Whether the workload sends tokens to experts at random. Each layout draws others: losses cannot be compared."""
     draws_weights: bool = False
-    """Its program draws the first weights itself, other ones where other ranks hold them: see `draws_weights`."""
+    """Whether the first weights depend on the layout, so that losses lie further apart: see `draws_weights` below."""
     around: tuple[int, ...] = ()
-    """As in its TrialSource."""
+    """Numbers of the trials that are the centres of the refinement: `TrialSource.around`."""
     result: TrialResult
 
 
 def draws_weights(program: Program, workload: Workload, layout: Layout) -> bool:
-    """Whether a trial's first weights are its program's own, other ones under another layout.
+    """Return whether the first weights of a trial depend on its layout, because the program draws them on each rank.
 
-    Ours start every layout from the same ones (launchers/programs/harness/weights.py); so does a recipe of
-    Bridge, but for weights that are born sharded or in fp8.
+    The built-in program starts every layout from equal weights (launchers/programs/harness/weights.py). A recipe of
+    Bridge does so too, except for weights that are created sharded or in fp8. Any other program draws its weights.
     """
     match program:
         case MegatronLm() | Command():
@@ -70,34 +79,38 @@ def draws_weights(program: Program, workload: Workload, layout: Layout) -> bool:
 
 
 def trial_folder(results: Path, number: int) -> TrialFolder:
-    """The folder of a trial in a sweep's results: `trials/t0000`."""
+    """Return the folder of a trial in a sweep's results folder, as `trials/t0000`."""
     return TrialFolder(results / "trials" / f"t{number:04d}")
 
 
 def read_trials(results: Path) -> list[FinishedTrial]:
-    """Read the finished trials of a sweep, by number; a folder without `result.json` is left out.
+    """Read the finished trials of a sweep, in the order of their numbers; a folder without `result.json` is left out.
 
     Raises:
-        InputError: naming the file that is missing beside a result, torn, or of another trial.
+        InputError: naming the file, if one is missing beside a result, torn, or of another trial.
     """
-    finished = [TrialFolder(path) for path in sorted(results.glob("trials/t*"))]
-    rows = [read_trial(folder) for folder in finished if folder.result.exists()]
-    return sorted(rows, key=lambda row: row.number)
+    folders = [TrialFolder(path) for path in sorted(results.glob("trials/t*"))]
+    trials = [read_trial(folder) for folder in folders if folder.result.exists()]
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def read_trial(folder: TrialFolder) -> FinishedTrial:
-    """Read one finished trial; raises InputError as `read_trials` does."""
+    """Read one finished trial.
+
+    Raises:
+        InputError: naming the file, if one is missing, torn, or of another trial.
+    """
     spec = read_json(TrialSpec, folder.spec)
     if trial_folder(folder.path.parent.parent, spec.number).path.name != folder.path.name:
         raise InputError(
             f"{folder.spec}: key 'number' is {spec.number}, but the folder is {folder.path.name}; was it copied?"
         )
-    chosen = read_json(TrialSource, folder.source)
+    origin = read_json(TrialSource, folder.source)
     return FinishedTrial(
         number=spec.number,
-        source=chosen.source,
-        note=chosen.note,
-        around=chosen.around,
+        source=origin.source,
+        note=origin.note,
+        around=origin.around,
         layout=spec.layout,
         precision=spec.workload.precision,
         routes_at_random=spec.workload.moe_router_force_load_balancing,
@@ -106,7 +119,7 @@ def read_trial(folder: TrialFolder) -> FinishedTrial:
     )
 
 
-def completed(rows: Iterable[FinishedTrial]) -> list[tuple[FinishedTrial, Metrics]]:
-    """The completed trials with what they measured, fastest first; the earlier one where two are equal."""
-    measured = [(row, row.result.metrics) for row in rows if row.result.metrics is not None]
+def completed(trials: Iterable[FinishedTrial]) -> list[tuple[FinishedTrial, Metrics]]:
+    """Return the completed trials with their metrics, fastest first; of two equally fast ones the earlier first."""
+    measured = [(trial, trial.result.metrics) for trial in trials if trial.result.metrics is not None]
     return sorted(measured, key=lambda pair: (pair[1].step_time_ms, pair[0].number))

@@ -1,4 +1,4 @@
-"""What the tuner asks of a launcher: a plan that can be printed, and a run that ends in a result."""
+"""The interface of a launcher: it makes a plan that can be printed, and runs it until there is a result."""
 
 import shlex
 import threading
@@ -12,27 +12,29 @@ from tuner.trial.contract import Heartbeat, Limits, TrialFolder, TrialResult, Tr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchPlan:
-    """Everything a launcher will do for one trial, decided before it touches anything."""
+    """Everything that a launcher will do for one trial, decided before it changes anything."""
 
     folder: Path
-    """The trial's folder, absolute; the job's working directory."""
+    """The trial's folder as an absolute path; it is the job's working directory."""
     world_size: int
+    """Number of ranks."""
     argv: tuple[str, ...]
+    """The words of the command that starts the job on this machine."""
     env: Mapping[str, str]
-    """What is set on top of the inherited environment."""
+    """Variables that are set on top of the inherited environment."""
     files: Mapping[str, str]
-    """What is written before the start: path within the folder to content."""
+    """Files that are written before the start: content by path within the folder."""
     limits: Limits
     gpus: int = 0
-    """GPUs of this machine that the job uses, the first it sees; 0 on CPU."""
+    """How many GPUs of this machine the job uses, the first that it sees; 0 on CPU."""
 
     def shell_command(self) -> str:
-        """One line for a POSIX shell that runs the trial again, without the tuner."""
+        """Return one line for a POSIX shell that runs the trial again without the tuner."""
         variables = [f"{name}={value}" for name, value in self.env.items()]
         return f"cd {shlex.quote(str(self.folder))} && {shlex.join(['env', *variables, *self.argv])}"
 
     def to_data(self) -> dict[str, Any]:
-        """The plan as JSON data, as plan.json keeps it; of the files the names, since they lie beside it."""
+        """Return the plan as JSON data for plan.json: files without their content, since they lie beside it."""
         return {
             "command": self.shell_command(),
             "argv": list(self.argv),
@@ -52,17 +54,18 @@ class Place:
     """Where a trial runs. Trials in different places do not share GPUs."""
 
     gpus: tuple[int, ...] = ()
-    """GPUs of this machine, by their index; empty for all that the launcher sees."""
+    """Indices of this machine's GPUs that the trial uses; empty means all that the launcher sees."""
 
 
 WHOLE_MACHINE: Final = Place()
+"""The place of a trial that shares the machine with no other."""
 
 
 class Launcher(Protocol):
     """Runs trials; `run` may be called from several threads at once, for different trials."""
 
     def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
-        """Decide what to run and where, touching nothing.
+        """Return what to run and where, without changing anything.
 
         Raises:
             InputError: if this launcher cannot run the spec.
@@ -74,8 +77,12 @@ class Launcher(Protocol):
         stop: threading.Event,
         on_heartbeat: Callable[[Heartbeat], None] | None = None,
     ) -> TrialResult:
-        """Run the job to its end, whatever that is, and leave the result in the trial's folder.
+        """Run the job until it ends in any outcome, write the result into the trial's folder, and return it.
 
-        Blocks. When `stop` is set, ends the job; the outcome is interrupted. No process of the job outlives
-        the call.
+        The call blocks. No process of the job outlives it.
+
+        Args:
+            plan: what to run.
+            stop: once it is set, the launcher ends the job, and the outcome is interrupted.
+            on_heartbeat: is called with each heartbeat of the job.
         """

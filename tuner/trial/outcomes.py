@@ -1,4 +1,4 @@
-"""What the failure of a rank means for its trial: the one place that reads exception names and messages."""
+"""Tells the outcome of a trial from the exception of a rank: the only code that reads exception names and messages."""
 
 import builtins
 from collections.abc import Sequence
@@ -30,49 +30,57 @@ _COMMUNICATION_TEXTS = (
 )
 _DEVICE_TEXTS = ("cuda error", "cuda driver error", "uncorrectable ecc", "no cuda gpus are available")
 _NON_FINITE = "NonFiniteLossError"
-"""How a program's exception must be named that says that the loss is NaN or infinite."""
+"""The class name of the exception by which a program says that the loss is NaN or infinite."""
 _NON_FINITE_TEXTS = ("found nan in local", "found inf in local")
-"""Megatron's own words for it, of a loss or a bucket of gradients (losses.py, param_and_grad_buffer.py)."""
+"""What Megatron's messages say of a loss or gradients that are not finite (losses.py, param_and_grad_buffer.py)."""
 
 
 def outcome_of_failure(kind: str, message: str, phase: Phase, step: int) -> tuple[Outcome, str]:
-    """Return what an exception of a rank means, and a one-line reason.
+    """Tell what an exception of a rank means for the trial.
 
-    `kind` is the exception's qualified name (builtins without module), `step` the optimizer steps finished
-    before it. A Python exception before the first step has ended is Megatron refusing the layout.
+    A Python exception before the first step has ended means that Megatron refuses the layout.
+
+    Args:
+        kind: the exception's qualified name; builtins without their module.
+        message: the exception's message.
+        phase: what the rank did when it was raised.
+        step: how many optimizer steps the rank had finished.
+
+    Returns:
+        The outcome of the trial, and a reason of one line that names the exception, the phase and the step.
     """
     text = " ".join(message.split())
-    where = f"in {phase} after {step} steps"
-    said = f"{kind.rpartition('.')[2]} {where}: {text[:300]}"
+    reason = f"{kind.rpartition('.')[2]} in {phase} after {step} steps: {text[:300]}"
     lowered = text.lower()
     if kind.endswith(_NON_FINITE) or any(part in lowered for part in _NON_FINITE_TEXTS):
-        return Outcome.NAN, said
+        return Outcome.NAN, reason
     if kind.endswith(_OOM_KINDS) or any(part in lowered for part in _OOM_TEXTS):
-        return Outcome.OOM, said
+        return Outcome.OOM, reason
     if kind.startswith(_COMMUNICATION_KINDS) or any(part in lowered for part in _COMMUNICATION_TEXTS):
-        return Outcome.COMMUNICATION, said
+        return Outcome.COMMUNICATION, reason
     if any(part in lowered for part in _DEVICE_TEXTS) or not _is_refusal(kind):
-        return Outcome.INFRASTRUCTURE, said
-    return (Outcome.INVALID if step == 0 else Outcome.INFRASTRUCTURE), said
+        return Outcome.INFRASTRUCTURE, reason
+    return (Outcome.INVALID if step == 0 else Outcome.INFRASTRUCTURE), reason
 
 
 def cause_of(records: Sequence[RankRecord]) -> RankRecord | None:
-    """Return the record of the rank that failed first; None if none did.
+    """Return the record of the rank whose failure is the cause of the others; None if no rank failed.
 
-    A rank whose peer died sees a closed connection: that is the cause only where there is nothing else.
+    The cause is the earliest failure that is no failure of communication, since a rank whose peer died sees a closed
+    connection. If all are failures of communication, it is the earliest of those.
     """
     failed = [(record.failure, record) for record in records if record.failure]
 
-    def rank(pair: tuple[Failure, RankRecord]) -> tuple[bool, float]:
+    def order(pair: tuple[Failure, RankRecord]) -> tuple[bool, float]:
         failure, record = pair
         outcome, _ = outcome_of_failure(failure.kind, failure.message, record.phase, record.step)
         return outcome is Outcome.COMMUNICATION, failure.time_s
 
-    return min(failed, key=rank)[1] if failed else None
+    return min(failed, key=order)[1] if failed else None
 
 
 def _is_refusal(kind: str) -> bool:
-    """Whether the exception is one that code raises about its arguments, not the system about itself."""
+    """Whether code raises an exception of this name about its arguments, not the system about its own state."""
     exception = getattr(builtins, kind, None)
     return (
         isinstance(exception, type)

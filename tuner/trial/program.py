@@ -1,4 +1,4 @@
-"""Any program as the one that a trial runs: its command, and how its log is read."""
+"""The programs that a trial can run: how each is stated, its command, and how figures are read from its log."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,25 +12,38 @@ from tuner.core.layout import KNOBS
 from tuner.errors import did_you_mean
 from tuner.files import STRICT
 
-GB_PER_GIB: Final = 2**30 / 1e9
+_GIB_PER_GB: Final = 1e9 / 2**30
 
-FIGURES: Final[Mapping[str, tuple[str, float]]] = MappingProxyType(
+
+@dataclass(frozen=True, slots=True)
+class LoggedNumber:
+    """What a number in a log is."""
+
+    figure: str
+    """The field of LogFigures that it gives."""
+    factor: float
+    """What the number is multiplied by to have the unit of that field."""
+
+
+FIGURES: Final[Mapping[str, LoggedNumber]] = MappingProxyType(
     {
-        "step_time_ms": ("step_time_ms", 1.0),
-        "step_time_s": ("step_time_ms", 1000.0),
-        "loss": ("loss", 1.0),
-        "grad_norm": ("grad_norm", 1.0),
-        "peak_allocated_gib": ("peak_allocated_gib", 1.0),
-        "peak_allocated_gb": ("peak_allocated_gib", 1 / GB_PER_GIB),
-        "peak_allocated_mib": ("peak_allocated_gib", 1 / 1024),
-        "peak_reserved_gib": ("peak_reserved_gib", 1.0),
-        "peak_reserved_gb": ("peak_reserved_gib", 1 / GB_PER_GIB),
-        "peak_reserved_mib": ("peak_reserved_gib", 1 / 1024),
+        "step_time_ms": LoggedNumber("step_time_ms", 1.0),
+        "step_time_s": LoggedNumber("step_time_ms", 1000.0),
+        "loss": LoggedNumber("loss", 1.0),
+        "grad_norm": LoggedNumber("grad_norm", 1.0),
+        "peak_allocated_gib": LoggedNumber("peak_allocated_gib", 1.0),
+        "peak_allocated_gb": LoggedNumber("peak_allocated_gib", _GIB_PER_GB),
+        "peak_allocated_mib": LoggedNumber("peak_allocated_gib", 1 / 1024),
+        "peak_reserved_gib": LoggedNumber("peak_reserved_gib", 1.0),
+        "peak_reserved_gb": LoggedNumber("peak_reserved_gib", _GIB_PER_GB),
+        "peak_reserved_mib": LoggedNumber("peak_reserved_gib", 1 / 1024),
     }
 )
-"""What may be read from a log: the figure that it is, and what the number there is multiplied by."""
+"""The numbers that may be read from a log, by the name that `Command.log` gives them; the name states the unit in the
+log.
+"""
 
-MEGATRON_LM: Final[Mapping[str, str]] = MappingProxyType(
+MEGATRON_LM_PATTERNS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "step_time_ms": r"elapsed time per iteration \(ms\): ([\d.]+)",
         "loss": r"(?i)lm loss: ([\d.e+-]+|nan|inf)",
@@ -41,25 +54,35 @@ MEGATRON_LM: Final[Mapping[str, str]] = MappingProxyType(
         "peak_reserved_gb": r"mem-max-reserved-gigabytes: ([\d.]+)",
     }
 )
-"""The lines of Megatron-LM (megatron/training: training_log; report_memory, whose MB are MiB) and of Megatron Bridge
-(training/utils/train_utils.py)."""
+"""The regular expressions that find the numbers in the output of Megatron-LM (training_log and report_memory in
+megatron/training; the MB of report_memory are MiB) and of Megatron Bridge (training/utils/train_utils.py).
+"""
 
-WORDS: Final = ("megatron_lm", "bridge")
-"""Placeholders that become several words: the layout as Megatron-LM's arguments, or as Bridge's `++KEY=VALUE`."""
+WORD_PLACEHOLDERS: Final = ("megatron_lm", "bridge")
+"""Placeholders that become several words: the layout as arguments of Megatron-LM, or as `++KEY=VALUE` of Bridge."""
 
-VALUES: Final = (
-    *("spec", "folder", "seed", "steps", "nodes", "gpus_per_node", "world_size", "dp", "num_microbatches"),
-    *("seq_length", "global_batch_size"),
+VALUE_PLACEHOLDERS: Final = (
+    "spec",
+    "folder",
+    "seed",
+    "steps",
+    "nodes",
+    "gpus_per_node",
+    "world_size",
+    "dp",
+    "num_microbatches",
+    "seq_length",
+    "global_batch_size",
     *KNOBS,
 )
-"""Placeholders that become a value; `steps` is how many optimizer steps a trial may need."""
+"""Placeholders that become one value; `steps` is the largest number of optimizer steps that the trial runs."""
 
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """A program that is no part of megatune.
+    """Any program that is no part of megatune, as a command.
 
     Raises:
         ValueError: if a placeholder or a figure is unknown, or an expression cannot be used.
@@ -68,10 +91,11 @@ class Command:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     command: tuple[str, ...]
-    """Its words, with placeholders in braces; no shell reads them."""
+    """The words of the command, with placeholders in braces; no shell interprets them."""
     log: Mapping[str, str] | Literal["megatron-lm"] | None = None
-    """By figure the regular expression, with one group, that finds its number in the output; `megatron-lm` for that
-    program's lines. None: the program writes `result.json` itself."""
+    """The regular expressions that find numbers in the program's output, by a name of FIGURES; each has one group, the
+    number. `megatron-lm` stands for the lines of that program. None means that the program writes `result.json` itself.
+    """
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -89,8 +113,8 @@ class Command:
 
     @property
     def patterns(self) -> Mapping[str, str]:
-        """The expressions by figure; empty where the program writes its own result."""
-        return MEGATRON_LM if self.log == "megatron-lm" else self.log or {}
+        """The regular expressions by a name of FIGURES; empty if the program writes its own result."""
+        return MEGATRON_LM_PATTERNS if self.log == "megatron-lm" else self.log or {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,21 +126,21 @@ class BridgeRecipe:
     recipe: str
     """The name of a library or perf recipe, or the path of a Python file."""
     function: str | None = None
-    """Which function of a Python file returns the ConfigContainer; None where it has only one."""
+    """The function of the Python file that returns the ConfigContainer; None if the file has only one."""
     arguments: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """What the recipe's function is called with."""
+    """The keyword arguments that the recipe's function is called with."""
     text: str = ""
-    """What the Python file said when a trial was launched: the trial and every replay of it run that. Empty before."""
+    """The content of the Python file when the trial was launched, which the trial and its replays run; empty before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronLm:
-    """A command line of Megatron-LM, whose parallel arguments a trial replaces by the layout's."""
+    """A command line of Megatron-LM; a trial replaces its parallel arguments by those of the layout."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     megatron_lm: tuple[str, ...]
-    """Its words from the training script on, without torchrun's: `pretrain_gpt.py --num-layers 32 ...`."""
+    """The words from the training script on, without those of torchrun: `pretrain_gpt.py --num-layers 32 ...`."""
 
     def __post_init__(self) -> None:
         if not self.megatron_lm:
@@ -126,24 +150,27 @@ class MegatronLm:
 
     @property
     def patterns(self) -> Mapping[str, str]:
-        """The expressions by figure."""
-        return MEGATRON_LM
+        """The regular expressions by a name of FIGURES."""
+        return MEGATRON_LM_PATTERNS
 
 
 Program = str | BridgeRecipe | MegatronLm | Command
-"""What a trial runs; a plain name is one of ours."""
-
+"""What a trial runs; a plain string is the name of a program of megatune."""
 
 BUILT_IN: Final = "megatron_core"
+"""The program of megatune that trains Megatron-Core's own GPT."""
 
 NOT_BUILT_IN: Final = (
-    *("cuda_graph_impl", "cuda_graph_scope", "use_megatron_fsdp", "data_parallel_sharding_strategy"),
+    "cuda_graph_impl",
+    "cuda_graph_scope",
+    "use_megatron_fsdp",
+    "data_parallel_sharding_strategy",
 )
-"""Knobs that the built-in program has no code for: its training loop captures no graphs and wraps no FSDP."""
+"""Knobs that the built-in program has no code for: its training loop captures no CUDA graphs and wraps no FSDP."""
 
 
 def program_name(program: Program) -> str:
-    """What to call a program: a recipe by its name, a command by its first word."""
+    """Return what to call a program: a recipe by its name, a command by its first word."""
     match program:
         case BridgeRecipe():
             return program.recipe
@@ -156,10 +183,11 @@ def program_name(program: Program) -> str:
 
 
 def _check_placeholder(name: str, word: str) -> None:
-    if name in WORDS and word != f"{{{name}}}":
+    if name in WORD_PLACEHOLDERS and word != f"{{{name}}}":
         raise ValueError(f"command: '{word}': {{{name}}} becomes several words, so it must stand alone")
-    if name not in (*WORDS, *VALUES):
-        hint = did_you_mean(name, (*WORDS, *VALUES))
+    placeholders = (*WORD_PLACEHOLDERS, *VALUE_PLACEHOLDERS)
+    if name not in placeholders:
+        hint = did_you_mean(name, placeholders)
         raise ValueError(f"command: '{word}': unknown placeholder {{{name}}}{hint}")
 
 
@@ -179,7 +207,13 @@ def _check_pattern(name: str, pattern: str) -> None:
 def fill(
     command: Sequence[str], values: Mapping[str, str], words: Mapping[str, Sequence[str]]
 ) -> tuple[str, ...]:
-    """Return the command with every placeholder filled in; other braces stay as they are."""
+    """Return the command with every placeholder filled in; other braces stay as they are.
+
+    Args:
+        command: the words, with placeholders in braces.
+        values: what replaces a placeholder within a word, by its name.
+        words: the words that replace a word that is one placeholder, by its name.
+    """
     filled: list[str] = []
     for word in command:
         name = word[1:-1]
@@ -192,26 +226,32 @@ def fill(
 
 @dataclass(frozen=True, slots=True)
 class LogFigures:
-    """What a log said, in the order of its lines, in the units of the names."""
+    """The figures that were read from a log; tuples have the order of its lines."""
 
     step_time_ms: tuple[float, ...]
     loss: tuple[float, ...]
     grad_norm: tuple[float, ...]
     peak_allocated_gib: float | None
-    """The largest that any line tells."""
+    """The largest value of any line; None if no line has one."""
     peak_reserved_gib: float | None
+    """The largest value of any line; None if no line has one."""
 
 
 def read_log(text: str, patterns: Mapping[str, str]) -> LogFigures:
-    """Find the figures in a log."""
-    found: dict[str, list[float]] = {figure: [] for figure, _ in FIGURES.values()}
+    """Read the figures from a log.
+
+    Args:
+        text: the log, or some of its lines.
+        patterns: the regular expressions that find its numbers, by a name of FIGURES.
+    """
+    values: dict[str, list[float]] = {number.figure: [] for number in FIGURES.values()}
     for name, pattern in patterns.items():
-        figure, factor = FIGURES[name]
-        found[figure] += [float(number) * factor for number in re.findall(pattern, text)]
+        number = FIGURES[name]
+        values[number.figure] += [float(match) * number.factor for match in re.findall(pattern, text)]
     return LogFigures(
-        step_time_ms=tuple(found["step_time_ms"]),
-        loss=tuple(found["loss"]),
-        grad_norm=tuple(found["grad_norm"]),
-        peak_allocated_gib=max(found["peak_allocated_gib"], default=None),
-        peak_reserved_gib=max(found["peak_reserved_gib"], default=None),
+        step_time_ms=tuple(values["step_time_ms"]),
+        loss=tuple(values["loss"]),
+        grad_norm=tuple(values["grad_norm"]),
+        peak_allocated_gib=max(values["peak_allocated_gib"], default=None),
+        peak_reserved_gib=max(values["peak_reserved_gib"], default=None),
     )

@@ -1,4 +1,4 @@
-"""A trial and its rerun, side by side: what came out alike, and what the machines differ in. Pure."""
+"""Compares a trial with its rerun: outcome, speed, losses, and what changed on the machine. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,47 +8,48 @@ from tuner.trial.contract import Metrics, Outcome, TrialResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """One figure of both runs."""
+    """One measured figure of the trial and of its rerun."""
 
     name: str
-    """With its unit."""
+    """What the figure is, with its unit."""
     before: float
     after: float
 
     @property
     def change(self) -> float:
-        """Relative to before."""
+        """The relative change from before to after."""
         return self.after / self.before - 1 if self.before else float(self.after != self.before)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What a rerun says of a trial."""
+    """How a rerun compares with its trial."""
 
     same_outcome: bool
     same_speed: bool | None
-    """Whether the 95% intervals of the step times overlap; None where one was not measured."""
+    """Whether the 95% intervals of the two step times overlap; None if one of them was not measured."""
     figures: tuple[Figure, ...]
+    """The figures that both measured."""
     loss_difference: float | None
-    """The largest relative difference of a step's loss, over the steps that both did."""
+    """The largest relative difference of the loss over the steps that both ran; None if one measured nothing."""
     versions: Mapping[str, tuple[str, str]]
-    """What is not the same now: before and after."""
+    """Versions that differ, by name, before and after; the name of the GPU or CPU counts as the version `device`."""
 
     @property
     def reproduced(self) -> bool:
-        """Whether it ended alike, and as fast."""
+        """Whether the rerun ended in the same outcome and, if both were measured, as fast."""
         return self.same_outcome and self.same_speed is not False
 
 
 def compare(before: TrialResult, after: TrialResult) -> Comparison:
-    """Compare a trial's result with that of its rerun."""
+    """Return how the result of a rerun, `after`, compares with that of its trial, `before`."""
     old, new = before.metrics, after.metrics
     return Comparison(
         same_outcome=before.outcome is after.outcome,
         same_speed=None if old is None or new is None else _overlap(old, new),
         figures=() if old is None or new is None else _figures(old, new),
         loss_difference=None if old is None or new is None else _loss_difference(old, new),
-        versions=_changed(before, after),
+        versions=_changed_versions(before, after),
     )
 
 
@@ -76,7 +77,7 @@ def _loss_difference(old: Metrics, new: Metrics) -> float | None:
     return max((abs(b - a) / abs(a) if a else abs(b) for a, b in shared), default=None)
 
 
-def _changed(before: TrialResult, after: TrialResult) -> dict[str, tuple[str, str]]:
+def _changed_versions(before: TrialResult, after: TrialResult) -> dict[str, tuple[str, str]]:
     old = {**before.versions, "device": before.device_name}
     new = {**after.versions, "device": after.device_name}
     if after.outcome is not Outcome.COMPLETED and not after.versions:

@@ -1,7 +1,9 @@
 """A sweep keeps its limits to within one trial, keeps a share for its finals, and reads a deadline correctly."""
 
+from bisect import bisect_left
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ TRIAL_S = 15.0
 """Wall clock in seconds of a completed trial of tests.trials."""
 
 
+@cache
 def trials_of(count: int) -> tuple[FinishedTrial, ...]:
     return tuple(
         completed_row(
@@ -47,13 +50,15 @@ def with_finals(trials: tuple[FinishedTrial, ...], count: int) -> tuple[Finished
 
 
 def search_trials(
-    limit: int = 200, deadline: Deadline | None = None, **budget: Any
+    limit: int = 99, deadline: Deadline | None = None, **budget: Any
 ) -> tuple[int, Stop | None]:
-    """Return how many trials the search gets, and why it ends."""
-    for count in range(limit):
-        if (reason := ledger(trials_of(count), deadline, **budget).search_is_over()) is not None:
-            return count, reason
-    return limit, None
+    """Return how many trials the search gets, and why it ends; a search that is over stays over."""
+
+    def reason(count: int) -> Stop | None:
+        return ledger(trials_of(count), deadline, **budget).search_is_over()
+
+    count = bisect_left(range(limit), True, key=lambda count: reason(count) is not None)
+    return count, reason(count)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The trials of a sweep are read from its folders, and a folder that is not as a sweep leaves it is refused."""
+"""The trials of a sweep are read from its folders; a folder that no sweep leaves behind is refused."""
 
 import re
 from dataclasses import replace
@@ -13,24 +13,24 @@ from tuner.trial.finished import read_trials, trial_folder
 
 
 def test_trials_are_read_back_as_they_were_written(tmp_path: Path) -> None:
-    for row in reversed(NIGHT):
-        write_trial(tmp_path, row)
+    for trial in reversed(NIGHT):
+        write_trial(tmp_path, trial)
     assert read_trials(tmp_path) == NIGHT
 
 
-def test_a_folder_without_a_result_is_unfinished(tmp_path: Path) -> None:
+def test_a_folder_without_a_result_is_no_finished_trial(tmp_path: Path) -> None:
     write_trial(tmp_path, NIGHT[0])
     write_trial(tmp_path, NIGHT[1]).result.unlink()
     assert [trial.number for trial in read_trials(tmp_path)] == [0]
 
 
-def test_a_sweep_that_has_not_begun_has_no_trials(tmp_path: Path) -> None:
+def test_a_sweep_that_has_not_begun_has_no_finished_trials(tmp_path: Path) -> None:
     assert read_trials(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["spec.json", "source.json", "result.json"])
 @pytest.mark.parametrize("damage", ["torn", "foreign", "binary"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+def test_the_error_names_a_damaged_file(tmp_path: Path, name: str, damage: str) -> None:
     path = write_trial(tmp_path, NIGHT[0]).path / name
     if damage == "torn":
         path.write_text(path.read_text()[:-20])
@@ -49,7 +49,7 @@ def test_a_copied_folder_is_refused(tmp_path: Path) -> None:
         read_trials(tmp_path)
 
 
-def test_folders_beyond_four_digits_keep_their_order(tmp_path: Path) -> None:
+def test_trials_with_five_digits_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (10_000, 9_999, 2):
         write_trial(tmp_path, replace(NIGHT[0], number=number))
     assert [trial.number for trial in read_trials(tmp_path)] == [2, 9_999, 10_000]

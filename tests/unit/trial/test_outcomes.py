@@ -1,4 +1,4 @@
-"""What a rank's failure means: exception names and messages as torch, Gloo, NCCL and Megatron write them."""
+"""The outcome of a trial by the exception of a rank; names and messages are those of torch, Gloo, NCCL and Megatron."""
 
 import pytest
 from hypothesis import given
@@ -12,15 +12,13 @@ GLOO_CLOSED = (
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3518"
 )
 NCCL_OOM = "NCCL error in: NCCLUtils.hpp:275, unhandled cuda error. Cuda failure 2 'out of memory'"
-
-
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1099511627776 bytes."
 GLOO_TIMEOUT = "Timed out waiting 1800000ms for recv operation to complete"
 INDIVISIBLE = "First dimension of the tensor should be divisible by tensor parallel size"
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 NON_FINITE = "launchers.programs.harness.failures.NonFiniteLossError"
-MEGATRONS_NAN = (
+MEGATRON_NAN = (
     "Rank 0, node n, device 0, iteration 1: Unexpected result nan "
     "(message='found NaN in local forward loss calculation')"
 )
@@ -50,20 +48,20 @@ NCCL = "torch.distributed.DistBackendError"
         ("OSError", "[Errno 28] No space left on device", "build", 0, Outcome.INFRASTRUCTURE),
         ("torch.AcceleratorError", "CUDA error: ECC", "forward", 0, Outcome.INFRASTRUCTURE),
         (NON_FINITE, "loss nan, gradient norm nan in step 1", "warmup", 1, Outcome.NAN),
-        ("RuntimeError", MEGATRONS_NAN, "forward", 0, Outcome.NAN),
+        ("RuntimeError", MEGATRON_NAN, "forward", 0, Outcome.NAN),
     ],
 )
-def test_a_failure_has_its_outcome(
+def test_an_exception_has_the_outcome_that_it_means(
     kind: str, message: str, phase: Phase, step: int, outcome: Outcome
 ) -> None:
-    found, reason = outcome_of_failure(kind, message, phase, step)
-    assert found is outcome
+    actual, reason = outcome_of_failure(kind, message, phase, step)
+    assert actual is outcome
     assert kind.rpartition(".")[2] in reason
     assert phase in reason
 
 
 @given(st.text(), st.text(), st.integers(0, 100))
-def test_any_text_has_one_outcome_and_a_short_line(kind: str, message: str, step: int) -> None:
+def test_any_exception_has_an_outcome_and_a_reason_of_one_line(kind: str, message: str, step: int) -> None:
     outcome, reason = outcome_of_failure(kind, message, "forward", step)
     assert outcome in Outcome
     assert "\n" not in reason.removeprefix(kind.rpartition(".")[2])
@@ -79,7 +77,7 @@ def test_the_earliest_failure_is_the_cause() -> None:
     assert cause_of(records) is records[1]
 
 
-def test_a_lost_connection_is_no_cause_beside_another_failure() -> None:
+def test_a_later_failure_is_the_cause_rather_than_a_lost_connection() -> None:
     records = [
         failed(0, 10.0, "RuntimeError", GLOO_CLOSED),
         failed(1, 11.0, "torch.OutOfMemoryError", CUDA_OOM),
@@ -87,7 +85,7 @@ def test_a_lost_connection_is_no_cause_beside_another_failure() -> None:
     assert cause_of(records) is records[1]
 
 
-def test_a_lost_connection_alone_is_the_cause() -> None:
+def test_a_lost_connection_is_the_cause_if_nothing_else_failed() -> None:
     records = [
         failed(0, 10.0, "RuntimeError", GLOO_CLOSED),
         RankRecord(rank=1, host="node", phase="forward", step=1),
@@ -95,5 +93,5 @@ def test_a_lost_connection_alone_is_the_cause() -> None:
     assert cause_of(records) is records[0]
 
 
-def test_ranks_that_did_not_fail_have_no_cause() -> None:
+def test_without_a_failed_rank_there_is_no_cause() -> None:
     assert cause_of([RankRecord(rank=0, host="node", phase="teardown", step=8)]) is None

@@ -1,4 +1,4 @@
-"""A trial beside its rerun."""
+"""A trial is compared with its rerun."""
 
 from dataclasses import replace
 
@@ -30,20 +30,20 @@ def test_figures_are_compared_in_their_units() -> None:
     assert figures["peak allocated, GiB"].change == 0
 
 
-def test_losses_are_compared_step_by_step_as_far_as_both_went() -> None:
+def test_losses_are_compared_over_the_steps_that_both_ran() -> None:
     assert compare(BEFORE, BEFORE).loss_difference == 0
     assert BEFORE.metrics is not None
     metrics = replace(BEFORE.metrics, losses=(5.5, 5.4 * 1.01))
     assert compare(BEFORE, replace(BEFORE, metrics=metrics)).loss_difference == pytest.approx(0.01)
 
 
-def test_another_outcome_is_not_reproduced_and_compares_no_figure() -> None:
+def test_a_rerun_with_another_outcome_does_not_reproduce_and_compares_no_figures() -> None:
     comparison = compare(BEFORE, failed_row(0, Outcome.OOM).result)
     assert (comparison.same_outcome, comparison.same_speed, comparison.reproduced) == (False, None, False)
     assert comparison.figures == ()
 
 
-def test_what_changed_on_the_machine_is_named() -> None:
+def test_changed_versions_and_the_changed_device_are_named() -> None:
     versions = {**BEFORE.versions, "torch": "2.14.0", "nccl": "2.30"}
     after = replace(BEFORE, versions=versions, device_name="NVIDIA H200")
     assert compare(BEFORE, after).versions == {
