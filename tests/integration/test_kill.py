@@ -32,6 +32,13 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_table_of_an_undisturbed_
     assert tally.trials == 9 * tally.sweeps
 
 
+def test_a_sweep_killed_with_two_trials_in_flight_loses_none_and_runs_none_twice(tmp_path: Path) -> None:
+    tally = kill_and_resume(tmp_path, kills=3, seed=2, trials=9, slots=2)
+    assert tally.kills == 3
+    assert (tally.lost, tally.twice, tally.orphans) == (0, 0, 0)
+    assert tally.trials == 9 * tally.sweeps
+
+
 def test_sigterm_to_the_tuner_alone_ends_its_trial_and_says_how_to_resume(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     folder = SweepFolder(tmp_path / "results" / "night")
