@@ -1,4 +1,4 @@
-"""The results folder of a sweep: its paths, and whose it is."""
+"""The results folder of a sweep: its paths, and the checks that it belongs to one sweep and one machine."""
 
 import os
 from collections.abc import Iterator
@@ -16,50 +16,54 @@ from tuner.trial.contract import TrialFolder
 from tuner.trial.finished import trial_folder
 
 IDENTITY = ("workload", "cluster", "program", "seed")
-"""What must not change between two runs of a sweep, or its trials could not be compared."""
+"""Keys of `sweep.json` that must stay as they are when a sweep is resumed, or its trials could not be compared."""
 
 _UNFIT = frozenset("?%{}")
-"""SQLAlchemy reads ? and % in a path as its own, and Optuna formats braces."""
+"""Characters that a results folder's path must not hold: SQLAlchemy interprets ? and %, and Optuna formats braces."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepFolder:
-    """The paths of one sweep: no other place spells them."""
+    """The paths of one sweep; no other code spells them."""
 
     path: Path
 
     @property
     def identity(self) -> Path:
-        """The sweep, resolved, as it last ran."""
+        """The file of the resolved Sweep, as it ran last."""
         return self.path / "sweep.json"
 
     @property
     def study(self) -> Path:
-        """Optuna's SQLite file."""
+        """The SQLite file of the Optuna study."""
         return self.path / "study.db"
 
     @property
     def machine(self) -> Path:
-        """The Machine that its trials run on, with the versions they depend on."""
+        """The file of the Machine that the trials run on, with the versions that they depend on."""
         return self.path / "machine.json"
 
     @property
     def calibration(self) -> Path:
-        """The Calibration that its predictions rest on, as it was at the sweep's start; absent without one."""
+        """The file of the Calibration that the predictions use, as it was when the sweep began; absent without one."""
         return self.path / "calibration.json"
 
     def read_calibration(self) -> Calibration | None:
-        """The Calibration, if there is one; raises InputError if it cannot be read."""
+        """Return the Calibration; None if there is none.
+
+        Raises:
+            InputError: if the file cannot be read.
+        """
         return read_json(Calibration, self.calibration) if self.calibration.exists() else None
 
     @property
     def status(self) -> Path:
-        """The Status of the tuner that runs the sweep, or ran it last."""
+        """The file of the Status of the tuner that runs the sweep or ran it last."""
         return self.path / "status.json"
 
     @property
     def request(self) -> Path:
-        """What somebody asks of the running tuner; absent if nothing is asked."""
+        """The file of what a user asks of the running tuner; absent if nothing is asked."""
         return self.path / "request.json"
 
     @property
@@ -73,20 +77,20 @@ class SweepFolder:
         return self.path / "trials"
 
     def trial(self, number: int) -> TrialFolder:
-        """The folder of one trial."""
+        """Return the folder of the trial with a number."""
         return trial_folder(self.path, number)
 
     @contextmanager
     def claimed(self, sweep: Sweep, machine: Machine | None = None) -> Iterator[None]:
-        """Hold the folder for one tuner that runs this sweep; the kernel lets go of it however the process ends.
+        """Hold the folder for the tuner that runs this sweep; the kernel releases it however the process ends.
 
         Args:
-            sweep: The sweep that the folder holds, or will hold.
-            machine: What the trials run on; None if that is not known, and not compared.
+            sweep: the sweep that the folder holds or will hold.
+            machine: what the trials run on; None if it is unknown, in which case it is not compared.
 
         Raises:
-            InputError: if the folder cannot be written, another tuner holds it, or it holds the results of another
-                sweep, or of trials that ran on other hardware or software. Nothing is written then.
+            InputError: if the folder cannot be written, if another tuner holds it, or if it holds results of another
+                sweep or of trials on other hardware or software. Neither `sweep.json` nor `machine.json` changes then.
         """
         self._create()
         with hold(self.lock):
@@ -96,7 +100,7 @@ class SweepFolder:
                 write_json(self.machine, machine)
             if self._recorded_sweep() != to_data(sweep):
                 write_json(self.identity, sweep)
-            self.request.unlink(missing_ok=True)  # it was meant for a tuner that has ended
+            self.request.unlink(missing_ok=True)  # a request that is here now was for a tuner that has ended
             yield
 
     def _create(self) -> None:
@@ -117,7 +121,11 @@ class SweepFolder:
         refuse_links_out(self.path)
 
     def _recorded_sweep(self) -> Any:
-        """The sweep as JSON data; None if the folder is new. Raises InputError if the file is damaged."""
+        """Return `sweep.json` as JSON data; None if there is none.
+
+        Raises:
+            InputError: if the file is damaged.
+        """
         try:
             recorded = read_json_data(self.identity) if self.identity.exists() else None
         except InputError as error:
@@ -149,7 +157,7 @@ class SweepFolder:
             )
 
     def sweep(self) -> Sweep:
-        """The sweep that this folder holds.
+        """Read the sweep that this folder holds.
 
         Raises:
             InputError: if it holds none.
@@ -166,7 +174,7 @@ def _identity(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
-    """A line for every key of two JSON values that differs, naming both values."""
+    """Return one line for each key in which two JSON values differ, with both values."""
     if isinstance(recorded, dict) and isinstance(wanted, dict):
         return [
             line

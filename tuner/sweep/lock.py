@@ -1,7 +1,7 @@
-"""One tuner at a time in a results folder: the kernel's lock where it reaches, and a word on who holds it.
+"""Lets only one tuner at a time use a results folder: a lock file that the kernel locks and that names its holder.
 
-The kernel lets go of flock however its process ends. On a shared file system it may be missing (NFS without a lock
-daemon) or hold on one host alone (Lustre's localflock, NFS's local_lock): there the file's content decides.
+The kernel releases its lock (flock) however the holder ends. A shared file system may lack flock (NFS without a lock
+daemon) or apply it to one host only (Lustre's localflock, NFS's local_lock); the content of the file decides then.
 """
 
 import errno
@@ -24,16 +24,19 @@ from pydantic import ConfigDict
 from tuner.errors import InputError
 from tuner.files import STRICT, parse, to_data
 
-_HELD = frozenset({errno.EAGAIN, errno.EACCES})
-_MISSING = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-_SHARED = frozenset(
+_HELD_ERRORS = frozenset({errno.EAGAIN, errno.EACCES})
+"""Error numbers of flock if another process holds the lock."""
+_MISSING_ERRORS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""Error numbers of flock if the file system has no locks."""
+_SHARED_FILE_SYSTEMS = frozenset(
     {"afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "smb3", "wekafs"}
 )
+"""Types of file systems that several hosts may mount, as the kernel names them in its list of mounts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """The process that holds a folder."""
+    """The process that holds a lock file."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -41,54 +44,57 @@ class Holder:
     host: str
     pid: int
     since: str
-    """ISO 8601, UTC."""
+    """When it took the lock: ISO 8601, UTC."""
     started_s: float
-    """When the process began, in seconds since the epoch: a process id is used again."""
+    """When the process began, in seconds since the epoch. It tells the process from a later one with its id."""
 
     def __str__(self) -> str:
         return f"{self.user} on {self.host}, process {self.pid}, since {self.since}"
 
 
 def refusal(holder: Holder, host: str, *, has_flock: bool, is_shared: bool, is_alive: bool) -> str | None:
-    """Why a folder whose lock file names `holder` may not be taken over from `host`; None where it may.
+    """Return why a process on `host` must not take over a lock file that names `holder`; None if it may.
 
     Args:
-        has_flock: The kernel has just given us its lock, which it does to one at a time as far as it reaches.
-        is_shared: Other hosts may see the folder, so that it may not reach them.
-        is_alive: The holder's process is there; of one of another host nobody here knows.
+        holder: the process that the lock file names.
+        host: this machine.
+        has_flock: whether the kernel has just given its lock to this process.
+        is_shared: whether other hosts may see the file; the kernel's lock may then not apply to them.
+        is_alive: whether the holder's process exists; ignored if it belongs to another host.
     """
     if holder.host == host:
         return f"another megatune is running this sweep ({holder})" if is_alive and not has_flock else None
     if has_flock and not is_shared:
-        return None  # the host was renamed, as a container is that starts anew
+        return None  # no other host sees the file, so this one was renamed, as a restarted container is
     return (
         f"another megatune may be running this sweep ({holder}); from here, {host}, nobody can tell whether it still "
-        "does: go on there, or end it there and delete this file"
+        "does: resume the sweep there, or end it there and delete this file"
     )
 
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold a lock file, and say in it who does; where two start within an instant on a file system without flock,
-    both do.
+    """Hold a lock file, and write into it which process holds it.
+
+    On a file system without flock, two processes that start at the same instant may both hold it.
 
     Raises:
-        InputError: if another process holds it, or one of another host may.
+        InputError: if another process holds it, or a process of another host may.
     """
     with path.open("a+", encoding="utf-8") as file:
         has_flock = _flock(file, path)
         holder, here = _read(file), _this_process()
         if holder is not None:
-            told = refusal(
+            reason = refusal(
                 holder,
                 here.host,
                 has_flock=has_flock,
                 is_shared=is_shared(_file_system(path)),
                 is_alive=_is_alive(holder),
             )
-            if told:
-                raise InputError(f"{path}: {told}")
-            _log.warning("the last tuner (%s) was killed: going on in its place", holder)
+            if reason:
+                raise InputError(f"{path}: {reason}")
+            _log.warning("the last tuner (%s) was killed: this one takes its place", holder)
         _write(file, json.dumps(to_data(here)) + "\n")
         try:
             yield
@@ -97,9 +103,9 @@ def hold(path: Path) -> Iterator[None]:
 
 
 def holder_of(path: Path) -> Holder | None:
-    """Who holds a lock file; None if nobody does, or if the holder is known to have died.
+    """Return the process that holds a lock file; None if there is none, or if it is known to have died.
 
-    Whether a holder on another host still lives cannot be told from here: it counts as holding.
+    A process on another host counts as holding it, since nobody here can tell whether it has died.
     """
     if not path.is_file():
         return None
@@ -112,31 +118,35 @@ def holder_of(path: Path) -> Holder | None:
 
 def is_shared(file_system: str) -> bool:
     """Whether hosts may share a file system of this type."""
-    return file_system in _SHARED or file_system.startswith("fuse.")
+    return file_system in _SHARED_FILE_SYSTEMS or file_system.startswith("fuse.")
 
 
 _log = logging.getLogger(__name__)
 
 
 def _flock(file: TextIO, path: Path) -> bool:
-    """Whether the kernel gave its lock: False where it has none to give."""
+    """Take the kernel's lock; return False if the file system has none.
+
+    Raises:
+        InputError: if another process holds it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _MISSING:
+        if error.errno in _MISSING_ERRORS:
             return False
-        if error.errno not in _HELD:
+        if error.errno not in _HELD_ERRORS:
             raise
         holder = _read(file)
         raise InputError(
             f"{path.parent}: another megatune is running this sweep{f' ({holder})' if holder else ''}; "
-            f"`megatune show {path.parent}` tells how far it is"
+            f"`megatune show {path.parent}` says how far it is"
         ) from None
     return True
 
 
 def _read(file: TextIO) -> Holder | None:
-    """Who the file names; None where it was let go, or is torn: whoever wrote it lost its power."""
+    """Return the holder that the file names; None if it is empty, or torn because its writer lost power."""
     file.seek(0)
     try:
         return parse(Holder, json.loads(file.read()), file.name)
@@ -145,7 +155,7 @@ def _read(file: TextIO) -> Holder | None:
 
 
 def _write(file: TextIO, text: str) -> None:
-    # In place: another file under this name would be another lock.
+    # Written in place, not renamed over it: the kernel's lock belongs to this file, not to its name.
     file.seek(0)
     file.truncate()
     file.write(text)
@@ -168,7 +178,7 @@ def _this_process() -> Holder:
 
 
 def _is_alive(holder: Holder) -> bool:
-    """Whether the process is there, if its host is ours."""
+    """Whether the holder's process exists, if its host is this machine."""
     try:
         return abs(psutil.Process(holder.pid).create_time() - holder.started_s) < 2.0
     except psutil.NoSuchProcess:
@@ -178,7 +188,7 @@ def _is_alive(holder: Holder) -> bool:
 
 
 def _file_system(path: Path) -> str:
-    """The type of the file system that a path lies on; empty where the kernel does not tell."""
+    """Return the type of the file system that a path lies on; an empty string if the kernel does not tell."""
     path = path.resolve()
     mounts = [
         (len(part.mountpoint), part.fstype)

@@ -1,4 +1,4 @@
-"""One tuner a folder, and who it is."""
+"""Only one tuner at a time uses a results folder, and the lock file names it."""
 
 import errno
 import fcntl
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tuner.errors import InputError
 from tuner.files import to_data, write_json
@@ -20,9 +18,9 @@ SOMEONE = Holder(user="ann", host="node7", pid=4321, since="2026-01-01T00:00:00+
 
 
 @pytest.mark.parametrize(
-    ("host", "has_flock", "is_shared", "is_alive", "told"),
+    ("host", "has_flock", "is_shared", "is_alive", "message"),
     [
-        ("node7", True, False, True, None),  # its id was given to another process
+        ("node7", True, False, True, None),  # another process has the holder's id now
         ("node7", True, True, True, None),
         ("node7", True, True, False, None),
         ("node7", False, True, False, None),
@@ -33,47 +31,49 @@ SOMEONE = Holder(user="ann", host="node7", pid=4321, since="2026-01-01T00:00:00+
         ("node8", False, False, False, "another megatune may be running this sweep"),
     ],
 )
-def test_a_holder_is_stale_only_where_that_is_known(
-    host: str, has_flock: bool, is_shared: bool, is_alive: bool, told: str | None
+def test_a_holder_is_stale_only_if_that_is_certain(
+    host: str, has_flock: bool, is_shared: bool, is_alive: bool, message: str | None
 ) -> None:
-    said = refusal(SOMEONE, host, has_flock=has_flock, is_shared=is_shared, is_alive=is_alive)
-    assert (said is None) == (told is None)
-    if said is not None and told is not None:
-        assert told in said
-        assert "ann on node7, process 4321, since 2026-01-01" in said
+    reason = refusal(SOMEONE, host, has_flock=has_flock, is_shared=is_shared, is_alive=is_alive)
+    assert (reason is None) == (message is None)
+    if reason is not None and message is not None:
+        assert message in reason
+        assert "ann on node7, process 4321, since 2026-01-01" in reason
 
 
-@given(st.booleans(), st.booleans(), st.booleans())
-def test_without_the_kernels_lock_no_other_host_is_ever_overruled(a: bool, b: bool, c: bool) -> None:
-    if not a:
-        assert refusal(SOMEONE, "node8", has_flock=a, is_shared=b, is_alive=c) is not None
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("is_alive", [False, True])
+def test_without_the_kernels_lock_no_holder_on_another_host_is_overruled(
+    is_shared: bool, is_alive: bool
+) -> None:
+    assert refusal(SOMEONE, "node8", has_flock=False, is_shared=is_shared, is_alive=is_alive) is not None
 
 
 @pytest.mark.parametrize(
     ("name", "shared"), [("nfs4", True), ("lustre", True), ("fuse.sshfs", True), ("ext4", False)]
 )
-def test_which_file_systems_hosts_share(name: str, shared: bool) -> None:
+def test_file_systems_that_hosts_may_share_are_known(name: str, shared: bool) -> None:
     assert is_shared(name) is shared
 
 
-def test_the_file_names_its_holder_while_it_is_held_and_nobody_afterwards(tmp_path: Path) -> None:
+def test_the_file_names_its_holder_while_it_is_held_and_is_empty_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with hold(path):
         assert f'"pid": {os.getpid()}' in path.read_text()
         with (
             pytest.raises(
                 InputError, match=rf"is running this sweep \(.* process {os.getpid()}, since 2"
-            ) as told,
+            ) as refused,
             hold(path),
         ):
             pass
-        assert f"megatune show {tmp_path}" in str(told.value)
+        assert f"megatune show {tmp_path}" in str(refused.value)
     assert path.read_text() == ""
     with hold(path):
         pass
 
 
-def test_a_killed_holder_is_taken_over_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_holder_is_replaced_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "lock"
     script = (
         "import sys, os, signal, pathlib\nfrom tuner.sweep.lock import hold\n"
@@ -84,11 +84,11 @@ def test_a_killed_holder_is_taken_over_with_a_word(tmp_path: Path, caplog: pytes
     with hold(path):
         pass
     assert f"process {killed.pid}, since" in caplog.text
-    assert "was killed: going on in its place" in caplog.text
+    assert "was killed: this one takes its place" in caplog.text
 
 
 def _no_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """As an NFS mount without a lock daemon answers."""
+    """Make flock fail, as on an NFS mount without a lock daemon."""
 
     def fails(*arguments: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -97,7 +97,7 @@ def _no_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_the_kernel_locks_nothing_the_content_decides(
+def test_the_content_decides_if_the_kernel_has_no_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     _no_flock(monkeypatch, number)
@@ -105,7 +105,7 @@ def test_where_the_kernel_locks_nothing_the_content_decides(
     with hold(path), pytest.raises(InputError, match="another megatune is running this sweep"), hold(path):
         pass
     write_json(path, {**to_data(SOMEONE), "host": os.uname().nodename})
-    with hold(path):  # of this host, and dead
+    with hold(path):  # the holder was a process of this host, and is dead
         pass
     write_json(path, SOMEONE)
     with (
@@ -118,7 +118,7 @@ def test_where_the_kernel_locks_nothing_the_content_decides(
         pass
 
 
-def test_any_other_failure_to_lock_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_error_of_flock_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _no_flock(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output"), hold(tmp_path / "lock"):
         pass
