@@ -1,9 +1,9 @@
-"""What several commands share: their arguments, and the way from a sweep file to its table."""
+"""What several commands share: arguments, consoles, and the readers of folders and layouts."""
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -14,11 +14,8 @@ from tuner.errors import InputError
 from tuner.files import parse, refuse_links_out
 from tuner.sweep.folder import SweepFolder
 
-if TYPE_CHECKING:
-    pass
-
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
-ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder a sweep.")]
+ResultsRoot = Annotated[Path, typer.Option("--results", help="Folder that holds one folder per sweep.")]
 ResultsFolder = Annotated[
     Path,
     typer.Argument(metavar="RESULTS", help="A sweep's results folder, results/<sweep>, or just <sweep>."),
@@ -33,20 +30,24 @@ RecipeName = Annotated[
         help="Tune a recipe of Megatron Bridge: its name, a Python file, or FILE.py:FUNCTION. No sweep file is needed.",
     ),
 ]
-Gpus = Annotated[int | None, typer.Option("--gpus", help="How many GPUs; default: all that there are.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="How many GPUs; default: all of them.")]
 OnCluster = Annotated[
     str,
     typer.Option("--cluster", help="For --recipe: a built-in cluster or its YAML; `detect` is this machine."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
-# Piped, a table has no terminal's width to keep to.
+# A table that is piped has no terminal's width to fit into.
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def results_folder(folder: Path) -> SweepFolder:
-    """The results folder a user means by its path or by the sweep's name alone."""
+    """Return the results folder that a user names by its path or by the sweep's name.
+
+    Raises:
+        InputError: if there is no such folder, or a link in it leads out of it.
+    """
     candidate = folder if folder.exists() else Path("results") / folder
     if not candidate.is_dir():
         raise InputError(f"{folder}: there is no such results folder (nor {candidate})")
@@ -55,7 +56,11 @@ def results_folder(folder: Path) -> SweepFolder:
 
 
 def parse_layout(pairs: list[str]) -> Layout:
-    """A layout from `KNOB=VALUE` words."""
+    """Return the layout that words `KNOB=VALUE` describe.
+
+    Raises:
+        InputError: naming the word that cannot be read, or the knob that is unknown.
+    """
     data: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")

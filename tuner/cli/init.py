@@ -1,4 +1,4 @@
-"""megatune init: writes a sweep file to start from, with comments, or that of a recipe."""
+"""megatune init: writes a sweep file with comments to start from, or the sweep file of a recipe."""
 
 from importlib.resources import files
 from pathlib import Path

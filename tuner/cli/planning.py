@@ -1,4 +1,4 @@
-"""From a sweep file to what a sweep may launch: shared by the commands and by the Python interface."""
+"""Makes from a sweep file what a sweep may launch; the commands and the Python interface share it."""
 
 import re
 from dataclasses import dataclass
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A sweep and the table of its valid layouts; of the first stage, where it has two."""
+    """A sweep, and the valid layouts of its grid."""
 
     sweep: Sweep
     space: Space
 
 
 def detect() -> Cluster:
-    """This machine; imported late, since it asks the driver."""
+    """Return this machine as a cluster."""
     from launchers.machine.detect import detect_cluster
 
     return detect_cluster()
 
 
 def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
-    """What Megatron Bridge says of a recipe, in a process of its own."""
+    """Return what Megatron Bridge says about a recipe; a separate process asks it."""
     from launchers.machine import recipes
 
     kind = re.search(r"\b((?:GB|VR|A|B|H|R)\d{3})\b", cluster.gpu.name)
@@ -54,10 +54,15 @@ def load(path: Path) -> Loaded:
 
 
 def refuse_invalid(sweep: Sweep, layout: Layout, what: str) -> None:
-    """Refuse a layout that breaks a rule, naming every one.
+    """Refuse a layout that breaks a rule.
+
+    Args:
+        sweep: the sweep whose rules apply.
+        layout: the layout to check.
+        what: where the layout comes from; the error begins with it.
 
     Raises:
-        InputError: opening with `what`, which says where the layout comes from.
+        InputError: naming every rule that the layout breaks.
     """
     broken = broken_rules(layout, sweep.workload, sweep.cluster, sweep.lifted)
     if broken:
@@ -66,12 +71,16 @@ def refuse_invalid(sweep: Sweep, layout: Layout, what: str) -> None:
 
 
 def check_baseline(sweep: Sweep, source: Path) -> None:
-    """Refuse a stated baseline that is no valid layout; raises InputError."""
+    """Refuse a stated baseline that is no valid layout.
+
+    Raises:
+        InputError: naming every rule that the baseline breaks.
+    """
     from tuner.lint.recipes import refused_beside_bridge
     from tuner.trial.program import BridgeRecipe
 
     if sweep.baseline is not None and isinstance(sweep.program, BridgeRecipe):
-        # Bridge has taken it; how our table would spell it does not matter.
+        # Bridge accepts this layout, so rules about how our table would spell it do not apply.
         if broken := refused_beside_bridge(sweep.baseline, sweep.workload, sweep.cluster, sweep.lifted):
             lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
             raise InputError(
@@ -86,15 +95,19 @@ class Prepared:
     """What a sweep may launch, and what it launches first."""
 
     table: "pd.DataFrame"
-    """The valid layouts that may fit, the baseline included."""
+    """The valid layouts that are predicted to fit, and the baseline; one row per layout."""
     queue: "tuple[Queued, ...]"
-    """What is tried before the strategy chooses, the baseline first."""
+    """What runs before the strategy chooses: the baseline, then the seeds."""
     too_large: int
-    """Valid layouts that are never launched, since they are predicted not to fit."""
+    """Number of valid layouts that are never launched, since they are predicted not to fit."""
 
 
 def prepare(loaded: Loaded, source: Path) -> Prepared:
-    """Leave out what is predicted not to fit, and put the baseline and the seeds in front.
+    """Return what a sweep may launch: without layouts that are predicted not to fit, with the baseline and the seeds.
+
+    Args:
+        loaded: the sweep and its valid layouts.
+        source: the sweep file, which errors name.
 
     Raises:
         InputError: if no layout is valid, or the baseline is not.
@@ -107,25 +120,25 @@ def prepare(loaded: Loaded, source: Path) -> Prepared:
     check_not_empty(loaded, source)
     check_baseline(loaded.sweep, source)
     sweep, valid = loaded.sweep, loaded.space.table
-    fits = fit_probabilities(valid, sweep.workload, sweep.cluster)
-    table = valid[fits >= MIN_FIT].reset_index(drop=True)
+    may_fit = fit_probabilities(valid, sweep.workload, sweep.cluster) >= MIN_FIT
+    table = valid[may_fit].reset_index(drop=True)
     if table.empty and sweep.baseline is None:
         raise NothingFeasibleError(
             f"{source}: all {len(valid):,} valid layouts are predicted to need more than "
             f"{sweep.cluster.gpu.memory_gib:g} GiB a GPU: use more GPUs, let more knobs vary (recompute, pp), "
-            "or state a baseline, which runs whatever is predicted"
+            "or state a baseline, which runs whatever is predicted for it"
         )
     if sweep.baseline is not None:
         table = with_row(table, sweep.baseline)
     queue = queue_of(sweep.baseline, seeds(sweep.workload, sweep.cluster, table))
-    return Prepared(table, queue, len(valid) - int((fits >= MIN_FIT).sum()))
+    return Prepared(table, queue, len(valid) - int(may_fit.sum()))
 
 
 def check_not_empty(loaded: Loaded, source: Path) -> None:
-    """Refuse a space without a valid layout, saying which rules emptied it.
+    """Refuse a space without a valid layout.
 
     Raises:
-        InputError: with the count of combinations that each rule removed.
+        InputError: saying how many combinations each rule removed.
     """
     if len(loaded.space.table):
         return

@@ -1,5 +1,6 @@
-"""megatune show: what a sweep has measured so far."""
+"""megatune show: prints what a sweep has measured so far."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,10 @@ from tuner.report.status import status_lines
 from tuner.report.summary import summary
 from tuner.report.terminal import terminal_table
 from tuner.search.refinement import searched_table
+from tuner.sweep.configuration import Sweep
 from tuner.sweep.lock import holder_of
 from tuner.sweep.status import read_status
-from tuner.trial.finished import read_trials
+from tuner.trial.finished import FinishedTrial, read_trials
 
 
 def show(
@@ -33,61 +35,76 @@ def show(
     from tuner.explain.audit import pruned_rows
 
     folder = results_folder(results)
-    sweep, rows = folder.sweep(), read_trials(folder.path)
+    sweep, trials = folder.sweep(), read_trials(folder.path)
     status, holder = read_status(folder), holder_of(folder.lock)
-    valid = searched_table(sweep.problem, rows) if pruned else None
-    gone = None if valid is None else pruned_rows(valid, sweep.workload, sweep.cluster, rows)
+    valid = searched_table(sweep.problem, trials) if pruned else None
+    removed = None if valid is None else pruned_rows(valid, sweep.workload, sweep.cluster, trials)
     if html is not None:
-        page = html_page(rows, sweep.name, summary(rows, sweep.name, "", {}))
-        try:
-            write_text(html, page)
-        except OSError as error:
-            raise InputError(f"{html}: cannot be written: {error.strerror or error}") from None
-        stderr.print(f"wrote {html}", markup=False)
+        _write_page(html, sweep, trials)
     if json:
-        found = answer(rows)
+        running = {"is_running": holder is not None, "status": None if status is None else to_data(status)}
+        removed_data = {} if removed is None else {"pruned": pruned_data(removed)}
         print_json(
             {
                 "sweep": sweep.name,
-                "best": None if found is None else found.best.trial.number,
-                "tied_with_best": [] if found is None else [standing.trial.number for standing in found.tied],
-                "finals": _finals_data(found) if found and found.is_final else [],
-                "verdict": verdict(rows),
-                "is_running": holder is not None,
-                "status": None if status is None else to_data(status),
-                "trials": [
-                    {
-                        "number": row.number,
-                        "source": row.source,
-                        "note": row.note,
-                        "around": list(row.around),
-                        "layout": to_data(row.layout),
-                        "result": to_data(row.result),
-                    }
-                    for row in rows
-                ],
-                **({} if gone is None else {"pruned": pruned_data(gone)}),
+                **_answer_data(trials),
+                **running,
+                "trials": _trials_data(trials),
+                **removed_data,
             }
         )
         return
     for line in status_lines(status, holder) if status is not None else []:
         stdout.print(line, markup=False, soft_wrap=True)
-    stdout.print(terminal_table(rows, sweep.name))
-    for sentence in verdict(rows):
+    stdout.print(terminal_table(trials, sweep.name))
+    for sentence in verdict(trials):
         stdout.print(sentence, markup=False, soft_wrap=True)
-    if gone is not None and valid is not None:
-        print_pruned(gone, len(valid))
+    if removed is not None and valid is not None:
+        print_pruned(removed, len(valid))
 
 
-def _finals_data(found: Answer) -> list[dict[str, Any]]:
+def _write_page(path: Path, sweep: Sweep, trials: Sequence[FinishedTrial]) -> None:
+    page = html_page(trials, sweep.name, summary(trials, sweep.name, "", {}))
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    stderr.print(f"wrote {path}", markup=False)
+
+
+def _answer_data(trials: Sequence[FinishedTrial]) -> dict[str, Any]:
+    overall = answer(trials)
+    return {
+        "best": None if overall is None else overall.best.trial.number,
+        "tied_with_best": [] if overall is None else [standing.trial.number for standing in overall.tied],
+        "finals": _finals_data(overall) if overall and overall.is_final else [],
+        "verdict": verdict(trials),
+    }
+
+
+def _finals_data(overall: Answer) -> list[dict[str, Any]]:
     return [
         {
             "layout": to_data(standing.layout),
-            "trials": [row.number for row in standing.runs],
+            "trials": [trial.number for trial in standing.runs],
             "step_time_ms": standing.metrics.step_time_ms,
             "step_time_low_ms": standing.metrics.step_time_low_ms,
             "step_time_high_ms": standing.metrics.step_time_high_ms,
             "over_best": to_data(standing.over_best),
         }
-        for standing in found.ranking
+        for standing in overall.ranking
+    ]
+
+
+def _trials_data(trials: Sequence[FinishedTrial]) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": trial.number,
+            "source": trial.source,
+            "note": trial.note,
+            "around": list(trial.around),
+            "layout": to_data(trial.layout),
+            "result": to_data(trial.result),
+        }
+        for trial in trials
     ]
