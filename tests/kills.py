@@ -1,7 +1,7 @@
-"""A tuner that is killed at any instant, and resumed: `python -m tests.kills FOLDER` is that tuner.
+"""Kills tuners at random instants and resumes them; `python -m tests.kills FOLDER TRIALS SLOTS` is such a tuner.
 
-It is the sweep of the command line without MLflow, over a program whose results are a formula, so that its table must
-come out the same however often it dies.
+A tuner runs the sweep of the command line without MLflow. The results of its program are a formula of the layout, so
+the finished trials must be the same however often the tuner is killed.
 """
 
 import os
@@ -27,10 +27,11 @@ from tuner.space.heuristics import seeds
 from tuner.sweep.configuration import SweepFile
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.resolution import resolve
+from tuner.trial.contract import Metrics
 from tuner.trial.finished import SEARCHED, read_trials
 
 ORPHANS_S = 5.0
-"""What a killed tuner started must have ended by itself within."""
+"""Seconds within which the processes of a killed tuner must end by themselves."""
 SWEEP: Mapping[str, Any] = {
     "name": "night",
     "workload": {"model": "tiny-gpt", "seq_length": 64, "global_batch_size": 8, "precision": "fp32"},
@@ -45,11 +46,11 @@ SWEEP: Mapping[str, Any] = {
     },
 }
 TRIALS = 15
-"""With canaries and finals, as many as end in each of the formula's ways."""
+"""Trials of a sweep, canaries and finals included: enough for every outcome that the formula has."""
 
 
 def tune(path: Path, trials: int, slots: int = 1) -> None:
-    """Run the sweep, or go on with it, to its end, as `megatune sweep` does; `slots` trials at once, without MLflow."""
+    """Begin or resume the sweep and run it to its end, as `megatune sweep` does, with up to `slots` trials at once."""
     from tuner.sweep.controller import resumed
     from tuner.sweep.policy import queue_of
     from tuner.sweep.runner import ThreadRunner
@@ -66,7 +67,7 @@ def tune(path: Path, trials: int, slots: int = 1) -> None:
         folder.claimed(sweep, measuring_machine(sweep.cluster)),
         Preload(folder.path) as preload,
     ):
-        # So many cores that no load of other jobs counts: what is disturbed is measured again, and changes the table.
+        # So many cores that no load of other jobs counts as a disturbance: a disturbed trial would be repeated.
         launcher = TorchrunLauncher(
             programs={str(sweep.program): formula.__name__}, start=preload.start, cores=4096
         )
@@ -86,13 +87,13 @@ def tune(path: Path, trials: int, slots: int = 1) -> None:
 
 
 def start(path: Path, trials: int, slots: int) -> subprocess.Popen[bytes]:
-    """The tuner as a process."""
+    """Start a tuner as a process."""
     command = [sys.executable, "-m", __spec__.name, str(path), str(trials), str(slots)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 
 def to_end(path: Path, trials: int, slots: int) -> float:
-    """Run the tuner to its end; returns how long it lived, in seconds."""
+    """Run a tuner to its end; return how long it lived, in seconds."""
     began_s, tuner = time.monotonic(), start(path, trials, slots)
     try:
         assert tuner.wait(timeout=600) == 0, f"the tuner of {path} failed"
@@ -104,48 +105,72 @@ def to_end(path: Path, trials: int, slots: int) -> float:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What became of the kills."""
+    """What the kills did."""
 
     kills: int = 0
+    """How many tuners were killed."""
     sweeps: int = 0
-    """That were killed at least once, and came to their end."""
+    """How many sweeps were killed at least once and came to their end."""
     trials: int = 0
-    """In their tables."""
+    """How many finished trials these sweeps have."""
     lost: int = 0
-    """Trials that an equal table lacks."""
+    """How many trials these sweeps have fewer than a sweep that nobody killed."""
     twice: int = 0
-    """Trials whose result was written twice, and layouts that were searched twice."""
+    """How many results were written twice, and how many layouts were searched twice."""
     differing: list[str] = field(default_factory=list)
-    """The first difference of each table from that of the sweep that nobody killed."""
+    """The first difference of each sweep from the sweep that nobody killed."""
     orphans: int = 0
-    """Processes alive longer than ORPHANS_S after their tuner was killed."""
+    """How many processes lived longer than ORPHANS_S after their tuner was killed."""
     slowest_s: float = 0.0
-    """The longest that a process outlived its tuner."""
+    """The longest time that a process outlived its tuner, in seconds."""
 
 
-Row = tuple[object, ...]
+@dataclass(frozen=True, slots=True)
+class Repeatable:
+    """What must not depend on the kills about a finished trial."""
+
+    number: int
+    source: str
+    note: str
+    layout: str
+    outcome: str
+    metrics: Metrics | None
 
 
-def table_of(path: Path) -> list[Row]:
-    """What must not depend on the kills."""
+def repeatable_trials(path: Path) -> list[Repeatable]:
+    """Return what must not depend on the kills about each finished trial of a results folder."""
     return [
-        (row.number, row.source, row.note, row.layout.label(), str(row.result.outcome), row.result.metrics)
-        for row in read_trials(path)
+        Repeatable(
+            trial.number,
+            trial.source,
+            trial.note,
+            trial.layout.label(),
+            str(trial.result.outcome),
+            trial.result.metrics,
+        )
+        for trial in read_trials(path)
     ]
 
 
 def kill_and_resume(root: Path, kills: int, seed: int, trials: int = TRIALS, slots: int = 1) -> Tally:
-    """Kill tuners at random moments, and resume each, until a sweep has ended after the last kill.
+    """Kill tuners at random instants and resume each, until the last sweep that was killed has ended.
 
-    However fast the machine, the moments lie between a tuner's start and a quarter of the way from the end of its first
-    trial to that of its sweep: so the start is hit as often as the trials, and a sweep dies several times.
+    An instant lies between the start of a tuner and a quarter of the way from the end of its first trial to the end of
+    its sweep, as measured on this machine. So the start is hit as often as the trials, and a sweep dies several times.
+
+    Args:
+        root: the folder that gets one results folder per sweep.
+        kills: how many tuners to kill.
+        seed: seed of the random instants.
+        trials: the budget of trials of each sweep.
+        slots: how many trials run at once.
     """
     draw, tally, whole = random.Random(seed), Tally(), root / "whole"
     began_s = time.time()
     life_s = to_end(whole, trials, slots)
     first_s = SweepFolder(whole).trial(0).result.stat().st_mtime - began_s
     longest_s = first_s + (life_s - first_s) / 4
-    expected = table_of(whole)
+    expected = repeatable_trials(whole)
     while tally.kills < kills:
         path = root / f"killed-{tally.sweeps}"
         while tally.kills < kills and _killed(
@@ -158,7 +183,7 @@ def kill_and_resume(root: Path, kills: int, seed: int, trials: int = TRIALS, slo
 
 
 def _killed(tuner: subprocess.Popen[bytes], path: Path, after_s: float, tally: Tally) -> bool:
-    """Whether the tuner was still alive when it was killed."""
+    """Kill a tuner `after_s` seconds from now and count its orphans; return False if it had ended before."""
     try:
         assert tuner.wait(timeout=after_s) == 0, f"the tuner of {path} failed"
         return False
@@ -177,19 +202,19 @@ def _killed(tuner: subprocess.Popen[bytes], path: Path, after_s: float, tally: T
     return True
 
 
-def _compare(path: Path, expected: list[Row], tally: Tally, slots: int) -> None:
-    """Add a sweep's table to the tally.
+def _compare(path: Path, expected: list[Repeatable], tally: Tally, slots: int) -> None:
+    """Add a sweep that was killed to the tally.
 
-    With several trials in flight the table depends on which ended first, so only what must hold of every table is
-    compared: as many trials as without kills, and no layout searched twice.
+    With several trials in flight the trials depend on which of them ends first. Only what must hold for every sweep is
+    then compared: it has as many trials as without kills, and no layout is searched twice.
     """
-    found = table_of(path)
+    finished = repeatable_trials(path)
     tally.sweeps += 1
-    tally.trials += len(found)
-    tally.lost += max(0, len(expected) - len(found))
+    tally.trials += len(finished)
+    tally.lost += max(0, len(expected) - len(finished))
     if slots == 1:
         tally.differing += [
-            f"{path.name}: {a} and not {b}" for a, b in zip(found, expected, strict=False) if a != b
+            f"{path.name}: {a} and not {b}" for a, b in zip(finished, expected, strict=False) if a != b
         ][:1]
     searched = [trial.layout for trial in read_trials(path) if trial.source in SEARCHED]
     tally.twice += len(searched) - len(set(searched))

@@ -1,4 +1,4 @@
-"""Sweeps without processes: a launcher whose program is a formula of the layout, and a loop around it."""
+"""Sweeps without processes, for tests: a launcher whose results are formulas of the layout, and sweeps that use it."""
 
 import json
 import threading
@@ -45,33 +45,35 @@ SEARCHED: Mapping[str, Any] = {
     "recompute_method": ["none", "uniform"],
     "recompute_num_layers": [0, 1],
 }
-"""34 valid layouts of the test model on eight GPUs: tp x pp x micro-batch x (nothing or everything recomputed)."""
+"""The knobs of the test sweep. They give 34 valid layouts of the test model on eight GPUs: tp x pp x micro-batch size x
+(nothing or everything recomputed).
+"""
 
 TRIALS = 8
-"""The budget of a sweep that states none."""
+"""The budget of trials of a sweep that states none."""
 
 TRIAL_S = 60.0
-"""Wall clock of every replayed trial."""
+"""Wall clock of every replayed trial, in seconds."""
 
 
 class KilledError(BaseException):
-    """The tuner itself dies, as by SIGKILL: nothing may catch it."""
+    """Stands for the death of the tuner, as by SIGKILL; no code may catch it."""
 
 
 def step_time_ms(layout: Layout) -> float:
-    """Another time for every layout; fastest at tp2 pp1 mbs4 without recompute."""
+    """Return the step time of a layout; tp 2, pp 1, micro-batch size 4 without recompute is the fastest."""
     recompute = 1.3 if layout.recompute_granularity == "full" else 1.0
     return recompute * (100 + 40 * abs(layout.tp - 2) + 25 * layout.pp + 30 / layout.micro_batch_size)
 
 
 def memory_gib(layout: Layout) -> float:
-    """Grows with the micro-batch, shrinks with the model's shards and with recompute."""
+    """Return the peak memory of a layout, which grows with the micro-batch and shrinks with tp, pp and recompute."""
     recompute = 0.25 if layout.recompute_granularity == "full" else 1.0
     return (16 + 32 * layout.micro_batch_size * recompute) / (layout.tp * layout.pp)
 
 
 def replayed(spec: TrialSpec, limit_gib: float) -> TrialResult:
-    """What the formulas make of a layout."""
+    """Return the result of a trial by the formulas; it is OOM if the layout needs more than `limit_gib`."""
     layout, needed = spec.layout, memory_gib(spec.layout)
     finished_at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=spec.number)
     ending: dict[str, Any] = {
@@ -87,26 +89,29 @@ def replayed(spec: TrialSpec, limit_gib: float) -> TrialResult:
 
 
 Scripted = Outcome | type[KilledError]
+"""How a launch ends if the formulas do not say so."""
 
 
 @dataclass
 class ReplayLauncher:
-    """Ends every trial by the formulas, but for those whose attempts are scripted.
+    """A launcher that ends every trial by the formulas, except attempts that are scripted.
 
-    Its files are those of a real launcher: the plan is the real one, the result is written beside it.
+    It writes the files that a real launcher writes, and its plan is that of the real launcher.
     """
 
     limit_gib: float = 1000.0
+    """Memory of a GPU in GiB; layouts that need more end in OOM."""
     script: Mapping[int, Sequence[Scripted]] = field(default_factory=dict)
-    """How the launches of a trial's number end, in order; the formulas end those after them."""
+    """How the launches of a trial end, in order, by its number; the formulas end its later launches."""
     stop_at: int | None = None
-    """The trial during which the user asks to stop."""
+    """Number of the trial during which the user asks to stop; None for no trial."""
     change: Callable[[TrialSpec, TrialResult], TrialResult] | None = None
-    """What becomes of the formulas' result: noise, drift, a disturbed machine."""
+    """Changes the result of the formulas: noise, drift, a disturbed machine."""
     launched: list[TrialSpec] = field(default_factory=list)
+    """The spec of every launch so far."""
 
     def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
-        """The real launcher's plan."""
+        """Return the plan of the real launcher."""
         return TorchrunLauncher().plan(spec, folder, place)
 
     def run(
@@ -115,7 +120,7 @@ class ReplayLauncher:
         stop: threading.Event,
         on_heartbeat: Callable[[Heartbeat], None] | None = None,
     ) -> TrialResult:
-        """Write what a real trial leaves, in its order."""
+        """Write the files of a real trial, in their order, and return the result."""
         folder = TrialFolder(plan.folder)
         if folder.result.exists():
             aside = next(path for n in range(1, 99) if not (path := folder.set_aside(n)).exists())
@@ -147,17 +152,17 @@ class ReplayLauncher:
 
     @property
     def numbers(self) -> list[int]:
-        """The trials' numbers, a launch each."""
+        """The number of the trial of each launch."""
         return [spec.number for spec in self.launched]
 
     @property
     def layouts(self) -> list[Layout]:
-        """The layouts, a launch each."""
+        """The layout of each launch."""
         return [spec.layout for spec in self.launched]
 
 
 class Logged(Sink):
-    """Remembers the numbers of the trials that it was told of, as a tracker would log them."""
+    """Records the numbers of the trials that a tracker would log."""
 
     def __init__(self) -> None:
         self.logged: list[int] = []
@@ -170,7 +175,7 @@ class Logged(Sink):
 
 
 class LoggedTracker(Logged):
-    """A tracker of the command line that needs no MLflow: making its store takes seconds."""
+    """A tracker for the command line without MLflow, whose store takes seconds to create."""
 
     def finish(self, summary: str, status: Status) -> None:
         """See Tracker."""
@@ -184,12 +189,12 @@ class LoggedTracker(Logged):
 
 @dataclass
 class Watching(Sink):
-    """Remembers what it was told."""
+    """Records the events of a sweep."""
 
     starts: list[tuple[int, int, str]] = field(default_factory=list)
-    """Number, attempt and source."""
+    """Number, attempt and source of each attempt that began."""
     endings: list[tuple[int, int]] = field(default_factory=list)
-    """Number and how many rows it ruled out."""
+    """Number of each trial that ended, and how many rows it ruled out."""
     progress: list[Progress] = field(default_factory=list)
     beats: int = 0
     most_in_flight: int = 0
@@ -240,7 +245,7 @@ class InlineRunner:
 
 
 def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
-    """A sweep of the test model, which never stops by itself; `keys` as in a sweep file."""
+    """Return a sweep of the test model that never stops by itself; `keys` are those of a sweep file."""
     data = {
         "name": "night",
         "workload": {**to_data(WORKLOAD)},
@@ -259,13 +264,13 @@ def sweep_of(cluster: Cluster = CLUSTER, **keys: Any) -> Sweep:
 
 
 def table_of(sweep: Sweep) -> pd.DataFrame:
-    """Its valid layouts, the baseline's included."""
+    """Return the table of a sweep's valid layouts, the baseline included."""
     table = grid_space(sweep.problem).table
     return table if sweep.baseline is None else with_row(table, sweep.baseline)
 
 
 def slowed(result: TrialResult, factor: float, suspicions: tuple[str, ...] = ()) -> TrialResult:
-    """A result with every step longer by a factor; unchanged where nothing was measured."""
+    """Return a result whose steps are longer by a factor; a result without metrics is returned as it is."""
     if result.metrics is None:
         return result
     metrics = result.metrics
@@ -279,27 +284,27 @@ def slowed(result: TrialResult, factor: float, suspicions: tuple[str, ...] = ())
 
 @dataclass
 class ReplayedSweep:
-    """A sweep as the command line makes it, around a replay."""
+    """A sweep as the command line makes it, but with a replay launcher."""
 
     controller: Controller
     runner: InlineRunner
 
     def run(self, stop: threading.Event | None = None) -> Stop:
-        """Run it until it ends, or `stop` is set."""
+        """Run the sweep until it ends or `stop` is set; return why it ended."""
         self.controller.stop = self.runner.stop = stop or threading.Event()
         return self.controller.run()
 
     @property
-    def rows(self) -> list[FinishedTrial]:
+    def trials(self) -> list[FinishedTrial]:
         """The finished trials, by number."""
         return list(self.controller.state.ended)
 
     def progress(self) -> Progress:
-        """How far it is."""
+        """Return how far the sweep is."""
         return self.controller.progress()
 
     def finals_note(self) -> str | None:
-        """What to say of finals that are not whole."""
+        """Return what to say if the finals are smaller than asked for or not complete; None otherwise."""
         return self.controller.finals_note()
 
 
@@ -315,7 +320,10 @@ def loop_of(
     slots: int = 1,
     with_study: bool = False,
 ) -> ReplayedSweep:
-    """The loop of a sweep around a replay. A study costs more than all else, so that only its tests have one."""
+    """Return a sweep with a replay launcher, claimed and restored from its folder.
+
+    A study costs more time than all else, so a sweep has one only if a test asks for it.
+    """
     sweep = sweep or sweep_of()
     table, folder = table_of(sweep), SweepFolder(results)
     claim(folder, sweep)
@@ -337,7 +345,7 @@ def loop_of(
 
 
 def snapshot_of(trials: Sequence[FinishedTrial]) -> Snapshot:
-    """A sweep of these finished trials."""
+    """Return the snapshot of a sweep with these finished trials."""
     progress = Progress(
         finished=len(trials),
         budget=TRIALS,
@@ -351,7 +359,7 @@ def snapshot_of(trials: Sequence[FinishedTrial]) -> Snapshot:
 
 
 def claim(folder: SweepFolder, sweep: Sweep, machine: Machine | None = None) -> None:
-    """Make a folder a sweep's, as a tuner does that ends at once."""
+    """Claim a folder for a sweep and release it, as a tuner does that ends at once."""
     with folder.claimed(sweep, machine):
         pass
 

@@ -130,19 +130,19 @@ def test_the_grid_comes_first_then_its_best_few_layouts_are_refined(results: Pat
     loop = loop_of(results, launcher(), sweep, observer=watching)
     assert run(loop) is Stop.TRIALS
     assert GRID_TRIALS - 1 < GRID_SHARE * TRIALS <= GRID_TRIALS
-    assert refining(loop.rows) == list(range(GRID_TRIALS, TRIALS))
-    (numbers,) = {row.around for row in loop.rows[GRID_TRIALS:]}
+    assert refining(loop.trials) == list(range(GRID_TRIALS, TRIALS))
+    (numbers,) = {row.around for row in loop.trials[GRID_TRIALS:]}
     assert len(numbers) == MAX_CENTRES
     fastest: dict[tuple[Any, ...], int] = {}
-    for row in sorted(loop.rows[:GRID_TRIALS], key=lambda row: step_time_ms(row.layout)):
+    for row in sorted(loop.trials[:GRID_TRIALS], key=lambda row: step_time_ms(row.layout)):
         fastest.setdefault(tuple(getattr(row.layout, knob) for knob in GRID_KNOBS), row.number)
     assert set(numbers) == set(list(fastest.values())[:MAX_CENTRES])
     table = table_of(sweep)
-    assert all(find_row(table, row.layout) is not None for row in loop.rows[:GRID_TRIALS])
-    grown = with_refinements(table, [loop.rows[number].layout for number in numbers], sweep.problem)
-    assert all(find_row(grown, row.layout) is not None for row in loop.rows)
-    assert any(find_row(table, row.layout) is None for row in loop.rows[GRID_TRIALS:])
-    assert len({row.layout for row in loop.rows}) == TRIALS
+    assert all(find_row(table, row.layout) is not None for row in loop.trials[:GRID_TRIALS])
+    grown = with_refinements(table, [loop.trials[number].layout for number in numbers], sweep.problem)
+    assert all(find_row(grown, row.layout) is not None for row in loop.trials)
+    assert any(find_row(table, row.layout) is None for row in loop.trials[GRID_TRIALS:])
+    assert len({row.layout for row in loop.trials}) == TRIALS
     parts = ["grid"] * 2 * GRID_TRIALS + ["refinement"] * 2 * (TRIALS - GRID_TRIALS)
     assert [progress.part for progress in watching.progress] == parts
     known = [progress.certainty.searched for progress in watching.progress if progress.certainty]
@@ -150,13 +150,14 @@ def test_the_grid_comes_first_then_its_best_few_layouts_are_refined(results: Pat
     assert known == sorted(known)
     names = ", ".join(f"t{number:04d}" for number in numbers)
     assert any(
-        f"From t{GRID_TRIALS:04d} on, the refinement" in told and names in told for told in verdict(loop.rows)
+        f"From t{GRID_TRIALS:04d} on, the refinement" in told and names in told
+        for told in verdict(loop.trials)
     )
 
 
 def test_the_refinement_finds_what_the_grid_does_not_hold(results: Path) -> None:
     loop = run_to_end(results, launcher(), night(budget={"trials": 30}))
-    winner = best_trial(loop.rows)
+    winner = best_trial(loop.trials)
     assert winner is not None
     assert not winner.layout.overlap_param_gather
     assert winner.around
@@ -196,9 +197,9 @@ def test_a_deleted_study_is_rebuilt_over_the_grid_and_its_refinement(
     run_to_end(results, launcher(), night(budget={"trials": TRIALS}), with_study=True)
     SweepFolder(results).study.unlink()
     loop = run_to_end(results, launcher(), night(budget={"trials": TRIALS + 3}), with_study=True)
-    assert loop.rows[:TRIALS] == uninterrupted
-    assert {row.around for row in loop.rows[GRID_TRIALS:]} == {uninterrupted[-1].around}
-    assert len(loop.rows) == TRIALS + 3
+    assert loop.trials[:TRIALS] == uninterrupted
+    assert {row.around for row in loop.trials[GRID_TRIALS:]} == {uninterrupted[-1].around}
+    assert len(loop.trials) == TRIALS + 3
 
 
 def test_a_grid_with_nothing_left_leaves_its_budget_to_the_refinement(results: Path) -> None:
@@ -207,15 +208,15 @@ def test_a_grid_with_nothing_left_leaves_its_budget_to_the_refinement(results: P
     first = len(table_of(sweep))
     assert first < 10
     loop = run_to_end(results, launcher(), sweep)
-    assert refining(loop.rows)[0] == first
-    assert all(getattr(row.layout, knob) == value for row in loop.rows for knob, value in fixed.items())
+    assert refining(loop.trials)[0] == first
+    assert all(getattr(row.layout, knob) == value for row in loop.trials for knob, value in fixed.items())
 
 
 def test_a_grid_that_converges_leaves_its_budget_to_the_refinement(results: Path) -> None:
     sweep = night(budget={"trials": 60, "min_gain": 0.1, "confidence": 0.9})
     loop = loop_of(results, ReplayLauncher(change=as_predicted), sweep)
     assert run(loop) is Stop.CONVERGED
-    began = refining(loop.rows)
+    began = refining(loop.trials)
     assert 5 <= began[0] < GRID_SHARE * 60
     assert began[-1] < 59
     certainty = loop.progress().certainty
@@ -223,28 +224,28 @@ def test_a_grid_that_converges_leaves_its_budget_to_the_refinement(results: Path
     assert "best of the grid and its refinement with probability 90%" in certainty.sentence(0.9)
     again = loop_of(results, ReplayLauncher(change=as_predicted), sweep)
     assert run(again) is Stop.CONVERGED
-    assert again.rows == loop.rows
+    assert again.trials == loop.trials
 
 
 def test_where_nothing_is_measured_there_is_nothing_to_refine(results: Path) -> None:
     sweep = night(fixed={"tp": 2, "cp": 1}, budget={"trials": 12})
     loop = loop_of(results, ReplayLauncher(limit_gib=0.1), sweep)
     assert run(loop) in (Stop.EXHAUSTED, Stop.TRIALS)
-    assert refining(loop.rows) == []
-    assert {row.result.outcome for row in loop.rows} == {Outcome.OOM}
+    assert refining(loop.trials) == []
+    assert {row.result.outcome for row in loop.trials} == {Outcome.OOM}
 
 
 def test_finals_come_after_the_grid_and_the_refinement(results: Path) -> None:
     budget = {"trials": 20, "finalists": 2, "final_runs": 2, "canary_every": 4}
     loop = run_to_end(results, launcher(), night(budget=budget))
-    order = [row.source for row in loop.rows]
+    order = [row.source for row in loop.trials]
     assert order[-6:] == ["final"] * 6
     assert "final" not in order[:-6]
-    began = refining(loop.rows)
+    began = refining(loop.trials)
     assert began == list(range(began[0], 20))
     assert began[0] == 9, "60% of the 14 trials that the search may take"
     loop = run_to_end(results, launcher(), night(budget={**budget, "trials": 24}))
-    assert {row.around for row in loop.rows[began[0] :]} == {loop.rows[-1].around}
+    assert {row.around for row in loop.trials[began[0] :]} == {loop.trials[-1].around}
 
 
 def test_the_evidence_of_a_sweep_holds_what_its_refinement_could_try(
@@ -259,8 +260,8 @@ def test_the_evidence_of_a_sweep_holds_what_its_refinement_could_try(
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_every_sampler_goes_on_over_the_grown_table(results: Path, sampler: str) -> None:
     loop = run_to_end(results, launcher(), night(sampler=sampler))
-    assert refining(loop.rows) == list(range(GRID_TRIALS, TRIALS))
-    assert len({row.layout for row in loop.rows}) == TRIALS
+    assert refining(loop.trials) == list(range(GRID_TRIALS, TRIALS))
+    assert len({row.layout for row in loop.trials}) == TRIALS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A results folder belongs to one sweep, and says so."""
+"""A results folder belongs to one sweep and one machine, and refuses others."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ def test_a_folder_is_claimed_and_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "lines"),
     [
         (sweep_of(seed=1), ["seed was 1234, is now 1"]),
         (
@@ -55,23 +55,26 @@ def test_a_folder_is_claimed_and_read_back(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_every_difference_of_another_sweep_is_named(tmp_path: Path, other: object, told: list[str]) -> None:
+def test_the_error_names_every_difference_of_another_sweep(
+    tmp_path: Path, other: object, lines: list[str]
+) -> None:
     folder = SweepFolder(tmp_path)
     claim(folder, sweep_of())
     before = folder.identity.read_bytes()
     with pytest.raises(InputError) as caught:
         claim(folder, other)  # type: ignore[arg-type]  # a sweep: pytest's parameters have no type
-    assert all(line in str(caught.value) for line in told)
+    assert all(line in str(caught.value) for line in lines)
     assert folder.identity.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("{", "is not JSON"), ("[]", "holds the results of another sweep"), ("{}", "another")]
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "holds the results of another sweep"), ("{}", "another")],
 )
-def test_an_identity_that_is_damaged_is_not_overwritten(tmp_path: Path, text: str, told: str) -> None:
+def test_a_damaged_sweep_json_is_not_overwritten(tmp_path: Path, text: str, message: str) -> None:
     folder = SweepFolder(tmp_path)
     folder.identity.write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         claim(folder, sweep_of())
     assert folder.identity.read_text() == text
     with pytest.raises(InputError, match=r"sweep\.json"):
@@ -84,7 +87,7 @@ MACHINE = Machine(
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "lines"),
     [
         (
             replace(MACHINE, versions={"torch": "2.14.0", "transformer-engine": "2.1"}),
@@ -97,8 +100,8 @@ MACHINE = Machine(
         (replace(MACHINE, name="Xeon"), ["machine.name was 'EPYC', is now 'Xeon'"]),
     ],
 )
-def test_trials_of_other_hardware_or_software_are_not_joined(
-    tmp_path: Path, other: Machine, told: list[str]
+def test_a_folder_with_trials_refuses_other_hardware_and_software(
+    tmp_path: Path, other: Machine, lines: list[str]
 ) -> None:
     folder = SweepFolder(tmp_path)
     claim(folder, sweep_of(), replace(MACHINE, count=64))
@@ -108,12 +111,12 @@ def test_trials_of_other_hardware_or_software_are_not_joined(
     before = folder.machine.read_bytes(), folder.identity.read_bytes()
     with pytest.raises(InputError) as caught:
         claim(folder, sweep_of(), other)
-    assert all(line in str(caught.value) for line in told)
+    assert all(line in str(caught.value) for line in lines)
     assert "name, or another folder with --results" in str(caught.value)
     assert (folder.machine.read_bytes(), folder.identity.read_bytes()) == before
 
 
-def test_an_older_folder_takes_the_machine_of_its_next_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_machine_takes_that_of_its_next_tuner(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     claim(folder, sweep_of())
     write_trial(tmp_path, completed_row(0, 100.0))
@@ -135,7 +138,7 @@ def test_an_older_folder_takes_the_machine_of_its_next_run(tmp_path: Path) -> No
         {"lift": ["tp-inside-nvlink"]},
     ],
 )
-def test_what_leaves_the_measurements_their_meaning_may_change(tmp_path: Path, keys: dict[str, Any]) -> None:
+def test_keys_that_leave_measurements_comparable_may_change(tmp_path: Path, keys: dict[str, Any]) -> None:
     folder = SweepFolder(tmp_path)
     claim(folder, sweep_of())
     changed = sweep_of(**keys)
@@ -144,7 +147,7 @@ def test_what_leaves_the_measurements_their_meaning_may_change(tmp_path: Path, k
     assert folder.sweep() == changed
 
 
-def test_a_folder_without_a_sweep_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no sweep \(no sweep\.json\)"):
         SweepFolder(tmp_path).sweep()
 
@@ -164,7 +167,7 @@ def test_a_path_that_sqlite_cannot_take_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_identity_keeps_the_order_of_what_is_searched(tmp_path: Path) -> None:
+def test_sweep_json_keeps_the_order_of_a_knobs_values(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     claim(folder, sweep_of(knobs={"tp": [4, 1, 2]}))
     assert json.loads(folder.identity.read_text())["domain"]["tp"] == [4, 1, 2]

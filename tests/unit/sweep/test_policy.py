@@ -56,7 +56,7 @@ def test_driven_without_files_a_sweep_is_the_one_that_the_controller_runs(
     launcher = ReplayLauncher(limit_gib=40.0, change=lambda spec, result: limited(spec))
     loop = run_to_end(results, launcher, sweep)
     assert drive.to_end() is Stop.TRIALS
-    assert story(drive.state.ended) == story(tuple(loop.rows))
+    assert story(drive.state.ended) == story(tuple(loop.trials))
 
 
 @settings(max_examples=12)

@@ -1,4 +1,4 @@
-"""The loop on replayed trials: what it launches, what it learns, when it ends, and how it goes on."""
+"""Whole sweeps on replayed trials: what they launch and learn, when they end, and how they resume."""
 
 import shutil
 import sqlite3
@@ -47,7 +47,7 @@ from tuner.trial.contract import Outcome, TrialResult, TrialSpec
 from tuner.trial.finished import read_trials
 
 LIMIT_GIB = 60.0
-"""Some of the layouts need more."""
+"""Memory of a replayed GPU in GiB; some of the layouts need more."""
 THREE_ROWS: dict[str, Any] = {"knobs": {"tp": [1, 2, 4]}, "fixed": {"pp": 2}}
 
 
@@ -56,10 +56,10 @@ def run(loop: ReplayedSweep) -> Stop:
 
 
 def story(results: Path) -> list[tuple[Any, ...]]:
-    """What the folders say of every finished trial."""
+    """Return what the folders say about every finished trial."""
     return [
-        (row.number, row.source, row.layout, row.result.outcome, row.result.metrics)
-        for row in read_trials(results)
+        (trial.number, trial.source, trial.layout, trial.result.outcome, trial.result.metrics)
+        for trial in read_trials(results)
     ]
 
 
@@ -68,26 +68,26 @@ def study_of(results: Path, name: str = "night") -> list[optuna.trial.FrozenTria
 
 
 def assert_study_equals_folders(results: Path) -> None:
-    rows, trials = read_trials(results), study_of(results)
-    varied = {knob for knob in KNOBS if len({getattr(row.layout, knob) for row in rows}) > 1}
-    assert [trial.number for trial in trials] == [row.number for row in rows]
-    for row, trial in zip(rows, trials, strict=True):
-        assert trial.state is STATES[row.result.outcome]
-        metrics = row.result.metrics
-        assert trial.value == (metrics.step_time_ms if metrics else None)
-        assert trial.params == {knob: getattr(row.layout, knob) for knob in trial.params}
-        assert varied <= set(trial.params)
-        assert trial.user_attrs["source"] == row.source
-        assert trial.user_attrs["layout"] == row.layout.label()
-        assert trial.user_attrs["outcome"] == row.result.outcome.value
+    trials, in_study = read_trials(results), study_of(results)
+    varied = {knob for knob in KNOBS if len({getattr(trial.layout, knob) for trial in trials}) > 1}
+    assert [frozen.number for frozen in in_study] == [trial.number for trial in trials]
+    for trial, frozen in zip(trials, in_study, strict=True):
+        assert frozen.state is STATES[trial.result.outcome]
+        metrics = trial.result.metrics
+        assert frozen.value == (metrics.step_time_ms if metrics else None)
+        assert frozen.params == {knob: getattr(trial.layout, knob) for knob in frozen.params}
+        assert varied <= set(frozen.params)
+        assert frozen.user_attrs["source"] == trial.source
+        assert frozen.user_attrs["layout"] == trial.layout.label()
+        assert frozen.user_attrs["outcome"] == trial.result.outcome.value
 
 
-def test_the_baseline_runs_first_then_what_promises_most(results: Path) -> None:
+def test_the_baseline_runs_first_then_the_seeds_and_the_samplers_choices(results: Path) -> None:
     loop = run_to_end(results)
-    sources = [row.source for row in loop.rows]
+    sources = [trial.source for trial in loop.trials]
     assert sources[0] == "baseline"
     assert set(sources[1:]) <= {"seed", "sampler"}
-    assert [row.number for row in loop.rows] == list(range(TRIALS))
+    assert [trial.number for trial in loop.trials] == list(range(TRIALS))
 
 
 def test_a_stated_baseline_outside_the_searched_values_runs_first(results: Path) -> None:
@@ -96,12 +96,12 @@ def test_a_stated_baseline_outside_the_searched_values_runs_first(results: Path)
     loop = loop_of(results, launcher, sweep, with_study=True)
     run(loop)
     assert launcher.layouts[0] == Layout(tp=1, cp=2, pp=4)
-    assert loop.rows[0].source == "baseline"
+    assert loop.trials[0].source == "baseline"
     assert launcher.layouts.count(launcher.layouts[0]) == 1
     assert_study_equals_folders(results)
 
 
-def test_no_layout_runs_twice_and_every_one_is_valid_and_searched(results: Path) -> None:
+def test_every_layout_of_the_table_runs_once_and_is_valid(results: Path) -> None:
     sweep, launcher = sweep_of(budget={"trials": 100}), ReplayLauncher()
     table, loop = table_of(sweep), loop_of(results, launcher, sweep)
     assert run(loop) is Stop.EXHAUSTED
@@ -109,7 +109,7 @@ def test_no_layout_runs_twice_and_every_one_is_valid_and_searched(results: Path)
     for layout in launcher.layouts:
         assert broken_rules(layout, sweep.workload, sweep.cluster) == ()
         assert find_row(table, layout) is not None
-    fastest = best_trial(loop.rows)
+    fastest = best_trial(loop.trials)
     assert fastest is not None
     assert fastest.layout == min((layout_at(table, row) for row in range(len(table))), key=step_time_ms)
 
@@ -123,18 +123,18 @@ def test_a_space_of_three_rows_is_exhausted_after_three_trials(results: Path) ->
     assert [progress.finished for progress in watching.progress] == [0, 1, 1, 2, 2, 3]
 
 
-def test_oom_rules_out_exactly_the_rows_that_need_as_much_and_they_never_run(results: Path) -> None:
+def test_an_oom_rules_out_exactly_the_layouts_that_need_at_least_as_much_memory(results: Path) -> None:
     sweep, launcher, watching = sweep_of(budget={"trials": 100}), ReplayLauncher(30.0), Watching()
     table, loop = table_of(sweep), loop_of(results, launcher, sweep, observer=watching)
     assert run(loop) is Stop.EXHAUSTED
-    ooms = [row.layout for row in loop.rows if row.result.outcome is Outcome.OOM]
+    ooms = [trial.layout for trial in loop.trials if trial.result.outcome is Outcome.OOM]
     assert ooms
     ruled_out = set()
     for layout in ooms:
         dominated = needs_at_least_as_much_memory(table, layout, sweep.workload, sweep.cluster)
         ruled_out |= {layout_at(table, int(row)) for row in dominated.nonzero()[0]}
-    every = {layout_at(table, row) for row in range(len(table))}
-    assert set(launcher.layouts) == every - (ruled_out - set(ooms))
+    valid = {layout_at(table, row) for row in range(len(table))}
+    assert set(launcher.layouts) == valid - (ruled_out - set(ooms))
     assert len(ruled_out) > len(ooms)
     assert (
         loop.progress().pruned == sum(pruned for _, pruned in watching.endings) == len(ruled_out - set(ooms))
@@ -142,10 +142,10 @@ def test_oom_rules_out_exactly_the_rows_that_need_as_much_and_they_never_run(res
     assert all(memory_gib(layout) > 30.0 for layout in ruled_out)
 
 
-def test_everything_out_of_memory_ends_without_a_winner(results: Path) -> None:
+def test_a_sweep_whose_every_trial_runs_out_of_memory_has_no_winner(results: Path) -> None:
     loop = loop_of(results, ReplayLauncher(limit_gib=0.1), sweep_of(budget={"trials": 100}), with_study=True)
     assert run(loop) is Stop.EXHAUSTED
-    assert best_trial(loop.rows) is None
+    assert best_trial(loop.trials) is None
     assert loop.progress().best is None
     assert_study_equals_folders(results)
 
@@ -172,12 +172,12 @@ SAMPLERS = ("random", "tpe", "gp", "grid")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_other_samplers_run_the_seeds_first_and_then_only_valid_untried_rows(
+def test_the_other_samplers_run_the_seeds_first_then_only_valid_untried_layouts(
     results: Path, sampler: str
 ) -> None:
     launcher, sweep = ReplayLauncher(LIMIT_GIB), sweep_of(sampler=sampler, budget={"trials": 12})
     loop = run_to_end(results, launcher, sweep, with_study=True)
-    sources = [row.source for row in loop.rows]
+    sources = [trial.source for trial in loop.trials]
     assert sources == sorted(sources, key=["baseline", "seed", "sampler"].index)
     assert len(set(launcher.layouts)) == 12
     assert all(find_row(table_of(sweep), layout) is not None for layout in launcher.layouts)
@@ -186,7 +186,9 @@ def test_the_other_samplers_run_the_seeds_first_and_then_only_valid_untried_rows
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_other_samplers_too_go_on_as_if_they_never_were_stopped(results: Path, sampler: str) -> None:
+def test_a_killed_sweep_of_another_sampler_resumes_as_if_it_never_stopped(
+    results: Path, sampler: str
+) -> None:
     sweep = sweep_of(sampler=sampler)
     whole = results.with_name("whole")
     run_to_end(whole, ReplayLauncher(LIMIT_GIB), sweep)
@@ -198,31 +200,31 @@ def test_the_other_samplers_too_go_on_as_if_they_never_were_stopped(results: Pat
     assert story(results) == story(whole)
 
 
-def test_it_stops_by_itself_near_the_best_and_says_how_sure_it_is(results: Path) -> None:
+def test_a_sweep_stops_by_itself_near_the_best_and_states_its_certainty(results: Path) -> None:
     sweep = sweep_of(budget={"trials": 100, "min_gain": 0.05, "confidence": 0.9})
     launcher, watching = ReplayLauncher(), Watching()
     loop = loop_of(results, launcher, sweep, observer=watching)
     assert run(loop) is Stop.CONVERGED
     assert 1 < len(launcher.layouts) < len(table_of(sweep))
-    winner, known = best_trial(loop.rows), loop.progress().certainty
+    winner, certainty = best_trial(loop.trials), loop.progress().certainty
     assert winner is not None
-    assert known is not None
-    assert known.within(0.05) >= 0.9
-    of_all = min(step_time_ms(layout_at(table_of(sweep), row)) for row in range(len(table_of(sweep))))
-    assert step_time_ms(winner.layout) <= 1.05 * of_all
+    assert certainty is not None
+    assert certainty.within(0.05) >= 0.9
+    fastest_ms = min(step_time_ms(layout_at(table_of(sweep), row)) for row in range(len(table_of(sweep))))
+    assert step_time_ms(winner.layout) <= 1.05 * fastest_ms
     earlier = [progress.certainty for progress in watching.progress[:-1]]
-    assert not any(one is not None and one.suffices(0.05, 0.9) for one in earlier)
+    assert not any(certainty is not None and certainty.suffices(0.05, 0.9) for certainty in earlier)
     again = ReplayLauncher()
     assert run(loop_of(results, again, sweep)) is Stop.CONVERGED
     assert again.launched == []
 
 
-def test_without_a_gain_it_never_stops_by_itself(results: Path) -> None:
+def test_without_a_least_gain_a_sweep_tries_every_layout(results: Path) -> None:
     sweep = sweep_of(budget={"trials": 100, "min_gain": None})
     assert run(loop_of(results, ReplayLauncher(), sweep)) is Stop.EXHAUSTED
 
 
-def test_the_last_row_interrupted_is_run_again_with_nothing_left_to_choose(results: Path) -> None:
+def test_an_interrupted_last_trial_runs_again_although_no_layout_is_left_to_choose(results: Path) -> None:
     launcher, sweep = ReplayLauncher(script={2: [KilledError]}), sweep_of(**THREE_ROWS)
     with pytest.raises(KilledError):
         run(loop_of(results, launcher, sweep))
@@ -230,7 +232,7 @@ def test_the_last_row_interrupted_is_run_again_with_nothing_left_to_choose(resul
     assert launcher.numbers == [0, 1, 2, 2]
 
 
-def test_attempts_that_were_in_vain_use_the_budget_too(results: Path) -> None:
+def test_failed_attempts_use_the_budget_too(results: Path) -> None:
     script: dict[int, Sequence[Scripted]] = {0: [Outcome.HANG], 1: [Outcome.INFRASTRUCTURE] * 2}
     sweep = sweep_of(budget={"trials": 9, "hours": 5.5 * TRIAL_S / 3600})
     loop = loop_of(results, ReplayLauncher(script=script, stop_at=2), sweep)
@@ -238,10 +240,10 @@ def test_attempts_that_were_in_vain_use_the_budget_too(results: Path) -> None:
     again = loop_of(results, ReplayLauncher(), sweep)
     assert again.progress().used_s == 6 * TRIAL_S
     assert run(again) is Stop.HOURS
-    assert len(again.rows) == 2
+    assert len(again.trials) == 2
 
 
-def test_progress_tells_the_time_used_and_left(results: Path) -> None:
+def test_progress_states_the_time_used_and_left(results: Path) -> None:
     watching = Watching()
     sweep = sweep_of(budget={"trials": 3, "hours": 1.0, "gpu_hours": 8 * 0.5})
     run(loop_of(results, ReplayLauncher(), sweep, observer=watching))
@@ -250,7 +252,7 @@ def test_progress_tells_the_time_used_and_left(results: Path) -> None:
     assert last.left_s == 1800 - 3 * TRIAL_S
     assert last.best is not None
     assert last.best.result.metrics == metrics_of(
-        min(step_time_ms(row.layout) for row in read_trials(results)), 0.1, memory_gib(last.best.layout)
+        min(step_time_ms(trial.layout) for trial in read_trials(results)), 0.1, memory_gib(last.best.layout)
     )
     assert watching.beats == 3
 
@@ -263,7 +265,7 @@ def uninterrupted(in_memory: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("number", range(TRIALS))
-def test_killed_during_any_trial_the_sweep_goes_on_as_if_it_never_was(
+def test_a_sweep_killed_during_any_trial_resumes_as_if_it_never_was(
     results: Path, number: int, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     launcher = ReplayLauncher(LIMIT_GIB, {number: [KilledError]})
@@ -271,32 +273,34 @@ def test_killed_during_any_trial_the_sweep_goes_on_as_if_it_never_was(
         run(loop_of(results, launcher, with_study=True))
     assert not SweepFolder(results).trial(number).result.exists()
     assert run(loop_of(results, launcher, with_study=True)) is Stop.TRIALS
-    assert launcher.numbers == [*range(number + 1), *range(number, TRIALS)], "run again, or not run again"
+    assert launcher.numbers == [*range(number + 1), *range(number, TRIALS)], (
+        "only the killed trial runs again"
+    )
     assert launcher.layouts[number] == launcher.layouts[number + 1]
     assert story(results) == uninterrupted
     assert_study_equals_folders(results)
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 7])
-def test_stopped_during_any_trial_the_sweep_goes_on_as_if_it_never_was(
+def test_a_sweep_stopped_during_any_trial_resumes_as_if_it_never_was(
     results: Path, number: int, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     launcher, tracker = ReplayLauncher(LIMIT_GIB, stop_at=number), Logged()
     loop = loop_of(results, launcher, tracker=tracker)
     assert run(loop) is Stop.INTERRUPTED
-    assert [row.number for row in loop.rows] == list(range(number))
+    assert [trial.number for trial in loop.trials] == list(range(number))
     assert read_json(TrialResult, SweepFolder(results).trial(number).result).outcome is Outcome.INTERRUPTED
     launcher.stop_at = None
     assert run(loop_of(results, launcher, tracker=tracker)) is Stop.TRIALS
     assert launcher.numbers == [*range(number + 1), *range(number, TRIALS)]
     assert story(results) == uninterrupted
     assert tracker.logged == [*range(number), *range(number), *range(number, TRIALS)], (
-        "before, at the sync, after"
+        "trials before the stop, all of them again when the sweep resumes, trials after"
     )
 
 
 @pytest.mark.parametrize("number", range(2, TRIALS))
-def test_a_larger_budget_goes_on_as_if_it_had_been_there_from_the_start(
+def test_a_sweep_with_a_larger_budget_resumes_as_if_it_had_it_from_the_start(
     results: Path, number: int, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     launcher = ReplayLauncher(LIMIT_GIB)
@@ -306,7 +310,7 @@ def test_a_larger_budget_goes_on_as_if_it_had_been_there_from_the_start(
     assert story(results) == uninterrupted
 
 
-def test_killed_before_the_trials_spec_is_written_its_number_is_used_again(
+def test_a_trial_killed_before_its_spec_is_written_gives_its_number_to_the_next(
     results: Path, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     with pytest.raises(KilledError):
@@ -317,7 +321,7 @@ def test_killed_before_the_trials_spec_is_written_its_number_is_used_again(
     assert_study_equals_folders(results)
 
 
-def test_killed_again_and_again_every_trial_still_counts_once(
+def test_every_trial_of_a_sweep_that_is_killed_often_counts_once(
     results: Path, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     launcher = ReplayLauncher(LIMIT_GIB, {n: [KilledError] * 2 for n in (0, 3, 4, 7)})
@@ -379,7 +383,7 @@ def _sql(command: str) -> Callable[[Path], None]:
         _sql("UPDATE studies SET study_name = 'another'"),
     ],
 )
-def test_a_study_that_is_gone_or_differs_is_rebuilt_from_the_folders(
+def test_a_study_that_is_missing_or_differs_is_rebuilt_from_the_folders(
     results: Path, damage: Callable[[Path], None], uninterrupted: list[tuple[Any, ...]]
 ) -> None:
     run_to_end(results, ReplayLauncher(LIMIT_GIB), sweep_of(budget={"trials": 6}), with_study=True)
@@ -393,14 +397,14 @@ def test_a_study_that_is_gone_or_differs_is_rebuilt_from_the_folders(
     assert_study_equals_folders(results)
 
 
-def test_a_study_that_agrees_is_not_written_anew(results: Path) -> None:
+def test_a_study_that_agrees_is_not_rebuilt(results: Path) -> None:
     run_to_end(results, with_study=True)
     before = [trial.datetime_complete for trial in study_of(results)]
     run_to_end(results, with_study=True)
     assert [trial.datetime_complete for trial in study_of(results)] == before
 
 
-def test_the_study_holds_what_the_folders_hold_whatever_happened(results: Path) -> None:
+def test_the_study_agrees_with_the_folders_after_every_outcome(results: Path) -> None:
     script: dict[int, Sequence[Scripted]] = {
         1: [Outcome.NAN],
         2: [Outcome.INVALID],
@@ -416,7 +420,7 @@ def test_the_study_holds_what_the_folders_hold_whatever_happened(results: Path) 
 
 
 @pytest.mark.parametrize("outcome", [Outcome.HANG, Outcome.COMMUNICATION])
-def test_a_fault_of_the_machine_is_tried_once_more(results: Path, outcome: Outcome) -> None:
+def test_a_trial_with_a_fault_of_the_machine_runs_once_more(results: Path, outcome: Outcome) -> None:
     launcher, watching = ReplayLauncher(script={1: [outcome], 2: [outcome, outcome]}), Watching()
     loop = loop_of(results, launcher, sweep_of(budget={"trials": 4}), observer=watching)
     assert run(loop) is Stop.TRIALS
@@ -429,14 +433,14 @@ def test_a_fault_of_the_machine_is_tried_once_more(results: Path, outcome: Outco
     assert [(spec.number, spec.attempt) for spec in launcher.launched] == [
         (number, attempt) for number, attempt, _ in watching.starts
     ]
-    outcomes = [row.result.outcome for row in loop.rows]
+    outcomes = [trial.result.outcome for trial in loop.trials]
     assert outcomes == [Outcome.COMPLETED, Outcome.COMPLETED, outcome, Outcome.COMPLETED]
 
 
 @pytest.mark.parametrize(
     "outcome", [Outcome.INVALID, Outcome.TIMEOUT, Outcome.TOO_SLOW, Outcome.NAN, Outcome.OOM]
 )
-def test_a_fault_of_the_layout_is_never_tried_again(results: Path, outcome: Outcome) -> None:
+def test_a_trial_with_a_fault_of_the_layout_never_runs_again(results: Path, outcome: Outcome) -> None:
     launcher = ReplayLauncher(script={1: [outcome]})
     run_to_end(results, launcher, sweep_of(budget={"trials": 3}))
     run_to_end(results, launcher, sweep_of(budget={"trials": 4}))
@@ -451,25 +455,29 @@ def test_three_failures_of_the_machine_in_a_row_stop_the_sweep_and_the_trial_run
     loop = loop_of(results, launcher, with_study=True)
     assert run(loop) is Stop.BREAKER
     assert launcher.numbers == [*range(number), *[number] * FAILURES_TO_STOP]
-    assert len(loop.rows) == number
+    assert len(loop.trials) == number
     assert run(loop_of(results, launcher, with_study=True)) is Stop.TRIALS
     assert launcher.numbers[number + FAILURES_TO_STOP :] == list(range(number, TRIALS))
     assert story(results) == uninterrupted
     assert_study_equals_folders(results)
 
 
-def test_two_failures_of_the_machine_are_forgotten_when_a_trial_ends(results: Path) -> None:
+def test_a_finished_trial_resets_the_count_of_failures_of_the_machine(results: Path) -> None:
     twice = [Outcome.INFRASTRUCTURE] * (FAILURES_TO_STOP - 1)
     launcher = ReplayLauncher(script={0: twice, 1: twice})
     assert run(loop_of(results, launcher, sweep_of(budget={"trials": 2}))) is Stop.TRIALS
     assert launcher.numbers == [0, 0, 0, 1, 1, 1]
 
 
-def test_nan_is_never_the_winner(results: Path, uninterrupted: list[tuple[Any, ...]]) -> None:
-    fastest = min((row for row in uninterrupted if row[4]), key=lambda row: float(row[4].step_time_ms))
+def test_a_trial_with_a_nan_loss_is_never_the_winner(
+    results: Path, uninterrupted: list[tuple[Any, ...]]
+) -> None:
+    fastest = min(
+        (trial for trial in uninterrupted if trial[4]), key=lambda trial: float(trial[4].step_time_ms)
+    )
     loop = loop_of(results, ReplayLauncher(LIMIT_GIB, {fastest[0]: [Outcome.NAN]}))
     run(loop)
-    winner = best_trial(loop.rows)
+    winner = best_trial(loop.trials)
     assert winner is not None
     assert winner.number != fastest[0]
     assert winner.result.outcome is Outcome.COMPLETED
@@ -485,7 +493,7 @@ def test_nan_is_never_the_winner(results: Path, uninterrupted: list[tuple[Any, .
         ({"baseline": {"tp": 1, "cp": 2}}, {}),
     ],
 )
-def test_a_sweep_whose_knobs_changed_goes_on_with_what_it_measured(
+def test_a_sweep_with_changed_knobs_resumes_with_what_it_measured(
     results: Path, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
     first, second = ReplayLauncher(LIMIT_GIB), ReplayLauncher(LIMIT_GIB)
@@ -496,11 +504,11 @@ def test_a_sweep_whose_knobs_changed_goes_on_with_what_it_measured(
     assert story(results)[:TRIALS] == earlier
     assert not set(first.layouts) & set(second.layouts)
     assert all(find_row(table_of(changed), layout) is not None for layout in second.layouts)
-    assert {row.number for row in loop.rows} == {*range(TRIALS), *second.numbers}
+    assert {trial.number for trial in loop.trials} == {*range(TRIALS), *second.numbers}
     assert_study_equals_folders(results)
 
 
-def test_fewer_knobs_leave_an_interrupted_trial_outside_the_table_and_it_runs_again(results: Path) -> None:
+def test_an_interrupted_trial_outside_the_table_of_fewer_knobs_runs_again(results: Path) -> None:
     launcher = ReplayLauncher(script={1: [KilledError]})
     with pytest.raises(KilledError):
         run(loop_of(results, launcher, with_study=True))
@@ -515,7 +523,7 @@ def test_fewer_knobs_leave_an_interrupted_trial_outside_the_table_and_it_runs_ag
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         (sweep_of(seed=7), "seed was 1234, is now 7"),
         (
@@ -524,30 +532,30 @@ def test_fewer_knobs_leave_an_interrupted_trial_outside_the_table_and_it_runs_ag
         ),
     ],
 )
-def test_the_folder_of_another_sweep_is_refused_naming_the_difference(
-    results: Path, other: Sweep, told: str
+def test_the_folder_of_another_sweep_is_refused_with_the_difference(
+    results: Path, other: Sweep, message: str
 ) -> None:
     claim(SweepFolder(results), sweep_of())
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         claim(SweepFolder(results), other)
     claim(SweepFolder(results), sweep_of(budget={"trials": 3}))
 
 
-def test_a_missing_trial_folder_among_others_is_named(results: Path) -> None:
+def test_the_error_names_a_missing_trial_folder(results: Path) -> None:
     run_to_end(results, sweep=sweep_of(budget={"trials": 4}))
     shutil.rmtree(SweepFolder(results).trial(2).path)
     with pytest.raises(InputError, match=r"t0002.*t0003"):
         loop_of(results, ReplayLauncher())
 
 
-def test_a_torn_result_is_named(results: Path) -> None:
+def test_the_error_names_a_torn_result(results: Path) -> None:
     run_to_end(results, sweep=sweep_of(budget={"trials": 2}))
     SweepFolder(results).trial(1).result.write_text('{"outcome": ')
     with pytest.raises(InputError, match=r"t0001/result\.json: is not JSON"):
         loop_of(results, ReplayLauncher())
 
 
-def test_a_trials_spec_holds_the_sweeps_workload_unchanged(results: Path) -> None:
+def test_the_spec_of_a_trial_holds_the_workload_of_the_sweep(results: Path) -> None:
     sweep, launcher = sweep_of(seed=99, budget={"trials": 2}), ReplayLauncher()
     run_to_end(results, launcher, sweep)
     for spec in launcher.launched:

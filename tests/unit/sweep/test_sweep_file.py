@@ -1,4 +1,4 @@
-"""Sweep files: what a user writes becomes the nouns, and every mistake names the file, the key and the cure."""
+"""A sweep file is resolved into a sweep; the error of every mistake names the file, the key and the cure."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def _load(folder: Path, data: object) -> Sweep:
 
 
 def _with(**changes: Any) -> dict[str, Any]:
-    """GOOD with keys replaced; `workload__model` is the key inside."""
+    """Return GOOD with keys replaced; `workload__model` is the key `model` in `workload`."""
     data = json.loads(json.dumps(GOOD))
     for key, value in changes.items():
         outer, _, inner = key.partition("__")
@@ -188,21 +188,21 @@ BAD: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_told_with_its_file_its_key_and_the_cure(tmp_path: Path, mistake: str) -> None:
-    data, told = BAD[mistake]
+def test_the_error_of_a_mistake_names_the_file_the_key_and_the_cure(tmp_path: Path, mistake: str) -> None:
+    data, cure = BAD[mistake]
     with pytest.raises(InputError) as caught:
         _load(tmp_path, data)
     message = str(caught.value)
-    assert told in message
+    assert cure in message
     assert message.startswith(str(tmp_path)) or "nowhere.yaml" in message
     assert message.count("my.yaml") <= 1
-    # Words of pydantic and Python that say nothing to whoever writes YAML.
+    # These words of pydantic and Python mean nothing to somebody who writes YAML.
     assert not re.search(
         r"tuple\[|union\[|literal\[|ClusterChoice|Input should|Value error|NoneType", message
     )
 
 
-def test_a_file_that_is_not_text_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_bytes(b"\xff\xfe\x00name")
     with pytest.raises(InputError, match=r"my\.yaml: is not a text file in UTF-8"):
@@ -210,21 +210,21 @@ def test_a_file_that_is_not_text_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["missing.yaml", "."])
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, path: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(InputError, match=r"cannot be read: (No such file|Is a directory)"):
         load_sweep(tmp_path / path, lambda: HERE)
 
 
-def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_one_error_names_several_mistakes(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         _load(tmp_path, {"name": "a", "workload": {"model": "tiny-gpt"}, "seed": "x"})
     message = str(caught.value)
-    for told in ("'workload.seq_length'", "'workload.global_batch_size'", "'cluster'", "key 'seed'"):
-        assert told in message
+    for key in ("'workload.seq_length'", "'workload.global_batch_size'", "'cluster'", "key 'seed'"):
+        assert key in message
     assert len(message.splitlines()) == 4
 
 
-def test_a_branch_is_told_by_the_keys_that_are_there(tmp_path: Path) -> None:
+def test_the_keys_of_a_mapping_tell_which_kind_of_cluster_it_is_meant_to_be(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         _load(tmp_path, _with(cluster={"name": "mine", "gpu": {"name": "X1"}}))
     message = str(caught.value)
@@ -232,7 +232,7 @@ def test_a_branch_is_told_by_the_keys_that_are_there(tmp_path: Path) -> None:
     assert "unknown key" not in message
 
 
-def test_the_least_file_takes_every_default(tmp_path: Path) -> None:
+def test_the_shortest_file_takes_every_default(tmp_path: Path) -> None:
     sweep = _load(tmp_path, GOOD)
     assert (sweep.name, sweep.workload.model, sweep.cluster) == (
         "night",
@@ -245,7 +245,7 @@ def test_the_least_file_takes_every_default(tmp_path: Path) -> None:
     assert sweep.experiment == "megatune/tiny-gpt/cpu-4"
 
 
-def test_what_the_file_states_is_what_the_sweep_holds(tmp_path: Path) -> None:
+def test_a_sweep_holds_what_its_file_states(tmp_path: Path) -> None:
     sweep = _load(
         tmp_path,
         _with(
@@ -268,7 +268,7 @@ def test_what_the_file_states_is_what_the_sweep_holds(tmp_path: Path) -> None:
     assert sweep.experiment == "night shift"
 
 
-def test_a_sweep_survives_its_own_file(tmp_path: Path) -> None:
+def test_a_sweep_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     sweep = _load(tmp_path, _with(knobs={"tp": [1, 2], "sp": [False, True]}, baseline={"tp": 2}))
     write_json(tmp_path / "sweep.json", sweep)
     assert read_json(Sweep, tmp_path / "sweep.json") == sweep
@@ -299,7 +299,7 @@ def test_models_and_clusters_may_be_written_inline(tmp_path: Path) -> None:
     assert sweep.cluster == replace(load_cluster("cpu-4"), name="m")
 
 
-def test_paths_start_at_the_sweep_file_wherever_the_user_stands(
+def test_paths_start_at_the_sweep_file_in_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("/")
@@ -313,13 +313,13 @@ def test_paths_start_at_the_sweep_file_wherever_the_user_stands(
     assert (sweep.workload.model.name, sweep.cluster.name, sweep.cluster.nodes) == ("beside", "beside", 2)
 
 
-def test_a_mistake_in_a_file_beside_is_told_with_that_file(tmp_path: Path) -> None:
+def test_the_error_names_the_file_that_the_sweep_file_refers_to(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "nods": 2}))
     with pytest.raises(InputError, match=r"cluster\.yaml: unknown key 'nods' \(did you mean 'nodes'\?\)"):
         _load(tmp_path, _with(cluster="cluster.yaml"))
 
 
-def test_a_hugging_face_config_beside_the_file_is_a_model(tmp_path: Path) -> None:
+def test_a_hugging_face_config_beside_the_sweep_file_is_a_model(tmp_path: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
