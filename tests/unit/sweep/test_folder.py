@@ -1,9 +1,6 @@
 """A results folder belongs to one sweep and one machine, and refuses others."""
 
 import json
-import multiprocessing
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.predict.calibration import Machine
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.lock import hold
 
 
 def test_a_folder_is_claimed_and_read_back(tmp_path: Path) -> None:
@@ -172,29 +168,3 @@ def test_sweep_json_keeps_the_order_of_a_knobs_values(tmp_path: Path) -> None:
     claim(folder, sweep_of(knobs={"tp": [4, 1, 2]}))
     assert json.loads(folder.identity.read_text())["domain"]["tp"] == [4, 1, 2]
     assert folder.sweep().domain["tp"] == (4, 1, 2)
-
-
-def _hold(path: Path, held: "multiprocessing.synchronize.Event") -> None:
-    with hold(SweepFolder(path).lock):
-        held.set()
-        signal.pause()
-
-
-def test_the_lock_of_a_killed_tuner_is_free(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, held))
-    process.start()
-    try:
-        assert held.wait(60)
-        with (
-            pytest.raises(InputError, match="another megatune is running this sweep"),
-            hold(SweepFolder(tmp_path).lock),
-        ):
-            pass
-    finally:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(30)
-    with hold(SweepFolder(tmp_path).lock):
-        pass

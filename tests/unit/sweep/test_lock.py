@@ -73,17 +73,25 @@ def test_the_file_names_its_holder_while_it_is_held_and_is_empty_afterwards(tmp_
         pass
 
 
-def test_a_killed_holder_is_replaced_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lock_is_refused_while_its_holder_lives_and_taken_over_once_it_is_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "lock"
     script = (
-        "import sys, os, signal, pathlib\nfrom tuner.sweep.lock import hold\n"
-        "with hold(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+        "import sys, signal, pathlib\nfrom tuner.sweep.lock import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    signal.pause()"
     )
-    killed = subprocess.Popen([sys.executable, "-c", script, str(path)])
-    killed.wait(60)
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            with pytest.raises(InputError, match="another megatune is running this sweep"), hold(path):
+                pass
+        finally:
+            holder.kill()
     with hold(path):
         pass
-    assert f"process {killed.pid}, since" in caplog.text
+    assert f"process {holder.pid}, since" in caplog.text
     assert "was killed: this one takes its place" in caplog.text
 
 
