@@ -105,29 +105,29 @@ def to_end(path: Path, trials: int, slots: int) -> float:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What the kills did."""
+    """The effects of the kills."""
 
     kills: int = 0
-    """How many tuners were killed."""
+    """Number of tuners that were killed."""
     sweeps: int = 0
-    """How many sweeps were killed at least once and came to their end."""
+    """Number of sweeps that were killed at least once and came to their end."""
     trials: int = 0
-    """How many finished trials these sweeps have."""
+    """Number of finished trials of these sweeps."""
     lost: int = 0
-    """How many trials these sweeps have fewer than a sweep that nobody killed."""
+    """Number of trials that these sweeps have fewer than a sweep that nobody killed."""
     twice: int = 0
-    """How many results were written twice, and how many layouts were searched twice."""
+    """Number of results that were written twice, and of layouts that were searched twice."""
     differing: list[str] = field(default_factory=list)
     """The first difference of each sweep from the sweep that nobody killed."""
     orphans: int = 0
-    """How many processes lived longer than ORPHANS_S after their tuner was killed."""
+    """Number of processes that lived longer than ORPHANS_S after their tuner was killed."""
     slowest_s: float = 0.0
     """The longest time that a process outlived its tuner, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repeatable:
-    """What must not depend on the kills about a finished trial."""
+    """The part of a finished trial that must not depend on the kills."""
 
     number: int
     source: str
@@ -138,7 +138,7 @@ class Repeatable:
 
 
 def repeatable_trials(path: Path) -> list[Repeatable]:
-    """Return what must not depend on the kills about each finished trial of a results folder."""
+    """Return the part of each finished trial of a results folder that must not depend on the kills."""
     return [
         Repeatable(
             trial.number,

@@ -89,7 +89,7 @@ def replayed(spec: TrialSpec, limit_gib: float) -> TrialResult:
 
 
 Scripted = Outcome | type[KilledError]
-"""How a launch ends if the formulas do not say so."""
+"""The end of a launch that does not follow the formulas."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ class ReplayLauncher:
     limit_gib: float = 1000.0
     """Memory of a GPU in GiB; layouts that need more end in OOM."""
     script: Mapping[int, Sequence[Scripted]] = field(default_factory=dict)
-    """How the launches of a trial end, in order, by its number; the formulas end its later launches."""
+    """The ends of the first launches of a trial, by its number; later launches follow the formulas."""
     stop_at: int | None = None
     """Number of the trial during which the user asks to stop; None for no trial."""
     change: Callable[[TrialSpec, TrialResult], TrialResult] | None = None

@@ -1,4 +1,4 @@
-"""What several commands share: arguments, consoles, and the readers of folders and layouts."""
+"""Arguments, consoles and readers of folders and layouts that several commands share."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Makes from a sweep file what a sweep may launch; the commands and the Python interface share it."""
+"""Reads a sweep file and prepares the table of layouts and the queue of its sweep, for commands and Python scripts."""
 
 import re
 from dataclasses import dataclass
@@ -92,12 +92,12 @@ def check_baseline(sweep: Sweep, source: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a sweep may launch, and what it launches first."""
+    """The layouts that a sweep may launch, and those that it launches first."""
 
     table: "pd.DataFrame"
     """The valid layouts that are predicted to fit, and the baseline; one row per layout."""
     queue: "tuple[Queued, ...]"
-    """What runs before the strategy chooses: the baseline, then the seeds."""
+    """The layouts that run before the strategy chooses: the baseline, then the seeds."""
     too_large: int
     """Number of valid layouts that are never launched, since they are predicted not to fit."""
 

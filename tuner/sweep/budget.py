@@ -1,4 +1,4 @@
-"""What a sweep may use, what it keeps for its finals, and why it stops. Pure."""
+"""Keeps account of the budget of a sweep: what is used, what the finals need, and when the sweep stops. Pure."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,7 +29,7 @@ before them, finals have nothing to compare.
 
 
 class Stop(Enum):
-    """Why a sweep ended."""
+    """The reason for which a sweep ended."""
 
     EXHAUSTED = "every layout is measured or ruled out"
     CONVERGED = "no layout left is likely to be worth more (budget.min_gain)"
@@ -68,7 +68,7 @@ class Deadline:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ledger:
-    """What a sweep may use and has used."""
+    """The account of a sweep: the budget, and the trials and the time that are used."""
 
     budget: Budget
     world_size: int

@@ -1,6 +1,5 @@
-"""What a sweep file says (SweepFile), and what a sweep is once nothing is left to look up (Sweep): data only.
-
-`tuner.sweep.resolution` makes the one from the other.
+"""The sweep file as its user writes it (SweepFile), and the sweep that it resolves to (Sweep). Both are data only;
+`tuner.sweep.resolution` makes a Sweep from a SweepFile.
 """
 
 import re
@@ -59,7 +58,7 @@ class Budget:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     trials: int = 40
-    """How many trials may run: search, canaries, repeats and finals together."""
+    """Number of trials that may run: search, canaries, repeats and finals together."""
     hours: float | None = None
     """Wall clock of all trials together, hours; None is no limit."""
     gpu_hours: float | None = None
@@ -71,13 +70,13 @@ class Budget:
     confidence: float = 0.95
     """The probability, that no layout left gains more than `min_gain`, at which the search stops."""
     finalists: int = 3
-    """How many of the fastest layouts run again, in turns with the baseline. 0 leaves out the finals, and disturbed
+    """Number of the fastest layouts that run again, in turns with the baseline. 0 leaves out the finals, and disturbed
     trials are not repeated either. At most half of each limit is kept for finals and repeats.
     """
     final_runs: int = 3
-    """How often each finalist and the baseline run in the finals."""
+    """Number of runs of each finalist and of the baseline in the finals."""
     canary_every: int | None = 10
-    """After how many trials of the search the baseline runs again, to measure the machine's drift; None is never."""
+    """Number of trials of the search after which the baseline runs again, to measure drift; None never repeats it."""
 
     def __post_init__(self) -> None:
         if self.finalists < 0:
@@ -99,7 +98,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
-    """Where MLflow logs the sweep."""
+    """The place where MLflow logs the sweep."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -117,7 +116,7 @@ class SweepFile:
 
     name: str
     workload: WorkloadChoice | None = None
-    """What is trained. May be None if the program states it: a recipe does, and a stated workload must then agree with
+    """The training. It may be None if the program states it: a recipe does, and a stated workload must then agree with
     it; a command of Megatron-LM does too, but a stated workload goes before it, since the command may not tell the size
     of the vocabulary.
     """
@@ -139,9 +138,11 @@ class SweepFile:
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)
     program: Literal["megatron_core"] | BridgeRecipe | MegatronLm | Command = "megatron_core"
-    """What a trial runs: Megatron-Core's own GPT, a recipe of Megatron Bridge, one of Megatron-LM, or any command."""
+    """The program that a trial runs: Megatron-Core's own GPT, a recipe of Megatron Bridge, a command line of
+    Megatron-LM, or any command.
+    """
     sampler: SamplerName = "predicted"
-    """Which strategy chooses the layouts after the seeds. `predicted` ranks by predicted step time and learns from
+    """The strategy that chooses the layouts after the seeds. `predicted` ranks by predicted step time and learns from
     every trial. The others serve as comparisons and also choose among the valid rows: `random`, Optuna's `tpe` and
     `gp`, and `grid`, which goes through the table in its own order.
     """

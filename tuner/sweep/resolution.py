@@ -113,7 +113,7 @@ def _resolve(file: SweepFile, folder: Path, detect: Callable[[], Cluster], read_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Training:
-    """What the sweep file and its program together say about the training."""
+    """The training as the sweep file and its program together state it."""
 
     workload: Workload
     baseline: Layout | None

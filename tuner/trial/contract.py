@@ -40,7 +40,7 @@ class Outcome(StrEnum):
 Phase = Literal[
     "startup", "build", "warmup", "memory", "forward", "backward", "optimizer", "measure", "teardown"
 ]
-"""What a rank does.
+"""The part of a trial that a rank is in.
 
 `startup` imports modules and joins the process group, `build` builds the model, `warmup` runs untimed steps, `memory`
 runs the step whose memory is accounted, `measure` runs timed steps, `teardown` is the end. A failure within a step may
@@ -50,7 +50,7 @@ name the part of the step instead: `forward`, `backward` or `optimizer`.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """How many steps a trial runs and times."""
+    """The number of steps that a trial runs and times."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -83,7 +83,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How long a trial may take, in seconds."""
+    """The time that a trial and its parts may take, in seconds."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -117,7 +117,7 @@ class TrialSpec:
     cluster: Cluster
     layout: Layout
     program: Program = "megatron_core"
-    """What the trial runs: a program of megatune by name, or a program of the user."""
+    """The program that the trial runs: one of megatune by its name, or one of the user."""
     measurement: Measurement = field(default_factory=Measurement)
     limits: Limits = field(default_factory=Limits)
     seed: int = 1234
@@ -144,7 +144,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankRecord:
-    """What one rank reports at its end or at its failure."""
+    """The report that one rank writes at its end or at its failure."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -153,7 +153,7 @@ class RankRecord:
     host: str
     """Name of the rank's machine."""
     phase: Phase
-    """What the rank did last."""
+    """The phase in which the rank ended."""
     step: int
     """Number of finished optimizer steps, warm-up included."""
     peak_allocated_gib: float | None = None
@@ -166,7 +166,7 @@ class RankRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """What rank 0 writes after every step, so that a hang can be told from a long step."""
+    """A sign of life that rank 0 writes when a phase begins and after every step; without new ones, the trial hangs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -179,7 +179,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Durations:
-    """How the wall clock of a trial divides, in seconds."""
+    """The wall clock of a trial and of its parts, in seconds."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -197,7 +197,7 @@ class Durations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metrics:
-    """What a completed trial measured."""
+    """The measurements of a completed trial."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -236,12 +236,12 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry:
-    """What the machine did while the steps were timed; a value is None if the machine does not report it."""
+    """The state of the machine while the steps were timed; a value is None if the machine does not report it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     samples: int
-    """How many samples were taken."""
+    """Number of samples that the other values come from."""
     power_w: float | None = None
     """Mean power of all the trial's GPUs together, W."""
     energy_j_per_token: float | None = None
@@ -262,7 +262,7 @@ class Telemetry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialResult:
-    """How a trial ended, with its evidence: the record of truth."""
+    """The end of a trial, with its evidence: the record of truth."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -271,15 +271,15 @@ class TrialResult:
     reason: str
     """One line: what happened, where, and what to do."""
     phase: Phase | None = None
-    """What the job did when it failed; None if it did not fail."""
+    """The phase in which the job failed; None if it did not fail."""
     rank: int | None = None
     """The rank that failed first; None if none did."""
     metrics: Metrics | None = None
-    """What was measured; present exactly if the outcome is completed."""
+    """The measurements; present exactly if the outcome is completed."""
     slower_than_ms: float | None = None
     """A lower bound of the step time in ms, if the trial ended before it measured one."""
     telemetry: Telemetry | None = None
-    """What the machine did meanwhile; None if nothing was sampled."""
+    """The state of the machine meanwhile; None if nothing was sampled."""
     suspicions: tuple[str, ...] = ()
     """Reasons not to trust the measurement, one line each: the machine was throttled or shared."""
     ranks: tuple[RankRecord, ...] = ()

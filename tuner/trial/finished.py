@@ -23,12 +23,12 @@ UNFINISHED: Final = frozenset({Outcome.INFRASTRUCTURE, Outcome.INTERRUPTED})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialSource:
-    """Why the sweep ran a trial; the file `source.json` in the trial's folder."""
+    """The reason for which the sweep ran a trial; the file `source.json` in the trial's folder holds it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     source: str
-    """What chose the trial.
+    """The kind of the trial.
 
     `baseline`, `seed` and `sampler` measure a layout for the first time. A `repeat` measures a disturbed trial again, a
     `canary` the baseline for the machine's drift, a `final` a finalist.
@@ -48,9 +48,9 @@ class FinishedTrial:
     number: int
     """The trial's number in its sweep, from 0."""
     source: str
-    """What chose the trial: `TrialSource.source`."""
+    """The kind of the trial: `TrialSource.source`."""
     note: str
-    """More about the choice: `TrialSource.note`."""
+    """More about where its layout comes from: `TrialSource.note`."""
     layout: Layout
     precision: Precision
     """Precision of the workload, on which depends how far apart two losses may lie."""

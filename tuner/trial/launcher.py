@@ -26,7 +26,7 @@ class LaunchPlan:
     """Files that are written before the start: content by path within the folder."""
     limits: Limits
     gpus: int = 0
-    """How many GPUs of this machine the job uses, the first that it sees; 0 on CPU."""
+    """Number of GPUs of this machine that the job uses, the first ones that it sees; 0 on CPU."""
 
     def shell_command(self) -> str:
         """Return one line for a POSIX shell that runs the trial again without the tuner."""
@@ -51,7 +51,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a trial runs. Trials in different places do not share GPUs."""
+    """The part of the machine on which a trial runs. Trials in different places do not share GPUs."""
 
     gpus: tuple[int, ...] = ()
     """Indices of this machine's GPUs that the trial uses; empty means all that the launcher sees."""

@@ -32,7 +32,7 @@ _DEVICE_TEXTS = ("cuda error", "cuda driver error", "uncorrectable ecc", "no cud
 _NON_FINITE = "NonFiniteLossError"
 """The class name of the exception by which a program says that the loss is NaN or infinite."""
 _NON_FINITE_TEXTS = ("found nan in local", "found inf in local")
-"""What Megatron's messages say of a loss or gradients that are not finite (losses.py, param_and_grad_buffer.py)."""
+"""Parts of Megatron's messages about a loss or gradients that are not finite (losses.py, param_and_grad_buffer.py)."""
 
 
 def outcome_of_failure(kind: str, message: str, phase: Phase, step: int) -> tuple[Outcome, str]:

@@ -17,12 +17,12 @@ _GIB_PER_GB: Final = 1e9 / 2**30
 
 @dataclass(frozen=True, slots=True)
 class LoggedNumber:
-    """What a number in a log is."""
+    """The meaning of a number in a log."""
 
     figure: str
     """The field of LogFigures that it gives."""
     factor: float
-    """What the number is multiplied by to have the unit of that field."""
+    """The factor that converts the number into the unit of that field."""
 
 
 FIGURES: Final[Mapping[str, LoggedNumber]] = MappingProxyType(
@@ -155,7 +155,7 @@ class MegatronLm:
 
 
 Program = str | BridgeRecipe | MegatronLm | Command
-"""What a trial runs; a plain string is the name of a program of megatune."""
+"""A program that a trial can run; a plain string is the name of a program of megatune."""
 
 BUILT_IN: Final = "megatron_core"
 """The program of megatune that trains Megatron-Core's own GPT."""

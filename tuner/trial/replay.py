@@ -11,7 +11,7 @@ class Figure:
     """One measured figure of the trial and of its rerun."""
 
     name: str
-    """What the figure is, with its unit."""
+    """The name of the figure, with its unit."""
     before: float
     after: float
 
@@ -23,7 +23,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """How a rerun compares with its trial."""
+    """The result of comparing a rerun with its trial."""
 
     same_outcome: bool
     same_speed: bool | None
