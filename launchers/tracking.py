@@ -18,7 +18,7 @@ from tuner.sweep.sinks import Sink, Snapshot
 from tuner.tracking import spool
 from tuner.tracking.follow import GAVE_UP
 from tuner.tracking.spool import Status as Status
-from tuner.tracking.spool import SweepEnd
+from tuner.tracking.spool import SweepClosing
 from tuner.tracking.uri import check_uri, default_uri, without_password
 from tuner.trial.finished import FinishedTrial
 
@@ -100,7 +100,8 @@ class Tracker(Sink):
         """End the sweep's MLflow run with its summary in Markdown; warn if MLflow lacks something after FINISH_S."""
         try:
             spool.note_end(
-                self._results, SweepEnd(status=status, ended_ms=round(time.time() * 1000), summary=summary)
+                self._results,
+                SweepClosing(status=status, ended_ms=round(time.time() * 1000), summary=summary),
             )
         except OSError as error:
             self._trouble = f"the sweep's end cannot be noted: {error}"

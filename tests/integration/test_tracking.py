@@ -32,7 +32,7 @@ from tuner.tracking.connection import MLFLOW_ENVIRONMENT, connect, open_runs
 from tuner.tracking.logs import LOG_TAIL_BYTES
 from tuner.tracking.names import BEST_METRICS, PARAMETERS, RECORD, RUN_TAGS, SWEEP_TAGS, TRIAL_TAGS
 from tuner.tracking.runs import MlflowRuns
-from tuner.tracking.spool import Entry, Spool, SweepEnd, note_end, note_start
+from tuner.tracking.spool import Entry, Spool, SweepClosing, note_end, note_start
 from tuner.tracking.uri import default_uri
 from tuner.tracking.values import config_hash, trial_metrics
 from tuner.trial.contract import Outcome
@@ -46,7 +46,9 @@ NIGHT = [
     completed_row(4, 90.0, layout=Layout(tp=4), source="final"),
 ]
 NUMBERS = [trial.number for trial in NIGHT]
-ENDED = SweepEnd(status="FINISHED", ended_ms=1_772_330_000_000, summary="# night\n" + "a finding\n" * 1000)
+ENDED = SweepClosing(
+    status="FINISHED", ended_ms=1_772_330_000_000, summary="# night\n" + "a finding\n" * 1000
+)
 ROOT = Path(__file__).parents[2]
 AT_ONCE_S = 2.0
 """The longest that a call may take which waits for nobody. It takes microseconds on a quiet machine, longer on a busy

@@ -1,9 +1,12 @@
 """The probability that a layout fits into the GPU's memory, as predicted and as finished trials correct it."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr  # type: ignore[import-untyped]
 
 from tuner.core.cluster import Cluster
@@ -102,17 +105,35 @@ class Feasibility:
     def probabilities(self) -> Floats:
         """Return the probability that each row fits, of shape [rows]."""
         weight = np.exp(self._log_weight - self._log_weight.max())
-        centre = np.broadcast_to(self._shared_errors + self._total_errors, weight.shape)
         fits = np.zeros_like(_CURVE_ROOMS)
         # The probability depends on a row's room and on the sum of both errors alone. One curve over the room costs
         # less than the posterior at each row.
-        deviations = np.hypot(self._layout_errors, self._own_total_error).ravel()
-        for number, deviation in enumerate(deviations):
-            centres, index = np.unique(np.round(centre[:, number] / _GRID_STEP), return_inverse=True)
-            weights = np.bincount(index.ravel(), weight[:, number].ravel())
-            fits += ndtr((_CURVE_ROOMS[:, None] - centres * _GRID_STEP) / deviation) @ weights
+        for number, curve in enumerate(self._curves):
+            fits += curve.fits @ np.bincount(curve.index, weight[:, number].ravel())
         probability: Floats = np.interp(self._room, _CURVE_ROOMS, fits / weight.sum())
         return probability
+
+    @cached_property
+    def _curves(self) -> tuple["_Curve", ...]:
+        """One curve per standard deviation of the layout's own error; trials change only its weights."""
+        sums = np.broadcast_to(self._shared_errors + self._total_errors, self._log_weight.shape)
+        deviations = np.hypot(self._layout_errors, self._own_total_error).ravel()
+        curves = []
+        for number, deviation in enumerate(deviations):
+            centres, index = np.unique(np.round(sums[:, number] / _GRID_STEP), return_inverse=True)
+            fits = ndtr((_CURVE_ROOMS[:, None] - centres * _GRID_STEP) / deviation)
+            curves.append(_Curve(index=index.ravel(), fits=fits))
+        return tuple(curves)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Curve:
+    """The probability to fit over the room, for one standard deviation of the layout's own error."""
+
+    index: NDArray[np.intp]
+    """Column of `fits` for each sum of both errors on the grid, flattened."""
+    fits: Floats
+    """Probability to fit for each room and each distinct sum of both errors; shape [rooms, sums]."""
 
 
 def fit_probabilities(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Floats:

@@ -22,7 +22,7 @@ from tuner.files import read_json
 from tuner.sweep.folder import SweepFolder
 from tuner.tracking.logs import log_tails
 from tuner.tracking.names import BEST_METRICS, KIND, RECORD, TRIAL
-from tuner.tracking.spool import Entry, Spool, Status, SweepEnd
+from tuner.tracking.spool import Entry, Spool, Status, SweepClosing
 from tuner.tracking.sweep_run import common_tags, ensure_experiment, ensure_sweep_run, public_sweep
 from tuner.tracking.uri import reason
 from tuner.tracking.values import clip, trial_metrics, trial_parameters, trial_tags
@@ -178,7 +178,7 @@ class MlflowRuns:
             self.run_id, metrics=points, tags=[RunTag(key, text) for key, text in tags.items()]
         )
 
-    def _set_status(self, end: SweepEnd | None) -> None:
+    def _set_status(self, end: SweepClosing | None) -> None:
         """Set the status of the sweep's run to its end, or to running; write nothing if it is set already."""
         info = self.client.get_run(self.run_id).info
         if end is None:

@@ -17,7 +17,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepEnd:
+class SweepClosing:
     """How the sweep ended: the content of `mlflow.json` in its folder, which is absent while the sweep runs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -82,14 +82,14 @@ class Spool:
             read = self._read[folder.path] = _ReadEntry(state.st_ino, state.st_mtime_ns, entry)
         return read.entry
 
-    def end(self) -> SweepEnd | None:
+    def end(self) -> SweepClosing | None:
         """Return how the sweep ended; None while it runs, or if it was killed.
 
         Raises:
             InputError: if the record cannot be read.
         """
         path = _end_path(self.results)
-        return read_json(SweepEnd, path) if path.exists() else None
+        return read_json(SweepClosing, path) if path.exists() else None
 
 
 def note_start(results: Path) -> None:
@@ -97,7 +97,7 @@ def note_start(results: Path) -> None:
     _end_path(results).unlink(missing_ok=True)
 
 
-def note_end(results: Path, end: SweepEnd) -> None:
+def note_end(results: Path, end: SweepClosing) -> None:
     """Note in a sweep's folder how the sweep ended.
 
     Raises:

@@ -7,9 +7,9 @@ import pytest
 
 from tests.trials import completed_row, failed_row, write_trial
 from tuner.errors import InputError
-from tuner.tracking.spool import Spool, SweepEnd, note_end, note_start
+from tuner.tracking.spool import Spool, SweepClosing, note_end, note_start
 
-ENDED = SweepEnd(status="FINISHED", ended_ms=1_772_330_000_000, summary="# night\n")
+ENDED = SweepClosing(status="FINISHED", ended_ms=1_772_330_000_000, summary="# night\n")
 
 
 def test_an_entry_is_a_finished_trial_whose_record_changes_with_its_result(tmp_path: Path) -> None:
