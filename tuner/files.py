@@ -170,6 +170,16 @@ def write_text(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
+def write_new_text(path: Path, text: str) -> bool:
+    """Write a text file unless there is one; returns whether it was written. Of two writers at once one succeeds."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
 def refuse_links_out(root: Path) -> None:
     """Refuse a folder with a link that leads out of it, since all that is read or written below it must lie in it.
 

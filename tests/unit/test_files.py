@@ -24,6 +24,7 @@ from tuner.files import (
     read_yaml_data,
     to_data,
     write_json,
+    write_new_text,
     write_text,
 )
 
@@ -205,6 +206,13 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     reader.join()
     assert texts_read <= texts
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_two_who_write_a_new_file_the_first_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    assert write_new_text(path, "first")
+    assert not write_new_text(path, "second")
+    assert path.read_text() == "first"
 
 
 def test_a_number_that_json_lacks_is_not_written(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tuner.cli.progress import LiveProgress, PlainProgress
 from tuner.cli.session import SweepEnd, SweepStart, run_sweep
 from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
-from tuner.files import make_folder, write_text
+from tuner.files import make_folder, write_new_text
 from tuner.report.terminal import terminal_table
 from tuner.sweep.budget import Stop, deadline_of, is_finished
 from tuner.sweep.folder import SweepFolder
@@ -87,10 +87,8 @@ def _recipes_file(
     if given is not None:
         raise InputError(f"{given}: a sweep file and --recipe {recipe}: give one of the two")
     path, text = results / recipe_name(recipe, gpus) / "sweep.yaml", recipe_sweep(recipe, gpus, cluster)
-    if not path.exists():
-        make_folder(path.parent)
-        write_text(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+    make_folder(path.parent)
+    if not write_new_text(path, text) and path.read_text(encoding="utf-8") != text:
         raise InputError(
             f"{path}: is there already, and says something else than --recipe {recipe} does: go on with it by "
             f"`megatune sweep {path}`, or choose another --results"

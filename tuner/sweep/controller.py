@@ -92,7 +92,7 @@ class Controller:
                     self.searcher = self.search.searcher(self.state)
                     self._open()
                 case Wait():
-                    self._take_event()
+                    self._wait()
                 case Finish(reason):
                     for sink in self.sinks:
                         sink.closed(reason.value)
@@ -141,7 +141,13 @@ class Controller:
         spec = trial_spec(self.sweep, trial.number, trial.attempt, trial.layout, launch.give_up_above_ms)
         self.runner.submit(spec, folder)
 
-    def _take_event(self) -> None:
+    def _wait(self) -> None:
+        """Wait until a trial has ended or somebody has asked for something: nothing else changes what comes next."""
+        while not self._take_event() and not self._take_halt():
+            pass
+
+    def _take_event(self) -> bool:
+        """Take in the runner's next event; returns whether an attempt ended."""
         event = self.runner.next_event(_POLL_S)
         match event:
             case Beat(number=number, heartbeat=heartbeat):
@@ -150,8 +156,7 @@ class Controller:
             case AttemptEnded():
                 self._last_s = self.clock.monotonic()
                 self._ended(event)
-            case None:
-                pass
+        return isinstance(event, AttemptEnded)
 
     def _ended(self, event: AttemptEnded) -> None:
         trial = self.state.running_trial(event.number)
@@ -168,9 +173,10 @@ class Controller:
         for sink in self.sinks:
             sink.ended(finished, self.searcher.pruned - pruned, snapshot)
 
-    def _take_halt(self) -> None:
-        """Take in what a signal or a request asks for."""
-        if self.stop.is_set() and self.state.halt is not Halt.STOPPING:
+    def _take_halt(self) -> bool:
+        """Take in what a signal or a request asks for; returns whether either asked for anything."""
+        is_stopped = self.stop.is_set() and self.state.halt is not Halt.STOPPING
+        if is_stopped:
             self.state = advanced(self.state, HaltAsked(Halt.STOPPING))
         request = take_request(self.folder)
         if request is not None:
@@ -180,6 +186,7 @@ class Controller:
             snapshot = self._snapshot()
             for sink in self.sinks:
                 sink.halted(snapshot, request.id)
+        return is_stopped or request is not None
 
 
 def resumed(
