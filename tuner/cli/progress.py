@@ -68,7 +68,8 @@ def outcome_line(row: FinishedTrial, pruned: int) -> str:
 
 def _shown(origin: FinishedTrial | TrialSource) -> str:
     """Why a trial runs, as a line names it."""
-    return f"{origin.source}, refinement" if origin.around else origin.source
+    is_refinement = bool(origin.around) and origin.source == "sampler"
+    return f"{origin.source}, refinement" if is_refinement else origin.source
 
 
 class PlainProgress(Sink):
