@@ -10,6 +10,7 @@ from typing import ClassVar, Final
 import pandas as pd
 from pydantic import ConfigDict
 
+from tuner.errors import InputError
 from tuner.files import STRICT, read_json, write_json
 from tuner.search.stopping import Certainty
 from tuner.sweep.folder import SweepFolder
@@ -100,8 +101,11 @@ class Status:
 
 
 def read_status(folder: SweepFolder) -> Status | None:
-    """The status in a results folder; None if no tuner wrote one. Raises InputError if it cannot be read."""
-    return read_json(Status, folder.status) if folder.status.exists() else None
+    """The status in a results folder; None if there is none, or none that this version can read: it is only a view."""
+    try:
+        return read_json(Status, folder.status)
+    except InputError:
+        return None
 
 
 class StatusFile(Sink):

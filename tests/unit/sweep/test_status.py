@@ -86,6 +86,13 @@ def test_a_sweep_without_a_tuner_has_no_status(results: Path) -> None:
     assert read_status(SweepFolder(results)) is None
 
 
+def test_a_status_that_cannot_be_read_counts_as_none(results: Path) -> None:
+    watched(results)
+    folder = SweepFolder(results)
+    folder.status.write_text('{"halt": "running"}')
+    assert read_status(folder) is None
+
+
 def test_a_heartbeat_shows_within_a_second(results: Path) -> None:
     folder, now_s = SweepFolder(results), [100.0]
     sink = StatusFile(folder, world_size=8, near=0.05, clock_s=lambda: now_s[0])
