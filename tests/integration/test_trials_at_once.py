@@ -12,10 +12,23 @@ import pytest
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.processes import marked_processes
+from search_spaces.loader import load_cluster
+from tests import kills
 from tests.faults import LIMITS, Programs, spec_for
 from tests.integration.test_forked_and_cold import SPEC
-from tuner.files import read_json
+from tuner.files import parse, read_json
+from tuner.search.grid import grid_space
+from tuner.sweep.budget import Stop
+from tuner.sweep.configuration import SweepFile
+from tuner.sweep.controller import resumed
+from tuner.sweep.folder import SweepFolder
+from tuner.sweep.resolution import resolve
+from tuner.sweep.restore import restored
+from tuner.sweep.runner import ThreadRunner
+from tuner.sweep.sinks import Sink, Snapshot
+from tuner.sweep.state import RunningTrial
 from tuner.trial.contract import Heartbeat, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.launcher import Place
 
 COLD = TorchrunLauncher(programs=Programs(), grace_s=1.0)
 
@@ -116,3 +129,34 @@ def test_both_train_a_model_and_reach_equal_losses(
     measured = [trial.result().metrics for trial in trials]
     assert None not in measured, [trial.result().reason for trial in trials]
     assert len({(metrics.losses, metrics.grad_norms) for metrics in measured if metrics}) == 1
+
+
+def test_a_sweep_with_two_trials_in_flight_is_stopped_and_leaves_no_process(tmp_path: Path) -> None:
+    stop, folder = threading.Event(), SweepFolder(tmp_path / "night")
+    keys = {**kills.SWEEP, "budget": {"trials": 9, "min_gain": None, "finalists": 0}}
+    sweep = resolve(parse(SweepFile, keys, "night"), "night", Path(), lambda: load_cluster("cpu-4"))
+    sweep = replace(sweep, program="beats_forever")
+
+    class StopOnceTwoRun(Sink):
+        def begun(self, trial: RunningTrial, snapshot: Snapshot) -> None:
+            if len(snapshot.state.running) == 2:
+                threading.Timer(1.0, stop.set).start()
+
+    with folder.claimed(sweep), Preload(folder.path) as preload:
+        launcher = TorchrunLauncher(programs=Programs(), start=preload.start, cores=4096)
+        with ThreadRunner(launcher, stop, (Place(), Place())) as runner:
+            controller = resumed(
+                sweep,
+                table=grid_space(sweep.problem).table,
+                queue=(),
+                folder=folder,
+                runner=runner,
+                stop=stop,
+                sinks=[StopOnceTwoRun()],
+            )
+            assert controller.run() is Stop.INTERRUPTED
+    results = [read_json(TrialResult, folder.trial(number).result).outcome for number in (0, 1)]
+    assert results == [Outcome.INTERRUPTED, Outcome.INTERRUPTED]
+    assert marked_processes(str(tmp_path.absolute())) == []
+    state = restored(folder, sweep)
+    assert ([trial.number for trial in state.waiting], state.ended) == ([0, 1], ())
