@@ -15,7 +15,7 @@ Bools = NDArray[np.bool_]
 
 
 class Texts(NamedTuple):
-    """A column of texts, which holds each distinct text once: a question is asked once per text, not once per row."""
+    """A column of texts that holds each distinct text once, so that a test runs once per text and not once per row."""
 
     codes: NDArray[np.int8]
     """Index in `categories` of the text of each row."""
@@ -26,7 +26,8 @@ class Texts(NamedTuple):
 class Columns:
     """The knobs of many layouts: one array per knob (`Texts` for texts), all of one length.
 
-    Sizes are returned as int64, so that their products cannot overflow.
+    Sizes are returned as int64, so that their products cannot overflow. "The rows where" a condition holds are returned
+    as a mask of shape [rows].
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -41,28 +42,31 @@ class Columns:
         return np.asarray(self.column(knob), dtype=np.int64)
 
     def on(self, knob: str) -> Bools:
-        """Return where a switch is on."""
+        """Return the rows where the switch `knob` is on."""
         return np.asarray(self.column(knob), dtype=np.bool_)
 
     def text(self, knob: str, accepts: Callable[[str], bool]) -> Bools:
-        """Return where `accepts` holds for the text of a knob."""
+        """Return the rows where `accepts` is true of the text of `knob`; it is called once per distinct text."""
         column = self.column(knob)
         accepted = np.array([accepts(category) for category in column.categories], dtype=np.bool_)
         mask: Bools = accepted[column.codes]
         return mask
 
     def text_sizes(self, knob: str, size: Callable[[str], int]) -> Ints:
-        """Return `size` of the text of a knob, for every row."""
+        """Return the result of `size` for the text of `knob` in every row; it is called once per distinct text."""
         column = self.column(knob)
         sizes = np.array([size(category) for category in column.categories], dtype=np.int64)
         return np.asarray(sizes[column.codes], dtype=np.int64)
 
     def among(self, knob: str, *values: str) -> Bools:
-        """Return where a text knob has one of `values`."""
+        """Return the rows where the text of `knob` is one of `values`."""
         return self.text(knob, lambda text: text in values)
 
     def text_with(self, knob: str, size: str, accepts: Callable[[str, int], bool]) -> Bools:
-        """Return where `accepts` holds for a text and a size knob; it is called once per pair of distinct values."""
+        """Return the rows where `accepts` is true of the text of `knob` and the value of the size knob `size`.
+
+        `accepts` is called once per pair of a distinct text and a distinct size.
+        """
         column, sizes = self.column(knob), self[size]
         accepted = np.zeros((len(column.categories), int(sizes.max(initial=0)) + 1), dtype=np.bool_)
         for number in np.flatnonzero(np.bincount(sizes)):
@@ -71,16 +75,16 @@ class Columns:
         return mask
 
     def recomputes(self, module: str) -> Bools:
-        """Return where `recompute_modules` names `module`, whatever the granularity."""
+        """Return the rows where `recompute_modules` names `module`, whatever the granularity."""
         return self.text("recompute_modules", lambda text: module in module_names(text))
 
     def drops(self, module: str) -> Bools:
-        """Return where selective recompute drops `module`, by its name or by default."""
+        """Return the rows where selective recompute drops `module`, by its name or by default."""
         dropped = self.text("recompute_modules", lambda text: module in recomputed_modules(text))
         return self.among("recompute_granularity", "selective") & dropped
 
     def graphs(self, part: str) -> Bools:
-        """Return where the scope of CUDA graphs names `part`."""
+        """Return the rows where the scope of CUDA graphs names `part`."""
         return self.text("cuda_graph_scope", lambda text: part in module_names(text))
 
     @classmethod

@@ -61,7 +61,7 @@ def _default_queues(layout: Layout, cluster: Cluster) -> int:
 
 
 RECORDED = ("CUBLAS_", "CUDA_", "GLOO_", "MEGATUNE_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "UCX_")
-"""Prefixes of the variables that a measurement may depend on; a record does not keep even the names of others."""
+"""Prefixes of the variables that a measurement may depend on; a record keeps not even the names of other variables."""
 _RECORDED_NAMES = frozenset({"LD_LIBRARY_PATH", "MKL_NUM_THREADS", "OMP_NUM_THREADS"})
 """Further variables that a measurement may depend on."""
 _SECRET_WORDS = re.compile(

@@ -53,7 +53,7 @@ class Layout:
     cp: int = _knob(1, "model.context_parallel_size", "--context-parallel-size", "cp")
     ep: int = _knob(1, "model.expert_model_parallel_size", "--expert-model-parallel-size", "ep")
     etp: int = _knob(1, "model.expert_tensor_parallel_size", "--expert-tensor-parallel-size", "etp")
-    """Always stated, since None means tp to Megatron-Core and 1 to Megatron Bridge."""
+    """Ranks that split each expert. Always stated, since None means tp to Megatron-Core and 1 to Megatron Bridge."""
     sp: bool = _knob(False, "model.sequence_parallel", "--sequence-parallel", "sp")
     micro_batch_size: int = _knob(1, "train.micro_batch_size", "--micro-batch-size", "mbs")
     """Samples that a rank takes through the model at once."""
@@ -202,7 +202,7 @@ MOE_KNOBS: tuple[str, ...] = (
     "overlap_moe_expert_parallel_comm",
     "delay_wgrad_compute",
 )
-"""The knobs without a meaning for a dense model."""
+"""The knobs that have no meaning for a dense model."""
 
 ENVIRONMENT_KNOBS: tuple[str, ...] = tuple(
     knob.name for knob in fields(Layout) if knob.metadata["megatron"].startswith("env_vars.")

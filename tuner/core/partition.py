@@ -24,7 +24,7 @@ class Partition:
     embeddings: Ints
     """1 for the chunk that holds the embedding, else 0."""
     mtp_layers: Ints
-    """Layers of multi-token prediction."""
+    """Layers of multi-token prediction in the chunk."""
     losses: Ints
     """1 for the chunk that holds the final norm, the output layer and the loss, else 0."""
     is_written: bool

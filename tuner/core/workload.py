@@ -189,7 +189,7 @@ class Workload:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes of one weight in the model, beside any copies in 8 or 4 bits; an activation has as many."""
+        """Return the bytes of one weight in the model, without copies in 8 or 4 bits; an activation has as many."""
         return 4 if self.precision == "fp32" else 2
 
     @property

@@ -11,7 +11,7 @@ _NONE_AT_ZERO = {
     "microbatch_group_size_per_vp_stage",
     "recompute_num_layers",
 }
-"""Knobs whose 0 is None in Megatron."""
+"""Knobs whose value 0 stands for Megatron's None."""
 _FULL_ITERATION = "full_iteration"
 """The scope, or implementation, of one graph for the whole step."""
 
@@ -34,7 +34,7 @@ def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any
 
     Args:
         layout: The layout.
-        base: With it, only the knobs that differ from it.
+        base: If given, only the knobs that differ from this layout are returned.
     """
     values = {
         knob.metadata["megatron"]: megatron_value(knob.name, getattr(layout, knob.name))

@@ -35,8 +35,8 @@ def needs_at_least_as_much_memory(
     - micro_batch_size is larger: min(pp, M) micro-batches of gbs/(dp*M) samples are in flight, which never shrinks as M
       falls. Plain Torch also keeps tensors of a fixed size per micro-batch (see `_fills_the_pipeline`).
     - recompute is off, if the layout has enough layers per stage (see `_may_drop_recompute`).
-    - use_distributed_optimizer is off, on CUDA: each rank then holds the whole state instead of a shard. Not on CPU:
-      Gloo copies the gradients that it scatters, and the copy may outweigh the shards.
+    - use_distributed_optimizer is off, on CUDA: each rank then holds the whole state instead of a shard. On CPU the
+      knob must be equal: Gloo copies the gradients that it scatters, and the copy may outweigh the shards.
     - nccl_nvls_enable is on: NCCL then takes its buffers in addition to everything else.
     - cpu_offloading_num_layers is 0: the activations of every layer then stay. Two counts above 0 are not compared,
       since their layers leave at different moments.
@@ -44,7 +44,7 @@ def needs_at_least_as_much_memory(
 
     Other knobs must be equal even if the direction is almost sure. FSDP gathers and scatters through buffers that the
     weights of a small model do not outweigh. CUDA graphs and registered buffers have memory of their own kind.
-    Expandable segments usually reserve less, which is no theorem.
+    Expandable segments usually reserve less memory, but this is not proven.
     """
     mask = _differs_upwards(table, layout, _may_drop_recompute(layout, workload, cluster))
     if cluster.device == "cpu":
@@ -57,7 +57,7 @@ def needs_at_least_as_much_memory(
 
 
 def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -> Bools:
-    """Return the rows of which every knob but pp is equal to the layout's or differs in the stated direction."""
+    """Return the rows in which every knob but pp is equal to the layout's or differs in the stated direction."""
     mask: Bools = np.ones(len(table), dtype=bool)
     same_or_no_recompute = np.ones(len(table), dtype=bool)
     for knob in KNOBS:
@@ -80,17 +80,21 @@ def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bo
 
 
 def _equal(table: pd.DataFrame, knob: str, value: object) -> Bools:
-    """Return the rows in which a knob has a value; the codes of a categorical column are compared, not its texts."""
+    """Return the rows in which `knob` has the value `value`, as a mask of shape [rows].
+
+    A categorical column is compared by its codes instead of its texts.
+    """
     column = table[knob]
     values = column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
     return np.asarray(values == value, dtype=np.bool_)
 
 
 def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows that have as many micro-batches in flight as the pipeline takes.
+    """Return the rows that have as many micro-batches as the pipeline can hold in flight, as a mask of shape [rows].
 
-    Torch's attention keeps rotary tables and masks that do not grow with the micro-batch. With fewer micro-batches in
-    flight than the pipeline takes, a larger micro-batch would keep fewer of these tables.
+    Torch's attention keeps rotary tables and masks for each micro-batch, whose size does not depend on the number of
+    samples in it. If the micro-batches do not fill the pipeline, a layout with larger and therefore fewer micro-batches
+    keeps fewer of these tables.
     """
     c = Columns.of(table[[*_IN_FLIGHT]])
     dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
@@ -103,7 +107,7 @@ def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluste
 
 
 def _may_drop_recompute(layout: Layout, workload: Workload, cluster: Cluster) -> bool:
-    """Whether a stage provably keeps no less without any recompute than with the layout's recompute.
+    """Return whether a stage provably keeps no less without any recompute than with the layout's recompute.
 
     Two kinds of recompute are not compared with each other. While layers are recomputed, a stage holds what these
     layers keep, and besides that their inputs and the output that is made again: at most four hidden states per layer.
@@ -180,10 +184,10 @@ def _added_bytes(pp: Ints, layout: Layout, workload: Workload) -> Floats:
 def _taken_bytes(distributed: Bools, layout: Layout, workload: Workload, cluster: Cluster) -> Floats:
     """Return an upper bound of the bytes that merging takes from the peak of a stage.
 
-    Merging takes the messages with a stage that is now part of the stage itself. It takes the gradient of the
-    embedding, which comes when a merged stage has freed more layers. With a distributed optimizer it takes a part of
-    the shard of the vocabulary's state, which shrinks as dp grows. The shards of the layers keep their size: k times
-    the layers over k times the ranks.
+    Merging removes the messages between stages that become one stage. It removes the gradient of the embedding, which
+    is made at a time when the merged stage has freed more layers. With a distributed optimizer it removes a part of the
+    shard of the vocabulary's state, since this shard shrinks as dp grows. The shards of the layers keep their size,
+    since k times the layers are split over k times the ranks.
     """
     model, tp = workload.model, layout.tp
     weight_bytes = workload.weight_bytes

@@ -28,8 +28,8 @@ ROUTED_LAYOUT_ERROR: Final = 0.05
 """`LAYOUT_ERROR` of a model whose router is free to load its experts unevenly (tuner/predict/routing.py). Assumed:
 which rank gets the most tokens is luck."""
 LAYOUT_ERROR_FACTOR: Final = 2.0
-"""Factor by which the standard deviation of a layout's own error is uncertain: one prior deviation of its logarithm to
-base 2. Assumed."""
+"""Factor by which the standard deviation of a layout's own error grows per prior standard deviation of its logarithm.
+Assumed."""
 TOTAL_ERROR: Final = 0.02
 """Prior standard deviation of log(total / predicted total) on CUDA, beyond the uncertainty of what is held beside the
 allocated memory. It stands both for the error that all layouts share and for a layout's own. Assumed."""
@@ -40,7 +40,7 @@ where a GPU has less memory than what is predicted beside the allocated memory. 
 _GRID_STEP: Final = 0.004
 """Distance between two points of the posterior's grid, as a logarithm."""
 _CURVE_ROOMS: Final = np.linspace(-0.7, 0.7, 401)
-"""Logarithms of room at which the curve of probabilities is computed."""
+"""Rooms, as logarithms, at which the probability to fit is computed (see `Feasibility._room`)."""
 
 
 class Feasibility:
@@ -106,8 +106,8 @@ class Feasibility:
         """Return the probability that each row fits, of shape [rows]."""
         weight = np.exp(self._log_weight - self._log_weight.max())
         fits = np.zeros_like(_CURVE_ROOMS)
-        # The probability depends on a row's room and on the sum of both errors alone. One curve over the room costs
-        # less than the posterior at each row.
+        # The probability depends only on a row's room and on the sum of both errors. A curve over the room, computed
+        # once, costs less than the posterior at each row.
         for number, curve in enumerate(self._curves):
             fits += curve.fits @ np.bincount(curve.index, weight[:, number].ravel())
         probability: Floats = np.interp(self._room, _CURVE_ROOMS, fits / weight.sum())
@@ -115,7 +115,10 @@ class Feasibility:
 
     @cached_property
     def _curves(self) -> tuple["_Curve", ...]:
-        """One curve per standard deviation of the layout's own error; trials change only its weights."""
+        """Return one curve per standard deviation of the layout's own error.
+
+        A trial changes only the weights with which `probabilities` adds up the curves.
+        """
         sums = np.broadcast_to(self._shared_errors + self._total_errors, self._log_weight.shape)
         deviations = np.hypot(self._layout_errors, self._own_total_error).ravel()
         curves = []
@@ -128,7 +131,7 @@ class Feasibility:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Curve:
-    """The probability to fit over the room, for one standard deviation of the layout's own error."""
+    """The probability to fit as a function of the room, for one standard deviation of the layout's own error."""
 
     index: NDArray[np.intp]
     """Column of `fits` for each sum of both errors on the grid, flattened."""

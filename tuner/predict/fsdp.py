@@ -15,17 +15,17 @@ from tuner.predict.time.collectives import ProcessGroups
 from tuner.predict.time.rates import Rates
 
 PREFETCHED_WEIGHTS: Final = 500_000_000
-"""Weights that are gathered ahead of the layer that needs them. Published: megatron_fsdp.py,
+"""Number of weights that are gathered ahead of the layer that needs them. Published: megatron_fsdp.py,
 suggested_AG_prefetch_size."""
 UNITS_AT_ONCE: Final = 2
 """Layers whose gradients are whole at once: one is filled while the one before is scattered. With double buffers, as
 many layers have whole weights. Published: megatron_fsdp.py, param_and_grad_buffer.py."""
 LEAST_BUCKET: Final = 40_000_000
-"""Gradients that Megatron's DDP reduces together, at least, if layers are not units. Published:
+"""Smallest number of gradients that Megatron's DDP reduces together if layers are not units. Published:
 distributed_data_parallel.py, bucket_size."""
 BUCKET_PER_RANK: Final = 1_000_000
-"""Gradients per rank that Megatron's DDP reduces together, at least. Published: distributed_data_parallel.py,
-bucket_size."""
+"""Smallest number of gradients per rank that Megatron's DDP reduces together. Published:
+distributed_data_parallel.py, bucket_size."""
 BACKWARD_SHARE: Final = 2 / 3
 """Share of the backward pass in the time of a micro-batch; gradients travel beside it, and parameters travel beside the
 forward pass. It follows from the FLOPs: the backward pass has twice as many as the forward pass."""
@@ -40,9 +40,10 @@ class Shares(NamedTuple):
 
 
 def shares(c: Columns, ranks: Ints) -> Shares:
-    """Return over how many ranks the state of weights is split that `ranks` ranks share.
+    """Return the number of ranks over which each part of the state is split, for weights that `ranks` ranks share.
 
-    Megatron-FSDP splits by its strategy; without it, the distributed optimizer splits only its own state.
+    Megatron-FSDP splits the parts that its sharding strategy names. Without Megatron-FSDP, the distributed optimizer
+    splits only the optimizer's state.
     """
     one = np.ones_like(ranks)
     fsdp, split_optimizer = c.on("use_megatron_fsdp"), c.on("use_distributed_optimizer")
@@ -57,17 +58,17 @@ def shares(c: Columns, ranks: Ints) -> Shares:
 
 
 def bucket(ranks: Ints) -> Ints:
-    """Return how many gradients are reduced together over so many ranks."""
+    """Return how many gradients are reduced together over `ranks` ranks."""
     return np.maximum(LEAST_BUCKET, BUCKET_PER_RANK * ranks)
 
 
 def gathers_weights(c: Columns) -> Bools:
-    """Return where each rank holds only a part of the weights."""
+    """Return the rows where each rank holds only a part of the weights."""
     return c.on("use_megatron_fsdp") & _strategy(c, "optim_grads_params")
 
 
 def scatters_gradients(c: Columns) -> Bools:
-    """Return where each rank holds only a part of the gradients."""
+    """Return the rows where each rank holds only a part of the gradients."""
     return c.on("use_megatron_fsdp") & _strategy(c, "optim_grads", "optim_grads_params")
 
 
@@ -85,10 +86,10 @@ def whole_bytes(
     table_weights: Floats,
     ranks: Ints,
 ) -> Floats:
-    """Return the bytes of weights and gradients that stages hold whole for a while.
+    """Return the bytes of the unsplit weights and gradients that each rank of a stage holds for a time.
 
-    Layers are gathered one at a time, and as many weights ahead as are prefetched; embedding and output layer are
-    gathered by themselves. Registered buffers (nccl_ub) hold two layers each, for the whole run.
+    Layers are gathered one at a time, and further weights are prefetched (`PREFETCHED_WEIGHTS`). The embedding and the
+    output layer are gathered by themselves. Registered buffers (nccl_ub) hold two layers each, for the whole run.
 
     Args:
         c: The layouts.

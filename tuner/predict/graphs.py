@@ -12,11 +12,11 @@ import numpy as np
 from tuner.core.columns import Bools, Columns, Floats, Ints
 
 REPLAY: Final = 0.06
-"""Launches of a replay, which copies its inputs to where the graph reads them, over the launches of a dense layer's
-pass. Assumed: about five launches of the 80 of a layer."""
+"""Launches of one replay of a graph, as a share of the launches of a dense layer's pass; a replay copies the inputs to
+where the graph reads them. Assumed: a replay takes about five launches, and the pass of a layer 80."""
 HALF: Final = 0.5
-"""Share of attention with its norm in the launches of a dense layer's pass. The MLP of a dense layer has as many, and
-so have the router and the preparation of the dispatch in a layer with experts. Measured: counted with FORWARD_LAUNCHES
+"""Share of a dense layer's launches that attention and its norm take. The MLP of a dense layer takes as many, and so do
+the router and the preparation of the dispatch in a layer with experts. Measured: counted with FORWARD_LAUNCHES
 (tuner/predict/time), which is 80."""
 STATIC_STATES: Final = 2
 """Hidden states that a captured layer holds per micro-batch in flight: the output of its graph, and the gradient that
@@ -30,23 +30,23 @@ since the memory of a graph is its own. Published: 153 GiB instead of 143 GiB in
 
 
 def captures(c: Columns) -> Bools:
-    """Return where any graph is captured."""
+    """Return the rows where any graph is captured."""
     captured: Bools = ~c.among("cuda_graph_impl", "none")
     return captured
 
 
 def whole_iteration(c: Columns) -> Bools:
-    """Return where one graph is the whole forward and backward pass."""
+    """Return the rows where one graph holds the whole forward and backward pass."""
     return captures(c) & c.text("cuda_graph_scope", lambda scope: "full_iteration" in scope.split("+"))
 
 
 def launches(c: Columns, moe: bool, eager: Floats | float) -> Floats | float:
-    """Return what the host launches per pass through a layer, in launches of a dense layer's pass.
+    """Return the host's launches per pass through a layer, as a multiple of a dense layer's.
 
     Args:
         c: The layouts.
         moe: Whether the layer has experts.
-        eager: What the host launches without graphs.
+        eager: The host's launches without graphs, as a multiple of a dense layer's.
     """
     graph = captures(c)
     if not graph.any():
@@ -75,7 +75,7 @@ def static_bytes(c: Columns, row: Ints, layers: Floats, state: Floats, activatio
         row: Index of the layout of each stage.
         layers: Layers in flight on each stage, over all micro-batches.
         state: Bytes of a hidden state, one value per layout.
-        activations: Bytes that activations hold on each stage at its peak.
+        activations: Bytes of activations on each stage at its peak.
     """
     of_layers = STATIC_STATES * layers * state[row]
     held = np.where(whole_iteration(c)[row], ITERATION_SHARE * activations, of_layers)

@@ -9,8 +9,8 @@ from tuner.core.columns import Bools, Columns, Floats, Ints
 from tuner.predict.time.collectives import NVLINK_EFFICIENCY, ProcessGroups
 
 SWITCH_SPEEDUP: Final = 480 / 370
-"""Bus bandwidth of an all-reduce with NVLS over that without. Published: 480 and 370 GB/s on 8 H100 (S. Jeaugey, NCCL's
-author, in github.com/NVIDIA/nccl-tests/issues/212)."""
+"""Bus bandwidth of an all-reduce with NVLS, over its bus bandwidth without NVLS. Published: 480 and 370 GB/s on 8 H100
+(S. Jeaugey, NCCL's author, in github.com/NVIDIA/nccl-tests/issues/212)."""
 REGISTERED_EFFICIENCY: Final = 370 / 450
 """Share of NVLink's rate that NCCL reaches at any size if it need not copy through buffers of its own; the protocol
 takes the rest. Published: 370 of 450 GB/s (github.com/NVIDIA/nccl-tests/issues/212)."""
@@ -23,7 +23,7 @@ src/transport/nvls.cc, ncclNvlsBufferSetup."""
 NVLS_CHANNELS: Final = 16
 """Channels that NVLS uses. Published: NCCL, src/init.cc, nvlsChannels of Hopper."""
 MOST_HEADS: Final = 32
-"""Most ranks that a switch reduces for in one group. Published: NCCL, NCCL_MAX_NVLS_ARITY."""
+"""Largest number of ranks in a group that a switch reduces for. Published: NCCL, NCCL_MAX_NVLS_ARITY."""
 
 
 def can_reduce(size: Ints, cluster: Cluster) -> Bools:

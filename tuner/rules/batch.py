@@ -16,13 +16,13 @@ GROUP_KNOBS = f"{BATCH_KNOBS} vpp microbatch_group_size_per_vp_stage"
 
 
 def _dense_grid_fits(columns: Columns, cluster: Cluster) -> Bools:
-    """Tell where dp is a whole number; the rules of this module judge no other layout."""
+    """Return the rows where dp is a whole number; the rules of this module judge no other layout."""
     fits: Bools = cluster.world_size % (columns["tp"] * columns["pp"] * columns["cp"]) == 0
     return fits
 
 
 def _samples_per_micro_batch(columns: Columns, cluster: Cluster) -> Ints:
-    """Return the samples that all replicas together take with one micro-batch each; 1 where dp isn't whole."""
+    """Return the samples in one micro-batch of every replica together; 1 where dp isn't a whole number."""
     dp = data_parallel_size(cluster.world_size, columns["tp"], columns["pp"], columns["cp"])
     return np.where(_dense_grid_fits(columns, cluster), columns["micro_batch_size"] * dp, 1)
 
@@ -33,7 +33,7 @@ def _batch_divides(columns: Columns, workload: Workload, cluster: Cluster) -> Bo
 
 
 def _interleaves(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where the interleaved schedule runs on a whole number of micro-batches."""
+    """Return the rows where the interleaved schedule runs on a whole number of micro-batches."""
     interleaved = (columns["vpp"] > 1) & (columns["pp"] > 1)
     return interleaved & _dense_grid_fits(columns, cluster) & _batch_divides(columns, workload, cluster)
 

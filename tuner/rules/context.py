@@ -17,7 +17,7 @@ def _keys_and_values_differ(model: Model) -> bool:
 
 
 def _a2a_gives_whole_heads(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where every context rank gets whole heads and whole query groups, which the all-to-all exchange needs."""
+    """Return the rows where every context rank gets whole heads and query groups, as the all-to-all exchange needs."""
     ranks = columns["tp"] * columns["cp"]
     whole_heads = workload.model.num_attention_heads % ranks == 0
     whole_groups = workload.model.num_query_groups % ranks == 0

@@ -47,7 +47,7 @@ def _backend_runs_on_gpu(columns: Columns, workload: Workload, cluster: Cluster)
 
 
 def _overlap_has_one_connection(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    """Tell where communication can overlap with compute.
+    """Return the rows where communication can overlap with compute.
 
     GPUs older than Blackwell start communication ahead of the compute that hides it only if both share one connection.
     """

@@ -18,12 +18,12 @@ def _without_graphs(columns: Columns) -> Bools:
 
 
 def _te_graphs(columns: Columns) -> Bools:
-    """Tell where Transformer Engine captures the graphs."""
+    """Return the rows where Transformer Engine captures the graphs."""
     return columns.among("cuda_graph_impl", "transformer_engine")
 
 
 def _local_graphs(columns: Columns) -> Bools:
-    """Tell where Megatron's own code captures the graphs."""
+    """Return the rows where Megatron's own code captures the graphs."""
     return columns.among("cuda_graph_impl", "local")
 
 
@@ -42,7 +42,10 @@ def _names_experts(scope: str) -> bool:
 
 
 def _known_parts_in_order(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where the parts are in order; a scope with an unknown part breaks `graph-scope-known` instead."""
+    """Return the rows where the parts are in order.
+
+    A scope with an unknown part counts as in order, since it breaks `graph-scope-known`.
+    """
     return columns.text("cuda_graph_scope", lambda scope: bool(_unknown_parts(scope)) or _in_order(scope))
 
 
@@ -80,7 +83,7 @@ def _mlp_part_has_dense_layers(columns: Columns, workload: Workload, cluster: Cl
 
 
 def _whole_layers_route_on_gpu(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    """Tell where a graph that captures experts keeps their shapes fixed, which HybridEP alone does."""
+    """Return the rows where a graph that captures experts keeps the experts' shapes fixed, as only HybridEP does."""
     if not has_moe_layers(workload.model):
         return True
     whole_layers = columns.among("cuda_graph_scope", "none") | columns.graphs("full_iteration")

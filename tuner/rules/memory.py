@@ -29,7 +29,7 @@ def _fsdp_overlaps_what_it_shards(columns: Columns, workload: Workload, cluster:
 
 
 def _keeps_activations(columns: Columns) -> Bools:
-    """Tell where no layer's activations are offloaded to the host."""
+    """Return the rows where no layer's activations are offloaded to the host."""
     keeps: Bools = columns["cpu_offloading_num_layers"] == 0
     return keeps
 

@@ -34,7 +34,7 @@ def _experts_with_tp_have_sp(columns: Columns, workload: Workload, cluster: Clus
 
 
 def _flex_has_expert_ranks(columns: Columns) -> Bools:
-    """Tell where the flex dispatcher, if it is used, has more than one expert rank."""
+    """Return the rows where the flex dispatcher, if it is used, has more than one expert rank."""
     return implies(columns.among("moe_token_dispatcher_type", "flex"), columns["ep"] * columns["etp"] > 1)
 
 

@@ -74,7 +74,7 @@ def _interleaved_param_gather_has_optimizer(columns: Columns, workload: Workload
 
 
 def _token_inputs_are_not_freed(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    """Tell where the expert overlap keeps its tokens until the backward pass.
+    """Return the rows where the expert overlap keeps its tokens until the backward pass.
 
     It frees those that the alltoall dispatcher hands to a rank's only expert. The tokens of several experts are copied
     when they are sorted, and fp8 keeps a copy of its own.

@@ -18,17 +18,17 @@ SPLIT_KNOBS = f"pp {UNEVEN_KNOBS} {ACCOUNT_KNOBS}"
 
 
 def _uneven(columns: Columns) -> Bools:
-    """Tell where the layers of the first or of the last stage are stated."""
+    """Return the rows where the layers of the first or of the last stage are stated."""
     return (columns[FIRST] > 0) | (columns[LAST] > 0)
 
 
 def _accounted(columns: Columns) -> Bools:
-    """Tell where the embedding or the loss counts as a layer."""
+    """Return the rows where the embedding or the loss counts as a layer."""
     return columns.on(EMBEDDING_ACCOUNTED) | columns.on(LOSS_ACCOUNTED)
 
 
 def _plain(columns: Columns) -> Bools:
-    """Tell where no text places the layers."""
+    """Return the rows where no text places the layers."""
     return columns.among(PLACEMENT, "none")
 
 
@@ -38,7 +38,7 @@ def _even_split_is_whole(columns: Columns, workload: Workload, cluster: Cluster)
 
 
 def _rest_fits_stages(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where the layers that aren't stated spread evenly over the stages that aren't, at least one per stage.
+    """Return the rows where the unstated layers spread evenly over the unstated stages, with at least one per stage.
 
     If every stage is stated, no layer may be left.
     """
@@ -48,7 +48,7 @@ def _rest_fits_stages(columns: Columns, workload: Workload, cluster: Cluster) ->
 
 
 def _chunks_are_whole(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where vpp divides the slots of every stage."""
+    """Return the rows where vpp divides the slots of every stage."""
     slots, vpp = stage_slots(columns, workload), columns["vpp"]
     middle_rest = np.where(unstated_stages(columns) > 0, slots.middle % vpp, 0)
     whole = slots.first % vpp + slots.last % vpp + middle_rest == 0
@@ -61,7 +61,10 @@ def _uneven_chunks_have_a_middle(columns: Columns, workload: Workload, cluster: 
 
 
 def _stated_stages_differ(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where a stated stage differs from what it would get unstated. Of two stages only the first may be stated."""
+    """Return the rows where a stated stage differs from what it would get without being stated.
+
+    If there are two stages, only the first may be stated.
+    """
     middle, stages = stage_slots(columns, workload).middle, unstated_stages(columns)
     repeats = (stages > 0) & ((columns[FIRST] == middle) | (columns[LAST] == middle))
     states_second_of_two = (columns["pp"] == 2) & (columns[LAST] > 0)
@@ -69,7 +72,10 @@ def _stated_stages_differ(columns: Columns, workload: Workload, cluster: Cluster
 
 
 def _uneven_differs_from_accounted(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where account_for_* can't spell the split: without virtual stages it takes one layer off an outer stage."""
+    """Return the rows where account_for_* can't express the split.
+
+    Without virtual stages, account_for_* takes one layer off an outer stage.
+    """
     slots = stage_slots(columns, workload)
     fewer_first, fewer_last = slots.middle - slots.first, slots.middle - slots.last
     one_fewer = np.isin(fewer_first, (0, 1)) & np.isin(fewer_last, (0, 1)) & (fewer_first + fewer_last > 0)
@@ -86,7 +92,10 @@ def _accounted_differs_from_even(columns: Columns, workload: Workload, cluster: 
 
 
 def _balanced(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where no outer stage holds more than an even share of the layers, and no middle one over a layer more."""
+    """Return the rows where the stages are balanced.
+
+    No outer stage holds more than an even share of the layers, and no middle stage exceeds this share by over a layer.
+    """
     share = -(-workload.model.num_layers // columns["pp"])
     fullest_outer = np.maximum(columns[FIRST], columns[LAST])
     light = (fullest_outer <= share) & (stage_slots(columns, workload).middle <= share + 1)

@@ -51,7 +51,7 @@ def _without_defaults(knobs: Mapping[str, int | bool]) -> Mapping[str, int | boo
 
 
 def _where_placed(columns: Columns, holds: Callable[[str, int], bool]) -> Bools:
-    """Return where `holds` is true of the text and pp, and where no text places the layers."""
+    """Return the rows where `holds` is true of the text and pp, and those where no text places the layers."""
     return columns.text_with(PLACEMENT, "pp", lambda text, pp: not places_layers(text) or holds(text, pp))
 
 

@@ -31,7 +31,7 @@ CHUNK_KNOBS = f"{FULL_KNOBS} vpp {SPLIT_KNOBS} {PLACEMENT}"
 
 
 def _missing(module: str, model: Model) -> bool:
-    """Return whether no layer of the model has the module, so that recomputing it changes nothing."""
+    """Return whether no layer of the model has the module, in which case recomputing it changes nothing."""
     needs_experts = module in {"moe", "moe_act"} and not has_moe_layers(model)
     needs_shared = module == "shared_experts" and model.moe_shared_expert_intermediate_size is None
     return needs_experts or needs_shared or (module == "mlp" and not has_dense_layers(model))
@@ -65,7 +65,7 @@ def _selective(columns: Columns) -> Bools:
 
 
 def _uniform(columns: Columns) -> Bools:
-    """Tell where full recompute takes the layers in groups of recompute_num_layers."""
+    """Return the rows where full recompute takes the layers in groups of recompute_num_layers."""
     return _full(columns) & columns.among("recompute_method", "uniform")
 
 
@@ -86,7 +86,10 @@ def _selective_modules_are_known(columns: Columns, workload: Workload, cluster: 
 
 
 def _known_modules_in_order(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where the modules are in order; a text with an unknown one breaks `recompute-modules-known` instead."""
+    """Return the rows where the modules are in order.
+
+    A text with an unknown module counts as in order, since it breaks `recompute-modules-known`.
+    """
     return columns.text("recompute_modules", lambda text: bool(_unknown_modules(text)) or _in_order(text))
 
 
@@ -107,9 +110,9 @@ def _recomputed_mlp_has_no_bias(columns: Columns, workload: Workload, cluster: C
 
 
 def _groups_divide_chunks(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where recompute_num_layers divides the layers of every chunk.
+    """Return the rows where recompute_num_layers divides the layers of every chunk.
 
-    Uniform recompute takes the layers of a chunk in groups of that size, and runs off the chunk's end otherwise.
+    Uniform recompute takes the layers of a chunk in groups of this size. Otherwise it runs off the chunk's end.
     """
     group, chunks = np.maximum(columns["recompute_num_layers"], 1), chunk_layers(columns, workload)
     middle_rest = np.where(columns["pp"] * columns["vpp"] > 2, chunks.middle % group, 0)
@@ -123,7 +126,7 @@ def _group_divides_placed_chunks(text: str, group: int) -> bool:
 
 
 def _block_leaves_a_layer(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where block recompute takes fewer layers than the fullest chunk has.
+    """Return the rows where block recompute takes fewer layers than the fullest chunk has.
 
     With all of them it is uniform recompute in groups of one.
     """

@@ -103,12 +103,12 @@ def remainder(name: str, value: int, divisor_name: str, divisor: int) -> str:
 
 
 def implies(premise: Bools | bool, conclusion: Bools | bool) -> Bools:
-    """Return where `conclusion` holds or `premise` does not: the usual form of a rule."""
+    """Return the rows where `conclusion` holds or `premise` does not: the usual form of a rule."""
     holds: Bools = np.logical_or(np.logical_not(premise), conclusion)
     return holds
 
 
 def not_all(*conditions: Bools) -> Bools:
-    """Return where at least one of the conditions fails: the form of a rule whose conditions exclude one another."""
+    """Return the rows where a condition fails: the form of a rule whose conditions exclude one another."""
     all_hold: Bools = reduce(np.logical_and, conditions)
     return ~all_hold

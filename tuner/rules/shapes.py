@@ -28,7 +28,7 @@ def _qkv_width(model: Model) -> int:
 
 
 def _query_groups_fit(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Tell where every tensor-parallel rank holds whole query groups, or several whole ranks share one group."""
+    """Return the rows where tensor-parallel ranks hold whole query groups, or several whole ranks share one group."""
     query_groups, tp = workload.model.num_query_groups, columns["tp"]
     fit: Bools = (query_groups % tp == 0) | (tp % query_groups == 0)
     return fit

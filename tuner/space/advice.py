@@ -136,7 +136,7 @@ def _from_recipe(recipe: Recipe, guide: Guide) -> Advice:
 
 
 def _from_network(by_size: Layout, cluster: Cluster, guide: Guide) -> Advice:
-    """Return what the network suggests. If the guide leaves PP open, PP is that of `by_size`, and at least 2."""
+    """Return what the network suggests. If the guide leaves PP open, `by_size` gives PP, which is at least 2."""
     if cluster.world_size <= max(cluster.gpus_per_node, cluster.nvlink_domain_gpus):
         network = "nvlink"
     elif cluster.fabric_bandwidth_gb_per_s >= guide.infiniband_from_gb_per_s:

@@ -21,8 +21,8 @@ A knob that isn't named keeps its default, except overlap_p2p_comm, which takes 
 """
 
 FEWEST_CUDA_TOKENS = 2048
-"""Fewest tokens of a sequence per context rank on GPUs: with fewer, a rank sends for longer than it computes. Assumed:
-half of what Megatron Bridge's parallelism guide gives a rank (cp 2 from 8,192 tokens on)."""
+"""Fewest tokens of a sequence per context rank on GPUs: with fewer, a rank spends more time on sending than on
+computing. Assumed: half of what Megatron Bridge's parallelism guide gives a rank (cp 2 from 8,192 tokens on)."""
 FEWEST_CPU_TOKENS = 32
 """Fewest tokens of a sequence per context rank on CPU ranks. Assumed: low enough that tiny models get context
 parallelism."""
@@ -32,7 +32,7 @@ the exception."""
 MOST_MICRO_BATCH_SIZE = 16
 """Largest micro-batch size. Assumed."""
 MOST_GROUPED_PP = 8
-"""Largest pp for which micro-batch groups of twice that size are a candidate. Assumed."""
+"""Largest pp for which micro-batch groups of 2 * pp micro-batches are a candidate. Assumed."""
 
 _SWITCH: tuple[Value, ...] = (False, True)
 _DEFAULT_DOMAIN: Domain = MappingProxyType(
@@ -71,7 +71,7 @@ def candidates(domain: Domain) -> dict[str, tuple[Value, ...]]:
 
 
 def default_domain(workload: Workload, cluster: Cluster) -> Domain:
-    """Return every value of each knob that could win, except for the knobs that are refined only.
+    """Return every value that could win, of each knob except those that are only refined.
 
     The rules decide later which combinations are valid.
     """
@@ -247,7 +247,7 @@ def _graph_scopes(model: Model) -> tuple[str, ...]:
 
 
 def _module_sets(workload: Workload, cluster: Cluster) -> tuple[str, ...]:
-    """Return what selective recompute may drop: Megatron's default, all that is cheap to redo, or the MLPs."""
+    """Return the module sets that selective recompute may drop: Megatron's default, all cheap ones, or the MLPs."""
     model = workload.model
     cheap = ["layernorm"]
     if model.multi_latent_attention:

@@ -28,7 +28,7 @@ class DenseRow:
     parameters_billions: tuple[float, float]
     """The row's models have at least the first and less than the second number of parameters, in 10^9."""
     gpus: Range
-    """GPUs that the guide names for such models."""
+    """Numbers of GPUs that the guide names for such models."""
     tp: Range
     pp: Range
     cp: Range
@@ -53,7 +53,7 @@ class MoeRow:
     ep: int
     cp: int = 1
     note: str = ""
-    """What the guide remarks on the row."""
+    """The guide's remark on the row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,7 @@ class TopologyRow:
     """What connects the GPUs of a job: NVLink alone, or a fabric between nodes."""
     tp: int
     pp: int | None = None
-    """None if the guide leaves it open."""
+    """Number of pipeline ranks; None if the guide states none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,12 +92,12 @@ class SequenceRow:
     name: str
     """The row's first cell in the guide, which also names the row in a seed's source."""
     from_tokens: int
-    """Shortest sequence of the row, in tokens; the next row's value ends it."""
+    """Shortest sequence of the row, in tokens; the sequences of the row are shorter than the next row's value."""
     sp: bool
     """Whether sequence parallelism is on, provided that tp is above 1."""
     cp: Range
     note: str = ""
-    """What the guide remarks on the row."""
+    """The guide's remark on the row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,11 +107,11 @@ class Recipe:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
-    """Names the recipe in a seed's source."""
+    """The recipe's name in a seed's source."""
     model: str | None = None
     """The name of the built-in model that the recipe is for; None stands for any dense model."""
     gpus: int | None = None
-    """GPUs that the guide states, right or wrong; None if it states none."""
+    """Number of GPUs that the guide states, even if it is wrong; None if it states none."""
     tp: int
     pp: int
     cp: int = 1
@@ -138,7 +138,7 @@ class MinimumGpus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """An example of both data-parallel sizes of a layout on a number of GPUs."""
+    """An example of a layout on a number of GPUs, with its data-parallel sizes for dense layers and for experts."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -192,7 +192,7 @@ class Pitfall:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     number: int
-    """Its number in the guide."""
+    """The pitfall's number in the guide."""
     text: str
     """The warning in words."""
     rules: tuple[str, ...]
@@ -210,14 +210,14 @@ class Guide:
     sections: Mapping[str, str]
     """The title of the guide's section that each table is taken from, by the name of the field here."""
     dense: tuple[DenseRow, ...]
-    """In ascending order of size, without gaps."""
+    """The rows for dense models in ascending order of size, without gaps."""
     moe: tuple[MoeRow, ...]
     patterns: tuple[Pattern, ...]
     topology: tuple[TopologyRow, ...]
     infiniband_from_gb_per_s: float
     """The slowest fabric that counts as InfiniBand, in GB/s (10^9 bytes) per GPU; slower ones are limited networks."""
     sequence: tuple[SequenceRow, ...]
-    """In ascending order of length, from 0 tokens on."""
+    """The rows for sequence lengths in ascending order, from 0 tokens on."""
     recipes: tuple[Recipe, ...]
     minimum_gpus: tuple[MinimumGpus, ...]
     scaling: tuple[Scaling, ...]

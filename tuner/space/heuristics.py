@@ -107,7 +107,7 @@ def _doublings(sizes: NDArray[np.integer], wanted: int) -> NDArray[np.float64]:
 
 
 def _differs(columns: Columns, knob: str, value: bool | int | str) -> Bools:
-    """Return where a knob has another value than `value`."""
+    """Return the rows where `knob` has another value than `value`."""
     if isinstance(value, str):
         return ~columns.among(knob, value)
     differs: Bools = columns.column(knob) != value

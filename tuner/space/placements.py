@@ -29,7 +29,7 @@ def layer_placements(workload: Workload, pp: int, vpp: int) -> tuple[str, ...]:
 
 
 def placements_of(workload: Workload, pp_sizes: Iterable[int], vpp_sizes: Iterable[int]) -> tuple[str, ...]:
-    """Return "none" and the texts for every pipeline of these sizes, those of the fewest chunks first.
+    """Return "none" and the texts for every pipeline of these sizes, with the fewest chunks first.
 
     At most MOST_TEXTS values are returned.
     """
@@ -41,9 +41,10 @@ def placements_of(workload: Workload, pp_sizes: Iterable[int], vpp_sizes: Iterab
 
 
 def _balanced_layers(layers: int, chunks: int, first_slots: int, last_slots: int) -> tuple[int, ...]:
-    """Return the layers of each chunk: each next layer goes to the chunk with the fewest slots, of several the first.
+    """Return the number of layers of each chunk.
 
-    `first_slots` and `last_slots` are what the first and the last chunk hold besides layers, counted in layers.
+    Each layer goes to the chunk with the fewest slots at that time; among several such chunks, to the first.
+    `first_slots` and `last_slots` are the slots that the first and the last chunk fill with other parts than layers.
     """
     other_slots = [0] * chunks
     other_slots[0] += first_slots

@@ -61,7 +61,7 @@ def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> p
 class _IndexedColumn:
     knob: str
     values: NDArray[Any]
-    """One value per row; texts as codes."""
+    """One value per row; a text is held as its code."""
     codes: Mapping[str, int] | None
     """The code of each text; None if the column holds sizes or switches."""
 

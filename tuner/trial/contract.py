@@ -139,7 +139,7 @@ class Failure:
     message: str
     traceback: str
     time_s: float
-    """When it was raised, in seconds since the epoch; of several failures the earliest is the cause."""
+    """When the exception was raised, in seconds since the epoch; the earliest of several failures is the cause."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +166,7 @@ class RankRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """A sign of life that rank 0 writes when a phase begins and after every step; without new ones, the trial hangs."""
+    """A sign of life that rank 0 writes when a phase begins and after every step; if none comes, the trial hangs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -174,7 +174,7 @@ class Heartbeat:
     step: int
     """Number of finished optimizer steps, warm-up included."""
     time_s: float
-    """When it was written, in seconds since the epoch."""
+    """When the heartbeat was written, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +184,7 @@ class Durations:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     startup_s: float = 0.0
-    """From the launcher's start until the process group exists."""
+    """Time from the launcher's start until the process group exists."""
     build_s: float = 0.0
     """Time to build the model."""
     warmup_s: float = 0.0
@@ -192,7 +192,7 @@ class Durations:
     measure_s: float = 0.0
     """Time of the timed steps."""
     total_s: float = 0.0
-    """From the launcher's start to the end of the last process."""
+    """Time from the launcher's start to the end of the last process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,9 +208,9 @@ class Metrics:
     step_time_low_ms: float
     """Lower end of the bootstrap 95% interval of the median, in ms."""
     step_time_high_ms: float
-    """Upper end of that interval, in ms."""
+    """Upper end of the bootstrap 95% interval of the median, in ms."""
     warmup_times_ms: tuple[float, ...] = ()
-    """Duration in ms of the steps before the timed ones, those included that were only found to be warm-up."""
+    """Duration in ms of every step before the timed ones, including steps that were found to be warm-up afterwards."""
     outliers: tuple[int, ...] = ()
     """Indices into `step_times_ms` of the steps far from the median; the median still includes them."""
     losses: tuple[float, ...]
@@ -245,17 +245,17 @@ class Telemetry:
     power_w: float | None = None
     """Mean power of all the trial's GPUs together, W."""
     energy_j_per_token: float | None = None
-    """Energy that those GPUs used per token, J."""
+    """Energy that all the trial's GPUs used per token, J."""
     clock_mhz: float | None = None
     """Mean clock of the GPUs' SMs, or of the CPU's cores, MHz."""
     lowest_clock_mhz: float | None = None
-    """Lowest clock of any of them, MHz."""
+    """Lowest clock of any GPU's SMs, or of any of the CPU's cores, MHz."""
     temperature_c: float | None = None
     """Highest temperature of any GPU, degrees Celsius."""
     throttle_reasons: tuple[str, ...] = ()
     """NVML's names of the reasons for throttling, without harmless ones (idle, clocks that an application set)."""
     foreign_memory_gib: float | None = None
-    """Most memory that processes outside the trial held on one of its GPUs, GiB."""
+    """Largest memory that processes outside the trial held on one of its GPUs, GiB."""
     foreign_load: float | None = None
     """Mean number of CPU cores that processes outside the trial kept busy."""
 
@@ -279,7 +279,7 @@ class TrialResult:
     slower_than_ms: float | None = None
     """A lower bound of the step time in ms, if the trial ended before it measured one."""
     telemetry: Telemetry | None = None
-    """The state of the machine meanwhile; None if nothing was sampled."""
+    """The state of the machine while the steps were timed; None if nothing was sampled."""
     suspicions: tuple[str, ...] = ()
     """Reasons not to trust the measurement, one line each: the machine was throttled or shared."""
     ranks: tuple[RankRecord, ...] = ()

@@ -30,8 +30,8 @@ class TrialSource:
     source: str
     """The kind of the trial.
 
-    `baseline`, `seed` and `sampler` measure a layout for the first time. A `repeat` measures a disturbed trial again, a
-    `canary` the baseline for the machine's drift, a `final` a finalist.
+    `baseline`, `seed` and `sampler` measure a layout for the first time. A `repeat` measures a disturbed trial again. A
+    `canary` runs the baseline to show the machine's drift. A `final` measures a finalist or the baseline again.
     """
     note: str = ""
     """For a seed, the heuristic that it comes from and how it was moved; for a repeat, the trial that it repeats."""
@@ -50,12 +50,12 @@ class FinishedTrial:
     source: str
     """The kind of the trial: `TrialSource.source`."""
     note: str
-    """More about where its layout comes from: `TrialSource.note`."""
+    """Where the trial's layout comes from, in more words than `source`: `TrialSource.note`."""
     layout: Layout
     precision: Precision
-    """Precision of the workload, on which depends how far apart two losses may lie."""
+    """Precision of the workload; it decides how far apart two losses may lie."""
     routes_at_random: bool = False
-    """Whether the workload sends tokens to experts at random. Each layout draws others: losses cannot be compared."""
+    """Whether the workload sends tokens to random experts, which differ between layouts: losses cannot be compared."""
     draws_weights: bool = False
     """Whether the first weights depend on the layout, so that losses lie further apart: see `draws_weights` below."""
     around: tuple[int, ...] = ()
@@ -87,7 +87,7 @@ def read_trials(results: Path) -> list[FinishedTrial]:
     """Read the finished trials of a sweep, in the order of their numbers; a folder without `result.json` is left out.
 
     Raises:
-        InputError: naming the file, if one is missing beside a result, torn, or of another trial.
+        InputError: if a file beside a result is missing, torn, or of another trial; the error names the file.
     """
     folders = [TrialFolder(path) for path in sorted(results.glob("trials/t*"))]
     trials = [read_trial(folder) for folder in folders if folder.result.exists()]
@@ -98,7 +98,7 @@ def read_trial(folder: TrialFolder) -> FinishedTrial:
     """Read one finished trial.
 
     Raises:
-        InputError: naming the file, if one is missing, torn, or of another trial.
+        InputError: if a file is missing, torn, or of another trial; the error names the file.
     """
     spec = read_json(TrialSpec, folder.spec)
     if trial_folder(folder.path.parent.parent, spec.number).path.name != folder.path.name:
@@ -120,6 +120,6 @@ def read_trial(folder: TrialFolder) -> FinishedTrial:
 
 
 def completed(trials: Iterable[FinishedTrial]) -> list[tuple[FinishedTrial, Metrics]]:
-    """Return the completed trials with their metrics, fastest first; of two equally fast ones the earlier first."""
+    """Return the completed trials with their metrics, fastest first; among equally fast ones, earliest first."""
     measured = [(trial, trial.result.metrics) for trial in trials if trial.result.metrics is not None]
     return sorted(measured, key=lambda pair: (pair[1].step_time_ms, pair[0].number))

@@ -80,7 +80,7 @@ def cause_of(records: Sequence[RankRecord]) -> RankRecord | None:
 
 
 def _is_refusal(kind: str) -> bool:
-    """Whether code raises an exception of this name about its arguments, not the system about its own state."""
+    """Return whether exceptions named `kind` report wrong arguments, and not a failure of the system."""
     exception = getattr(builtins, kind, None)
     return (
         isinstance(exception, type)

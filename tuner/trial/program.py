@@ -20,9 +20,9 @@ class LoggedNumber:
     """The meaning of a number in a log."""
 
     figure: str
-    """The field of LogFigures that it gives."""
+    """The field of LogFigures that the number gives."""
     factor: float
-    """The factor that converts the number into the unit of that field."""
+    """The factor that converts the number into the unit of the field `figure`."""
 
 
 FIGURES: Final[Mapping[str, LoggedNumber]] = MappingProxyType(
@@ -212,7 +212,7 @@ def fill(
     Args:
         command: the words, with placeholders in braces.
         values: what replaces a placeholder within a word, by its name.
-        words: the words that replace a word that is one placeholder, by its name.
+        words: the words that replace a word which is one placeholder and nothing else, by its name.
     """
     filled: list[str] = []
     for word in command:
@@ -232,9 +232,9 @@ class LogFigures:
     loss: tuple[float, ...]
     grad_norm: tuple[float, ...]
     peak_allocated_gib: float | None
-    """The largest value of any line; None if no line has one."""
+    """The largest value in any line, GiB; None if no line has one."""
     peak_reserved_gib: float | None
-    """The largest value of any line; None if no line has one."""
+    """The largest value in any line, GiB; None if no line has one."""
 
 
 def read_log(text: str, patterns: Mapping[str, str]) -> LogFigures:

@@ -26,8 +26,8 @@ class RecipeFacts:
     megatron_core: str = ""
     """Release of the Megatron-Core that resolved the recipe, such as 0.19.2; empty if it is not known."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Plain values by path (`model.num_layers`) of the resolved config; of the config as built if Bridge refuses to
-    resolve it; empty if it cannot be built."""
+    """Plain values of the resolved config, by path (`model.num_layers`). If Bridge refuses to resolve the config, they
+    are the values of the config as built; if it cannot be built, there are none."""
     kinds: tuple[str, ...] = ()
     """The class of the model's config, and the classes that it derives from."""
     error: str = ""
@@ -43,7 +43,7 @@ class RecipeFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeRequest:
-    """Which recipes to read, and how many GPUs to resolve them for."""
+    """A request to read recipes, and to resolve them for a number of GPUs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -54,7 +54,7 @@ class RecipeRequest:
     everything: bool = False
     """Whether to read all recipes of the installed Bridge."""
     function: str | None = None
-    """The only function to read of a file; None reads all."""
+    """The only function of a file to read; None reads all functions."""
     arguments: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     """Arguments of the recipe's function."""
     gpus: int | None = None
@@ -63,7 +63,7 @@ class RecipeRequest:
     gpu: str = "h100"
     """Kind of GPU to resolve a recipe for if its name states none."""
     hf_configs: str | None = None
-    """A folder of Hugging Face config.json files that is asked instead of the network."""
+    """A folder of Hugging Face config.json files, which are read instead of files from the network."""
 
 
 _WORLD_IN_NAME: Final = re.compile(r"_(?P<gpus>\d+)gpu_(?P<gpu>[a-z]+\d+)(?=_|$)")
@@ -90,4 +90,4 @@ _MACHINE_ERRORS: Final[Mapping[str, str]] = {
     "not compiled with CUDA": "Bridge asks the GPU itself",
     "ModuleNotFoundError": "a package that it needs is not installed",
 }
-"""Reasons by words of the errors of Bridge, transformers and Python."""
+"""What the machine lacks, by words in the errors of Bridge, transformers and Python."""

@@ -14,11 +14,11 @@ from tuner.frameworks.megatron_bridge.values import Values
 
 
 def layout_of(values: Values, cluster: Cluster | None = None) -> Layout:
-    """Return the layout that a recipe has, resolved or as built; a knob that has no effect there gets its default.
+    """Return the layout of a recipe, resolved or as built; a knob that has no effect in the recipe gets its default.
 
     Args:
         values: The values of the recipe's config.
-        cluster: With it, a number of hardware queues that the layout derives there by itself counts as not stated.
+        cluster: If given, a number of hardware queues that the layout derives on this cluster counts as not stated.
 
     Raises:
         InputError: if a value is none that `Layout` can hold.
@@ -58,7 +58,7 @@ def _stated_knobs(values: Values) -> dict[str, Any]:
 
 
 def _respelled(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
-    """Yield the knobs that Bridge spells in another way than a Layout, each with the value of the Layout."""
+    """Yield the knobs that Bridge writes in another way than a Layout, each with its value in the Layout."""
     modules = knobs["recompute_modules"]
     selective = knobs["recompute_granularity"] == "selective" and modules not in (
         "none",

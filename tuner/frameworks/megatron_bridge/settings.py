@@ -20,9 +20,10 @@ _OLDER_GRAPH_FIELDS: Final[dict[str, Any]] = {
     "enable_cuda_graph": False,
     "external_cuda_graph": False,
 }
-"""Older fields of CUDA graphs, each with its value that states nothing.
+"""Older fields of CUDA graphs, each with the value that leaves the field unset.
 
-Bridge refuses any other value of an older field if the newer fields are set, or prefers it to their values.
+If the newer fields are set, Bridge either refuses any other value of an older field, or lets it win over the newer
+fields.
 """
 
 _DEPENDENT_FIELDS: Final[tuple[frozenset[str], ...]] = (
@@ -55,10 +56,10 @@ _DEPENDENT_FIELDS: Final[tuple[frozenset[str], ...]] = (
         }
     ),
 )
-"""Sets of fields of which some have no effect without another.
+"""Sets of fields in which some fields have no effect without another.
 
-A recipe may hold any value in a field that has no effect, and its layout does not tell it. So if one field of a set
-changes, all of the set are stated.
+A recipe may hold any value in a field that has no effect, and the recipe's layout does not show this value. So if one
+field of a set changes, all fields of the set are stated.
 """
 
 _KNOBS_OF_OVERLAPS: Final = ("tp", "pp", "vpp", "cp", "use_distributed_optimizer", "use_megatron_fsdp")
@@ -66,7 +67,7 @@ _KNOBS_OF_OVERLAPS: Final = ("tp", "pp", "vpp", "cp", "use_distributed_optimizer
 
 
 def bridge_settings(layout: Layout) -> dict[str, Any]:
-    """Return every field, value by path, of Bridge's ConfigContainer that selects the layout, whatever a recipe has.
+    """Return the fields of Bridge's ConfigContainer that select the layout whatever a recipe sets, as values by path.
 
     Source: Megatron Bridge, training/comm_overlap.py (`CommOverlapConfig`) and training/config.py.
     """
@@ -109,8 +110,8 @@ def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, An
     for dependent_fields in _DEPENDENT_FIELDS:
         if changed & dependent_fields:
             changed |= dependent_fields
-    # If the overlaps may be chosen anew, all are stated. Those of `ddp` are stated too, since a recipe may set them to
-    # values that Bridge's choice has replaced until now.
+    # If Bridge may choose the overlaps anew, all of them are stated. The overlaps of `ddp` are stated too, since a
+    # recipe may set them to values that Bridge's choice has replaced until now.
     if any(map(_is_overlap, changed)) or _differ(layout, recipe_layout, _KNOBS_OF_OVERLAPS):
         changed |= set(filter(_is_overlap, wanted))
     return {path: value for path, value in wanted.items() if path in changed}
@@ -128,7 +129,8 @@ def _companions(layout: Layout) -> dict[str, Any]:
         "model.cpu_offloading": layout.cpu_offloading_num_layers > 0,
         "dist.use_megatron_fsdp": fsdp,
         "ddp.fsdp_manual_registration": fsdp and layout.nccl_ub,
-        # No GPU can hold all weights if they are sharded, not even while the model is built.
+        # Weights that are sharded may be too large for one GPU, so it must not hold all of them even while the model is
+        # built.
         "model.init_model_with_meta_device": shards_weights,
     }
     if fsdp:

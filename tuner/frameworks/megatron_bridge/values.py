@@ -77,7 +77,7 @@ PATHS: Final = tuple(
         )
     )
 )
-"""Every path that is read of a config."""
+"""All paths of a config whose values are read."""
 
 _ABSENT: Final = object()
 

@@ -1,4 +1,4 @@
-"""A layout as Megatron-LM's arguments."""
+"""A layout written as Megatron-LM's arguments."""
 
 from dataclasses import fields
 

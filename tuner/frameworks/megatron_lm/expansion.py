@@ -21,13 +21,13 @@ _WHOLE_ARRAY: Final = re.compile(r"\$\{\w+\[[@*]\]\}")
 _LONGEST: Final = 131_072
 """Characters that one expansion may give: Linux's longest argument (published: execve(2), MAX_ARG_STRLEN).
 
-It refuses a script whose variables double at every line.
+The limit refuses a script whose variables double at every line.
 """
 
 _BREAK: Final = "\0"
-"""Stands between the words that one expansion gives; a shell script cannot hold it."""
+"""The mark between the words that one expansion gives; a shell script cannot hold this character."""
 _QUOTED: Final = "\1"
-"""Stands where a quotation was, so that an empty quotation is a word."""
+"""The mark in the place of a quotation, so that an empty quotation counts as a word."""
 
 
 def expanded(word: Word, values: Values) -> list[str]:
@@ -52,7 +52,7 @@ def assigned(assignment: Assignment | ArrayAssignment, values: Values) -> str | 
 
 
 def _filled(piece: Piece, values: Values) -> str:
-    """Return the piece's text with its variables filled in, and with breaks between the words that it becomes."""
+    """Return the piece's text with its variables filled in, and with _BREAK between the words that it becomes."""
     if piece.quote == "'":
         return _QUOTED + piece.text
     parts: list[str] = []
@@ -95,5 +95,5 @@ def _expansion(piece: Piece, start: int, values: Values) -> tuple[str, int]:
 
 
 def _divided(text: str) -> str:
-    """Return a text with a break in place of its blanks, as an expansion outside of quotations is divided."""
+    """Return a text with _BREAK in place of its blanks, at which a shell divides an expansion outside of quotations."""
     return re.sub(r"\s+", _BREAK, text)

@@ -11,7 +11,7 @@ def read_pattern(text: str) -> int | list[int]:
     """Read `2`, or an expression such as `([0]*3+[1]*1)*2`, without evaluating it.
 
     Returns:
-        The number (every how many layers one has experts), or 0 and 1 per layer.
+        The number N (every Nth layer has experts), or a list with 0 (dense) or 1 (experts) per layer.
 
     Raises:
         ValueError: if the text is neither (SyntaxError if it is no expression).

@@ -60,9 +60,9 @@ _TRAINING_FLAGS: Final = frozenset(
         "--tensorboard-dir",
     }
 )
-"""The arguments that say how long a training is, what it loads and what it reports; a trial has its own instead."""
+"""The arguments that say how long a training is, what it loads and what it reports; a trial sets its own."""
 _TRAINING_PREFIXES: Final = ("--save", "--non-persistent-", "--async-", "--ckpt-", "--wandb-")
-"""Beginnings of further such arguments, which state checkpoints and the reports to Weights & Biases."""
+"""Beginnings of further arguments of this kind, which state checkpoints and the reports to Weights & Biases."""
 
 _Argument = tuple[str, tuple[str, ...]]
 """A flag and its values."""

@@ -17,7 +17,7 @@ def attention(share: RankShare) -> HalfLayer:
 def _grouped_attention(share: RankShare) -> HalfLayer:
     model, tokens_per_head_rank = share.model, share.tokens / share.tp
     query = tokens_per_head_rank * model.num_attention_heads * model.kv_channels
-    # If there are more ranks than groups, each rank has one group, and gathers the projection to find it.
+    # If there are more ranks than groups, each rank has one group, and gathers the projection to find this group.
     group = share.tokens * np.maximum(model.num_query_groups / share.tp, 1) * model.kv_channels
     rotated, core_kept, extra = _grouped_inputs(share, query, group)
     scores = _scores(share)
@@ -38,7 +38,7 @@ def _grouped_attention(share: RankShare) -> HalfLayer:
 
 
 def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return what core attention keeps of its inputs.
+    """Return the sizes of what core attention keeps of its inputs.
 
     `query` and `group` are the elements of the query, and of the keys (or values), on this rank.
 
@@ -61,27 +61,33 @@ def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Flo
     if is_normed:
         inputs = (query + (0 if is_rotary else group)) * share.size if norms_keep_input else 0
         inner_norms = inputs + (share.norm(query + group, feeds_linear=False) - (query + group) * share.size)
-    # Recomputed attention gathers again, and so keeps only what comes in.
+    # Recomputed attention gathers keys and values again, so it keeps only its own share of them.
     gathered = (share.cp > 1) & ~share.columns.drops("core_attn")
-    # Values are a view of the projection; if they are gathered over cp they are a tensor of their own, like the keys.
+    # Values are a view of the projection. If they are gathered over cp, they are a tensor of their own, like the keys.
     keys = np.where(gathered, 2 * group * share.cp, group if is_copied else 0)
     values = np.where(gathered & np.bool_(is_copied and not norms_keep_input), 0, projection)
     return (query if is_copied else 0) + keys, values, tables + inner_norms
 
 
 def _rotary_tables(share: RankShare, width: int) -> Floats:
-    """Return the sines and cosines of a rank's positions, which Torch makes for the query and again for the key."""
+    """Return the bytes of sines and cosines of a rank's positions; Torch makes them for the query and for the key."""
     return 4.0 * share.seq / share.cp * width * share.size
 
 
 def _scores(share: RankShare) -> Floats:
-    """Return the scores of all heads if they are bounded: attention keeps them twice, bounded and after the softmax."""
+    """Return the bytes of the scores of all heads if the scores are bounded, else 0.
+
+    Attention keeps such scores twice: bounded, and after the softmax.
+    """
     heads = 0 if share.model.attn_logit_softcapping is None else share.model.num_attention_heads
     return heads * share.tokens / share.tp * share.seq * share.size
 
 
 def _mask(share: RankShare) -> Floats:
-    """Return the explicit mask of a layer, [tokens of a rank, tokens], which Torch keeps if causality is not enough."""
+    """Return the bytes of the explicit mask of a layer, which Torch keeps if a causal mask is not enough.
+
+    The mask has the shape [tokens of a rank, tokens].
+    """
     if share.model.attn_logit_softcapping is not None:
         return share.seq / share.cp * share.seq  # one byte per pair: the scores are masked before the softmax
     if share.fused:
@@ -94,12 +100,12 @@ def _mask(share: RankShare) -> Floats:
 
 
 def _fp32_query(share: RankShare, query: Floats) -> Floats:
-    """Return the gradient of the query that fused attention sums up in fp32 (both FlashAttention and cuDNN)."""
+    """Return the bytes of the query's gradient that fused attention (FlashAttention, cuDNN) sums up in fp32."""
     return query * 4 if share.fused else np.zeros_like(query)
 
 
 def _across_context(share: RankShare, query: Floats, output: Floats, key_value: Floats) -> Floats:
-    """Return what the backward pass over context ranks needs beyond what a ring needs.
+    """Return the bytes that the backward pass over context ranks needs beyond what a ring needs.
 
     `all_gather` holds keys and values of the whole sequence, and their gradients. `a2a` copies all inputs, outputs and
     gradients when it sends them (Transformer Engine: context_parallel.py, AttnFuncWithCPAndKVAllGather and
@@ -114,7 +120,7 @@ def _across_context(share: RankShare, query: Floats, output: Floats, key_value: 
 
 
 def _output_backward(share: RankShare, output: Floats) -> Floats:
-    """Return the gradients of the output projection: of its input, and of its weight unless that is fused."""
+    """Return the bytes of the output projection's gradients: of its input, and of its weight unless this is fused."""
     model = share.model
     if share.fused:
         return output * share.size
@@ -160,7 +166,7 @@ def _latent_attention(share: RankShare) -> HalfLayer:
 def _latent_core(
     share: RankShare, query: Floats, value: Floats, head_rows: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """Return the bytes around core attention.
+    """Return the bytes that latent attention keeps around and in core attention.
 
     Torch has no fused kernel for values that are narrower than keys. Its plain attention works in fp32 and keeps the
     scaled query, the scaled and gathered keys, the gathered values and the probabilities.
@@ -172,7 +178,7 @@ def _latent_core(
         head_rows: Rows of attention: tokens times heads.
 
     Returns:
-        Bytes that attention keeps of the outputs of the up-projections; bytes that it keeps of its own; bytes that come
+        Bytes that attention keeps of the outputs of the up-projections; further bytes that it keeps; bytes that come
         back during the backward pass.
     """
     made = (2 * query + value) * share.size

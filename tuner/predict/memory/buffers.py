@@ -76,9 +76,10 @@ def pipeline_tensors(
 ) -> tuple[Floats, Floats]:
     """Return the hidden states that the schedule holds beside what is in flight: at a layer's pass, and at the loss.
 
-    1F1B holds the gradient that it sent back last, until the next one is made. The interleaved schedule was counted on
-    traced runs (schedules.py): each chunk holds the input that it took last, tensors that were received early wait
-    `group - pp` turns, and overlapped receives have buffers. No more tensors wait than there are forward passes left.
+    The 1F1B schedule holds the gradient that it sent last until the next gradient is made. The interleaved schedule was
+    counted on traced runs (schedules.py): each chunk holds the input that it took last, tensors that were received
+    early wait `group - pp` turns, and overlapped receives have buffers. No more tensors wait than there are forward
+    passes left.
 
     Args:
         share: The rank's share.

@@ -34,14 +34,14 @@ def head(share: RankShare, vocabulary: Floats) -> HeadBytes:
     if not share.fused:
         weight_gradient = vocabulary * share.model.hidden_size * share.size
         projection = gradient + weight_gradient - logits * (softmax - share.size)
-        # The logits of multi-token prediction are still there beside the model's own.
+        # The logits of multi-token prediction are still allocated beside the model's own.
         gradient = np.maximum(projection, logits * copy * min(losses, 2))
     kept = losses * (norm + logits * softmax + bounded)
     return HeadBytes(kept=kept, norm=norm, backward=np.maximum(gradient, bounded))
 
 
 def mtp_extra(share: RankShare) -> Floats:
-    """Return what one layer of multi-token prediction keeps around its decoder layer.
+    """Return the bytes that one layer of multi-token prediction keeps around its decoder layer.
 
     It keeps the embedding of its tokens, the embedding and the state joined, what the two norms of these keep, and one
     more copy of the output of the final norm (multi_token_prediction.py, _concat_embeddings and forward).

@@ -11,12 +11,12 @@ from tuner.predict.memory.share import HalfLayer, RankShare
 
 
 def dense_mlp(share: RankShare) -> HalfLayer:
-    """Return the bytes of the sum behind attention, its norm, and the dense MLP."""
+    """Return the bytes of the residual sum after attention, the norm of this sum, and the dense MLP."""
     tokens_per_rank, hidden = share.tokens / share.tp, share.model.hidden_size
     width = tokens_per_rank * share.model.ffn_hidden_size
     inner, backward = _projections(share, width, hidden * share.model.ffn_hidden_size / share.tp)
     norm = share.norm(share.hidden)
-    # The norm is inside Transformer Engine's MLP, and in front of Torch's.
+    # Transformer Engine's MLP module contains the norm. With Torch, the norm is a module in front of the MLP.
     modules = [("mlp", inner + norm)] if share.fused else [("mlp", inner), ("layernorm", norm)]
     kept, dropped = share.split(modules, share.norm_input())
     # Sequence parallelism gathers the incoming gradient before the products of the row-parallel projection.
@@ -29,18 +29,21 @@ def dense_mlp(share: RankShare) -> HalfLayer:
 
 
 def experts_mlp(share: RankShare) -> HalfLayer:
-    """Return the bytes of the sum behind attention, its norm, router, shared experts, dispatch and routed experts."""
+    """Return the bytes of the residual sum after attention, the norm of this sum, and the mixture of experts.
+
+    The mixture consists of the router, the shared experts, the dispatch and the routed experts.
+    """
     model = share.model
     assert model.num_moe_experts and model.moe_ffn_hidden_size and model.moe_router_topk
     tokens = share.hidden / model.hidden_size
     routed_rows = tokens * model.moe_router_topk * share.load.kept
     dispatched = routed_rows * share.etp * model.hidden_size
     width = routed_rows * model.moe_ffn_hidden_size
-    # What layers keep follows the load summed over layers; a pass needs as much as the layer with the highest load.
+    # Kept tensors scale with the load summed over layers. A pass needs memory for the layer with the highest load.
     worst = share.load.worst / share.load.kept
     matrix = expert(model).sharded / share.etp / (3 if model.gated_linear_unit else 2)
     inner = _projections(share, width, matrix, is_weighted=True)[0]
-    # Transformer Engine computes all experts of a rank at once, plain Torch one after the other.
+    # Transformer Engine computes all experts of a rank at once; plain Torch computes them one after the other.
     local_experts = model.num_moe_experts / share.ep
     in_turn = 1 if share.fused else local_experts
     inner_backward = _projections(share, width * worst / in_turn, matrix, is_weighted=True)[1]
@@ -79,7 +82,7 @@ def expert_grid(share: RankShare) -> Floats:
 
 
 def gathers_experts(share: RankShare) -> Bools:
-    """Return where the dispatcher gathers all tokens of the expert grid on every rank."""
+    """Return the rows where the dispatcher gathers all tokens of the expert grid on every rank."""
     return share.columns.among("moe_token_dispatcher_type", "allgather")
 
 
@@ -91,7 +94,7 @@ def _projections(
     Args:
         share: The rank's share.
         width: Elements of the output of one projection.
-        matrix: Elements of one weight matrix; plain Torch makes its whole gradient before it adds the gradient up.
+        matrix: Elements of one weight matrix. Plain Torch makes the whole gradient of a matrix before it adds it up.
         is_weighted: Whether the probabilities of the router weigh the output of the activation.
     """
     gated = 2 if share.model.gated_linear_unit else 1
@@ -104,7 +107,7 @@ def _projections(
     kept = width * (gated + steps) * share.size
     weight_gradient = matrix * share.size
     second = width * share.size + weight_gradient
-    # Probabilities are fp32, and so are the products with them and their gradients.
+    # The probabilities are fp32. So are their products with the activation, and the gradients of these products.
     activation = width * (14.0 if is_weighted and share.size < 4 else gated * share.size)
     first = (gated * weight_gradient) - width * steps * share.size + share.full_hidden * share.size
     return kept, np.maximum(np.maximum(second, activation), first)
@@ -122,7 +125,9 @@ def _shared_experts(share: RankShare) -> tuple[Floats, Floats]:
 
 
 def _dispatch_forward(share: RankShare, dispatched: Floats, local_experts: Floats) -> Floats:
-    """Return the copies of dispatched tokens alive at once beside what is kept, and the output of shared experts.
+    """Return the bytes that the forward pass of a dispatch needs beside what the layer keeps.
+
+    They are the copies of dispatched tokens that are alive at once, and the output of the shared experts.
 
     Python frames hold the permuted tokens and the result of the all-to-all while the output of the experts is sorted
     back and sent (moe_layer.py, custom_forward). If the layer does not sort or does not send, there is one copy less.
@@ -142,7 +147,8 @@ def _dispatch_forward(share: RankShare, dispatched: Floats, local_experts: Float
         deepep = share.columns.among("moe_flex_dispatcher_backend", "deepep")
         copies = np.where(flex, 1 + np.where(deepep, once, 0), copies)
     alltoall = copies * dispatched * share.size
-    # The all-gather dispatcher sorts back all tokens of the expert grid, and sums them up in fp32.
+    # The all-gather dispatcher brings the outputs back into the order of all tokens of the expert grid, and sums them
+    # up in fp32.
     grid = expert_grid(share)
     fp32_copy = 4 / share.size if share.size < 4 else 0.0
     in_fp32 = np.where(share.ep * share.etp > 1, fp32_copy * (grid + share.state), 0)
@@ -152,9 +158,9 @@ def _dispatch_forward(share: RankShare, dispatched: Floats, local_experts: Float
 
 
 def _gathered_backward(share: RankShare, arrived: Floats) -> Floats:
-    """Return what the backward pass of the all-gather dispatcher needs.
+    """Return the bytes that the backward pass of the all-gather dispatcher needs.
 
-    It holds the gradient of all tokens, which comes in fp32, and then the gradient of the `arrived` elements.
+    The pass holds the gradient of all tokens, which arrives in fp32, and then the gradient of the `arrived` elements.
     """
     grid = expert_grid(share)
     fp32_grid = grid * (4 / share.size if share.size < 4 else 0)

@@ -35,9 +35,9 @@ class ActivationPeak:
     experts: Floats
     """Bytes that layers with experts keep in their MLP, over all micro-batches in flight."""
     checkpoints: Floats
-    """Inputs of recomputed layers."""
+    """Bytes of the inputs of recomputed layers."""
     loss: Floats
-    """Final norm, logits and what the loss keeps of them."""
+    """Bytes of the final norm, the logits and what the loss keeps of them."""
     transient: Floats
     """Bytes that the moment needs beyond all that is kept."""
 
@@ -50,7 +50,7 @@ class ActivationPeak:
 def activation_peak(
     share: RankShare, stages: StagesInFlight, state: ModelState, vocabulary: Floats, mtp: Floats
 ) -> ActivationPeak:
-    """Return the bytes of activations at the worst moment of each stage, building aside.
+    """Return the bytes of activations at the worst moment of each stage, except while the model is built.
 
     Args:
         share: The rank's share.
@@ -117,7 +117,7 @@ def _overlapped_reduction(
     sizes: Floats,
     full: Floats,
 ) -> Floats:
-    """Return what a reduction of gradients needs beyond the `full` activations if it overlaps the backward pass.
+    """Return the bytes that reducing gradients beside the backward pass needs beyond the `full` activations.
 
     The first piece is reduced while the last micro-batch goes backward. All other micro-batches are done by then, and
     so are the layers of the piece, except one of those that are recomputed together. The result may be negative.
@@ -137,9 +137,9 @@ def _overlapped_reduction(
 
 
 def _predicting(share: RankShare, stages: StagesInFlight, mtp: Floats) -> Floats:
-    """Return what layers of multi-token prediction keep, over all micro-batches that wait for their loss.
+    """Return the kept layers of multi-token prediction, over all micro-batches that wait for their loss.
 
-    The counts have the shape [stages, 3 kinds], as those in flight.
+    The counts have the shape [stages, 3 kinds], as the counts of layers in flight have.
     """
     kept = mtp * np.where(stages.last, 1, stages.last_chunk_in_flight)[:, None]
     # Multi-token prediction recomputes each of its layers under the uniform method, and none under the block method.
@@ -154,7 +154,7 @@ def _layer_transient(
     in_flight: Floats,
     sizes: Floats,
 ) -> Floats:
-    """Return what the worst layer needs beyond all that is kept.
+    """Return the bytes that the worst layer needs beyond all that is kept.
 
     The worst layer is in its forward pass when all is in flight, or in its backward pass. The backward pass goes from
     the last layer to the first and frees what layers keep, so a layer of the other kind than the last one finds the
@@ -191,7 +191,7 @@ def _layer_transient(
 def _layer_needs(
     attention_half: HalfLayer, mlp: HalfLayer, row: Ints, waits: Floats, beside: Bools
 ) -> Floats:
-    """Return what one layer needs beyond what it keeps, at the worst moment of its forward and backward pass.
+    """Return the bytes that one layer needs beyond what it keeps, at the worst moment of its forward and backward pass.
 
     A layer of the next micro-batch may go forward `beside` the backward pass of this one: its attention is done when
     the MLP of this layer goes backward, and the whole layer is done when the attention of this layer goes backward

@@ -28,16 +28,16 @@ PEER_GIB: Final = 0.44
 """Buffers that an all-to-all adds per peer over NVLink. Published: 3.3 GB for seven peers of an H100, with 32 channels
 of 12 MiB each (github.com/NVIDIA/nccl/issues/1685)."""
 MOST_PEERS: Final = 7
-"""Most peers that add buffers of their own. Published: the largest number that was measured for PEER_GIB. Peers over
-the network share their buffers."""
+"""Largest number of peers that add buffers of their own. Published: the largest number that was measured for PEER_GIB.
+Peers over the network share their buffers."""
 RESERVED_RATIO: Final = 1.04
-"""Memory that the caching allocator needs over what is allocated, since blocks do not fit each other exactly. Assumed
+"""Memory that the caching allocator reserves, as a multiple of the allocated memory: blocks do not fit exactly. Assumed
 above a published figure: 1.83 GiB beside 75.3 GiB when a Llama-3-70B ran out of memory
 (github.com/vllm-project/compressed-tensors/pull/587); it is more if shapes vary. Blocks that are kept only for speed do
 not count, since the allocator gives them back before it gives up."""
 EXPANDABLE_RATIO: Final = 1.01
-"""Memory that the allocator needs over what is allocated if segments grow in place. Assumed: the end of a 2 MiB page
-per segment is unused (PyTorch's notes on CUDA semantics, expandable_segments)."""
+"""Memory that the allocator reserves, as a multiple of the allocated memory, if segments grow in place. Assumed: the
+end of a 2 MiB page per segment is unused (PyTorch's notes on CUDA semantics, expandable_segments)."""
 USERBUFFERS: Final = 10
 """Whole hidden states of a tensor parallel group that Transformer Engine registers for its overlap. Published: one each
 for 4 rings, 2 pipelines and 4 bulk collectives (module/base.py, initialize_ub)."""
@@ -45,7 +45,7 @@ DEEPEP_CHANNELS: Final = 10
 """Channels of DeepEP. Published: half of the 20 multiprocessors that Megatron gives to DeepEP
 (moe_deepep_num_sms)."""
 DEEPEP_PEERS: Final = 8
-"""Most ranks that DeepEP reaches over NVLink. Published: csrc/kernels/configs.cuh, NUM_MAX_NVL_PEERS."""
+"""Largest number of ranks that DeepEP reaches over NVLink. Published: csrc/kernels/configs.cuh, NUM_MAX_NVL_PEERS."""
 DEEPEP_NVLINK_TOKENS: Final = 256
 """Tokens that the buffer of a channel of DeepEP holds per peer over NVLink. Published: csrc/config.hpp,
 get_nvl_buffer_size_hint; deep_ep/buffer.py, get_dispatch_config."""
@@ -53,7 +53,8 @@ DEEPEP_NETWORK_TOKENS: Final = 2 * 128
 """Tokens that the buffer of a channel of DeepEP holds per peer over the network, in both directions. Published:
 csrc/config.hpp, get_rdma_buffer_size_hint; deep_ep/buffer.py, get_dispatch_config."""
 UNCERTAINTY: Final = 0.5
-"""Relative standard deviation of the sum of all this. Assumed: the published figures above differ by as much."""
+"""Relative standard deviation of the memory beyond the allocator's. Assumed: the published figures above differ by as
+much."""
 
 
 def beyond_allocated_gib(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Floats:
@@ -110,7 +111,7 @@ def _hybridep_bytes(c: Columns, workload: Workload) -> Floats:
 
 
 def reserved_ratio(table: pd.DataFrame, cluster: Cluster) -> Floats:
-    """Return the memory that the allocator takes over the memory that it hands out, one value per row; 1 on CPU."""
+    """Return the memory that the allocator reserves, as a multiple of what it hands out, one per row; 1 on CPU."""
     if cluster.device == "cpu":
         return np.ones(len(table))
     return np.where(table["expandable_segments"].to_numpy(dtype=bool), EXPANDABLE_RATIO, RESERVED_RATIO)

@@ -38,7 +38,7 @@ class StageMemory:
     """The parts of the peak memory of one pipeline stage's rank, in GiB; they sum to `total_gib`."""
 
     rank: int
-    """Pipeline rank."""
+    """The pipeline rank of the stage."""
     moment: Moment
     """The moment of the peak."""
     parameters_gib: float
@@ -132,7 +132,7 @@ def memory_breakdown(
     implementation: Implementation = "transformer_engine",
     imbalance: float | None = None,
 ) -> tuple[StageMemory, ...]:
-    """Return what holds the peak of each pipeline stage of one layout; the largest total is its `peak_gib`."""
+    """Return the parts of the peak of each pipeline stage of one layout; the largest total is its `peak_gib`."""
     columns = Columns.single(layout)
     stages, held = _stage_bytes(columns, workload, cluster, implementation, imbalance, all_stages=True)
     return tuple(
@@ -185,7 +185,7 @@ def _stage_bytes(
 
 
 def _or_building(held: _StageBytes, building: Floats) -> _StageBytes:
-    """Return what holds the peak: while the model is built if `building` needs more, else at the given moment."""
+    """Return the parts of the peak: while the model is built if `building` needs more, else at the given moment."""
     builds = building > held.total()
 
     def unless_building(part_bytes: Floats) -> Floats:

@@ -4,7 +4,7 @@ The accounts in attention.py, mlp.py and head.py, which build on this share, fol
 Megatron-Core 0.16 (attention.py, multi_latent_attention.py, mlp.py, moe/moe_layer.py, moe/token_dispatcher.py,
 moe/experts.py), Transformer Engine 2.11 (layernorm_linear.py, linear.py, grouped_linear.py, FusedAttention,
 cross_entropy.py), and for plain Torch the modules of this repository's program (launchers/programs/harness/specs.py),
-whose every tensor was traced. A tensor that two modules keep counts once, in the module that makes it. The
+in which every tensor was traced. A tensor that two modules keep counts once, in the module that makes it. The
 implementation `transformer_engine` has fused norms, activations, rotary positions and loss.
 """
 
@@ -26,8 +26,8 @@ LINEAR_INPUT_BYTES: Mapping[Precision, float] = {
     "mxfp8": 1.0 + 1 / 32,
     "nvfp4": 0.5 + 1 / 16,
 }
-"""Bytes per element of the input that a linear layer keeps. Published: a quantised input is kept for one direction,
-with one byte of scale per block of 32 (mxfp8) or 16 (nvfp4) elements (Transformer Engine 2.11)."""
+"""Bytes per element of the input that a linear layer keeps. Published: a quantised input is kept along one of its two
+directions only, with one byte of scale per block of 32 (mxfp8) or 16 (nvfp4) elements (Transformer Engine 2.11)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ class RankShare:
 
     @property
     def overlaps_experts(self) -> Bools:
-        """Return where a layer's backward pass runs beside the forward pass of a layer of the next micro-batch."""
+        """Return the rows where a layer's backward pass runs beside a layer's forward pass of the next micro-batch."""
         return self.columns.on("overlap_moe_expert_parallel_comm")
 
     def split(self, droppable: Iterable[tuple[str, Floats]], kept: Floats) -> tuple[Floats, Floats]:
@@ -112,9 +112,9 @@ class RankShare:
         return kept, dropped
 
     def norm(self, elements: Floats, feeds_linear: bool = True) -> Floats:
-        """Return what a norm keeps beyond its input.
+        """Return the bytes that a norm keeps beyond its input.
 
-        It keeps its output. Torch's RMSNorm also keeps its input in fp32, and that input normalised.
+        A norm keeps its output. Torch's RMSNorm also keeps its input in fp32, and the normalised input in fp32.
         """
         output = elements * (self.linear if feeds_linear else self.size)
         if self.fused or self.model.normalization == "LayerNorm":
@@ -122,17 +122,17 @@ class RankShare:
         return output + elements * (4.0 if self.size == 4 else 8.0)
 
     def norm_backward(self, held: Floats) -> Floats:
-        """Return what the backward pass of the norm in front of a half of a layer needs beyond what the half `held`.
+        """Return the bytes that the backward pass of the norm in front of a half of a layer needs beyond `held`.
 
-        At that time only the input of the norm is left of what the half held. Torch's RMSNorm is made of products: five
-        fp32 tensors of the gradient of its square root are alive at once.
+        `held` are the bytes that the half held before, of which only the input of the norm is left. Torch's RMSNorm is
+        made of products: five fp32 tensors of the gradient of its square root are alive at once.
         """
         if self.fused or self.model.normalization == "LayerNorm":
             return np.zeros_like(held)
         return (5 + 1) * 4.0 * self.hidden - held
 
     def norm_input(self) -> Floats:
-        """Return what the norm in front of a half of a layer keeps of the hidden state.
+        """Return the bytes of hidden states that the norm in front of a half of a layer keeps as its input.
 
         Torch's RMSNorm in 16 bits keeps an fp32 copy instead, which `norm` counts. The second norm of a sandwich counts
         here too, since it is never recomputed alone.
@@ -144,14 +144,14 @@ class RankShare:
         return kept + self.norm_inside() + (self.state if self.keeps_norm_input else 0)
 
     def norm_inside(self) -> Floats:
-        """Return what a norm of the hidden state keeps beyond its input and its output."""
+        """Return the bytes that a norm of the hidden state keeps beyond its input and its output."""
         return self.norm(self.hidden, feeds_linear=False) - self.hidden * self.size
 
     def between_nodes(self) -> Floats:
-        """Return one state that passes between two nodes of a layer's schedule, if communication of experts overlaps.
+        """Return the bytes of a hidden state between two nodes of a layer's schedule; 0 without `overlaps_experts`.
 
-        Autograd alone does not keep this state, but each node is a graph of its own, which holds what comes in and goes
-        out. Counted on Megatron-Core 0.16 (pipeline_parallel/utils.py, ScheduleNode): two more states per layer, three
-        with a shared expert, and none if the norms are recomputed.
+        Autograd alone does not keep this state, but each node is a graph of its own, which holds its input and its
+        output. Counted on Megatron-Core 0.16 (pipeline_parallel/utils.py, ScheduleNode): two more states per layer,
+        three with a shared expert, and none if the norms are recomputed.
         """
         return np.where(self.overlaps_experts & ~self.columns.drops("layernorm"), self.state, 0)

@@ -142,7 +142,7 @@ def _contents_of(partition: Partition, model: Model, uniform: int, block: int) -
     moe = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])
     experts = moe[end] - moe[begin]
     predicts: Bools = partition.mtp_layers.sum(axis=1) > 0
-    # The last layer of a rank, in whichever chunk; a rank without layers has that of multi-token prediction.
+    # A rank's last layer may be in any chunk. A rank without layers has the last layer of multi-token prediction.
     last = np.where(end > begin, end, 0).max(axis=1)
     last_is_moe = np.where(last > 0, moe[last] > moe[np.maximum(last - 1, 0)], False)
     return _Contents(

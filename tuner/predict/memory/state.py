@@ -34,13 +34,13 @@ class ModelState:
     optimizer: Floats
     """State of Adam."""
     whole: Floats
-    """Weights and gradients that Megatron-FSDP holds whole for a while."""
+    """Weights and gradients that Megatron-FSDP holds unsplit for a time."""
     reducing: Floats
     """The copy of gradients that Gloo reduces; 0 on CUDA."""
     reducing_embedding: Floats
     """The copy of the embedding's gradient that Gloo reduces apart from the others; 0 on CUDA."""
     building: Floats
-    """All that is allocated while the model is built, gradients included."""
+    """All bytes that are allocated while the model is built, gradients included."""
 
 
 def model_state(
@@ -57,7 +57,7 @@ def model_state(
     The distributed optimizer splits the state of Adam over the ranks with equal weights: dense weights over dp*cp,
     experts over edp. It copies the weights into one buffer per model chunk and kind; both copies exist while the buffer
     is filled (distributed/param_and_grad_buffer.py). Megatron-FSDP splits gradients and weights too, by its strategy,
-    and holds some of them whole for a while. Gloo reduces a copy of a buffer of gradients.
+    and holds some of them unsplit for a time. Gloo reduces a copy of a buffer of gradients.
 
     Args:
         c: The layouts.
@@ -115,14 +115,15 @@ class _RankWeights:
 
 
 def _uses_distributed_optimizer(c: Columns) -> Bools:
-    """Return where Megatron's own distributed optimizer runs, and not that of Megatron-FSDP."""
+    """Return the rows where Megatron's own distributed optimizer runs, and not Megatron-FSDP's."""
     return c.on("use_distributed_optimizer") & ~c.on("use_megatron_fsdp")
 
 
 def _building_bytes(c: Columns, workload: Workload, stages: StagesInFlight, weights: _RankWeights) -> Floats:
-    """Return all that is allocated while the model is built."""
+    """Return all bytes that are allocated while the model is built."""
     row, weight_bytes = stages.row, float(workload.weight_bytes)
-    # With ep 1 the experts share the buffer of the dense weights. Otherwise their buffer is filled later.
+    # With ep 1 the experts share the buffer of the dense weights. With ep above 1 the experts have a buffer of their
+    # own, which is filled after the buffer of the dense weights.
     experts_gradients = weights.experts * workload.gradient_bytes / weight_bytes
     apart = np.maximum(weights.dense - experts_gradients, weights.experts)
     moved = np.where((c["ep"] > 1)[row], apart, weights.whole) * weight_bytes / c["vpp"][row]
@@ -143,7 +144,7 @@ def _whole_bytes(
     layers: Floats,
     ranks: Ints,
 ) -> Floats:
-    """Return the bytes of weights and gradients that Megatron-FSDP holds whole for a while; 0 without it."""
+    """Return the bytes of weights and gradients that Megatron-FSDP holds unsplit for a time; 0 without it."""
     if not c.on("use_megatron_fsdp").any():
         return np.zeros_like(weights.dense)
     tables = np.where(stages.first | stages.last, weights.table, 0)
@@ -161,7 +162,7 @@ def _whole_bytes(
 def _reducing_bytes(
     c: Columns, workload: Workload, cluster: Cluster, stages: StagesInFlight, weights: _RankWeights
 ) -> tuple[Floats, Floats]:
-    """Return the bytes of the copies that Gloo reduces: of gradients, and of the embedding's gradient apart."""
+    """Return the bytes of the copies that Gloo reduces: all gradients, and separately the embedding's gradient."""
     row, gradient_bytes = stages.row, float(workload.gradient_bytes)
     by_gloo = _uses_distributed_optimizer(c)[row] & np.bool_(cluster.device == "cpu")
     # With ep > 1 the gradients of experts have a buffer of their own, which is reduced later.

@@ -14,8 +14,8 @@ ATTENTION_EFFICIENCY: Final = 2 / 3
 FlashAttention-2 reaches 0.5 to 0.73 of the peak on A100 (arXiv:2307.08691), FlashAttention-3 up to 0.75 on H100
 (arXiv:2407.08608)."""
 BACKWARD_ATTENTION: Final = 2.5
-"""FLOPs of fused attention in the backward pass over those in the forward pass: five products for two, since the scores
-are computed again. Published: arXiv:2307.08691, section 4.1."""
+"""FLOPs of fused attention in the backward pass over those in the forward pass: five products instead of two, since
+the scores are computed again. Published: arXiv:2307.08691, section 4.1."""
 SCORE_PASSES: Final = 5
 """Reads and writes of the score matrix in the forward pass of unfused attention: product, softmax, dropout, product,
 less what caches hold. Chosen within what is plausible to suit vTrain's published step times on A100s, which `python -m
@@ -26,7 +26,7 @@ own. Counted: a kernel reads and writes once."""
 
 
 def core_attention(operations: Operations, sliding: bool) -> ModuleTime:
-    """Return the time of core attention, and of the exchange over context ranks that it does not hide.
+    """Return the time of core attention, and the time of the exchange over context ranks that attention does not hide.
 
     `sliding` says whether the layer attends over a sliding window.
     """
@@ -38,7 +38,7 @@ def core_attention(operations: Operations, sliding: bool) -> ModuleTime:
         forward_ms = ops.rates.attention_ms(2 * macs, ATTENTION_EFFICIENCY)
         backward_ms = BACKWARD_ATTENTION * forward_ms
     else:
-        # Unfused attention computes the whole square of scores, which a causal mask halves.
+        # Unfused attention computes the whole square of scores, although a causal mask discards half of it.
         square_flops = 4 * core_attention_macs(model, seq_length, False) * ops.tokens / ops.tp
         passes = SCORE_PASSES + (CAP_PASSES if capped else 0)
         score_bytes = passes * heads * ops.tokens * seq_length * ops.state_bytes
@@ -69,7 +69,10 @@ def projections(operations: Operations) -> dict[str, ModuleTime]:
 
 
 def _latent_projections(ops: Operations) -> dict[str, ModuleTime]:
-    """Return the time of the products of multi-latent attention; selective recompute names the up-projections."""
+    """Return the time of the products of multi-latent attention.
+
+    The up-projections are an entry of their own, since selective recompute can drop them by name.
+    """
     model = ops.model
     heads, hidden = model.num_attention_heads / ops.tp, model.hidden_size
     query_rank, key_value_rank = model.q_lora_rank, model.kv_lora_rank or 0

@@ -1,5 +1,5 @@
-"""Time that attention over context-parallel ranks adds to a layer, in milliseconds: what the exchange of keys and
-values, or of heads, takes beyond the attention that hides it.
+"""Time that attention over context-parallel ranks adds to a layer, in milliseconds: the time to exchange keys and
+values, or heads, that attention does not hide.
 """
 
 from typing import Final
@@ -17,15 +17,17 @@ GATHERED_STEPS: Final = 2
 """Steps in which attention goes over gathered keys and values: the two halves of the sequence. A ring takes one step
 per context rank. Counted in Transformer Engine's AttnFuncWithCPAndKVAllGather (context_parallel.py)."""
 RING_FORWARD_PASSES: Final = 5
-"""Reads and writes, as wide as the queries, that a step of ring attention adds in the forward pass: it adds its output,
-in 16 bits, to the sum, in 32 bits. Counted in Transformer Engine's AttnFuncWithCPAndKVP2P (context_parallel.py)."""
+"""Reads and writes that one step of ring attention adds in the forward pass, in multiples of the size of the queries:
+the step adds its output (16 bits) to the sum of all outputs (32 bits). Counted in Transformer Engine's
+AttnFuncWithCPAndKVP2P (context_parallel.py)."""
 RING_BACKWARD_PASSES: Final = 6
-"""Reads and writes, as wide as the queries, that a step of ring attention adds in the backward pass: it adds the
-gradients of queries, keys and values to their sums. Counted in the same class."""
+"""Reads and writes that one step of ring attention adds in the backward pass, in multiples of the size of the queries:
+the step adds the gradients of queries, keys and values to their sums. Counted in Transformer Engine's
+AttnFuncWithCPAndKVP2P (context_parallel.py)."""
 
 
 def attention_step_kernels(c: Columns) -> Floats:
-    """Return how many kernels a layer's attention over context ranks launches beyond attention on one rank.
+    """Return how many more kernels a layer launches for attention over context ranks than for attention on one rank.
 
     The result has shape [rows] and is 0 where cp is 1.
     """
@@ -54,7 +56,7 @@ class ContextExchange:
     def exposed_ms(
         self, attention_forward_ms: Floats, attention_backward_ms: Floats
     ) -> tuple[Floats, Floats]:
-        """Return what the exchange takes beyond what attention hides, by each row's `cp_comm_type`."""
+        """Return the time of the exchange that attention does not hide, by the method of each row's `cp_comm_type`."""
         ring = self._ring_ms(attention_forward_ms, attention_backward_ms)
         if self._c.among("cp_comm_type", "p2p").all():
             return ring
@@ -68,8 +70,8 @@ class ContextExchange:
     def gathered_ms(self, gathers_again: bool) -> tuple[Floats, Floats]:
         """Return the time to gather keys and values from the context ranks and to scatter their gradients.
 
-        Keys and values are gathered one after the other, and nothing hides it. `gathers_again` says whether the
-        backward pass gathers them again, as Transformer Engine does (context_parallel.py,
+        Keys and values are gathered one after the other, and nothing hides this time. `gathers_again` says
+        whether the backward pass gathers them again, as Transformer Engine does (context_parallel.py,
         AttnFuncWithCPAndKVAllGather).
         """
         whole_bytes = self._tokens * self._cp * self._key_value_width / 2 / self._tp * self._rates.state_bytes
@@ -78,19 +80,22 @@ class ContextExchange:
         return gathered, scattered + gathered * gathers_again
 
     def _ring_ms(self, attention_forward_ms: Floats, attention_backward_ms: Floats) -> tuple[Floats, Floats]:
-        """Return what a ring exposes: keys and values travel beside attention; backward their gradients travel too."""
+        """Return the time that ring attention adds.
+
+        Keys and values travel while attention computes. In the backward pass their gradients travel too.
+        """
         return (
             self._ring_pass_ms(1, attention_forward_ms, RING_FORWARD_PASSES),
             self._ring_pass_ms(2, attention_backward_ms, RING_BACKWARD_PASSES),
         )
 
     def _ring_pass_ms(self, trips: int, attention_ms: Floats, sum_passes: int) -> Floats:
-        """Return what one pass of a ring exposes, and the time to sum up the results of its steps.
+        """Return the travel time in one pass that attention does not hide, plus the time to sum up the steps' results.
 
         Args:
-            trips: How often data as large as keys and values goes around the ring.
-            attention_ms: Time of the attention beside it.
-            sum_passes: Reads and writes of the queries' width that each step adds.
+            trips: Number of times that data as large as keys and values goes around the ring.
+            attention_ms: Time of the attention that runs meanwhile.
+            sum_passes: Reads and writes that each step adds, in multiples of the size of attention's output.
         """
         steps, rates = self._cp - 1, self._rates
         sent_bytes = self._tokens * self._key_value_width / self._tp * rates.state_bytes
@@ -100,7 +105,7 @@ class ContextExchange:
         return np.maximum(travel_ms - attention_ms * steps / self._cp, 0.0) + sum_ms
 
     def _heads_ms(self) -> tuple[Floats, Floats]:
-        """Return the time to exchange heads for tokens; nothing hides it.
+        """Return the time to exchange heads for tokens, which nothing hides.
 
         Queries, keys and values go to the ranks of their heads, and the output comes back. In the backward pass their
         gradients take the opposite ways (Transformer Engine: context_parallel.py, AttnFuncWithCPAndQKVOA2A).

@@ -12,18 +12,18 @@ from tuner.predict.time.passes import ModuleTime, PassTime
 from tuner.predict.time.rates import FLEX_EFFICIENCY
 
 PERMUTE_PASSES: Final = 8
-"""Reads and writes of a dispatched token: permute, sort by expert, and both back. Counted in Megatron-Core's
-moe/token_dispatcher.py."""
+"""Reads and writes of a dispatched token: for the permute, the sort by expert, and the reverse of both. Counted in
+Megatron-Core's moe/token_dispatcher.py."""
 FLEX_PERMUTE_PASSES: Final = 4
-"""Reads and writes of a dispatched token under the flex dispatcher: one permute of the tokens that arrived, and its way
-back. Counted in Megatron-Core's moe/token_dispatcher.py (_DeepepManager); HybridEP permutes in the same call
+"""Reads and writes of a dispatched token under the flex dispatcher: for one permute of the tokens that arrived,
+and its reverse. Counted in Megatron-Core's moe/token_dispatcher.py (_DeepepManager); HybridEP permutes in the same call
 (csrc/hybrid_ep/extension/permute.cu)."""
 BIAS_FORWARD_PASSES: Final = 14
 """Reads and writes of a dispatched token for the bias of its experts in the forward pass: multiply, add, concatenate,
 round. Counted in Megatron-Core's experts.py (_apply_bias)."""
 BIAS_BACKWARD_PASSES: Final = 18
-"""Reads and writes of a dispatched token for the bias of its experts in the backward pass. Counted in the same
-place."""
+"""Reads and writes of a dispatched token for the bias of its experts in the backward pass. Counted in
+Megatron-Core's experts.py (_apply_bias)."""
 CAST_PASSES: Final = 3
 """Reads and writes of a token, of 16 bits each, by which the router makes it fp32. Counted: one read, and one write of
 twice the width."""
@@ -34,9 +34,9 @@ EXPERT_OVERLAP: Final = 0.8
 """Share of a layer's products beside which the tokens of another micro-batch can travel. Assumed: no figure is
 published."""
 DELAYED_OVERLAP: Final = 0.9
-"""`EXPERT_OVERLAP` of the backward pass with delayed weight gradients, which are half of its products. Assumed: they
-run where nothing else is left to run beside communication (model_chunk_schedule_plan.py), so that half of the loss is
-won back."""
+"""`EXPERT_OVERLAP` of the backward pass if weight gradients, which are half of its products, are delayed. Assumed: the
+delayed products run where nothing else is left to run beside communication (model_chunk_schedule_plan.py), so that half
+of the overlap that EXPERT_OVERLAP lacks is won back."""
 
 
 def expert_modules(operations: Operations) -> dict[str, ModuleTime]:
@@ -69,7 +69,7 @@ def expert_modules(operations: Operations) -> dict[str, ModuleTime]:
 def _exposed_dispatch(
     ops: Operations, work: ModuleTime, dispatch_ms: Floats, shared_gemm_ms: Floats | float
 ) -> ModuleTime:
-    """Return what nothing hides of the tokens' way to their experts and back.
+    """Return the time of the tokens' way to their experts and back that nothing hides.
 
     With the overlap of expert communication, the products of another micro-batch hide it; with the overlap of shared
     experts, the products of the shared expert do.
@@ -130,9 +130,9 @@ def _weighted_bias(ops: Operations, routed_tokens: Floats) -> ModuleTime:
 
 
 def _notices_ms(ops: Operations) -> tuple[Floats, Floats]:
-    """Return the latencies of what the alltoall dispatcher sends beside the tokens.
+    """Return the latencies of the two small messages that the alltoall dispatcher sends beside the tokens.
 
-    The first message says how many tokens go to each rank; the second has the weights of the tokens. Both are small.
+    The first message says how many tokens go to each rank; the second has the weights of the tokens.
     """
     expert_group, no_bytes = ops.groups(ops.ep, ops.etp), np.zeros(ops.ep.shape)
     needed = (ops.ep > 1) & ops.layouts.among("moe_token_dispatcher_type", "alltoall")
@@ -142,7 +142,7 @@ def _notices_ms(ops: Operations) -> tuple[Floats, Floats]:
 
 
 def _dispatch_ms(ops: Operations, tokens: Floats) -> Floats:
-    """Return the time in which the tokens go to their experts and come back, once."""
+    """Return the time in which the tokens go once to their experts and back."""
     rates, topk = ops.rates, ops.model.moe_router_topk or 0
     token_bytes = ops.model.hidden_size * ops.state_bytes
     expert_group, whole_group = ops.groups(ops.ep, ops.etp), ops.groups(ops.ep * ops.etp)
@@ -169,7 +169,7 @@ def _exchange_ms(ops: Operations, sent_bytes: Floats, group: ProcessGroups, topk
     deepep_ranks = np.minimum(group.ranks_per_domain, DEEPEP_NVLINK_RANKS)
     near_ranks = np.where(deepep, deepep_ranks, group.ranks_per_domain)
     group = ProcessGroups(group.size, group.stride, near_ranks)
-    # The expected number of other ranks, and of other domains, that hold at least one of a token's experts.
+    # These are the expected numbers of other ranks, and of other domains, that hold at least one of a token's experts.
     flex_ranks = (group.size - 1) * (1 - (1 - 1 / group.size) ** topk)
     flex_domains = (group.domains - 1) * (1 - (1 - 1 / group.domains) ** topk)
     flex_inside = flex_ranks * NVLINK_EFFICIENCY / FLEX_EFFICIENCY

@@ -27,10 +27,11 @@ EXPERTS_LAUNCHES: Final[Mapping[Implementation, tuple[float, float]]] = {
     "transformer_engine": (3.0, 0.0),
     "torch": (1.8, 0.18),
 }
-"""Operations that the host launches for a layer of experts, as multiples of a dense layer's: those of the layer with
-its router, permutes and dispatch, and those of each local expert. Counted for torch in Megatron's local layers, where
-the experts run one after another. For Transformer Engine chosen within what is plausible to suit Megatron Bridge's
-published throughput of mixtures, which `python -m tests.bench.published` compares with the predictions."""
+"""Operations that the host launches for a layer of experts, as multiples of a dense layer's: first for the layer
+with its router, permutes and dispatch, then for each local expert. The numbers for torch are counted in Megatron's
+local layers, where the experts run one after another. The numbers for Transformer Engine are chosen, within what is
+plausible, to suit Megatron Bridge's published throughput of mixtures, which `python -m tests.bench.published` compares
+with the predictions."""
 EXPERT_BIAS_LAUNCHES: Final = 0.06
 """Operations that a bias adds per local expert, as a multiple of a dense layer's: it is split, weighted and added for
 one expert after another. Counted in Megatron-Core's experts.py (_apply_bias)."""
@@ -51,19 +52,19 @@ class ModelPart:
     """
 
     on_rank: Floats
-    """How many of them each pipeline rank holds, shape [ranks, rows] (see `LayersByRank`)."""
+    """How many such parts each pipeline rank holds, shape [ranks, rows] (see `LayersByRank`)."""
     in_model: Floats | int
-    """How many the whole model has."""
+    """How many such parts the whole model has."""
     useful: PassTime
-    """Work of the GPU besides recompute."""
+    """The GPU's time for one such part, without recompute."""
     recompute_ms: Floats | float
-    """Forward passes that the backward pass repeats."""
+    """Time of the forward passes that the backward pass repeats."""
     host_ms: Floats
-    """What waiting for the host adds."""
+    """Time that waiting for the host adds."""
 
     @property
     def total_ms(self) -> Floats:
-        """The time of one of them for one micro-batch."""
+        """Return the time of one such part for one micro-batch."""
         return self.useful.total_ms + self.recompute_ms + self.host_ms
 
 
@@ -154,13 +155,13 @@ class _Host:
         repeated_ms: Floats | float = 0.0,
         repeated_share: Floats | float = 0.0,
     ) -> Floats:
-        """Return what waiting for the host adds to a module's two passes.
+        """Return the time that waiting for the host adds to a module's two passes.
 
         Args:
             module: The module.
             launches: Operations that the host launches for it, as a multiple of a dense layer's.
             repeated_ms: Time of the forward passes that the backward pass repeats.
-            repeated_share: The share of the module's operations that they repeat.
+            repeated_share: The share of the module's operations that these forward passes repeat.
         """
         launch_ms = self._rates.launch_ms
         forward_ms = launch_ms * (launches * FORWARD_LAUNCHES + self._collectives)
@@ -169,7 +170,7 @@ class _Host:
         if self._launches_passes is not None:
             forward_ms, backward_ms = forward_ms * self._launches_passes, backward_ms * self._launches_passes
         if self._rates.host_runs_ahead:
-            # Host and GPU work at once, so only what the host takes longer counts.
+            # Host and GPU work at once, so only the time by which the host takes longer counts.
             forward_ms = np.maximum(forward_ms - module.forward.total_ms, 0.0)
             backward_ms = np.maximum(backward_ms - (module.backward.total_ms + repeated_ms), 0.0)
         return forward_ms + backward_ms

@@ -46,9 +46,9 @@ class Operations:
         is_blackwell = "nvfp4" in rates.cluster.gpu.peak_tflops
         loses_order = (queues > 1) & np.bool_(not is_blackwell)
         self.ordered_overlap = np.where(loses_order, OUT_OF_ORDER, 1.0)
-        """Share left of an overlap that needs the order of launches, which one hardware queue keeps."""
+        """Share that is left of an overlap that needs the order of launches, which one hardware queue keeps."""
         self.parallel_overlap = np.where(queues == 1, OUT_OF_ORDER, 1.0)
-        """Share left of an overlap of independent streams, which needs several hardware queues."""
+        """Share that is left of an overlap of independent streams, which needs several hardware queues."""
 
     def groups(self, size: Ints, stride: Ints | None = None) -> ProcessGroups:
         """Place groups of `size` ranks on the cluster, `stride` (by default 1) apart."""
@@ -110,7 +110,7 @@ class Operations:
         return np.where(several, reduce_ms, 0.0), np.where(several, both_ms / 2, 0.0)
 
     def column_parallel_collectives(self) -> ModuleTime:
-        """Return the collectives of a column-parallel product without a row-parallel one behind it.
+        """Return the collectives of a column-parallel product that no row-parallel product follows.
 
         The backward pass reduces the gradient of the input. Under sequence parallelism the forward pass gathers the
         input, and the backward pass gathers it again and scatters its gradient.

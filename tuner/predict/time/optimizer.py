@@ -22,19 +22,19 @@ gradient (fp32) and writes the parameter (16 bits)."""
 CLEAR_PASSES: Final = 2
 """Passes over the local gradients beside the update. Counted: one sets them to zero, one reads them for their norm."""
 TENSOR_LAUNCHES: Final = 40
-"""Operations that the host launches per tensor where nothing fuses the optimizer. Counted: Adam in torch on CPU,
-clipping and copies are 20. The Python around them is assumed to take as long again."""
+"""Operations that the host launches per tensor where nothing fuses the optimizer. Counted for torch on CPU:
+Adam, clipping and copies are 20 operations. Assumed: the Python around them takes the time of 20 more."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """The dense weights or those of routed experts, on the rank that holds the most of them: arrays of shape [rows]."""
+    """Either the dense weights or the weights of routed experts, on the rank that holds the most: arrays of [rows]."""
 
     parameters: Floats
     replicas: ProcessGroups
     """The ranks that hold these weights, and reduce their gradients."""
     split: fsdp.Shares
-    """Over how many of the ranks weights, gradients and optimizer are split."""
+    """The number of ranks over which each of weights, gradients and optimizer is split."""
 
 
 def optimizer_times(
@@ -48,9 +48,9 @@ def optimizer_times(
 ) -> dict[str, Floats]:
     """Return the parts of a step that follow its micro-batches, in milliseconds and by name, each of shape [rows].
 
-    "dp_ms" is what nothing hides of reducing gradients and gathering parameters, "optimizer_ms" the update of the
-    weights. Both are those of the rank that holds the most. `pass_ms` is the time of its last micro-batch, forward and
-    backward.
+    "dp_ms" is the time of reducing gradients and gathering parameters that nothing hides. "optimizer_ms" is the time of
+    updating the weights. Both are times of the rank that holds the most parameters. `pass_ms` is the time of the last
+    micro-batch on this rank, forward and backward.
     """
     dense, routed = _weights(c, workload.model, rates, split)
     exposed_ms = _exposed_ms(dense, pass_ms, c, rates) + _exposed_ms(routed, pass_ms, c, rates)
@@ -86,7 +86,7 @@ def _update_ms(dense: _Weights, routed: _Weights, rates: Rates) -> Floats:
 
 
 def _weights(c: Columns, model: Model, rates: Rates, split: LayersByRank) -> tuple[_Weights, _Weights]:
-    """Return the dense weights and those of routed experts."""
+    """Return the dense weights and the weights of routed experts."""
     world = rates.cluster.world_size
     tp, pp, cp, ep, etp = (c[name] for name in ("tp", "pp", "cp", "ep", "etp"))
     dense_replicas = process_groups(data_parallel_size(world, tp, pp, cp) * cp, tp, rates.cluster)
@@ -99,7 +99,7 @@ def _weights(c: Columns, model: Model, rates: Rates, split: LayersByRank) -> tup
 
 
 def _exposed_ms(weights: _Weights, pass_ms: Floats, c: Columns, rates: Rates) -> Floats:
-    """Return what nothing hides of reducing the gradients and, with the distributed optimizer, gathering the
+    """Return the time that nothing hides of reducing the gradients and, with the distributed optimizer, gathering the
     weights."""
     held, group = weights.parameters, weights.replicas
     gradient_bytes = held * rates.gradient_bytes

@@ -20,13 +20,13 @@ class PipelineTimes:
     """The pipeline of every layout in one step; arrays have the shape [rows], and times are in milliseconds."""
 
     counted: list[Floats]
-    """How many of each part of the model count towards the step, in the order of the parts.
+    """The number of each part of the model that counts towards the step, in the order of the parts.
 
-    They are those of the slowest rank, or the mean over the ranks if the ranks share cores."""
+    It is the number on the slowest rank, or the mean over the ranks if the ranks share cores."""
     slowest_ms: Floats
     """Time of one micro-batch on the slowest rank, forward and backward."""
     bubble_ms: Floats
-    """Waiting while the pipeline fills and drains."""
+    """Time in which a rank waits while the pipeline fills and drains."""
 
 
 def pipeline_times(
@@ -61,9 +61,9 @@ def _shared_bubble_ms(
     """Return the bubble of a pipeline whose ranks share cores.
 
     A rank that waits leaves its core to the others, so a step takes at least the mean work of the ranks. The bubble is
-    the time beyond that, the larger of two. Cores idle at the start, while only the first stages have work, and at the
-    end, while only the last stages have. And a chain of passes that wait for each other is no faster than with one core
-    per pass.
+    the time beyond this work. It has two lower bounds, of which the larger is returned. First, cores idle at the start,
+    while only the first stages have work, and at the end, while only the last stages have work. Second, a chain of
+    passes that wait for each other is no faster than with one core per pass.
 
     Args:
         c: The layouts.
@@ -82,10 +82,10 @@ def _shared_bubble_ms(
 
 
 def messages_ms(c: Columns, workload: Workload, rates: Rates, num_microbatches: Ints) -> Floats:
-    """Return the time of a step's activations and gradients between pipeline ranks that nothing hides.
+    """Return the time per step of the messages between pipeline ranks that nothing hides.
 
-    Without overlap these are the messages of every micro-batch and chunk. With overlap they are those that fill the
-    pipeline.
+    A message carries activations or their gradients. Without overlap, the messages of every micro-batch and chunk
+    count. With overlap, only the messages that fill the pipeline count.
     """
     pp, vpp = c["pp"], c["vpp"]
     sequence_shards = np.where(c.on("sp"), c["tp"], 1) * c["cp"]

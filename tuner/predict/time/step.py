@@ -43,9 +43,9 @@ ROWS_AT_ONCE: Final = 32_768
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Where the time of a step goes, in milliseconds.
+    """The time of each part of a step, in milliseconds.
 
-    The parts sum to the step. They are those of the slowest pipeline rank, over all micro-batches.
+    The parts add up to the step time. Each is the time of the slowest pipeline rank, over all micro-batches.
     """
 
     gemm_ms: float
@@ -115,7 +115,7 @@ def step_parts_ms(
     implementation: Implementation = "transformer_engine",
     calibration: Calibration | None = None,
 ) -> pd.DataFrame:
-    """Return where the predicted step of every row of a table goes: one column per part, one row per layout.
+    """Return the time of each part of the predicted step for a table: one column per part, one row per layout.
 
     The parts are those of `StepTime`; arguments and errors are those of `step_time_ms`.
     """
@@ -130,7 +130,7 @@ def step_breakdown(
     implementation: Implementation = "transformer_engine",
     calibration: Calibration | None = None,
 ) -> StepTime:
-    """Return where the predicted step of one layout goes; arguments and errors are those of `step_time_ms`."""
+    """Return the time of each part of one layout's predicted step; arguments and errors are those of `step_time_ms`."""
     rates = _rates(workload, cluster, calibration)
     parts = _parts(Columns.single(layout), workload, rates, implementation)
     return StepTime(**{name: float(np.ravel(value)[0]) for name, value in parts.items()})
