@@ -1,4 +1,4 @@
-"""What a trial's job runs: the command of its program and the environment, whatever starts it."""
+"""The command line and the environment of a trial's job; both are the same for all launchers."""
 
 import math
 import os
@@ -46,7 +46,7 @@ def job_argv(
     if isinstance(spec.program, MegatronLm):
         steps = spec.measurement.warmup_steps + spec.measurement.max_steps
         words = trial_words(spec.program.megatron_lm, spec.layout, spec.workload, steps)
-        # Its output is what is measured, so none of it may go into files of the ranks.
+        # The command's output is what is measured, so none of it may go into files of the ranks.
         return (sys.executable, "-m", COMMAND, *files, *torchrun, "--redirects=0", *words)
     if isinstance(spec.program, BridgeRecipe):
         return (*torchrun, "-m", BRIDGE, *files)

@@ -37,7 +37,7 @@ OnHeartbeat = Callable[[Heartbeat], None]
 _RESERVE = ".reserve"
 """A file that stands in the folder while the job runs: its removal makes room for the result on a full disk."""
 _RESERVE_BYTES = 1 << 18
-"""Assumed: several times the size of a result, its log lines and the ranks' records."""
+"""The size of that file. Assumed: several times the size of a result, its log lines and the ranks' records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +151,7 @@ def set_aside(folder: TrialFolder) -> None:
 
 
 def judged_result(evidence: JobEvidence, judgement: Judgement, folder: TrialFolder) -> TrialResult:
-    """Return the program's own result where the judgement agrees with it, else its records under our judgement."""
+    """Return the program's own result if the judgement agrees with it, else our judgement with the ranks' records."""
     reported = evidence.result
     has_measured = judgement.outcome in {Outcome.COMPLETED, Outcome.TOO_SLOW}
     if reported and reported.outcome is judgement.outcome and has_measured:
@@ -189,7 +189,7 @@ def _with_telemetry(
 
 
 def _written(result: TrialResult, folder: TrialFolder) -> TrialResult:
-    """Write the result; return it, or the failure to write it. A completed trial's own file stands in that case."""
+    """Write the result; return it, or the failure to write it. A completed trial keeps its own file and result then."""
     try:
         write_json(folder.result, result)
     except OSError as error:

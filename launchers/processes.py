@@ -21,7 +21,7 @@ STARTED_AT = "MEGATUNE_STARTED_AT"
 """The environment variable that tells a program when its launcher began, in seconds since the epoch."""
 
 _FOREIGN_VARIABLES = ("TORCHELASTIC_", "PET_")
-"""Prefixes of the variables that a torchrun around us has set, and that ours would take for its own."""
+"""Prefixes of variables that a torchrun which started the tuner has set; our torchrun would take them as its own."""
 
 _KILL_S = 10.0
 """How long the kernel gets to take away a killed process. Assumed: one that stays longer hangs in a driver."""
@@ -76,7 +76,7 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def _other_processes(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
-    """Return the running processes of this machine, ours aside, that `belongs` holds for."""
+    """Return the running processes of this machine, except this process, that `belongs` holds for."""
     belonging = []
     for pid in psutil.pids():  # psutil.process_iter has a cache that threads would share
         # Other users' processes cannot be read, and any process may end while it is looked at.
@@ -88,7 +88,7 @@ def _other_processes(belongs: Callable[[psutil.Process], bool]) -> list[psutil.P
 
 
 def marked_processes(folder: str) -> list[psutil.Process]:
-    """Return the running processes of this machine whose marker is `folder`, a trial's, or lies below it."""
+    """Return the running processes of this machine whose marker is `folder` or a folder in it."""
     return _other_processes(lambda process: _is_marked(process, folder))
 
 
@@ -187,7 +187,7 @@ def end_processes(find: Callable[[], list[psutil.Process]], grace_s: float) -> l
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
         deadline_s = time.monotonic() + patience_s
         signalled: set[psutil.Process] = set()
-        # Looked up anew each time, since a process may be started while the others are ended.
+        # The processes are looked up each time, since one may be started while the others are ended.
         while running and time.monotonic() < deadline_s:
             for process in set(running) - signalled:
                 with suppress(psutil.Error):

@@ -86,7 +86,7 @@ class Tracker(Sink):
         self.close()
 
     def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
-        """See Sink. Those finished trials are logged that MLflow lacks, or holds with another result."""
+        """See Sink. Finished trials that MLflow lacks, or holds with another result, are logged."""
         self._finished |= {trial.number for trial in snapshot.state.ended}
         self._wake()
 

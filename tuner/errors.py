@@ -23,7 +23,7 @@ class NothingFeasibleError(MegatuneError):
 
 
 class CircuitBreakerError(MegatuneError):
-    """The sweep stopped itself, since the machine keeps failing and not the layouts. Exit code 4."""
+    """The sweep stopped itself, because the machine keeps failing, not the layouts. Exit code 4."""
 
     exit_code = 4
 

@@ -74,7 +74,7 @@ def read_yaml_data(path: Path) -> object:
 def _check_node(node: yaml.Node | None, counted: dict[int, int]) -> int:
     """Return the number of values of a node with its anchors written out; `counted` holds nodes that are done.
 
-    YAML forbids a key to stand twice in one mapping, but PyYAML keeps the last one and says nothing.
+    YAML forbids a key that stands twice in one mapping, but PyYAML keeps the last one and says nothing.
 
     Raises:
         yaml.MarkedYAMLError: if there are too many values, or a key is there twice.
@@ -101,7 +101,7 @@ def _check_node(node: yaml.Node | None, counted: dict[int, int]) -> int:
 
 
 def read_yaml(cls: type[T], path: Path) -> T:
-    """Return the `cls` of a YAML file.
+    """Return the `cls` that a YAML file holds.
 
     Raises:
         InputError: if the file is missing or not YAML, or its data does not fit.
@@ -110,7 +110,7 @@ def read_yaml(cls: type[T], path: Path) -> T:
 
 
 def read_json(cls: type[T], path: Path) -> T:
-    """Return the `cls` of a JSON file; its texts are `printable`.
+    """Return the `cls` that a JSON file holds; control characters are removed from its texts (`printable`).
 
     Raises:
         InputError: if the file is missing or torn, or its data does not fit.
@@ -171,7 +171,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_new_text(path: Path, text: str) -> bool:
-    """Write a text file unless there is one; returns whether it was written. Of two writers at once one succeeds."""
+    """Write a text file unless there is one; return whether it was written. Of two writers, only one succeeds."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -40,7 +40,7 @@ def explain(cls: type[Any], problems: Sequence[Problem], data: object) -> list[s
 
 
 def _nearest_branches(problems: Sequence[Problem], data: object) -> dict[tuple[str, ...], list[Problem]]:
-    """Return the problems by the key that the user sees; of a union, only those of the branch that fits best.
+    """Return the problems by the key that the user sees; for a union, only the problems of the branch that fits best.
 
     Pydantic reports what is wrong with every branch of a union, and puts the name of the branch among the keys of
     `loc`.
@@ -137,6 +137,6 @@ def _known_keys(cls: type[Any], location: list[str]) -> list[str]:
         if part is None:
             return sorted({key for node in resolved for key in node.get("properties", {})})
         inner = [node.get("properties", {}).get(part) or node.get("items") for node in resolved]
-        # The name of a union's branch in the location is not a key, and leaves us at the same node.
+        # The location also names branches of unions. Such a name is not a key, so `nodes` stay as they are.
         nodes = [node for node in inner if isinstance(node, dict)] or resolved
     return []

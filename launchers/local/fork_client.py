@@ -31,7 +31,7 @@ _TORCH = "torch._dynamo"
 
 _TORCHRUN = ("-m", "torch.distributed.run")
 _READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "NVTE_")
-"""Prefixes of variables that nobody reads while importing, so that a fork may still set them."""
+"""Prefixes of variables that no import reads, so that a fork may still set them."""
 _END_S = 10.0
 """How long a server may take to report the end of an ended job. Assumed."""
 
@@ -44,7 +44,7 @@ class Preload:
     manager: at the end everything it started is ended.
 
     Args:
-        marker: The folder that marks the servers, and with them their jobs, should the tuner die: the sweep's.
+        marker: The sweep's folder. It marks the servers and their jobs, so that they are found if the tuner dies.
     """
 
     def __init__(self, marker: Path) -> None:
@@ -70,7 +70,9 @@ class Preload:
             return [process for server in self._servers for process in server.jobs()]
 
     def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> RunningJob:
-        """Start a torchrun command as a fork, any other cold; the arguments are those of `launchers.processes.ColdJob`.
+        """Start a torchrun command as a fork, and any other command cold.
+
+        The arguments are those of `launchers.processes.ColdJob`.
 
         Raises:
             OSError: if nothing can be started.

@@ -130,7 +130,7 @@ def _reap() -> None:
 
 
 def _end_descendants() -> None:
-    # Again and again, since a process may be forked while the others are ended.
+    # This repeats, since a process may be forked while the others are ended.
     while running := [
         process for process in psutil.Process().children(recursive=True) if is_running(process)
     ]:
@@ -162,7 +162,7 @@ def _become_job(request: ForkRequest) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
-    # The server has imported them; importing this file must not.
+    # The server has imported these modules; importing this file must not import them.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch

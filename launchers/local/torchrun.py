@@ -31,7 +31,7 @@ class TorchrunLauncher:
     """Starts a job: cold, or with `Preload.start` as a fork."""
 
     def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
-        """See Launcher. The kernel chooses the port at the start, so no two jobs can collide on one."""
+        """See Launcher. The kernel chooses the port at the start, so no two jobs can take the same port."""
         cluster = spec.cluster
         if cluster.nodes > 1:
             raise InputError(

@@ -138,7 +138,7 @@ def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: fl
 
 
 def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
-    """Return the variables that a trial of this machine has as well: the threads of a rank, and Gloo on loopback."""
+    """Return the variables that a trial on this machine also has: the threads of a rank, and Gloo on loopback."""
     on_cpu = machine.device == "cpu"
     env = {
         MARKER: str(folder),
@@ -151,7 +151,7 @@ def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
 
 
 def _last_words(log: Path) -> str:
-    """Return the last line of the first rank that failed, or of torchrun."""
+    """Return the last line in the log of the first rank that failed, or else in torchrun's log."""
     report = logs.tail(log / "torchrun.log")
     for rank in failed_ranks(report):
         for path in log.glob(f"*/attempt_0/{rank}/stderr.log"):

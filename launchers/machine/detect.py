@@ -15,10 +15,10 @@ from tuner.errors import InputError, did_you_mean
 
 NAME = "this-machine"
 MAX_CPU_RANKS = 8
-"""The most CPU ranks of a detected cluster. Assumed: more cost start-up time and show nothing that eight do not."""
+"""The most CPU ranks of a detected cluster. Assumed: more ranks start slower and show nothing that eight do not."""
 
 MAX_RANKS_PER_CORE = 4
-"""The most ranks per CPU core of any cluster. Assumed: more wait for each other longer than they work."""
+"""The most ranks per CPU core of any cluster. Assumed: more ranks wait for each other longer than they work."""
 
 _PCIE_EFFICIENCY = 0.8
 """The share of PCIe's raw rate that transfers reach. Assumed: typical of large transfers."""

@@ -65,7 +65,7 @@ def _cuda_libraries() -> dict[str, str]:
 
 
 def _gpus_and_driver(name: str) -> tuple[int, str]:
-    """Return how many GPUs of a model there are, and the driver's version; 0 and empty without a driver."""
+    """Return how many GPUs of a model there are, and the driver's version; 0 and an empty text without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

@@ -25,7 +25,7 @@ from tuner.trial.contract import Outcome, Phase
 from tuner.trial.outcomes import cause_of, outcome_of_failure
 
 _FULL_BYTES = 64 << 10
-"""Assumed: with less free space than this, a disk counts as full. A result alone needs a few KiB."""
+"""A disk with less free space than this counts as full. Assumed. A result alone needs a few KiB."""
 _REASON_CHARACTERS = 400
 
 
@@ -100,7 +100,7 @@ def _stopped(evidence: JobEvidence) -> Judgement | None:
 
 
 def _signal(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the signal that the first failed rank, or the first process, died of and that nobody here sent."""
+    """Judge by the signal that the first failed rank, or the first process, died of, unless we sent it."""
     rank, code = _first_exit(evidence)
     if code >= 0 or -code == SIGTERM or (evidence.ending is not None and -code == SIGKILL):
         return None

@@ -25,9 +25,9 @@ class JobEvidence:
     ending: Ending | None = None
     """Why the launcher ended the job; None if it ended by itself."""
     ended_at_s: float = float("inf")
-    """When the launcher ended the job, in seconds since the epoch; later failures are a consequence."""
+    """When the launcher ended the job, in seconds since the epoch; later failures are consequences of that."""
     silence_s: float = float("inf")
-    """How long the job was allowed to be silent at that time: limits.step_s, or less where its steps were known."""
+    """How long the job was allowed to be silent when it was ended: limits.step_s, or less if its steps were known."""
     survivors: tuple[int, ...] = ()
     """Ids of the processes that even SIGKILL did not end."""
     free_bytes: float = float("inf")
@@ -77,7 +77,7 @@ def launcher_log(folder: TrialFolder) -> Path:
 
 
 def rank_logs(folder: TrialFolder) -> dict[int, list[Path]]:
-    """Return the output files by rank: torchrun names a folder after each rank, below one of its own."""
+    """Return the output files by rank: in torchrun's own folder, there is a folder named after each rank."""
     logs_by_rank: dict[int, list[Path]] = {}
     for path in sorted(folder.log.glob("*/attempt_0/*/std*.log")):
         logs_by_rank.setdefault(int(path.parent.name), []).append(path)
@@ -110,6 +110,6 @@ def with_files(evidence: JobEvidence, folder: TrialFolder, world_size: int) -> J
 
 
 def as_single_rank(evidence: JobEvidence) -> JobEvidence:
-    """Return a command's evidence: the command counts as rank 0, since no torchrun of ours stands above it."""
+    """Return a command's evidence: the command counts as rank 0, since we start no torchrun above it."""
     exit_codes = {0: evidence.exit_code} if evidence.exit_code else {}
     return replace(evidence, exit_codes=exit_codes, tails={0: evidence.launcher_tail}, launcher_tail="")

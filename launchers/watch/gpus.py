@@ -25,7 +25,7 @@ class GpuSelection:
     """The GPUs of a job: the first `count` of those that it sees."""
 
     count: int
-    """0 on CPU."""
+    """The number of GPUs; 0 on CPU."""
     visible_devices: str | None = None
     """The job's CUDA_VISIBLE_DEVICES; None where it is not set, and the job sees every GPU."""
 

@@ -1,4 +1,4 @@
-"""Compares this machine after a job with before: its GPUs' free memory, and the kernel's count of kills for memory."""
+"""Compares this machine before and after a job: its GPUs' free memory, and the kernel's count of kills for memory."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ class HostBefore:
         return cls(gpus=selection, gpus_in_use=gpus_in_use(selection), oom_kills=host_oom_kills())
 
     def held_gpus(self) -> tuple[str, ...]:
-        """Wait until the GPUs are as free as they were; return one line for each that is not in time."""
+        """Wait until the GPUs are as free as they were; return one line for each that is fuller after RELEASE_S."""
         return wait_for_release(self.gpus, self.gpus_in_use)
 
     def oom_kills_since(self) -> int:
-        """Return how many processes the kernel has killed for memory since.
+        """Return how many processes the kernel has killed for memory since `of` looked.
 
-        The kernel counts for the whole machine, so a kill in another trial is counted here too. It explains no more
-        than a SIGKILL of this trial's own rank, which the classification asks for as well.
+        The kernel counts for the whole machine, so a kill in another trial is counted here too. That
+        does no harm: the count is used only if a process of this trial died of SIGKILL as well.
         """
         return host_oom_kills() - self.oom_kills
 

@@ -16,7 +16,7 @@ LEAST_SILENCE_S = 30.0
 collection or a late compilation takes."""
 
 _STEPS_TO_JUDGE = 3
-"""How many steps after the first must be seen before their times bound the silence. Assumed: the first of them may
+"""How many steps after the first must be seen before their times bound the silence. Assumed: an early step may
 still compile an expert that no token reached before."""
 
 

@@ -93,7 +93,7 @@ class OwnProcesses:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._is_own: dict[int, bool] = {}
-        """By process id, for the processes that were asked about before."""
+        """Whether a process is the trial's or the tuner, by its id, for those that were asked about before."""
 
     def holds(self, pid: int) -> bool:
         """Return whether a process is the trial's or the tuner itself."""
@@ -130,7 +130,7 @@ class CpuMeter:
     def read(self, phase: Phase) -> Sample:
         """See Meter."""
         if phase == "measure" and not self._processes:
-            # All ranks are there now. It is done once, because it looks at every process of the machine.
+            # All ranks run now. They are looked up once, because that reads every process of the machine.
             self._processes = self._own_processes.processes()
         own_s = self._own_s() if phase == "measure" else None
         cpu = CpuReading(clock_mhz=self._clock_mhz(), busy_s=self._busy_s(), own_s=own_s)
@@ -202,7 +202,8 @@ def read_gpu(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> GpuReadin
 def _foreign_gib(processes: Sequence[Any], is_own: Callable[[int], bool]) -> float | None:
     """Return what processes other than the trial's hold; None where none of the trial's is among them.
 
-    In that case no rank is there yet, or a container hides who is who, and a rank would pass for a foreign process.
+    In that case no rank uses the GPU yet, or a container hides the ranks' process ids, and a rank would count as
+    foreign.
     """
     foreign = [process for process in processes if not is_own(process.pid)]
     if len(foreign) == len(processes):

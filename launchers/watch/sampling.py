@@ -15,11 +15,11 @@ from tuner.files import to_data
 from tuner.trial.contract import Phase, TrialFolder
 
 MOST_SAMPLES = 2000
-"""A trial's samples are spread over its time limit to this number, so that their file stays below 2 MB."""
+"""How many samples a trial's time limit is divided into, so that their file stays below 2 MB."""
 MOST_SHARE = 0.01
 """The share of a core that sampling may take. Assumed: too little to change a step time."""
 _SPARSE_S, _DENSE_S = 1.0, 0.1
-"""The time between two samples, at least: outside the timed steps, and at their beginning."""
+"""The least time between two samples: outside the timed steps, and at their beginning."""
 _DENSE_SHARE = 0.05
 """During the timed steps, the next sample comes after this share of the time since they began."""
 _TICK_S = 0.1
@@ -94,7 +94,7 @@ def pause_s(phase: Phase, since_s: float, cost_s: float, sparse_s: float) -> flo
     Args:
         phase: The trial's phase: the timed steps are sampled finely at first.
         since_s: The time since the phase began.
-        cost_s: The CPU time of the last sample, of which no more than MOST_SHARE of a core is spent.
+        cost_s: The CPU time of the last sample: sampling takes at most MOST_SHARE of a core.
         sparse_s: The time between two samples outside the timed steps.
     """
     fine_s = max(_DENSE_S, _DENSE_SHARE * since_s)

@@ -9,8 +9,8 @@ from tuner.trial.contract import Telemetry
 LEAST_WINDOW_S = 0.5
 """Load and power are averaged over at least this time: the kernel counts a process's time in ticks of 10 ms."""
 FOREIGN_MEMORY_GIB = 0.1
-"""Assumed: less than the smallest CUDA context, so that one foreign process on a GPU shows, and more than an MPS
-server."""
+"""The memory of a GPU that other processes may hold. Assumed: less than the smallest CUDA context, so that one foreign
+process on a GPU shows, and more than an MPS server holds."""
 FOREIGN_LOAD = 0.1
 """The share of the cores that other processes may keep busy. Assumed: the ranks claim all cores, so that what others
 take is missing, and the daemons and kernel threads of an otherwise idle machine take less than a tenth of this."""

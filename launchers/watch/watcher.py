@@ -15,9 +15,11 @@ from tuner.files import read_json
 from tuner.trial.contract import Heartbeat, TrialFolder
 
 _POLL_S = 0.1
-"""Assumed: short against the shortest step that is worth a heartbeat, and far above the cost of one look."""
+"""The time between two looks at a job. Assumed: short against the shortest step that is worth a heartbeat, and far
+above the cost of one look."""
 _LOG_LIMIT_BYTES = 64 << 20
-"""Assumed: more than a job of many ranks writes in a trial, and little on the smallest disk in use."""
+"""The size above which a job's output is cut. Assumed: more than a job of many ranks writes in a trial, and little on
+the smallest disk in use."""
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class JobWatcher:
     limits: LimitWatch
     on_heartbeat: Callable[[Heartbeat], None] | None
     _cut_tails: dict[Path, bytes] = field(default_factory=dict, init=False)
-    """The files that were cut, and their tails until then."""
+    """The tail that each cut file had when it was last cut."""
 
     def until_end(self, job: RunningJob, stop: threading.Event) -> Ending | None:
         """Block until the job ends by itself, or there is a reason to end it; return that reason, or None."""
@@ -43,7 +45,7 @@ class JobWatcher:
         return None
 
     def close_gaps(self) -> None:
-        """Make the cut files plain again, once nobody writes them; what was written last may be too much as well."""
+        """Rewrite the cut files without gaps, once nobody writes them; first cut files that grew too large since."""
         self._bound_logs()
         for path, earlier_tail in self._cut_tails.items():
             logs.close_gap(path, earlier_tail)

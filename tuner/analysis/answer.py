@@ -1,7 +1,7 @@
-"""What a sweep answers: which layout is fastest, by how much, how sure that is, and which layouts are out. Pure.
+"""What a sweep answers: which layout is fastest, by how much, how sure that is, and which cannot win. Pure.
 
-While the search runs, a layout is ranked by one measurement. Once the finals ran, only they count: each finalist is
-ranked by all of its runs.
+While the search runs, a layout is ranked by one measurement. Once the finals have run, only they count: each finalist
+is ranked by all of its runs.
 """
 
 from collections.abc import Mapping, Sequence

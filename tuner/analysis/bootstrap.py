@@ -48,8 +48,8 @@ def pooled_log_times(
 def _deviations_between_runs(log_medians: Sequence[Floats]) -> Floats:
     """Return the deviations of all runs from the mean of their layout, widened because there are few of them.
 
-    The deviations of n runs are too small by a factor of sqrt(n / (n - 1)). A spread that few deviations estimate is
-    wider again by the ratio of Student's quantile to the normal one.
+    The deviations of n runs are too small by a factor of sqrt(n / (n - 1)). A spread that is
+    estimated from few deviations is widened further by the ratio of Student's quantile to the normal one.
     """
     repeated = [logs for logs in log_medians if len(logs) > 1]
     if not repeated:

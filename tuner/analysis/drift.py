@@ -12,7 +12,7 @@ from tuner.core.layout import Layout
 from tuner.trial.finished import SEARCHED, FinishedTrial
 
 FEWEST_RUNS_FOR_DRIFT: Final = 3
-"""Fewest runs that show a drift: through two points a straight line has no error."""
+"""Fewest runs that show a drift: a straight line through only two points has no error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class Drift:
     change_low: float
     """Lower end of the change's 95% interval (Student's t with runs - 2 degrees of freedom)."""
     change_high: float
-    """Upper end of that interval."""
+    """Upper end of the change's 95% interval."""
 
     @property
     def is_significant(self) -> bool:
@@ -40,7 +40,7 @@ class Drift:
     def factor(self, trial: FinishedTrial) -> float:
         """Return the duration of a step when a trial ran over its duration at the first run; 1 without a drift.
 
-        The line is not extrapolated: before the first run and after the last one, their own values hold.
+        The line is not extrapolated: a trial before the first run or after the last has the value at that run.
         """
         at_s = ended_s(trial)
         if at_s is None or not self.is_significant:
@@ -102,7 +102,8 @@ def ended_s(trial: FinishedTrial) -> float | None:
 def canary_due(trials: Sequence[FinishedTrial], every: int | None) -> Layout | None:
     """Return the layout to run as a canary if one is due now.
 
-    It is the baseline's layout, and due once `every` trials of the search have ended since that layout last ran.
+    A canary runs the baseline's layout. It is due once `every` trials of the search have ended since that layout last
+    ran.
 
     Args:
         trials: the finished trials of a sweep.

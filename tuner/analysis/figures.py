@@ -22,10 +22,11 @@ class StepTimeComparison:
     """Lower end of the ratio's interval.
 
     With finals it is a 95% interval. Without them it is wider: its lower end is the lower end of the other step time's
-    95% interval over the upper end of ours, and its upper end is the other way round.
+    95% interval over the upper end of ours, and its upper end is the upper end of the other's over the lower end of
+    ours.
     """
     ratio_high: float
-    """Upper end of that interval."""
+    """Upper end of the ratio's interval."""
 
     @property
     def is_tie(self) -> bool:

@@ -47,7 +47,7 @@ class Standing:
 
     In a ranking of the search, the machine's drift is taken out, and the interval is wider than a 95% interval: its
     lower end is the lower end of this layout's interval over the upper end of the best's, and its upper end is the
-    other way round.
+    upper end of this layout's interval over the lower end of the best's.
     """
 
     @property

@@ -83,7 +83,7 @@ def run(
     Args:
         sweep: What to measure.
         results: The folder that holds one folder per sweep.
-        observer: Is told of every trial as it begins and ends.
+        observer: A sink that is told of every trial as it begins and ends.
         stop: Set it, from another thread or a signal handler, to end the running trial and the sweep.
 
     Raises:
@@ -111,8 +111,8 @@ def export(results: str | Path, *, format: str | None = None, trial: int | None 
 
     Args:
         results: The sweep's results folder.
-        format: `bridge-cli`, `bridge-python`, `bridge-yaml`, `megatron-lm` or `json`; None fits the measured program.
-        trial: The number of the trial to export; None is the best.
+        format: `bridge-cli`, `bridge-python`, `bridge-yaml`, `megatron-lm` or `json`; None takes that of the program.
+        trial: The number of the trial to export; None exports the best one.
 
     Raises:
         InputError: if there is no such format or trial.

@@ -61,7 +61,7 @@ def _tell(folder: SweepFolder, holder: Holder, wish: Wish, status: Status) -> No
 
 
 def _answer(folder: SweepFolder, holder: Holder, request: str) -> Status | None:
-    """The status in which the tuner has taken a request, by its id; None if the tuner does not answer in time."""
+    """Return the status that names the request (by its id) as taken; None if the tuner does not answer in time."""
     deadline_s = time.monotonic() + _ANSWER_S
     while time.monotonic() < deadline_s:
         status = read_status(folder)

@@ -17,7 +17,7 @@ from tuner.cli.planning import detect
 from tuner.errors import InputError
 
 Status = Literal["ok", "missing", "failed"]
-"""`missing` is no fault: something optional is not there."""
+"""The state of a check; `missing` is no fault, but says that something optional is not installed."""
 
 MIN_FREE_GIB = 5.0
 """The least free space on the disk: below it the logs and databases of a night may fill the disk. Assumed."""

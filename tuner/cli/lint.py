@@ -40,7 +40,7 @@ _CLUSTERS = {
 }
 """Built-in clusters by the kind of GPU in a recipe's name."""
 _UNPUBLISHED = {"r100": "dgx-b300", "vr200": "gb300-nvl72"}
-"""Kinds of GPU without published figures, each with a built-in cluster whose nodes have the shape of its nodes."""
+"""Kinds of GPU without published figures, each with a built-in cluster that has nodes of equal shape."""
 
 
 def lint(

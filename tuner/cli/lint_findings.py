@@ -23,9 +23,9 @@ class Finding:
     """The file or recipe that states the job."""
     cluster: Cluster
     state: str
-    """A key of `COLOURS`."""
+    """The state of the job: a key of `COLOURS`."""
     verdict: JobVerdict | None
-    """None if the job's architecture cannot be stated."""
+    """The verdict on the job; None if the job's architecture cannot be stated."""
     refused: tuple[Violation, ...]
     unjudged: tuple[str, ...] = ()
     """Arguments that were not judged, or the reason why there is no verdict."""

@@ -80,7 +80,7 @@ def check_baseline(sweep: Sweep, source: Path) -> None:
     from tuner.trial.program import BridgeRecipe
 
     if sweep.baseline is not None and isinstance(sweep.program, BridgeRecipe):
-        # Bridge accepts this layout, so rules about how our table would spell it do not apply.
+        # Bridge accepts this layout, so only the rules that Bridge itself does not check apply to it.
         if broken := refused_beside_bridge(sweep.baseline, sweep.workload, sweep.cluster, sweep.lifted):
             lines = "\n  ".join(f"{item.rule}: {item.message}" for item in broken)
             raise InputError(

@@ -1,4 +1,4 @@
-"""The sweep while it runs: a live line on a terminal, one plain line a trial anywhere else."""
+"""Shows a running sweep: by live lines on a terminal, by one plain line per trial anywhere else."""
 
 import time
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def standing(progress: "Progress") -> str:
-    """Trials done of how many, best so far, time and budget left."""
+    """Return how many trials are done, of how many, the best so far, and the time used and left, in one line."""
     parts = [f"{progress.finished}/{progress.budget} trials"]
     if progress.part is not None:
         parts.append(f"searching the {progress.part}")
@@ -50,7 +50,7 @@ def standing(progress: "Progress") -> str:
 
 
 def outcome_line(row: FinishedTrial, pruned: int) -> str:
-    """One line about an ended trial."""
+    """Return one line about an ended trial."""
     metrics = row.result.metrics
     if metrics is None:
         told = f"{row.result.outcome}: {row.result.reason}"
@@ -85,7 +85,7 @@ class PlainProgress(Sink):
         self.close()
 
     def close(self) -> None:
-        """Show nothing more that changes; a log has nothing of the kind."""
+        """Stop showing live lines; a log has none."""
 
     def waiting_for(self, layout: Layout) -> None:
         """Show that one layout runs, outside a sweep. A log shows nothing: the trial's line comes at its end."""
@@ -115,7 +115,7 @@ class _LiveTrial:
 
 
 class LiveProgress(PlainProgress):
-    """The lines of a log, and below them live ones about the running trials."""
+    """Shows the lines of a log, and below them live lines about the running trials."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)

@@ -24,7 +24,7 @@ NEAR: Final = 0.05
 """The share of the step time within which certainty is told while a sweep runs. Assumed to be what people care for."""
 
 _MLFLOW_STATUS: Final[Mapping[str, "Status"]] = {"INTERRUPTED": "KILLED", "BREAKER": "FAILED"}
-"""MLflow's status of a sweep that ended for the reason of this name; any other is FINISHED."""
+"""MLflow's status of a sweep, by the name of the reason why it ended; FINISHED for any other reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +33,11 @@ class SweepEnd:
 
     reason: Stop
     trials: tuple[FinishedTrial, ...]
-    """The finished trials of all its runs, by number."""
+    """The finished trials of all runs of the sweep, by number."""
     sentence: str
-    """Why it ended, how sure its best is, and what to know of its finals."""
+    """A text: why the sweep ended, how sure its best layout is, and what to know about its finals."""
     shares: str
-    """Where the time went, in one sentence."""
+    """A sentence that says where the time went."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class SweepStart:
     trials: int
     """Finished trials of earlier runs."""
     calibration: "Calibration | None"
-    """What predicted step times rest on; None if this machine was not calibrated."""
+    """The calibration that predicted step times rest on; None if this machine was not calibrated."""
 
 
 def run_sweep(
@@ -67,13 +67,13 @@ def run_sweep(
 
     Args:
         sweep: What to measure.
-        prepared: Its table of layouts, and what comes first.
+        prepared: The sweep's table of layouts, and the layouts that run first.
         folder: The results folder.
         stop: Set to end the running trials and the sweep.
-        sinks: Who is told, beside MLflow, Optuna's study and the status file.
+        sinks: The sinks that are told, besides MLflow, Optuna's study and the status file.
         cold: Start each trial's processes anew, instead of forking them from a loaded process.
         deadline_s: When the last trial should have ended, in seconds since the epoch.
-        commands: The commands that the summary names, by purpose, for a reason to end.
+        commands: Returns the commands that the summary names, by purpose, for the reason why the sweep ended.
         on_start: Called once the folder is claimed and read, before the first trial.
         on_end: Called when the last trial has ended, before MLflow is given time to take the rest.
 
@@ -142,7 +142,7 @@ def _end(controller: "Controller", reason: Stop) -> SweepEnd:
 
 
 def _calibration(sweep: Sweep, folder: SweepFolder) -> "Calibration | None":
-    """This machine's calibration of the sweep's first start: a later one would rank its trials by another measure."""
+    """This machine's calibration when the sweep first started: a later one would rank its trials by another measure."""
     from launchers.machine.calibrate import load_calibration
 
     if not folder.trial(0).spec.exists():

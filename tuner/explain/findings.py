@@ -47,7 +47,7 @@ class Accuracy:
     factor: float
     """The geometric mean of measured / predicted: the error that all predictions share."""
     error: float
-    """The mean of |measured / (factor * predicted) - 1|: the errors of single predictions besides the factor."""
+    """The mean of |measured / (factor * predicted) - 1|: the error that is left after correction by `factor`."""
     spearman: float | None
     """The rank correlation of predicted and measured; None below FEWEST_RANKED trials, or if either is constant."""
 
@@ -56,7 +56,8 @@ class Accuracy:
 class ChoiceEffect:
     """What a change of one choice did to the step time.
 
-    It is taken over the pairs of trials that differ in this choice, and in the choices that have to follow.
+    It is taken over the pairs of trials that differ in this choice, and otherwise only in choices that this one forces
+    to change.
     """
 
     choice: str
@@ -180,7 +181,7 @@ def choice_effects(table: pd.DataFrame, rows: NDArray[np.intp], step_ms: Floats)
     """Return what a change of each choice did, strongest first, from pairs of measured rows one step apart.
 
     Args:
-        table: the valid layouts; they say which choices have to follow a change.
+        table: the valid layouts; they say which other choices a change forces.
         rows: the row of each completed trial, of shape [trials].
         step_ms: the measured step time of each of these trials, of shape [trials].
     """

@@ -19,7 +19,7 @@ from tuner.trial.finished import SEARCHED, FinishedTrial, completed
 
 
 class NeighbourStatus(StrEnum):
-    """How a neighbour's cost is known, or why it has none; earlier members say more."""
+    """How a neighbour's cost is known, or why it has none; the members that say most about the cost come first."""
 
     MEASURED = "measured"
     SLOWER = "slower"
@@ -38,17 +38,17 @@ class NeighbourStatus(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbour:
-    """A layout that differs from the best one in one choice, and in the choices that have to follow."""
+    """A layout that differs from the best one in one choice, and otherwise only in choices that this one forces."""
 
     choice: str
     value: str
     """The neighbour's value of the choice."""
     forced: tuple[str, ...]
-    """The choices that have to follow."""
+    """The other choices that differ, because this choice forces them to change."""
     layout: Layout
     known: NeighbourStatus
     cost: float | None
-    """Its step time, or the lower bound of it, over the best's, minus 1; None if the neighbour cannot run."""
+    """The neighbour's step time, or its lower bound, over the best layout's, minus 1; None if it cannot run."""
     why: str
     """The trial that measured the neighbour and how it ended, or the reason why the neighbour cannot run."""
 
@@ -59,7 +59,7 @@ class _RowStatus:
 
     status: NeighbourStatus
     step_ms: float | None
-    """The row's step time, or the lower bound of it; None if the row cannot run."""
+    """The row's step time, or its lower bound; None if the row cannot run."""
     why: str
 
     @property
@@ -87,7 +87,7 @@ def _valid_neighbours(evidence: Evidence, layout: Layout, best_ms: float) -> Ite
     choices, start = list(CHOICES), find_row(evidence.table, layout)
     assert start is not None, "every trial has its row"
     for number, rows in one_step(codes_of(evidence.table), start):
-        # Several rows may take this value, each with other choices that follow.
+        # Several rows may take this value, with different values of the choices that it forces.
         statuses = {int(row): _row_status(evidence, int(row)) for row in rows}
         row = min(statuses, key=lambda row: statuses[row].sort_key)
         choice, known, other = choices[number], statuses[row], layout_at(evidence.table, row)

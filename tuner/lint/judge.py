@@ -22,9 +22,9 @@ REFUSING_KINDS: Final = frozenset({"megatron", "arguments"})
 """Kinds of rules whose breach ends the job; a layout that breaks a rule of another kind starts, and may be slow."""
 
 _CONFIG_CHECKS: Final = "transformer_config.py"
-"""The file of Megatron-Core's checks, which Bridge runs when it resolves a recipe."""
+"""The file that holds Megatron-Core's checks, which Bridge runs when it resolves a recipe."""
 _ARGUMENT_CHECKS: Final = "megatron/training/arguments.py"
-"""The file of Megatron-LM's checks, which Bridge never runs."""
+"""The file that holds Megatron-LM's checks, which Bridge never runs."""
 _ADVICE_TO_BRIDGE: Final = frozenset({"param-gather-overlap-needs-both"})
 """Rules that only Megatron-LM checks, and whose breach costs speed in Bridge."""
 
@@ -49,7 +49,7 @@ def judge(
         is_resolved: Whether Bridge has resolved the layout. Then the checks of its own Megatron-Core count instead of
             our rules about them, and the rules about Megatron-LM's arguments do not apply.
         bridge_errors: What Bridge refused when it resolved the layout.
-        lifted: Ids of rules that the job's Megatron-Core no longer asks, or that the user lifts.
+        lifted: Ids of rules that the job's Megatron-Core no longer has, or that the user lifts.
     """
     broken = broken_rules(layout, workload, cluster, lifted)
     inapplicable = {
@@ -90,7 +90,7 @@ def is_left_to_bridge(violation: Violation, *, refused: bool) -> bool:
 
 
 def _memory(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[StageMemory, float]:
-    """Return the stage of the highest predicted peak, and the probability that it fits."""
+    """Return the stage with the highest predicted peak, and the probability that it fits."""
     stages = memory_breakdown(layout, workload, cluster, implementation_of(cluster))
     table = pd.DataFrame([asdict(layout)])
     fits = float(fit_probabilities(table, workload, cluster)[0])

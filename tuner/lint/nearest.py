@@ -32,7 +32,7 @@ def nearest_layouts(
         layout: The layout to start from; it may be invalid.
         workload: What it trains.
         cluster: The GPUs.
-        lifted: Ids of rules that are not asked.
+        lifted: Ids of rules that are not applied.
     """
     domain = _neighbourhood(layout, workload, cluster, lifted)
     table = enumerate_layouts(workload, cluster, domain, lifted=lifted).table
@@ -61,7 +61,7 @@ def nearest_layouts(
 def _neighbourhood(layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str]) -> Domain:
     """Return the candidates of every knob: the layout's own value, the grids of a default search, and others.
 
-    A knob that a broken rule reads may also have its default, and a switch among them both values.
+    A knob that a broken rule reads may also take its default; if the knob is a switch, it may take both values.
     """
     searched = search_domain(workload, cluster)
     searched_knobs = (*_SIZES, "sp", *(knob for knob in KNOBS if "pipeline" in knob))

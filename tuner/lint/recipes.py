@@ -22,7 +22,7 @@ from tuner.rules.rule import Violation
 from tuner.rules.validity import broken_rules, gone_rules
 
 _RULES_OF_GRIDS: Final = frozenset({"dense-grid", "expert-grid", "batch-by-micro-batch"})
-"""Rules that can be asked without an architecture."""
+"""Rules that can be checked without an architecture."""
 
 
 def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = True) -> RecipeVerdict:
@@ -30,8 +30,8 @@ def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = T
 
     Args:
         facts: What Bridge says of the recipe.
-        cluster: As many GPUs as the recipe was resolved for.
-        memory_is_known: Whether the memory of the cluster's GPUs is known; if not, it refuses nothing.
+        cluster: A cluster of as many GPUs as the recipe was resolved for.
+        memory_is_known: Whether the memory of the cluster's GPUs is known; if not, no recipe is refused for its memory.
     """
     missing = missing_on_this_machine(facts)
     if not facts.built:
@@ -82,7 +82,7 @@ def _errors_of_bridge(facts: RecipeFacts) -> tuple[Violation, ...]:
 
 
 def _broken_grids(layout: Layout, facts: RecipeFacts, cluster: Cluster) -> tuple[Violation, ...]:
-    """Return the broken rules that can be asked of any model: whether the grids and the batch suit the GPUs."""
+    """Return the broken rules that can be checked for any model: whether the grids and the batch suit the GPUs."""
     batch = facts.values.get("train.global_batch_size") or 0
     if batch < 1:
         return ()

@@ -9,7 +9,7 @@ from tuner.predict.memory.peak import StageMemory
 from tuner.rules.rule import Violation
 
 LIKELY: Final = 0.5
-"""A layout that fits with a lower probability is expected to run out of memory (assumed: the even odds)."""
+"""A layout that fits with a lower probability is expected to run out of memory (assumed: even odds)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class JobVerdict:
     fits: float | None
     """Probability that the peak memory is at most the GPU's memory; None if a rule of ours refuses the layout."""
     nearest: tuple[NearLayout, ...]
-    """The valid layouts that differ least; empty if this one starts and is likely to fit."""
+    """The valid layouts that differ least from the job's layout; empty if that one starts and is likely to fit."""
 
     memory_counts: bool = True
     """Whether the predicted memory is the job's own; if not, it is only an upper bound."""
@@ -54,17 +54,17 @@ class RecipeVerdict:
 
     facts: RecipeFacts
     verdict: JobVerdict | None = None
-    """The verdict on its layout; None if its architecture cannot be stated."""
+    """The verdict on the recipe's layout; None if the recipe's architecture cannot be stated."""
     refused: tuple[Violation, ...] = ()
-    """Without a verdict: the rules of the grids that the layout breaks, and the error of Bridge itself."""
+    """If `verdict` is None: the rules about grids that the layout breaks, and Bridge's own error."""
     unjudged: str = ""
-    """Without a verdict: the reason why nothing else is known."""
+    """If `verdict` is None: the reason why nothing else is known."""
     notes: tuple[str, ...] = ()
     """Settings that the recipe fixes and no layout states."""
 
     @property
     def state(self) -> str:
-        """`starts`, `refused`, `too large` or `not judged`."""
+        """The verdict in words: `starts`, `refused`, `too large` or `not judged`."""
         if self.refused or (self.verdict and self.verdict.refused):
             return "refused"
         if self.verdict is None:

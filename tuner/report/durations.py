@@ -2,7 +2,7 @@
 
 
 def duration(seconds: float) -> str:
-    """A span of time, short: `45s`, `7m05s`, `3h10m`."""
+    """Return a span of time as a short text: `45s`, `7m05s`, `3h10m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

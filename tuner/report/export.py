@@ -79,7 +79,7 @@ def export(
 
 
 def _environment(format: Format, spec: TrialSpec) -> dict[str, str]:
-    """Return the environment variables of the job; for Bridge all of them, since a recipe may set any otherwise."""
+    """Return the environment variables of the job; for Bridge all of them, since a recipe may set other values."""
     if spec.cluster.device != "cuda":
         return {}
     return cuda_environment(spec.layout, spec.cluster, complete=format is not Format.MEGATRON_LM)
@@ -110,7 +110,7 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
 
 
 def _environment_block(environment: Mapping[str, str]) -> list[str]:
-    """Return the lines that set the variables in the shell of the job; none without variables."""
+    """Return the lines that set the variables in the shell of the job; no lines if there are no variables."""
     lines = [f"    export {name}={value}" for name, value in environment.items()]
     return ["the job's environment, which wins over a recipe's env_vars:", *lines] if lines else []
 

@@ -6,7 +6,9 @@ from tuner.sweep.status import Status
 
 
 def status_lines(status: Status, holder: Holder | None) -> list[str]:
-    """What the tuner that holds a sweep does, how far it is, and until when; or that the last one was killed.
+    """Return lines about the tuner that runs a sweep: what it does, how far it is and when it ends.
+
+    If no tuner runs, they say that the last one was killed; there are none if it ended by itself.
 
     Args:
         status: The sweep's status file.

@@ -1,4 +1,4 @@
-"""The summary of a sweep in Markdown, which is read in the morning."""
+"""Writes the summary of a sweep in Markdown, for a reader on the morning after."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

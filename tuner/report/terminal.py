@@ -20,8 +20,8 @@ FAILED_STYLE: Final = "red"
 def terminal_table(trials: Sequence[FinishedTrial], title: str = "") -> Group:
     """Return the trials as tables for a terminal of 80 columns or more.
 
-    Each table is sorted by step time, and the best layout is highlighted. The interval of a step time is shown in
-    percent, as the longer of its two arms.
+    Each table is sorted by step time, and the best layout is highlighted. The interval of a step time is shown as
+    the larger of the distances of its ends from the step time, in percent of the step time.
     """
     ranked = answer(trials)
     finals = ranked.ranking if ranked and ranked.is_final else ()

@@ -1,7 +1,7 @@
-"""Lower bounds as measurements: normal ones that say as much as "each value is larger than its bound".
+"""Replaces lower bounds by normal measurements that say as much as "each value is larger than its bound".
 
 Such a measurement is a site of expectation propagation (Minka 2001, "Expectation propagation for approximate Bayesian
-inference"): with it, each value has the mean and the variance that it has if its distribution is cut off at the bound.
+inference"): given the measurement, each value has the mean and the variance of its distribution cut off at the bound.
 """
 
 from typing import Final

@@ -18,7 +18,7 @@ from tuner.search.observation import Observation
 from tuner.search.strategy import Mask, Strategy
 
 STARTUP_TRIALS: Final = 5
-"""Random trials before the Gaussian process starts. Assumed: Optuna's default of 10 is half of many a space."""
+"""Random trials before the Gaussian process starts. Assumed: Optuna's default of 10 is half of many spaces."""
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -40,7 +40,7 @@ class OptunaRows(Strategy):
     Args:
         table: The valid layouts, one row per layout, columns as KNOBS.
         sampler: Makes the sampler from a seed.
-        seed: The sweep's seed.
+        seed: The sweep's random seed.
     """
 
     def __init__(self, table: pd.DataFrame, sampler: Callable[[int], BaseSampler], seed: int) -> None:

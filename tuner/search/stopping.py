@@ -17,7 +17,7 @@ JOINT_DRAWS: Final = 1000
 """Joint draws of the rows that are left. Assumed: a probability of 95% is then uncertain by 0.7%."""
 MIN_MEASURED: Final = 5
 """Fewest measurements after which a sweep may stop by itself. Assumed: with fewer, only the prior says how far the
-predictor errs, and one disturbed trial can lead anywhere."""
+predictor errs, and one disturbed trial can mislead it."""
 NEGLIGIBLE_GAIN: Final = 0.0005
 """Gains below this share of the step time are shown as none. Assumed: they would print as 0.0%."""
 
@@ -34,19 +34,19 @@ class Certainty:
     """What "all rows" are: the space, the grid, or the grid and its refinement."""
 
     def within(self, gain: float) -> float:
-        """Return the probability that no row left gains more than `gain`, a share of its own step time."""
+        """Return the probability that no row left beats the best by more than `gain`, a share of that row's time."""
         return float(np.searchsorted(self.losses, gain, side="right") / len(self.losses))
 
     def suffices(self, gain: float, confidence: float) -> bool:
-        """Return whether a sweep may stop: with at least this probability, no row left gains more than `gain`."""
+        """Return whether a sweep may stop: with probability `confidence`, no row left gains more than `gain`."""
         return self.measured >= MIN_MEASURED and self.within(gain) >= confidence
 
     def gain(self, confidence: float) -> float:
-        """Return the smallest gain that, with at least this probability, no row left exceeds."""
+        """Return the smallest gain that no row left exceeds, with at least the probability `confidence`."""
         return float(np.quantile(self.losses, confidence, method="inverted_cdf"))
 
     def sentence(self, confidence: float) -> str:
-        """Return a sentence that tells a user how near the best is, with this probability."""
+        """Return a sentence that tells a user how near the best is, with the probability `confidence`."""
         gain = self.gain(confidence)
         near = f"within {gain:.1%} of the best" if gain >= NEGLIGIBLE_GAIN else "the best"
         probability = f"with probability {confidence:.0%}, as far as the surrogate knows"

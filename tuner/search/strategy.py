@@ -10,7 +10,7 @@ from tuner.search.observation import Observation
 from tuner.search.stopping import Certainty
 
 Mask = Bools
-"""A choice of rows of a table, of shape [rows]."""
+"""A selection of rows of a table: whether each row is in it, of shape [rows]."""
 
 
 class Strategy(ABC):
@@ -42,8 +42,8 @@ class Strategy(ABC):
 class RandomRows(Strategy):
     """Draws every row with equal probability: what every other strategy must beat.
 
-    Each trial draws with a seed of its own, made from the sweep's seed and its number, because Optuna stores no sampler
-    state. A resumed sweep therefore draws what it would have drawn without the interruption.
+    Each trial draws with a random seed of its own, made from the sweep's random seed and the trial's number, because
+    Optuna stores no sampler state. A resumed sweep therefore draws what it would have drawn without the interruption.
     """
 
     def __init__(self, seed: int) -> None:

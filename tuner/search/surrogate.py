@@ -31,7 +31,7 @@ Assumed, for a predictor that nothing has calibrated."""
 REACH: Final = 4.0
 """Distance, in doublings of a knob, over which the correlation of the shared part falls to 1/e."""
 OWN_PART: Final = 0.3
-"""Standard deviation of a layout's own part together with that of repeats, in units of ERROR.
+"""Standard deviation of a layout's own part and of its repeats together, in units of ERROR.
 
 REACH, OWN_PART and the exponential kernel are measured: they give the greatest predictive density of rows not yet
 measured, given 2, 4 and 8 rows, over the recorded groups of vTrain. There 90% intervals hold 93 to 99% of the rows. On
@@ -48,7 +48,7 @@ class Posterior:
     deviation: Floats
     """The scale of each row's error, of shape [rows]; few degrees of freedom make the standard deviation larger."""
     freedom: float
-    """Degrees of freedom."""
+    """Degrees of freedom of the distribution."""
 
 
 class Surrogate:
@@ -128,9 +128,9 @@ class _Fit:
     """A process of unit scale, fitted to n points, and the learnt scale."""
 
     points: Floats
-    """Shape [n, columns]."""
+    """The fitted points, of shape [n, columns]."""
     values: Floats
-    """Shape [n]."""
+    """The fitted values, of shape [n]."""
     noise: Floats
     """The variance of each value besides that of the process, of shape [n]."""
     root: Floats
@@ -140,7 +140,7 @@ class _Fit:
     scale: float
     """The variance of an error, as the exact measurements suggest it."""
     freedom: float
-    """Degrees of freedom of that variance."""
+    """Degrees of freedom of `scale`."""
 
     @classmethod
     def of(cls, points: Floats, values: Floats) -> "_Fit":

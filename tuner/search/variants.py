@@ -41,7 +41,7 @@ class Variants:
     table: pd.DataFrame
     """One row per variant, columns as KNOBS; the layout itself is left out."""
     changes: int | None
-    """Largest number of choices in which a variant differs from the layout; None if all combinations are here."""
+    """Largest number of choices in which a variant differs from the layout; None if `table` holds all combinations."""
 
 
 def variants_of(
@@ -106,7 +106,7 @@ def _options(
 ) -> list[dict[str, Value]]:
     """Return the options of the choice made of `knobs`, the layout's own first.
 
-    Options that break a rule whatever the other choices take are left out.
+    Options that break a rule with every option of the other choices are left out.
     """
     options = [dict(zip(knobs, values, strict=True)) for values in product(*(domain[knob] for knob in knobs))]
     other_knobs = domain.keys() - set(knobs)

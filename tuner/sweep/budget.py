@@ -29,7 +29,7 @@ before them, finals have nothing to compare.
 
 
 class Stop(Enum):
-    """The reason for which a sweep ended."""
+    """The reason why a sweep ended."""
 
     EXHAUSTED = "every layout is measured or ruled out"
     CONVERGED = "no layout left is likely to be worth more (budget.min_gain)"
@@ -48,7 +48,7 @@ def is_finished(reason: Stop) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deadline:
-    """The time by which the sweep must end, seen from now; all times are seconds since the epoch."""
+    """The time by which the sweep must end, and the time now; all times are seconds since the epoch."""
 
     began_s: float
     """When this tuner began or resumed the sweep."""
@@ -62,13 +62,13 @@ class Deadline:
 
     @property
     def whole_s(self) -> float:
-        """Seconds from the begin to the deadline."""
+        """Seconds from `began_s` to the deadline."""
         return self.deadline_s - self.began_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ledger:
-    """The account of a sweep: the budget, and the trials and the time that are used."""
+    """The account of a sweep: its budget, and the trials and the time that it has used."""
 
     budget: Budget
     world_size: int
@@ -80,16 +80,16 @@ class Ledger:
     running: int = 0
     """Trials in flight. Each counts as used, with the wall clock that a trial is expected to take."""
     deadline: Deadline | None
-    """None without a deadline."""
+    """The deadline of the sweep; None if it has none."""
 
     @property
     def used_s(self) -> float:
-        """Used wall clock in seconds: every attempt that has ended, and the expected time of the trials in flight."""
+        """Wall clock in seconds used so far: that of all ended attempts, and the expected one of trials in flight."""
         return self.finished_s + (self.running * expected_trial_s(self.trials) if self.running else 0.0)
 
     @property
     def finished_s(self) -> float:
-        """Wall clock in seconds of every attempt that has ended."""
+        """Wall clock in seconds of all ended attempts together."""
         return self.lost_s + _wall_clock_s(self.trials)
 
     @property
@@ -104,7 +104,7 @@ class Ledger:
 
     @property
     def before_finals(self) -> "Ledger":
-        """The ledger without the finals; the deadline is as it is now."""
+        """The ledger without the finals; its deadline is unchanged."""
         return replace(self, trials=self.trials[: len(self.trials) - len(self.finals)])
 
     @property
@@ -123,7 +123,7 @@ class Ledger:
         return limits_s
 
     def left_s(self) -> float | None:
-        """Return the seconds until the first limit of time is reached; None without a limit."""
+        """Return the seconds until the first time limit is reached; None if there is no time limit."""
         left = [limit_s - self.used_s for limit_s in self.time_limits_s().values()]
         left += [self.deadline.left_s] if self.deadline else []
         return max(0.0, min(left)) if left else None
@@ -174,10 +174,10 @@ class Ledger:
         return Stop.DEADLINE if (1 + reserve) * trial_s > self.deadline.left_s - later_s else None
 
     def plan(self, more: int = 0) -> FinalsPlan:
-        """Return the finals that fit into what the search leaves.
+        """Return the finals that fit into the part of the budget that the search leaves.
 
         Args:
-            more: how many further trials of the search or repeats run before them.
+            more: how many further trials of the search, or repeats, run before the finals.
         """
         before, layouts = self.before_finals, eligible_finalists(self.trials)
         final_s = expected_trial_s(self.trials, layouts[: self.wanted.finalists])
@@ -192,7 +192,7 @@ class Ledger:
         )
 
     def next_repeat(self) -> FinishedTrial | None:
-        """Return the disturbed trial to measure again next; None if there is none or it would shrink the finals."""
+        """Return the disturbed trial to measure again next; None if there is none, or if it would shrink the finals."""
         disturbed = trials_to_repeat(self.trials)
         if not disturbed or self.finals or not self.wanted.finalists:
             return None

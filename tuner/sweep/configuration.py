@@ -48,7 +48,7 @@ class ClusterChoice:
     nodes: int | None = None
     gpus_per_node: int | None = None
     memory_gib: float | None = None
-    """Memory of one GPU, GiB."""
+    """Memory of one GPU, in GiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,15 +60,15 @@ class Budget:
     trials: int = 40
     """Number of trials that may run: search, canaries, repeats and finals together."""
     hours: float | None = None
-    """Wall clock of all trials together, hours; None is no limit."""
+    """Wall clock of all trials together, in hours; None sets no limit."""
     gpu_hours: float | None = None
-    """GPU-hours of all trials together: wall clock times the GPUs of the cluster; None is no limit."""
+    """GPU-hours of all trials together: wall clock times the GPUs of the cluster; None sets no limit."""
     min_gain: float | None = 0.01
     """The search stops once no layout left is likely to be faster than the best by more than this share of the best's
     step time; None never stops it for that reason.
     """
     confidence: float = 0.95
-    """The probability, that no layout left gains more than `min_gain`, at which the search stops."""
+    """The search stops once no layout left gains more than `min_gain` with at least this probability."""
     finalists: int = 3
     """Number of the fastest layouts that run again, in turns with the baseline. 0 leaves out the finals, and disturbed
     trials are not repeated either. At most half of each limit is kept for finals and repeats.
@@ -117,8 +117,8 @@ class SweepFile:
     name: str
     workload: WorkloadChoice | None = None
     """The training. It may be None if the program states it: a recipe does, and a stated workload must then agree with
-    it; a command of Megatron-LM does too, but a stated workload goes before it, since the command may not tell the size
-    of the vocabulary.
+    it; a command of Megatron-LM does too, but a stated workload takes precedence over it, since the command may not
+    tell the size of the vocabulary.
     """
     cluster: str | ClusterChoice | Cluster
     """A built-in name, a path, `detect` for this machine, a ClusterChoice with other sizes, or the cluster inline."""
@@ -190,7 +190,7 @@ class Sweep:
     baseline: Layout | None
     """The layout to beat; None takes the best seed."""
     recipe: str | None
-    """Name of the recipe whose layout the baseline is; None if it is of no recipe."""
+    """Name of the recipe whose layout the baseline is; None if the baseline is not the layout of a recipe."""
     budget: Budget
     measurement: Measurement
     limits: Limits

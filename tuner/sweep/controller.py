@@ -35,7 +35,7 @@ from tuner.sweep.state import (
 )
 
 _POLL_S: Final = 0.2
-"""Seconds between two looks at what somebody asks of the sweep."""
+"""Seconds between two checks for a signal or a request."""
 
 
 class Clock(Protocol):
@@ -54,7 +54,7 @@ class Controller:
 
     Attributes:
         stop: Set from outside, by a signal: the running trials are ended and run again on resume.
-        state: Where the sweep stands; at first what its folder holds (`restored`).
+        state: The state of the sweep; at first the state that its folder holds (`restored`).
     """
 
     sweep: Sweep
@@ -76,7 +76,7 @@ class Controller:
         self.searcher = self.search.searcher(self.state)
 
     def run(self) -> Stop:
-        """Run trials until the policy finishes the sweep; returns why."""
+        """Run trials until the policy finishes the sweep; return the reason."""
         self._open()
         while True:
             self._take_halt()
@@ -113,7 +113,7 @@ class Controller:
         )
 
     def finals_note(self) -> str | None:
-        """What to say if the finals are smaller than the sweep asks for, or not complete."""
+        """Return a sentence if the finals are smaller than the sweep asks for, or not complete; None otherwise."""
         return self.policy.finals_note(self.state, self.clock.time())
 
     def _snapshot(self) -> Snapshot:
@@ -142,12 +142,12 @@ class Controller:
         self.runner.submit(spec, folder)
 
     def _wait(self) -> None:
-        """Wait until a trial has ended or somebody has asked for something: nothing else changes what comes next."""
+        """Wait until an attempt has ended or somebody has asked for something: nothing else changes the next action."""
         while not self._take_event() and not self._take_halt():
             pass
 
     def _take_event(self) -> bool:
-        """Take in the runner's next event; returns whether an attempt ended."""
+        """Take in the runner's next event; return whether an attempt ended."""
         event = self.runner.next_event(_POLL_S)
         match event:
             case Beat(number=number, heartbeat=heartbeat):
@@ -174,7 +174,7 @@ class Controller:
             sink.ended(finished, self.searcher.pruned - pruned, snapshot)
 
     def _take_halt(self) -> bool:
-        """Take in what a signal or a request asks for; returns whether either asked for anything."""
+        """Take in what a signal or a request asks for; return whether either asked for anything."""
         is_stopped = self.stop.is_set() and self.state.halt is not Halt.STOPPING
         if is_stopped:
             self.state = advanced(self.state, HaltAsked(Halt.STOPPING))
@@ -202,7 +202,7 @@ def resumed(
     deadline_s: float | None = None,
     clock: Clock = time,
 ) -> Controller:
-    """A controller that goes on from what the results folder holds; the caller holds the folder.
+    """Return a controller that continues from the state in the results folder, which the caller must have claimed.
 
     Args:
         sweep: What to measure.
@@ -211,8 +211,8 @@ def resumed(
         folder: The results folder.
         runner: Runs the trials.
         stop: Set to end the running trials and the sweep.
-        sinks: Who is told.
-        calibration: What the machine measured, for predicted step times.
+        sinks: The sinks that are told what happens.
+        calibration: The machine's calibration, for predicted step times.
         deadline_s: When the last trial should have ended, in seconds since the epoch.
         clock: Tells the time.
 

@@ -24,13 +24,13 @@ _UNFIT = frozenset("?%{}")
 
 @dataclass(frozen=True, slots=True)
 class SweepFolder:
-    """The paths of one sweep; no other code spells them."""
+    """The paths of all files and folders of one sweep; no other code builds these paths."""
 
     path: Path
 
     @property
     def identity(self) -> Path:
-        """The file of the resolved Sweep, as it ran last."""
+        """The file that holds the resolved Sweep of the last run."""
         return self.path / "sweep.json"
 
     @property
@@ -45,7 +45,7 @@ class SweepFolder:
 
     @property
     def calibration(self) -> Path:
-        """The file of the Calibration that the predictions use, as it was when the sweep began; absent without one."""
+        """The file of the Calibration that the predictions use, taken when the sweep began; absent without one."""
         return self.path / "calibration.json"
 
     def read_calibration(self) -> Calibration | None:
@@ -63,7 +63,7 @@ class SweepFolder:
 
     @property
     def request(self) -> Path:
-        """The file of what a user asks of the running tuner; absent if nothing is asked."""
+        """The file with a user's request to the running tuner; absent if there is none."""
         return self.path / "request.json"
 
     @property
@@ -77,7 +77,7 @@ class SweepFolder:
         return self.path / "trials"
 
     def trial(self, number: int) -> TrialFolder:
-        """Return the folder of the trial with a number."""
+        """Return the folder of the trial with this number."""
         return trial_folder(self.path, number)
 
     @contextmanager

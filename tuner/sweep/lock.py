@@ -25,9 +25,9 @@ from tuner.errors import InputError
 from tuner.files import STRICT, parse, to_data
 
 _HELD_ERRORS = frozenset({errno.EAGAIN, errno.EACCES})
-"""Error numbers of flock if another process holds the lock."""
+"""The error numbers that flock gives if another process holds the lock."""
 _MISSING_ERRORS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-"""Error numbers of flock if the file system has no locks."""
+"""The error numbers that flock gives if the file system has no locks."""
 _SHARED_FILE_SYSTEMS = frozenset(
     {"afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "smb3", "wekafs"}
 )
@@ -46,7 +46,7 @@ class Holder:
     since: str
     """When it took the lock: ISO 8601, UTC."""
     started_s: float
-    """When the process began, in seconds since the epoch. It tells the process from a later one with its id."""
+    """When the process began, in seconds since the epoch. It tells the process apart from a later one with its id."""
 
     def __str__(self) -> str:
         return f"{self.user} on {self.host}, process {self.pid}, since {self.since}"
@@ -60,7 +60,7 @@ def refusal(holder: Holder, host: str, *, has_flock: bool, is_shared: bool, is_a
         host: this machine.
         has_flock: whether the kernel has just given its lock to this process.
         is_shared: whether other hosts may see the file; the kernel's lock may then not apply to them.
-        is_alive: whether the holder's process exists; ignored if it belongs to another host.
+        is_alive: whether the holder's process exists; ignored if the holder runs on another host.
     """
     if holder.host == host:
         return f"another megatune is running this sweep ({holder})" if is_alive and not has_flock else None
@@ -155,7 +155,7 @@ def _read(file: TextIO) -> Holder | None:
 
 
 def _write(file: TextIO, text: str) -> None:
-    # Written in place, not renamed over it: the kernel's lock belongs to this file, not to its name.
+    # The file is written in place, since the kernel's lock belongs to the file and not to its name.
     file.seek(0)
     file.truncate()
     file.write(text)
@@ -188,7 +188,7 @@ def _is_alive(holder: Holder) -> bool:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system that a path lies on; an empty string if the kernel does not tell."""
+    """Return the type of the file system that a path lies on; an empty string if the kernel does not say."""
     path = path.resolve()
     mounts = [
         (len(part.mountpoint), part.fstype)

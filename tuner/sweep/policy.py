@@ -1,4 +1,4 @@
-"""What a sweep does next, decided from its state alone. Pure: nothing here starts, writes or learns anything."""
+"""Decides from the state of a sweep alone what it does next. Pure: nothing here starts, writes or learns anything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from tuner.sweep.state import Halt, RunningTrial, SweepState, WaitingTrial
 from tuner.trial.finished import FinishedTrial, TrialSource
 
 SIDE_BY_SIDE: Final = frozenset({"seed", "sampler"})
-"""Sources of the trials that may run beside others. The measurements of all others are compared with one another, so
-those trials run alone."""
+"""Sources of the trials that may run beside others. Trials of all other sources run alone, because their measurements
+are compared with one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Launch:
 
     trial: RunningTrial
     give_up_above_ms: float | None
-    """As in TrialSpec."""
+    """The step time above which the trial may give up; None never ends it early. See TrialSpec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ Action = Launch | Refine | Wait | Finish
 
 
 class SearcherView(Protocol):
-    """What deciding needs of a searcher; none of it changes the searcher."""
+    """The part of a searcher that the policy reads; no method changes the searcher."""
 
     @property
     def remaining(self) -> int:
@@ -90,14 +90,14 @@ class SearcherView(Protocol):
         """The layout that trial `number` should measure."""
 
     def certainty(self) -> Certainty | None:
-        """How near the best is to the best of all."""
+        """How near the best measured row is to the best of all; None if that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """What a sweep may use, and what it tries first.
+    """Decides what a sweep does next, from what it may use and what it tries first.
 
-    One trial at a time, an action follows from the state and the clock alone. With several slots the search's trials
+    With one slot, an action follows from the state and the clock alone. With several slots, the trials of the search
     run side by side; a decision that needs every result (a refinement, a canary, a repeat, a final) waits for them.
     """
 
@@ -110,7 +110,7 @@ class Policy:
     """When the last trial should have ended, in seconds since the epoch; None without a deadline."""
 
     def ledger(self, state: SweepState, now_s: float) -> Ledger:
-        """What the sweep may use and has used, at a time in seconds since the epoch."""
+        """What the sweep may use and has used at the time `now_s`, in seconds since the epoch."""
         deadline = None
         if self.deadline_s is not None:
             deadline = Deadline(began_s=self.began_s, now_s=now_s, deadline_s=self.deadline_s)
@@ -124,16 +124,16 @@ class Policy:
         )
 
     def is_out_of_time(self, state: SweepState, now_s: float) -> bool:
-        """Whether the deadline ends the search now; the caller keeps that in the state, since only time passes."""
+        """Whether the deadline has ended the search; the caller records that in the state by the event TimeRanOut."""
         if state.is_out_of_time or state.waiting or self.deadline_s is None:
             return state.is_out_of_time
         return self.ledger(state, now_s).search_is_over() is Stop.DEADLINE
 
     def next_action(self, state: SweepState, searcher: SearcherView, slots: int, now_s: float) -> Action:
-        """What to do next.
+        """Return what to do next.
 
         Args:
-            state: Where the sweep stands.
+            state: The state of the sweep.
             searcher: What has been learnt from its trials.
             slots: Trials that may start now.
             now_s: The time, in seconds since the epoch.
@@ -154,7 +154,7 @@ class Policy:
         return self._after_search(state, over, now_s)
 
     def finals_note(self, state: SweepState, now_s: float) -> str | None:
-        """What to say if the finals are smaller than the sweep asks for, or not complete; None if they are whole."""
+        """Return a sentence if the finals are smaller than the sweep asks for, or not complete; None otherwise."""
         ledger = self.ledger(state, now_s)
         plan = ledger.plan()
         if ledger.finals and next_final(state.ended, plan) is not None:
@@ -162,7 +162,7 @@ class Policy:
         return shrunk(ledger.wanted, plan, len(eligible_finalists(state.ended)))
 
     def _again(self, state: SweepState, now_s: float) -> Action:
-        """Run the first waiting trial. A second attempt at once follows the first, whatever the budget."""
+        """Run the first waiting trial. A second attempt follows a failed first one at once, even beyond the budget."""
         trial = state.waiting[0]
         if _runs_alone(trial) and state.running:
             return Wait()
@@ -180,12 +180,12 @@ class Policy:
         return self._within_budget(state, launch, None, now_s)
 
     def _search(self, state: SweepState, searcher: SearcherView, now_s: float) -> Action:
-        """A canary if one is due, else the next of the queue, else the searcher's suggestion."""
+        """Launch a canary if one is due, else the next layout of the queue, else the searcher's suggestion."""
         layout = canary_due(state.ended, self.budget.canary_every)
         if layout is not None:
             return self._new(state, layout, TrialSource(source="canary"), None, now_s)
         for queued in self.queue:
-            # The baseline runs whatever is predicted of it, a seed while it promises something.
+            # The baseline runs whatever its prediction is; a seed runs only if it promises to be worth a trial.
             is_baseline = queued.source.source == "baseline"
             if searcher.is_available(queued.layout) and (is_baseline or searcher.promises(queued.layout)):
                 return self._new(state, queued.layout, queued.source, None, now_s)
@@ -193,7 +193,7 @@ class Policy:
         return self._new(state, suggested, TrialSource(source="sampler"), None, now_s)
 
     def _after_search(self, state: SweepState, over: Stop, now_s: float) -> Action:
-        """Measure again what was disturbed, then run the finals."""
+        """Repeat the disturbed trials, then run the finals."""
         if state.running:
             return Wait()
         ledger = self.ledger(state, now_s)
@@ -209,7 +209,7 @@ class Policy:
     def _new(
         self, state: SweepState, layout: Layout, source: TrialSource, over: Stop | None, now_s: float
     ) -> Action:
-        """Launch a new trial, if the budget and what runs allow it."""
+        """Launch a new trial, if the budget and the running trials allow it."""
         source = TrialSource(source=source.source, note=source.note, around=state.centres)
         trial = RunningTrial(number=state.next_number, layout=layout, source=source, attempt=1)
         if _runs_alone(trial) and state.running:
@@ -226,14 +226,14 @@ class Policy:
     def _search_is_over(
         self, state: SweepState, searcher: SearcherView, now_s: float
     ) -> Stop | Refine | None:
-        """Why the search ends, or what its refinement varies; None while it goes on."""
+        """Return why the search ends, or the refinement that begins now; None while the search goes on."""
         ledger = self.ledger(state, now_s)
         reason = ledger.search_is_over()
         if reason is None and state.is_out_of_time:
             reason = Stop.DEADLINE
         is_grid = bool(self.problem.refined) and not state.centres
         if reason is None and is_grid and self._grid_is_over(searcher, ledger):
-            # Without a measurement there is nothing to refine.
+            # Without a measurement there is no layout to refine.
             centres = choose_centres(state.ended, self.problem)
             if centres:
                 return Refine(centres)
@@ -257,10 +257,10 @@ class Policy:
 
 
 def give_up_above_ms(ended: Sequence[FinishedTrial], source: TrialSource) -> float | None:
-    """The step time above which a trial may give up; None to measure to the end.
+    """Return the step time in ms above which a trial may give up; None if it must measure to the end.
 
     It is the upper end of the best layout's 95% interval, at the machine's present speed. Only trials that look for
-    a faster layout give up; of the others the measurement itself is wanted.
+    a faster layout give up; all other trials are run for their measurement.
     """
     if source.source not in SIDE_BY_SIDE:
         return None

@@ -21,20 +21,20 @@ class Progress:
     budget: int
     """Trials that the sweep may take: its budget, or fewer if fewer layouts are left."""
     used_s: float
-    """Wall clock of all trials so far, every attempt included."""
+    """Wall clock in seconds of all trials so far, every attempt included."""
     left_s: float | None
-    """Seconds that the budgets of time leave; None without one."""
+    """Seconds until the first time limit of the budget; None if there is no time limit."""
     best: FinishedTrial | None
     pruned: int
     """Rows ruled out without a run, by memory dominance."""
     certainty: Certainty | None
-    """How near the best is to the best of all; None if nothing is modelled, measured or left."""
+    """How near the best measured row is to the best of all; None if nothing is modelled, measured or left."""
     own_s: float = 0.0
-    """Seconds during which this run of the tuner had no trial in flight: it chose, learnt and wrote."""
+    """Seconds during which this run of the tuner had no trial in flight, since it chose, learnt and wrote."""
     run_s: float = 0.0
-    """Wall clock of this run, from the start of its first trial to the end of its last."""
+    """Wall clock in seconds of this run of the tuner, from the start of its first trial to the end of its last."""
     part: SearchPart | None = None
-    """The part of the search that goes on; None if the sweep has one part only."""
+    """The part of the search that is under way; None if the sweep has one part only."""
 
 
 def progress_of(
@@ -47,12 +47,12 @@ def progress_of(
     own_s: float = 0.0,
     run_s: float = 0.0,
 ) -> Progress:
-    """How far a sweep is.
+    """Return how far a sweep is.
 
     Args:
-        state: Where it stands.
-        policy: What it may use.
-        searcher: What it has learnt.
+        state: The state of the sweep.
+        policy: Says what the sweep may use.
+        searcher: Says what the sweep has learnt.
         pruned: Rows ruled out without a run.
         now_s: The time, in seconds since the epoch.
         own_s: Seconds without a trial in flight, in this run of the tuner.

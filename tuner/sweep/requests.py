@@ -1,4 +1,4 @@
-"""What somebody asks of a running tuner, through a file in the results folder.
+"""Requests to a running tuner, through a file in its results folder.
 
 The command writes request.json; the tuner takes it within a second, removes it, and names its id in status.json.
 """
@@ -27,23 +27,23 @@ _HALT: Final[dict[Wish, Halt]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepRequest:
-    """One wish; `request.json`."""
+    """One request: the content of `request.json`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     wish: Wish
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     asked_s: float = field(default_factory=time.time)
-    """When it was asked, in seconds since the epoch."""
+    """When the request was made, in seconds since the epoch."""
 
     @property
     def halt(self) -> Halt:
-        """What the wish makes of the sweep."""
+        """The halt that the wish asks for."""
         return _HALT[self.wish]
 
 
 def ask(folder: SweepFolder, wish: Wish) -> SweepRequest:
-    """Write a request for the tuner that holds the folder; an earlier one that was not taken yet is replaced."""
+    """Write a request for the tuner that holds the folder; an earlier request that was not taken yet is replaced."""
     request = SweepRequest(wish=wish)
     write_json(folder.request, request)
     return request

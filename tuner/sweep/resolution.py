@@ -33,8 +33,8 @@ _HELD_KNOBS: Final = (
     "overlap_param_gather",
     *ENVIRONMENT_KNOBS,
 )
-"""Knobs that keep the value of the program's own layout, unless the sweep file names them: any of their values goes
-with any grid.
+"""Knobs that keep the value of the program's own layout, unless the sweep file names them: each of their values is
+possible with every grid.
 """
 
 
@@ -64,11 +64,11 @@ def resolve(
     detect: Callable[[], Cluster],
     read_recipe: ReadRecipe = _no_bridge,
 ) -> Sweep:
-    """Resolve a sweep file that was read already.
+    """Resolve a sweep file that has been read.
 
     Args:
         file: the sweep file.
-        source: what errors call it, as its path.
+        source: how errors name the file, for instance by its path.
         folder: where relative paths in the file start.
         detect: reads this machine as a cluster; called only if the file asks for it.
         read_recipe: reads a recipe of Megatron Bridge; called only if the program is one.
@@ -263,13 +263,13 @@ def _cluster(choice: str | ClusterChoice | Cluster, folder: Path, detect: Callab
 
 
 def _refined(file: SweepFile, program: Program) -> tuple[str, ...]:
-    """The knobs that the refinement varies: those that the file leaves open and the program can do."""
+    """The knobs that the refinement varies: those that the file leaves open and the program supports."""
     excluded = (*file.fixed, *(NOT_BUILT_IN if program == BUILT_IN else ()))
     return tuple(knob for knob in REFINED if knob not in excluded)
 
 
 def _refuse_not_built_in(file: SweepFile, program: Program) -> None:
-    """Refuse a sweep file that gives the built-in program a feature that it has no code for."""
+    """Refuse a sweep file that asks the built-in program for a feature that the program lacks."""
     if program != BUILT_IN:
         return
     sections: dict[str, Mapping[str, Any]] = {
@@ -298,7 +298,7 @@ def _domain(file: SweepFile, workload: Workload, cluster: Cluster) -> Domain:
             raise InputError(f"key 'knobs.{name}': give at least one value")
         for value in values:
             parse(Layout, {name: value}, "fixed" if name in file.fixed else "knobs")
-        # Checked after the types, since Python takes True and 1 for equal.
+        # This comes after the check of the types, since Python takes True and 1 for equal.
         if len(set(values)) != len(values):
             raise InputError(f"key 'knobs.{name}': values repeat: {list(values)}")
     both = sorted(set(file.knobs or {}) & set(file.fixed))

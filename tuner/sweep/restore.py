@@ -1,4 +1,4 @@
-"""The state that a results folder holds: what a resumed sweep goes on from."""
+"""Reads the state of a sweep from its results folder, so that a resumed sweep continues from it."""
 
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ def restored(folder: SweepFolder, sweep: Sweep) -> SweepState:
 
 
 def lost_attempts_s(trial: TrialFolder) -> float:
-    """Wall clock of a trial's attempts that were followed by another one, in seconds."""
+    """Wall clock in seconds of a trial's attempts that were followed by another attempt."""
     total_s, attempt = 0.0, 1
     while (aside := TrialFolder(trial.set_aside(attempt))).path.exists():
         if aside.result.exists():
@@ -58,7 +58,7 @@ def lost_attempts_s(trial: TrialFolder) -> float:
 
 
 def _refuse_gap(folder: SweepFolder, count: int) -> None:
-    """Refuse trials with results behind a missing folder: numbers have no gap."""
+    """Refuse trials with results that are numbered after a missing folder, since numbers have no gap."""
     ended = (path.parent.name for path in folder.trials.glob("t*/result.json"))
     later = [int(name[1:]) for name in ended if name[1:].isdecimal() and int(name[1:]) > count]
     if later:
@@ -70,7 +70,7 @@ def _refuse_gap(folder: SweepFolder, count: int) -> None:
 
 
 def _refuse_foreign(spec: TrialSpec, trial: TrialFolder, sweep: Sweep) -> None:
-    """Refuse a trial that trained something else than the sweep does: the two could not be compared."""
+    """Refuse a trial that trained something else than the sweep does: their measurements could not be compared."""
     of_trial = (spec.workload, spec.cluster, _without_text(spec.program), spec.seed)
     of_sweep = (sweep.workload, sweep.cluster, _without_text(sweep.program), sweep.seed)
     if of_trial != of_sweep:

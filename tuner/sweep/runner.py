@@ -1,4 +1,4 @@
-"""Trials in flight: starts them, tells how they end, stops them. Decides nothing."""
+"""Starts the trials in flight, reports how they end, and stops them. Decides nothing."""
 
 import threading
 from dataclasses import dataclass
@@ -48,10 +48,10 @@ class Runner(Protocol):
         """
 
     def next_event(self, patience_s: float) -> Beat | AttemptEnded | None:
-        """The next event; None if there is none for `patience_s` seconds."""
+        """Return the next event; None if none comes within `patience_s` seconds."""
 
     def stop_all(self) -> None:
-        """End every running trial; each still has its AttemptEnded, with the outcome interrupted."""
+        """End every running trial; each still gives an AttemptEnded, with the outcome `interrupted`."""
 
 
 class ThreadRunner:
@@ -88,7 +88,7 @@ class ThreadRunner:
                 result = self._launcher.run(
                     plan, self._stop, lambda beat: self._events.put(Beat(number=number, heartbeat=beat))
                 )
-            # Whatever it is, the controller raises it where the user sees it.
+            # `next_event` raises every error again in the controller's thread, where the user sees it.
             except BaseException as error:
                 self._events.put(_Crashed(error))
             else:
@@ -121,7 +121,7 @@ class ThreadRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End what still runs: no process of a trial outlives the runner."""
+        """End the trials that still run: no process of a trial outlives the runner."""
         self.stop_all()
         for thread in self._threads.values():
             thread.join()

@@ -1,4 +1,4 @@
-"""What the search has learnt: which rows are left, which one promises most, how sure the best is."""
+"""What the search has learnt: which rows are left, which of them promises most, and how certain the best is."""
 
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -32,13 +32,13 @@ _SEARCHED_SPACE: Final = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Search:
-    """What searchers are made from: the grid and what is predicted of it."""
+    """Makes searchers from the grid and the predictions of its rows."""
 
     problem: Problem
     grid: pd.DataFrame
     """Valid layouts that may fit, one row per layout, columns as KNOBS; the baseline's row is among them."""
     calibration: Calibration | None = None
-    """What the machine measured, for predicted step times."""
+    """The machine's calibration, for predicted step times."""
 
     def searcher(self, state: SweepState) -> "Searcher":
         """A searcher that has learnt from every trial of a state, as if it had watched them end one by one."""
@@ -57,7 +57,10 @@ class Search:
     def after(
         self, searcher: "Searcher", before: SweepState, after: SweepState, trial: FinishedTrial
     ) -> "Searcher":
-        """The searcher once a trial has ended: it learns from the trial, or anew from all if what counts changed."""
+        """Return the searcher after the end of a trial: it has learnt from that trial, or anew from all trials.
+
+        It learns anew if an earlier measurement changes: by a repeat, or by another estimate of the drift.
+        """
         if trial.source == "repeat" or drift(after.ended) != drift(before.ended):
             return self.searcher(after)
         searcher.learn(trial, trial, drift(after.ended))
@@ -66,7 +69,7 @@ class Search:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Searcher:
-    """Rows of a table, the strategy that orders them, and what trials have taught it.
+    """The rows of a table, the strategy that orders them, and what the trials have taught the strategy.
 
     A row is in flight from when a trial takes it until that trial's measurement is learnt; each row is suggested at
     most once.
@@ -76,13 +79,13 @@ class Searcher:
     table: pd.DataFrame
     strategy: Strategy
     searched: str
-    """What the rows are all of, as `Certainty` names it."""
+    """The set that the rows make up, as in `Certainty.searched`."""
     pruned: int = 0
     """Rows ruled out without a run, by memory dominance."""
     _rows: RowIndex = field(init=False)
     _available: Mask = field(init=False)
     _in_flight: dict[int, int] = field(default_factory=dict, init=False)
-    """Row per trial number."""
+    """The row of each trial in flight, by the trial's number."""
     _certainty: Certainty | None = field(default=None, init=False)
     _is_certainty_current: bool = field(default=False, init=False)
 
@@ -101,12 +104,12 @@ class Searcher:
         return row is not None and bool(self._available[row])
 
     def promises(self, layout: Layout) -> bool:
-        """Whether a layout is an available row, and worth a trial beside what the strategy would choose."""
+        """Whether a layout is an available row, and worth a trial compared with the strategy's own choice."""
         row = self._rows.find(layout)
         return row is not None and bool(self._available[row]) and self.strategy.promises(row, self._available)
 
     def suggest(self, number: int) -> Layout:
-        """The layout that trial `number` should measure, given what is in flight; nothing is taken yet.
+        """The layout that trial `number` should measure, given the rows in flight; its row is not taken yet.
 
         Raises:
             ValueError: if no row is left.
@@ -117,7 +120,7 @@ class Searcher:
         return layout_at(self.table, row)
 
     def take(self, number: int, layout: Layout, source: str) -> None:
-        """Note that a trial measures a layout; a trial whose source is not of the search takes nothing."""
+        """Note that a trial measures a layout; a trial whose source is not of the search takes no row."""
         row = self._rows.find(layout)
         if row is not None and source in SEARCHED:
             self._available[row] = False
@@ -128,7 +131,7 @@ class Searcher:
 
         Args:
             first: The trial that took the row.
-            counted: The measurement that counts for it: itself, or its repeat.
+            counted: The trial whose measurement counts for the row: `first`, or its repeat.
             drifted: The machine's drift, which is taken out of the measured step time.
         """
         if first.source not in SEARCHED:
@@ -170,7 +173,7 @@ class Searcher:
 
 
 def _without_drift(trial: FinishedTrial, drifted: Drift | None) -> Observation:
-    """What a trial says of its row, at the machine's speed of the sweep's start."""
+    """What a trial says about its row, corrected to the machine's speed at the start of the sweep."""
     observation = Observation.of(trial.result)
     factor = drifted.factor(trial) if drifted else 1.0
     if factor == 1.0:

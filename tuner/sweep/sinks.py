@@ -1,4 +1,4 @@
-"""Who is told of a running sweep: the terminal, MLflow, Optuna's study, the status file."""
+"""The interface of all that shows a running sweep: the terminal, MLflow, Optuna's study, the status file."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Sink:
         """A trial is over; it ruled out `pruned` rows."""
 
     def halted(self, snapshot: Snapshot, request: str) -> None:
-        """The sweep has taken in what somebody asked (`snapshot.state.halt`) by the request of this id."""
+        """The sweep has taken the request with this id; `snapshot.state.halt` is what it led to."""
 
     def closed(self, reason: str) -> None:
-        """The sweep ends for this reason, in words."""
+        """The sweep ends; `reason` says why in words."""

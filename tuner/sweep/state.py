@@ -1,4 +1,4 @@
-"""Where a sweep stands, as one frozen value, and what each event makes of it. Pure."""
+"""The state of a sweep as one frozen value, and the new state that each event gives. Pure."""
 
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -43,12 +43,12 @@ class RunningTrial:
     layout: Layout
     source: TrialSource
     attempt: int
-    """From 1."""
+    """The number of the attempt, from 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepState:
-    """All that deciding what runs next depends on, but for the clock and the budget."""
+    """Everything that the decision what runs next depends on, except the clock and the budget."""
 
     ended: tuple[FinishedTrial, ...] = ()
     """Finished trials, by number."""
@@ -57,11 +57,11 @@ class SweepState:
     running: tuple[RunningTrial, ...] = ()
     """Trials in flight, in the order of their start."""
     lost_s: float = 0.0
-    """Wall clock of attempts that were followed by another one."""
+    """Wall clock in seconds of attempts that were followed by another attempt."""
     centres: tuple[int, ...] = ()
     """Numbers of the trials that the refinement varies; empty while the grid is searched."""
     is_out_of_time: bool = False
-    """Whether the deadline has ended the search. It stays ended, even if the finals go faster than expected."""
+    """Whether the deadline has ended the search. The search stays ended, even if the finals go faster than expected."""
     failures: int = 0
     """Infrastructure failures in a row."""
     halt: Halt = Halt.NONE

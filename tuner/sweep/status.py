@@ -1,4 +1,4 @@
-"""What a running sweep does now: `status.json`, written anew at every event, for whoever looks from outside."""
+"""What a running sweep does now: `status.json`, written anew at every event for other processes."""
 
 import time
 from collections.abc import Callable
@@ -32,14 +32,14 @@ class RunningStatus:
 
     number: int
     label: str
-    """The layout, in short."""
+    """The label of the layout."""
     source: str
     attempt: int
     began_at: str
-    """ISO 8601, UTC."""
+    """When the attempt began: ISO 8601, UTC."""
     phase: Phase = "startup"
     step: int = 0
-    """Optimizer steps finished."""
+    """Number of optimizer steps finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,16 +56,16 @@ class BestStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CertaintyStatus:
-    """How near the best is to the best of all."""
+    """How near the best measured row is to the best of all rows."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     within: float
-    """A share of the step time."""
+    """The share of the step time that `probability` refers to."""
     probability: float
-    """The probability that nothing left is faster by more than that share."""
+    """The probability that no row left is faster by more than `within`."""
     of: str
-    """What the layouts left are all of."""
+    """The set that all rows make up, as in `Certainty.searched`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,25 +75,25 @@ class Status:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     updated_at: str
-    """ISO 8601, UTC."""
+    """When the file was written: ISO 8601, UTC."""
     halt: str
-    """Whether it runs, is paused or stops: a value of `Halt`."""
+    """Whether the sweep runs, is paused or stops: a value of `Halt`."""
     running: tuple[RunningStatus, ...]
     finished: int
-    """Finished trials."""
+    """Number of finished trials."""
     budget: int
-    """Trials that it may take."""
+    """Number of trials that the sweep may take."""
     used_s: float
-    """Wall clock of all trials so far."""
+    """Wall clock in seconds of all trials so far."""
     used_gpu_hours: float
     left_s: float | None
-    """Seconds that the budgets of time leave; None without one."""
+    """Seconds until the first time limit of the budget; None if there is no time limit."""
     deadline_at: str | None
-    """ISO 8601, UTC; None without a deadline."""
+    """When the sweep is to end: ISO 8601, UTC; None without a deadline."""
     best: BestStatus | None
     certainty: CertaintyStatus | None
     part: SearchPart | None
-    """The part of the search that goes on; None if the sweep has one part only."""
+    """The part of the search that is under way; None if the sweep has one part only."""
     request_taken: str | None = None
     """The id of the last request that the tuner took."""
     ended: str | None = None

@@ -1,4 +1,4 @@
-"""Optuna's study as a view of the trial folders: rebuilt wherever the two differ."""
+"""Keeps Optuna's study as a view of the trial folders, and rebuilds it if it differs from them."""
 
 import logging
 import sqlite3
@@ -29,17 +29,17 @@ class StudyTrial:
 
     params: Mapping[str, Any]
     result: TrialResult | None
-    """None for a trial that has to run: it waits."""
+    """The result of the trial; None if the trial waits to run."""
     source: str
     label: str
 
     @property
     def state(self) -> TrialState:
-        """Its Optuna state."""
+        """The state of the trial in Optuna."""
         return TrialState.WAITING if self.result is None else STATES[self.result.outcome]
 
     def attributes(self) -> dict[str, Any]:
-        """Its user attributes."""
+        """The user attributes of the trial in Optuna."""
         shown: dict[str, Any] = {"source": self.source, "layout": self.label}
         if self.result is not None and self.state is not TrialState.WAITING:
             shown |= {"outcome": str(self.result.outcome), "reason": self.result.reason}
@@ -49,7 +49,7 @@ class StudyTrial:
 class StudyProjection(Sink):
     """Keeps Optuna's study in step with the trials of a running sweep.
 
-    The sweep does not wait for it: if the study cannot be written, that is said once, and the next start of the sweep
+    The sweep does not wait for it: if the study cannot be written, one warning says so, and the next start of the sweep
     builds it anew from the trial folders.
 
     Args:
@@ -109,7 +109,7 @@ class StudyProjection(Sink):
 
     @contextmanager
     def _kept_going(self) -> Iterator[None]:
-        """Give the study up, with a word, if Optuna or its database fails in any way."""
+        """Give up the study, with a warning, if Optuna or its database fails in any way."""
         try:
             yield
         except Exception as error:
@@ -165,9 +165,10 @@ def _load(path: Path, name: str) -> optuna.Study | None:
 
 
 class _Unsynced(sqlite3.Connection):
-    """Leaves it to the kernel when to write: Optuna commits some twenty times a trial, each a wait for the disk.
+    """A connection that leaves it to the kernel when to write to the disk.
 
-    A killed tuner loses nothing by it. What a power loss tears differs from the folders, and is made anew.
+    Optuna commits about twenty times per trial, and would wait for the disk each time. A killed tuner loses nothing. A
+    study that a power loss tears differs from the trial folders, and is rebuilt from them.
     """
 
     def __init__(self, *arguments: Any, **keys: Any) -> None:

@@ -38,7 +38,7 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def open_runs(folder: SweepFolder, uri: str) -> "MlflowRuns":
-    """Open the MLflow runs of a sweep, see `MlflowRuns.open`; raises what it raises."""
+    """Open the MLflow runs of a sweep as `MlflowRuns.open` does; raises the errors of that method."""
     client = connect(uri)
     from tuner.tracking.runs import MlflowRuns
 

@@ -51,7 +51,7 @@ class Follower:
         """
         try:
             if self._runs is None:
-                # Opened here and not before, since it takes seconds, in which the end of stdin must be seen.
+                # MLflow is opened only here: it takes seconds, and the end of stdin must be seen meanwhile.
                 self._runs = open_runs(SweepFolder(self.spool.results), self._uri)
             has_ended, trouble = self._runs.catch_up(self.spool, self._logged), ""
         # A store, a server or a full disk may raise anything. The next look opens MLflow again.
@@ -87,8 +87,8 @@ def _await(news: "SimpleQueue[str]", spool: Spool, retry_s: float | None) -> Non
     Args:
         news: holds a line per piece of news.
         spool: says whether the sweep has ended.
-        retry_s: after a failure the time until the next try, which only the sweep's end cuts short, since the tuner
-            waits then; None without a failure: the next news ends the wait.
+        retry_s: the seconds until the next try after a failure. Only the sweep's end cuts them short, since the tuner
+            then waits for this process. None without a failure: the next news ends the wait.
     """
     until_s = None if retry_s is None else time.monotonic() + retry_s
     while True:

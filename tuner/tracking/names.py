@@ -15,7 +15,7 @@ from tuner.trial.program import program_name
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A parameter in MLflow; every trial's run has all of them."""
+    """A parameter in MLflow; every trial's MLflow run has all parameters."""
 
     name: str
     meaning: str
@@ -25,7 +25,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A metric in MLflow; a trial that did not measure it has no such metric, rather than one of 0."""
+    """A metric in MLflow; a trial that did not measure it lacks the metric, instead of having the value 0."""
 
     name: str
     meaning: str
@@ -96,7 +96,7 @@ PARAMETERS: tuple[Fact, ...] = (
     Fact("program", "the program that ran in the trial", lambda spec: program_name(spec.program)),
     Fact("seed", "seed of weights, tokens and dropout", attrgetter("seed")),
 )
-"""The parameters of a trial's run."""
+"""The parameters of a trial's MLflow run."""
 
 METRICS: tuple[Measure, ...] = (
     Measure(
@@ -159,7 +159,7 @@ METRICS: tuple[Measure, ...] = (
     Measure("duration/measure_s", "timed steps, in s", "durations.measure_s"),
     Measure("duration/total_s", "from the launch to the end of the last process, in s", "durations.total_s"),
 )
-"""The metrics of a trial's run."""
+"""The metrics of a trial's MLflow run."""
 
 BEST_METRICS: tuple[Measure, ...] = (
     Measure("best/step_time_ms", "median step time, in ms", "metrics.step_time_ms"),
@@ -171,7 +171,8 @@ BEST_METRICS: tuple[Measure, ...] = (
         "metrics.peak_allocated_gib",
     ),
 )
-"""The metrics of the sweep's run: those of the best trial so far. Their step is the number of the trial just logged."""
+"""The metrics of the sweep's MLflow run: those of the best trial so far. Their step is the number of the trial
+just logged."""
 
 KIND = "megatune.kind"
 SWEEP = "megatune.sweep"
@@ -187,13 +188,13 @@ RUN_TAGS: Mapping[str, str] = {
     "mlflow.source.git.commit": "commit of the working directory; absent if that is no git repository",
     "mlflow.note.content": "sweep: the summary; trial: outcome and reason",
 }
-"""The tags of the sweep's run and of every trial's run, with their meanings."""
+"""The tags of the MLflow runs of the sweep and of every trial, with their meanings."""
 
 SWEEP_TAGS: Mapping[str, str] = {
     "megatune.best_trial": "number of the best trial so far",
     "megatune.best_layout": "layout of the best trial so far",
 }
-"""The further tags of the sweep's run, with their meanings."""
+"""The further tags of the sweep's MLflow run, with their meanings."""
 
 TRIAL_TAGS: Mapping[str, str] = {
     "mlflow.parentRunId": "id of the sweep's run",
@@ -215,4 +216,4 @@ TRIAL_TAGS: Mapping[str, str] = {
     "megatune.versions.*": "versions of torch, megatron-core, CUDA, NCCL, driver, ...",
     RECORD: "hash of the logged record; it is set last, so that a run without it is incomplete",
 }
-"""The further tags of a trial's run, with their meanings."""
+"""The further tags of a trial's MLflow run, with their meanings."""

@@ -25,7 +25,7 @@ _DATABASES = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
 
 
 def common_tags(results: Path, sweep_name: str) -> dict[str, str]:
-    """The tags that the sweep's run and every trial's run carry."""
+    """The tags that the MLflow runs of the sweep and of every trial carry."""
     tags = {SWEEP: sweep_name, SWEEP_ID: _sweep_id(results)}
     # A checkout on PYTHONPATH, as under Slurm, has no package version; its commit says more.
     with suppress(PackageNotFoundError):
@@ -74,7 +74,7 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str, results: Path) 
 def ensure_sweep_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
     """Return the id of the sweep's MLflow run, found by the sweep's id among `tags`, and create it if there is none.
 
-    A run that exists gets the tags anew.
+    An MLflow run that exists gets the tags again.
     """
     query = f"tags.`{SWEEP_ID}` = '{tags[SWEEP_ID]}' and tags.`{KIND}` = 'sweep'"
     runs = client.search_runs([experiment_id], query, max_results=1)

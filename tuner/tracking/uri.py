@@ -12,10 +12,10 @@ _SCHEMES = frozenset({"http", "https", "sqlite", "postgresql", "mysql", "mssql",
 """The URI schemes that MLflow takes without a plugin. It refuses plain files since release 3.7."""
 
 _SQLALCHEMY_PREFIX = "(raised as a result of"
-"""The beginning of the first line of some errors of SQLAlchemy; the line says nothing of the cause."""
+"""The beginning of the first line of some errors of SQLAlchemy; that line says nothing about the cause."""
 
 MAX_REASON = 1000
-"""The most characters of a reason. Assumed."""
+"""The largest number of characters in a reason. Assumed."""
 
 
 def default_uri(results: Path) -> str:
@@ -48,7 +48,7 @@ def without_password(uri: str) -> str:
         parts = parts._replace(netloc=f"{parts.username}:***@{host}")
     if parts.query:
         parts = parts._replace(query="***")
-    # An unchanged URI is returned as it is: urlunsplit would take a slash from sqlite:////tmp/x.
+    # An unchanged URI is returned as it is: urlunsplit would drop a slash of sqlite:////tmp/x.
     return uri if parts == urlsplit(uri) else urlunsplit(parts)
 
 

@@ -12,7 +12,7 @@ from tuner.trial.finished import FinishedTrial
 from tuner.trial.program import program_name
 
 MAX_TEXT = 5000
-"""The most characters of a tag. Assumed, and below the 8000 beyond which MLflow cuts a tag silently."""
+"""The largest number of characters in a tag. Assumed, and below the 8000 beyond which MLflow cuts a tag silently."""
 
 
 class Point(NamedTuple):
@@ -32,7 +32,7 @@ def config_hash(spec: TrialSpec) -> str:
 
 
 def trial_parameters(spec: TrialSpec) -> dict[str, str]:
-    """The parameters of a trial's run, as text by name."""
+    """The parameters of a trial's MLflow run, as text by name."""
     return {fact.name: str(fact.value(spec)) for fact in PARAMETERS}
 
 
@@ -58,7 +58,7 @@ def _values(result: TrialResult, measure: Measure) -> tuple[float, ...]:
 
 
 def trial_tags(spec: TrialSpec, trial: FinishedTrial, folder: TrialFolder) -> dict[str, str]:
-    """The tags of a trial's run that say what it was and how it ended, without the empty ones."""
+    """The tags of a trial's MLflow run that say what it was and how it ended, without the empty ones."""
     result = trial.result
     tags = {
         KIND: "trial",

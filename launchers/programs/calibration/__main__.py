@@ -1,9 +1,9 @@
 """Measures what this machine does: `torchrun ... -m launchers.programs.calibration PLAN.json CALIBRATION.json`.
 
 Every rank does the same work at the same time, as in training, so that ranks which share cores or links slow each other
-down. A point is timed by a batch of repetitions that is long against the scheduler's slices and the clock; the slowest
-rank's time counts, and of several passes the median. The calls are those of training; on CPU they go through the
-replacements of `harness.cpu` as well.
+down. A point is timed by a batch of repetitions that takes much longer than a slice of the scheduler or a tick of the
+clock. The slowest rank's time counts, and the median is taken over several passes. The calls are those of
+training; on CPU they go through the replacements of `harness.cpu` as well.
 """
 
 import os
@@ -52,7 +52,7 @@ def measure(plan: CalibrationPlan, device: torch.device) -> Calibration:
     near, apart = collectives(plan, device)
     tables = (host, *gemm.values(), copy, *near.values(), *apart.values())
     points = dict.fromkeys(point for table in tables for point in table.points)  # some are in two tables
-    # Pass by pass, so that whatever else the machine does for a second spoils one reading of a point, not all.
+    # Each pass reads every point once, so that a disturbance of a second spoils one reading of a point, not all.
     for _ in range(plan.passes):
         for point in points:
             point.read(plan.batch_s, device)

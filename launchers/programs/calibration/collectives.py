@@ -13,7 +13,7 @@ from launchers.programs.calibration.points import PointTable, TimedPoint, Work
 from tuner.predict.calibration import CalibrationPlan, Collective
 
 Call = Callable[[dist.ProcessGroup, int, torch.device], Work]
-"""Makes the work of a collective in a group, of so many bytes in all, on a device."""
+"""Makes the work of a collective in a group, with a given number of bytes in all, on a device."""
 
 
 def collectives(
@@ -21,7 +21,7 @@ def collectives(
 ) -> tuple[dict[Collective, PointTable], dict[Collective, PointTable]]:
     """Return the tables of every collective in groups of neighbours, and in strided groups.
 
-    The group of the whole world is both, and its points are in both tables.
+    The group of the whole world counts as both, and its points are in both tables.
     """
     sizes = (group_sizes(dist.get_world_size()), plan.message_bytes)
     if not sizes[0]:
@@ -49,7 +49,7 @@ def group_sizes(world_size: int) -> tuple[int, ...]:
 
 
 def groups_of(world_size: int, ranks: int, strided: bool) -> list[list[int]]:
-    """Divide the world into groups of so many ranks: neighbours, or strided ones as far apart as they can be."""
+    """Divide the world into groups of `ranks` ranks: neighbours, or strided ones as far apart as they can be."""
     count = world_size // ranks
     if strided:
         return [list(range(first, world_size, count)) for first in range(count)]
@@ -57,7 +57,7 @@ def groups_of(world_size: int, ranks: int, strided: bool) -> list[list[int]]:
 
 
 def _group_of_this_rank(ranks: int, strided: bool) -> dist.ProcessGroup:
-    """Make all groups of so many ranks, as every rank must; return this rank's."""
+    """Make all groups of `ranks` ranks, as every rank must; return this rank's group."""
     world_size, mine = dist.get_world_size(), None
     for members in groups_of(world_size, ranks, strided):
         group = dist.new_group(members)
@@ -68,7 +68,7 @@ def _group_of_this_rank(ranks: int, strided: bool) -> dist.ProcessGroup:
 
 
 def _buffers(group: dist.ProcessGroup, whole_bytes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a tensor of about so many bytes, and one of a rank's share of it."""
+    """Return a tensor of about `whole_bytes` bytes, and a tensor of one rank's share of these bytes."""
     share = -(-whole_bytes // 4 // group.size())
     return torch.zeros(share * group.size(), device=device), torch.zeros(share, device=device)
 

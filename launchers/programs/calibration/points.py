@@ -27,20 +27,20 @@ class TimedPoint:
     """The slowest rank's time for the work, one per reading."""
 
     def read(self, batch_s: float, device: torch.device) -> None:
-        """Time a batch of at least `batch_s`, on tensors that are made anew."""
+        """Time a batch of at least `batch_s` seconds, on tensors that are made anew."""
         work = self.make()
         work()
         repeats = self.repeats or 1
         taken_s = self._batch_s(work, repeats, device)
         while not self.repeats and taken_s < batch_s:
-            # At most tenfold at once: the first few may have been interrupted, or cold.
+            # The number grows at most tenfold at once: the first few repeats may have been interrupted, or cold.
             repeats *= min(max(2, round(batch_s / taken_s)), 10)
             taken_s = self._batch_s(work, repeats, device)
         self.repeats = repeats
         self.readings_ms.append(taken_s / repeats * 1000)
 
     def _batch_s(self, work: Work, repeats: int, device: torch.device) -> float:
-        """Return the slowest rank's time for so many repeats, equal on every rank."""
+        """Return the slowest rank's time for `repeats` repeats, in seconds; it is equal on every rank."""
         torch.cuda.synchronize()
         dist.barrier()
         torch.cuda.synchronize()
@@ -65,5 +65,5 @@ class PointTable:
 
     @property
     def times(self) -> TimeTable:
-        """The median over the passes of each point."""
+        """The median time of each point over the passes."""
         return TimeTable(sizes=self.sizes, ms=tuple(median(point.readings_ms) for point in self.points))

@@ -23,7 +23,7 @@ class NonFiniteLossError(Exception):
 def report_failure(monitor: Monitor, error: Exception, peak: PeakGib = (None, None)) -> None:
     """Report this rank's failure everywhere.
 
-    A full disk refuses every write, and must not keep the rank from its end. A rank that lost a connection waits a
+    A full disk refuses every write, and must not keep the rank from ending. A rank that lost a connection waits a
     moment, so that the launcher sees its peer end first: the peer's failure may be the cause.
     """
     with suppress(OSError):

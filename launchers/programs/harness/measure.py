@@ -22,15 +22,16 @@ _WARMUP_DEVIATIONS = 4.0
 in 1 of 100 trials where it is normal, and in 3 of 100 where it is skewed (the simulation in
 tests/unit/launchers/programs/test_measure.py)."""
 _OUTLIER_DEVIATIONS = 3.5
-"""Published: Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993."""
+"""A step that lies more standard deviations than this from the median is an outlier. Published: Iglewicz and Hoaglin,
+How to Detect and Handle Outliers, 1993."""
 _LEAST_STEPS_TO_JUDGE = 3
-"""Assumed: fewer steps have no spread to speak of."""
+"""The fewest steps whose spread is judged. Assumed: fewer steps have no spread to speak of."""
 
 
 def median_interval(times_ms: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Return the median and the ends of its bootstrap 95% interval.
 
-    Percentile method (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The same times
+    It uses the percentile method (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Equal times
     and seed give the same interval on every rank.
 
     Raises:
@@ -65,9 +66,9 @@ def warmup_end(times_ms: Sequence[float], tolerance: float) -> int:
 
 
 def outliers(times_ms: Sequence[float], tolerance: float) -> tuple[int, ...]:
-    """Return the places of the steps far from the median.
+    """Return the indices of the outliers, the steps far from the median.
 
-    They differ from it by more than 3.5 standard deviations, estimated from the median absolute deviation, and by
+    Outliers differ from it by more than 3.5 standard deviations, estimated from the median absolute deviation, and by
     more than `tolerance`, a share of the median.
     """
     times: NDArray[np.float64] = np.asarray(times_ms, dtype=np.float64)
@@ -80,10 +81,10 @@ def outliers(times_ms: Sequence[float], tolerance: float) -> tuple[int, ...]:
 
 
 def measured_enough(times_ms: Sequence[float], measurement: Measurement) -> bool:
-    """Return whether to stop, from the times of all steps after the `warmup_steps` first.
+    """Return whether to stop, from the times of all steps after the first `warmup_steps` steps.
 
-    Steps that are found to be warm-up do not count, and at least `min_steps` must remain. From there on the trial
-    ends once the interval of the remaining steps is as narrow as asked for, or once `max_steps` steps were done,
+    Steps that are found to be warm-up do not count, and at least `min_steps` must remain. The trial then ends
+    once the interval of the remaining steps is as narrow as asked for, or once `max_steps` steps were done,
     further warm-up included.
     """
     tolerance = measurement.target_relative_interval
@@ -97,11 +98,11 @@ def measured_enough(times_ms: Sequence[float], measurement: Measurement) -> bool
 
 
 def lower_bound_ms(times_ms: Sequence[float], measurement: Measurement) -> float | None:
-    """Return a value that the true median is hardly below, from the times after the `warmup_steps` first.
+    """Return a value that the true median is hardly ever below, from the times after the first `warmup_steps` steps.
 
-    The bound lies twice as far below the median as the lower end of its interval. That end is made to be read once:
-    read after every step, it lies above the true median in 2 of 10 trials, and the bound does in 6 of 100 (the
-    simulation in tests/unit/launchers/programs/test_measure.py).
+    The bound lies twice as far below the median as the lower end of its interval. The interval is valid for a
+    single look. With a look after every step, its lower end lies above the true median in 2 of 10 trials, and the bound
+    in 6 of 100 (the simulation in tests/unit/launchers/programs/test_measure.py).
 
     Returns:
         The bound; None with fewer than 3 steps, or where the last step is the fastest so far, since the trial may

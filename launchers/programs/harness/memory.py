@@ -50,7 +50,7 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        """Stop to account new storages; those that are freed later still leave the account."""
+        """Stop accounting new storages; those in the account still leave it when they are freed."""
         super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         del torch.UntypedStorage.resize_
 

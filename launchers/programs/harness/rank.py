@@ -1,4 +1,4 @@
-"""Runs one rank of a trial, whatever trains in it: reads its spec, times its steps, reports, and ends."""
+"""Runs one rank of a trial of any training program: reads its spec, times its steps, reports, and ends."""
 
 import os
 import sys
@@ -91,7 +91,7 @@ class TimedSteps:
 
     @property
     def measured_ms(self) -> list[float]:
-        """The times of the steps after the `warmup_steps` first."""
+        """The times of the steps after the first `warmup_steps` steps."""
         return self.times_ms[self.spec.measurement.warmup_steps :]
 
     def slower_than_ms(self) -> float | None:

@@ -72,7 +72,7 @@ def mtp_block_spec(
     """Return the specs of this chunk's multi-token-prediction layers; None where the chunk has none."""
     if not config.mtp_num_layers:
         return None
-    # The chunk may hold no layer whose spec can be copied, so that of the model's last layer is made anew.
+    # The chunk may hold no layer whose spec can be copied, so the spec of the model's last layer is made anew.
     layer = decoder if decoder.layer_specs else _last_layer_spec(config)
     if config.transformer_impl == "transformer_engine":
         return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=True, vp_stage=vp_stage)
@@ -99,7 +99,7 @@ def _replace_with_torch(layer: Any) -> None:
 
 
 def _repair_megatron() -> None:
-    """Answer for Transformer Engine where Megatron takes it for granted: it asks for fp8's state even without fp8."""
+    """Replace names of Transformer Engine that Megatron uses even where it is not installed, such as fp8's state."""
     moe_utils.te_general_gemm = None
     multi_latent_attention.HAVE_TE = False
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)

@@ -48,7 +48,7 @@ def global_parameters(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _source(name: str, chunk: GPTModel) -> str:
-    """Return the name that a parameter's values are drawn by: its own, or that of the parameter it is tied to."""
+    """Return the name that decides a parameter's values: its own, or the name of the parameter it is tied to."""
     # The last stage has a copy of the embedding where the model ties it to the output layer.
     tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
     return "embedding.word_embeddings.weight" if tied else name
@@ -58,7 +58,7 @@ def _with_global_expert(name: str, first_expert: int) -> str:
     def shifted(match: re.Match[str]) -> str:
         return f"{match[1]}{int(match[2]) + first_expert}"
 
-    # SequentialMLP numbers its experts as modules, Transformer Engine's grouped one as weights.
+    # SequentialMLP numbers its experts as modules, Transformer Engine's grouped MLP as weights.
     return re.sub(r"(experts\.local_experts\.|experts\.linear_fc\d\.weight)(\d+)", shifted, name)
 
 

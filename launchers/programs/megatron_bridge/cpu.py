@@ -33,7 +33,7 @@ _FUSED = (
 def hide_transformer_engine() -> None:
     """Make Megatron-Core believe that Transformer Engine is not installed, since even its optimizer needs CUDA.
 
-    Bridge imports Transformer Engine in passing, and still gets it.
+    Bridge itself imports Transformer Engine in passing, and its imports still succeed.
     """
     if torch.cuda.is_available():
         return

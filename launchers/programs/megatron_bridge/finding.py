@@ -47,7 +47,7 @@ def _recipes_at(path: Path, function_name: str | None) -> list[tuple[str, Callab
 
 
 def _only_function(module: ModuleType, path: Path) -> tuple[str, Any]:
-    """Return the name and the function of a file that has only one, whatever its annotations say that it returns."""
+    """Return the name and the function of a file that has only one, whatever return type its annotations state."""
     functions = own_functions(module)
     if len(functions) != 1:
         raise InputError(
@@ -85,7 +85,10 @@ def _is_recipe(name: str, function: Callable[..., Any]) -> bool:
 
 
 def _modules_at(path: Path) -> Iterator[ModuleType]:
-    """Yield a Python file, or each one of a folder, as a module; a file of a checkout of Bridge keeps its own name."""
+    """Yield a Python file, or each Python file of a folder, as a module.
+
+    A file of a checkout of Bridge keeps its own name.
+    """
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     for file in files:
         if (root := root_of_bridge(file)) is not None:

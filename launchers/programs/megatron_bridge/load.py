@@ -90,7 +90,7 @@ class _Recorded(InspectLoader):
 
 
 def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
-    """Return the function of a Python file that the program names, or the file's only recipe."""
+    """Return the function that the program names in its Python file, or the only recipe of that file."""
     path = Path(program.recipe)
     spec = importlib.util.spec_from_loader(
         f"recipe_{path.stem}", _Recorded(with_file_text(program).text), origin=str(path)

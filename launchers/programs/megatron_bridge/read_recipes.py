@@ -86,7 +86,7 @@ def _resolved(config: Any) -> Any:
         if hasattr(dataset, path) and not getattr(dataset, path):
             setattr(dataset, path, os.sep)
     if getattr(config, "peft", None) is not None:
-        # The user chooses this path as well, and it must exist.
+        # Recipes leave this path to the user as well, and Bridge refuses a path that does not exist.
         config.checkpoint.pretrained_checkpoint = os.sep
     runtime_config_update(config)
     return config

@@ -1,4 +1,4 @@
-"""Turns a recipe of Megatron Bridge into a trial's: the layout applied, the training contract kept, the rest off.
+"""Turns a recipe of Megatron Bridge into a trial's: applies the layout, keeps the training, and turns the rest off.
 
 Configs go in and out, and nothing is started. The settings that make a trial short are those of Bridge's own benchmark
 recipes (megatron/bridge/perf_recipes/_common.py); others keep a second trial from finding the files of the first.
@@ -128,7 +128,7 @@ def _keep_schedule(config: Any, steps: int, global_batch_size: int) -> None:
 
 
 def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
-    """Draw as many tokens of the recipe's vocabulary at random: neither files nor a tokenizer are needed."""
+    """Train on random tokens from the recipe's vocabulary, in place of its data: no files or tokenizer are needed."""
     from megatron.bridge.training.config import GPTDatasetConfig
 
     dataset = config.dataset

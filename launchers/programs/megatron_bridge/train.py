@@ -71,7 +71,7 @@ def _start_alike(config: Any, seed: int) -> None:
 def _use_compiled_helpers() -> None:
     """Keep Bridge from compiling Megatron-Core's dataset helpers at each start where a wheel brings them compiled.
 
-    A wheel lacks the makefile that this needs.
+    Compiling needs a makefile, which a wheel lacks.
     """
     if find_spec("megatron.core.datasets.helpers_cpp"):
         initialize.compile_helpers = lambda: None

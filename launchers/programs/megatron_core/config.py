@@ -1,7 +1,7 @@
 """Maps workload and layout to Megatron-Core's configuration; the names are its own.
 
-What is fixed here, Megatron Bridge's pre-training recipes fix as well: no dropout, an fp32 router, freed pipeline
-outputs after they are sent, and every fusion that is installed.
+The values that are fixed here are those of Megatron Bridge's pre-training recipes: no dropout, an fp32 router, pipeline
+outputs that are freed after they are sent, and every fusion that is installed.
 """
 
 from collections.abc import Callable, Mapping
@@ -141,7 +141,8 @@ def _refuse_unsupported(workload: Workload, layout: Layout, device: str) -> None
     if workload.fp8_param:
         raise ValueError("fp8_param: this program keeps weights in 16 bits; leave it out of the workload")
     if workload.model.is_moe and layout.ep == 1 and layout.etp != layout.tp:
-        # Megatron knows experts by ep alone (layers.py, extensions/transformer_engine.py: `expert_parallel`).
+        # Megatron treats weights as experts' only if ep is above 1: `expert_parallel` in layers.py and in
+        # extensions/transformer_engine.py.
         raise ValueError(
             f"with ep 1 Megatron reduces the experts' gradients like dense ones, which is wrong where etp "
             f"({layout.etp}) is not tp ({layout.tp}): set etp to tp, or ep above 1"

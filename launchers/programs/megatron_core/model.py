@@ -23,7 +23,7 @@ def initialize_grids(workload: Workload, layout: Layout, config: TransformerConf
     """Set up Megatron's process groups and random states; the default process group must exist.
 
     Raises:
-        RuntimeError: by Megatron, if the world size is no multiple of the grids'.
+        RuntimeError: by Megatron, if the world size is not a multiple of the sizes of the grids.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,

@@ -2,8 +2,8 @@
 
 It runs two steps of the trial's own job in a process group whose other ranks do not exist. Without CUDA the
 floating-point tensors are fake (they have a shape and a size, and no memory), and each is accounted. So any rank of any
-world takes seconds, and its account equals that of the rank of a Gloo job to the byte. With CUDA the tensors and the
-allocator are real. SPEC and RECORD are JSON files.
+world takes seconds, and its account equals to the byte the account of that rank in a Gloo job. With CUDA the
+tensors and the allocator are real. SPEC and RECORD are JSON files.
 """
 
 import socket
@@ -199,7 +199,7 @@ def _on_a_copy(reduce_scatter: Any) -> Any:
 def _convert(weight: Tensor, converted: Tensor) -> None:
     """Set a weight's data, as `Module.to` does for real weights.
 
-    It would swap fake ones, which Torch refuses while it refers to them itself.
+    `Module.to` would swap a fake weight, which Torch refuses while Torch itself holds a reference to the weight.
     """
     weight.data = converted.data
 
