@@ -23,7 +23,7 @@ BRIDGE = "launchers.programs.megatron_bridge"
 """The module that runs a recipe of Megatron Bridge."""
 
 COMMAND = "launchers.programs.command"
-"""The module that runs any other program."""
+"""The module that runs a command, or a command line of Megatron-LM."""
 
 
 def job_argv(

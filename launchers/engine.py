@@ -37,7 +37,7 @@ OnHeartbeat = Callable[[Heartbeat], None]
 _RESERVE = ".reserve"
 """A file that stands in the folder while the job runs: its removal makes room for the result on a full disk."""
 _RESERVE_BYTES = 1 << 18
-"""The size of that file. Assumed: several times the size of a result, its log lines and the ranks' records."""
+"""The size of the file _RESERVE. Assumed: several times the size of a result, its log lines and the ranks' records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +189,7 @@ def _with_telemetry(
 
 
 def _written(result: TrialResult, folder: TrialFolder) -> TrialResult:
-    """Write the result; return it, or the failure to write it. A completed trial keeps its own file and result then."""
+    """Write the result; return it, or the failure to write it. A completed trial's result is returned in any case."""
     try:
         write_json(folder.result, result)
     except OSError as error:

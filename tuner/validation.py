@@ -24,7 +24,7 @@ _WORDS: Mapping[str, str] = {
     "dict_type": "a mapping of keys to values",
     "tuple_type": "a list",
 }
-"""Words of a YAML file for types of errors that pydantic describes in words of JSON."""
+"""What a value should be, in words of YAML, for types of errors that pydantic describes in words of JSON."""
 
 
 def explain(cls: type[Any], problems: Sequence[Problem], data: object) -> list[str]:

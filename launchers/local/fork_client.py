@@ -1,4 +1,4 @@
-"""Starts jobs warm: as forks of a process that has imported their program, instead of cold."""
+"""Starts jobs warm: as forks of a process that has imported their program, so that they need not import it again."""
 
 import json
 import signal
@@ -90,7 +90,7 @@ class Preload:
         )
 
     def _idle_server(self, module: str, env: dict[str, str], output: Path) -> "_Server":
-        """Return a server of this program and environment without a job; a new one may replace an idle one."""
+        """Return an idle server of this program and environment, or a new one, which may replace an idle other one."""
         idle = [server for server in self._servers if not server.is_busy]
         self._most_jobs = max(self._most_jobs, len(self._servers) - len(idle) + 1)
         for server in idle:

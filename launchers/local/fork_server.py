@@ -39,9 +39,9 @@ class ForkRequest(TypedDict):
     """One job to start."""
 
     argv: list[str]
-    """torchrun's arguments."""
+    """The arguments of torchrun, without its own name."""
     env: dict[str, str]
-    """The whole environment."""
+    """All environment variables of the job."""
     folder: str
     """The working directory."""
     output: str
@@ -162,7 +162,7 @@ def _become_job(request: ForkRequest) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
-    # The server has imported these modules; importing this file must not import them.
+    # `main` has already imported these modules. A mere import of this file must not import them.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch

@@ -28,7 +28,7 @@ class TorchrunLauncher:
     grace_s: float = 10.0
     """The time between SIGTERM and SIGKILL. Assumed: enough for a rank to record its failure."""
     start: Start = ColdJob
-    """Starts a job: cold, or with `Preload.start` as a fork."""
+    """Starts a job: as a new process, or as a fork if this is `Preload.start`."""
 
     def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
         """See Launcher. The kernel chooses the port at the start, so no two jobs can take the same port."""

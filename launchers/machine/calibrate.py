@@ -138,7 +138,7 @@ def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: fl
 
 
 def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
-    """Return the variables that a trial on this machine also has: the threads of a rank, and Gloo on loopback."""
+    """Return the variables of the job, as a trial on this machine has them: threads per rank, and Gloo on loopback."""
     on_cpu = machine.device == "cpu"
     env = {
         MARKER: str(folder),

@@ -51,10 +51,10 @@ def detect_cluster() -> Cluster:
 
 
 def gpu_cluster(devices: Sequence[Device]) -> Cluster:
-    """Return the cluster of one machine with these GPUs; their built-in cluster gives its peaks and fabric.
+    """Return the cluster of one machine with these GPUs, with the peaks and the fabric of their built-in cluster.
 
     Raises:
-        InputError: if their model is unknown, or there are several.
+        InputError: if no built-in cluster has their model, or they are of several models.
     """
     names = sorted({device.name for device in devices})
     if len(names) > 1:

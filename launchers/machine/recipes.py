@@ -137,7 +137,7 @@ def _files(path: Path) -> Iterable[Path]:
 
 
 def _readers() -> Iterable[Path]:
-    """Return the files that decide what is read of a recipe."""
+    """Return the source files of the reader: another reader may read other facts of a recipe."""
     from tuner.frameworks import megatron_bridge
 
     return (

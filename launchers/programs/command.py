@@ -74,7 +74,7 @@ class _Log:
         self.peak: PeakGib = (None, None)
 
     def follow(self, lines: Iterator[str]) -> float | None:
-        """Read the output to its end; return a lower bound of the step time that rules the trial out, else None."""
+        """Read the output to its end; return a lower bound of the step time if it rules the trial out, else None."""
         for line in lines:
             figures = read_log(line, self.patterns)
             self._take(figures)

@@ -25,7 +25,7 @@ class JobEvidence:
     ending: Ending | None = None
     """Why the launcher ended the job; None if it ended by itself."""
     ended_at_s: float = float("inf")
-    """When the launcher ended the job, in seconds since the epoch; later failures are consequences of that."""
+    """When the launcher ended the job, in seconds since the epoch; later failures are consequences of this end."""
     silence_s: float = float("inf")
     """How long the job was allowed to be silent when it was ended: limits.step_s, or less if its steps were known."""
     survivors: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ import pynvml
 RELEASE_S = 30.0
 """How long the driver may take to give back what ended processes held. Assumed."""
 TOLERANCE_GIB = 0.25
-"""How much a GPU's use may grow without a process of ours. Assumed: above the driver's own state."""
+"""How much fuller a GPU may be after a job than before it. Assumed: more than the driver's own state takes."""
 _GIB = 1024**3
 _POLL_S = 0.5
 _ANSWER_S = 10.0
@@ -69,7 +69,7 @@ def _ask(selection: GpuSelection) -> tuple[GpuUse, ...]:
 def wait_for_release(
     selection: GpuSelection, before: tuple[GpuUse, ...], limit_s: float = RELEASE_S
 ) -> tuple[str, ...]:
-    """Wait until the GPUs are as free as they were; return one line for each that is not within `limit_s`."""
+    """Wait until the GPUs are as free as they were; return one line for each that is still fuller after `limit_s`."""
     deadline_s = time.monotonic() + limit_s
     while before and (held := still_held(before, gpus_in_use(selection))):
         if time.monotonic() > deadline_s:

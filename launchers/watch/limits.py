@@ -6,7 +6,7 @@ from typing import Literal
 from tuner.trial.contract import Heartbeat, Limits, Phase
 
 Ending = Literal["stop", "startup", "step", "trial"]
-"""Why a launcher ended a job: it was asked to stop, or the limit of that name was passed."""
+"""Why a launcher ended a job: it was asked to stop, or the job passed the limit that the word names."""
 
 SILENT_STEPS = 20
 """A job may be silent for this many times its slowest step so far. Assumed: no step of a sound job is as uneven."""
@@ -29,18 +29,18 @@ class LimitWatch:
     heartbeat: Heartbeat | None = None
     """The newest heartbeat."""
     _beat_s: float = field(default=0.0, init=False)
-    """When the newest heartbeat was seen."""
+    """The time at which the newest heartbeat was seen; 0 before the first."""
     _first_step: tuple[int, float] | None = field(default=None, init=False)
     """The number of the first step that was seen finished, and when it was seen."""
     _stepped_s: float = field(default=0.0, init=False)
-    """When a step was last seen finished."""
+    """The time at which a step was last seen finished; 0 before the first."""
     _slowest_s: float = field(default=0.0, init=False)
     """The longest time between two finished steps that were seen: no step after the first took longer."""
 
     def beat(self, heartbeat: Heartbeat, now_s: float) -> bool:
         """Take a heartbeat in; return whether it is a new one.
 
-        Its age counts from when it was seen, since the clocks of two nodes need not agree.
+        The age of a heartbeat counts from when it was seen, since the clocks of two nodes need not agree.
         """
         if heartbeat == self.heartbeat:
             return False

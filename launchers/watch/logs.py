@@ -21,7 +21,7 @@ def bound(folder: Path, limit_bytes: int) -> dict[Path, bytes]:
 
 
 def _cut(path: Path) -> bytes:
-    """Cut a file to its head; return the tail that it had."""
+    """Cut a file to its first KEPT_BYTES; return what it had in its last KEPT_BYTES beyond them."""
     with path.open("r+b") as file:
         file.seek(max(KEPT_BYTES, file.seek(0, 2) - KEPT_BYTES))
         file_tail = file.read()

@@ -26,8 +26,8 @@ _THROTTLE_REASONS: Mapping[str, int] = {
     "HwThermalSlowdown": 0x40,
     "HwPowerBrakeSlowdown": 0x80,
 }
-"""Published: bits of nvmlClocksEventReasons in nvml.h. Those that are no trouble are left out: an idle GPU, clocks that
-a user set, and a display's clocks."""
+"""Bits of NVML's nvmlClocksEventReasons, by name. Published: nvml.h. Reasons that are no trouble are left out: an idle
+GPU, clocks that a user set, and a display's clocks."""
 
 T = TypeVar("T")
 
@@ -86,8 +86,8 @@ class Meter(Protocol):
 class OwnProcesses:
     """Tells the trial's processes and the tuner's from all others.
 
-    The trial's carry its folder as a marker in their environment. A forked rank shows the marker of the process that
-    it was forked from, which is the sweep's folder, above the trial's.
+    A trial's processes carry the trial's folder as a marker in their environment. A forked rank shows the marker of the
+    process that it was forked from: the sweep's folder, which holds the trial's.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -19,7 +19,7 @@ MOST_SAMPLES = 2000
 MOST_SHARE = 0.01
 """The share of a core that sampling may take. Assumed: too little to change a step time."""
 _SPARSE_S, _DENSE_S = 1.0, 0.1
-"""The least time between two samples: outside the timed steps, and at their beginning."""
+"""The least seconds between two samples: outside the timed steps, and at their beginning."""
 _DENSE_SHARE = 0.05
 """During the timed steps, the next sample comes after this share of the time since they began."""
 _TICK_S = 0.1
@@ -89,7 +89,7 @@ class Sampler:
 
 
 def pause_s(phase: Phase, since_s: float, cost_s: float, sparse_s: float) -> float:
-    """Return the time until the next sample.
+    """Return the seconds until the next sample.
 
     Args:
         phase: The trial's phase: the timed steps are sampled finely at first.

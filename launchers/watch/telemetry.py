@@ -16,8 +16,8 @@ FOREIGN_LOAD = 0.1
 take is missing, and the daemons and kernel threads of an otherwise idle machine take less than a tenth of this."""
 
 _USUAL_REASONS = frozenset({"SwPowerCap", "SyncBoost"})
-"""Throttle reasons that are no trouble: a sound machine runs large matrix products at its power limit, and boosting
-together is a setting."""
+"""Throttle reasons that are no trouble: a sound machine runs large matrix products at its power limit, and
+SyncBoost (GPUs that boost together) is a setting."""
 
 
 def summarise(samples: Sequence[Sample], tokens_per_s: float | None) -> Telemetry | None:
@@ -68,7 +68,7 @@ def _stated(values: Iterable[float | None]) -> list[float]:
 
 
 def _power_w(timed: Sequence[Sample]) -> float | None:
-    """Return the mean power of all GPUs together; None where one does not say.
+    """Return the mean power of all GPUs together; None if one GPU does not report its power.
 
     It follows from the energy counters where every GPU has one, else from the power readings, which lag by up to a
     second.

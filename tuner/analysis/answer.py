@@ -26,7 +26,7 @@ class Answer:
     baseline: Standing | None
     """The baseline's place in the ranking; None if it did not complete."""
     out: Mapping[Layout, str]
-    """The layouts that measured and yet cannot win, and why."""
+    """The layouts that were measured and yet cannot win, and why."""
     drift: Drift | None
     """The machine's drift; None if too few runs show it."""
 

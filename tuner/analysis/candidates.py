@@ -1,4 +1,4 @@
-"""The layouts that the search measured and that may win, and the layouts that measured and yet cannot win. Pure."""
+"""The layouts that the search measured: those that may win, and those that cannot win and why. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Candidate:
     metrics: Metrics
     """The trial's metrics as measured, without any correction."""
     factor: float
-    """Duration of a step on the machine at the time of the trial, over its duration at the start of the sweep."""
+    """Duration of a step on the machine at the time of the trial, divided by its duration at the start of the sweep."""
 
     @property
     def step_time_ms(self) -> float:
@@ -52,7 +52,7 @@ def candidates(
 
 
 def ruled_out(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
-    """Return the layouts that measured and yet cannot win, and why: they failed in a final, or train differently."""
+    """Return the measured layouts that cannot win, and why: they failed in a final, or train differently."""
     failed = {
         trial.layout: f"failed in the final t{trial.number:04d}: {trial.result.outcome}: {trial.result.reason}"
         for trial in finals_of(trials)

@@ -38,7 +38,7 @@ class Drift:
         return not self.change_low <= 0 <= self.change_high
 
     def factor(self, trial: FinishedTrial) -> float:
-        """Return the duration of a step when a trial ran over its duration at the first run; 1 without a drift.
+        """Return how many times as long a step took when the trial ran as at the first run; 1 without a drift.
 
         The line is not extrapolated: a trial before the first run or after the last has the value at that run.
         """

@@ -11,7 +11,7 @@ from tuner.trial.finished import FinishedTrial
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimeComparison:
-    """Another layout's step time over ours, above 1 if ours is faster."""
+    """Another layout's step time divided by ours; the ratio is above 1 if ours is faster."""
 
     trial: int
     """The number of the trial that represents the other layout."""
@@ -22,8 +22,8 @@ class StepTimeComparison:
     """Lower end of the ratio's interval.
 
     With finals it is a 95% interval. Without them it is wider: its lower end is the lower end of the other step time's
-    95% interval over the upper end of ours, and its upper end is the upper end of the other's over the lower end of
-    ours.
+    95% interval divided by the upper end of ours, and its upper end is the upper end of the other's divided by the
+    lower end of ours.
     """
     ratio_high: float
     """Upper end of the ratio's interval."""

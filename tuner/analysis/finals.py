@@ -26,7 +26,7 @@ class FinalsPlan:
     finalists: int
     """How many layouts run in the finals besides the baseline."""
     runs: int
-    """How often each of these layouts runs, and the baseline too."""
+    """How often each finalist runs, and the baseline too."""
 
     @property
     def trials(self) -> int:

@@ -8,7 +8,7 @@ from tuner.trial.finished import SEARCHED, FinishedTrial
 
 
 def finals_of(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Return the finals that count, of trials sorted by number: those that ran after every other trial."""
+    """Return the finals that count: those after the last trial that is no final. `trials` are sorted by number."""
     last_searched = max((place for place, trial in enumerate(trials) if trial.source != "final"), default=-1)
     return list(trials[last_searched + 1 :])
 

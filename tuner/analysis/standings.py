@@ -19,7 +19,7 @@ TAILS: Final = (0.025, 0.975)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimeRatio:
-    """One step time over another one, with its 95% interval."""
+    """One step time divided by another one, with the 95% interval of the ratio."""
 
     value: float
     low: float
@@ -43,11 +43,11 @@ class Standing:
     metrics: Metrics
     """The pooled metrics of these runs."""
     over_best: StepTimeRatio
-    """The layout's step time over the best layout's.
+    """The layout's step time divided by the best layout's.
 
     In a ranking of the search, the machine's drift is taken out, and the interval is wider than a 95% interval: its
-    lower end is the lower end of this layout's interval over the upper end of the best's, and its upper end is the
-    upper end of this layout's interval over the lower end of the best's.
+    lower end is the lower end of this layout's interval divided by the upper end of the best's, and its upper end is
+    the upper end of this layout's interval divided by the lower end of the best's.
     """
 
     @property

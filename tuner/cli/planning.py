@@ -38,7 +38,7 @@ def detect() -> Cluster:
 
 
 def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
-    """Return what Megatron Bridge says about a recipe; a separate process asks it."""
+    """Return what Megatron Bridge says about a recipe; Bridge runs in a process of its own."""
     from launchers.machine import recipes
 
     kind = re.search(r"\b((?:GB|VR|A|B|H|R)\d{3})\b", cluster.gpu.name)
@@ -103,7 +103,7 @@ class Prepared:
 
 
 def prepare(loaded: Loaded, source: Path) -> Prepared:
-    """Return what a sweep may launch: without layouts that are predicted not to fit, with the baseline and the seeds.
+    """Return the layouts that a sweep may launch, those that it launches first, and how many are predicted not to fit.
 
     Args:
         loaded: the sweep and its valid layouts.

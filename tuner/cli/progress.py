@@ -67,7 +67,7 @@ def outcome_line(row: FinishedTrial, pruned: int) -> str:
 
 
 def _shown(origin: FinishedTrial | TrialSource) -> str:
-    """Why a trial runs, as a line names it."""
+    """The reason why a trial runs, in the words of its line."""
     is_refinement = bool(origin.around) and origin.source == "sampler"
     return f"{origin.source}, refinement" if is_refinement else origin.source
 

@@ -142,7 +142,7 @@ def _end(controller: "Controller", reason: Stop) -> SweepEnd:
 
 
 def _calibration(sweep: Sweep, folder: SweepFolder) -> "Calibration | None":
-    """This machine's calibration when the sweep first started: a later one would rank its trials by another measure."""
+    """The calibration that this machine had when the sweep began; a later one would rank by another measure."""
     from launchers.machine.calibrate import load_calibration
 
     if not folder.trial(0).spec.exists():

@@ -68,7 +68,7 @@ def sweep(
     config = loaded.sweep
     prepared = prepare(loaded, sweep_file)
     folder = SweepFolder(results / config.name)
-    # Also refuses what this launcher cannot run, before anything is written.
+    # `plan` also refuses what this launcher cannot run, before anything is written.
     first = TorchrunLauncher().plan(trial_spec(config, 0, 1, prepared.queue[0].layout), folder.trial(0))
     if dry_run:
         stdout.print(first.shell_command(), markup=False, soft_wrap=True)
@@ -97,7 +97,7 @@ def _recipes_file(
 
 
 def _load(path: Path, is_recipe: bool) -> "Loaded":
-    """As `load`; a recipe that cannot be read leaves no folder behind."""
+    """Load a sweep file as `load` does; if a recipe cannot be read, remove the folder that was made for it."""
     try:
         return load(path)
     except InputError:

@@ -28,7 +28,7 @@ AXES: Final = ("micro_batch_size", "recompute", "use_distributed_optimizer", "pp
 def pruned_rows(
     table: pd.DataFrame, workload: Workload, cluster: Cluster, trials: Sequence[FinishedTrial] = ()
 ) -> pd.DataFrame:
-    """Return the rows of a table of valid layouts that pruning removes, in the table's order and under its index.
+    """Return the rows of a table of valid layouts that pruning removes, in the table's order and with its index.
 
     Rows that were tried, a baseline for instance, are not removed.
 

@@ -56,8 +56,8 @@ class Accuracy:
 class ChoiceEffect:
     """What a change of one choice did to the step time.
 
-    It is taken over the pairs of trials that differ in this choice, and otherwise only in choices that this one forces
-    to change.
+    The effect is taken over the pairs of trials that differ in this choice, and otherwise only in choices that a change
+    of this choice forces to change.
     """
 
     choice: str
@@ -99,7 +99,7 @@ class Findings:
     importances: Mapping[str, float]
     """Each choice's share of the variance of log(step time); empty if too few trials completed."""
     effects: tuple[ChoiceEffect, ...]
-    """What changes of one choice did, strongest first."""
+    """The effects of changing one choice on the step time, the strongest first."""
     best: LayoutPrediction | None
     """The prediction for the best trial's layout; None if no trial completed."""
     neighbours: tuple[Neighbour, ...]
@@ -178,7 +178,7 @@ def accuracy(predicted: Floats, measured: Floats) -> Accuracy | None:
 
 
 def choice_effects(table: pd.DataFrame, rows: NDArray[np.intp], step_ms: Floats) -> tuple[ChoiceEffect, ...]:
-    """Return what a change of each choice did, strongest first, from pairs of measured rows one step apart.
+    """Return the effects of changing one choice, the strongest first, from pairs of measured rows that differ in it.
 
     Args:
         table: the valid layouts; they say which other choices a change forces.

@@ -1,4 +1,4 @@
-"""The layouts one step from the best, and what each costs: measured, predicted, or impossible and why."""
+"""The layouts that differ from the best in one choice: what each costs, measured or predicted, or why it cannot run."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -23,22 +23,22 @@ class NeighbourStatus(StrEnum):
 
     MEASURED = "measured"
     SLOWER = "slower"
-    """Its trial ended before it measured a step time, so its cost is a lower bound."""
+    """The neighbour's trial ended before it measured a step time, so the cost is a lower bound."""
     PREDICTED = "predicted"
-    """It was not tried; its cost is the predicted one, corrected by the trials."""
+    """The neighbour was not tried; its cost is the predicted one, corrected by the trials."""
     FAILED = "failed"
     RULED_OUT = "ruled out"
-    """It needs at least as much memory as a layout that ran out of memory."""
+    """The neighbour needs at least as much memory as a layout that ran out of memory."""
     TOO_LARGE = "too large"
-    """It is predicted to need more memory than the GPU has."""
+    """The neighbour is predicted to need more memory than the GPU has."""
     INVALID = "invalid"
     OUTSIDE = "not searched"
-    """It is valid, but not one of the sweep's layouts."""
+    """The neighbour is valid, but not one of the sweep's layouts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbour:
-    """A layout that differs from the best one in one choice, and otherwise only in choices that this one forces."""
+    """A layout that differs from the best one in one choice, and otherwise only in choices that this choice forces."""
 
     choice: str
     value: str
@@ -48,7 +48,7 @@ class Neighbour:
     layout: Layout
     known: NeighbourStatus
     cost: float | None
-    """The neighbour's step time, or its lower bound, over the best layout's, minus 1; None if it cannot run."""
+    """The neighbour's step time, or its lower bound, divided by the best layout's, minus 1; None if it cannot run."""
     why: str
     """The trial that measured the neighbour and how it ended, or the reason why the neighbour cannot run."""
 
@@ -64,14 +64,15 @@ class _RowStatus:
 
     @property
     def sort_key(self) -> tuple[int, float]:
-        """Rows whose status says more come first, then the faster ones."""
+        """The key by which rows sort: those whose status says more come first, and among equals the faster ones."""
         return list(NeighbourStatus).index(self.status), self.step_ms or 0.0
 
 
 def neighbours(evidence: Evidence, best: FinishedTrial) -> tuple[Neighbour, ...]:
     """Return the neighbours of a completed trial's layout: the fastest first, then those that cannot run."""
     assert best.result.metrics is not None, "only a completed trial is the best"
-    # The search measured the neighbours, so they are compared with its measurement of the best layout, not with finals.
+    # The search measured the neighbours, so they are compared with the search's measurement of the best layout, not
+    # with finals.
     searched = [
         trial for trial in evidence.trials if trial.layout == best.layout and trial.source in SEARCHED
     ]

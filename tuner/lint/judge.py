@@ -79,7 +79,7 @@ def judge(
 
 
 def is_left_to_bridge(violation: Violation, *, refused: bool) -> bool:
-    """Return whether a rule is about a check that Bridge makes itself, or never makes.
+    """Return whether a broken rule is no reason to refuse: Bridge makes its check itself, or never makes it.
 
     Args:
         violation: The broken rule.

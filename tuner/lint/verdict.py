@@ -35,7 +35,7 @@ class JobVerdict:
     fits: float | None
     """Probability that the peak memory is at most the GPU's memory; None if a rule of ours refuses the layout."""
     nearest: tuple[NearLayout, ...]
-    """The valid layouts that differ least from the job's layout; empty if that one starts and is likely to fit."""
+    """The valid layouts that differ least from the job's; empty if the job's layout starts and is likely to fit."""
 
     memory_counts: bool = True
     """Whether the predicted memory is the job's own; if not, it is only an upper bound."""

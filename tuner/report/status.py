@@ -8,7 +8,7 @@ from tuner.sweep.status import Status
 def status_lines(status: Status, holder: Holder | None) -> list[str]:
     """Return lines about the tuner that runs a sweep: what it does, how far it is and when it ends.
 
-    If no tuner runs, they say that the last one was killed; there are none if it ended by itself.
+    If no tuner runs, the lines say that the last one was killed; if it ended by itself, there are no lines.
 
     Args:
         status: The sweep's status file.

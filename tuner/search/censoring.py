@@ -17,7 +17,7 @@ expected value."""
 
 
 def bound_sites(mean: Floats, covariance: Floats, bounds: Floats) -> tuple[Floats, Floats]:
-    """Return the values and the variances of normal measurements that stand for the bounds, each of shape [values].
+    """Return normal measurements that replace the bounds: their values and their variances, each of shape [values].
 
     Args:
         mean: the expected values without the bounds, of shape [values].
@@ -37,7 +37,7 @@ def bound_sites(mean: Floats, covariance: Floats, bounds: Floats) -> tuple[Float
         new_precision = np.maximum(1 / tilted_variance - 1 / cavity_variance, 1e-9)
         new_shift = tilted_mean / tilted_variance - cavity_mean / cavity_variance
         change = np.abs(new_precision - site_precision).max() / (1 + site_precision.max())
-        # All sites change at once and influence each other, so each moves half of its way only.
+        # All sites change at once and influence each other, so each takes only half of its step.
         site_precision, site_shift = (site_precision + new_precision) / 2, (site_shift + new_shift) / 2
         if change < 1e-4:
             break

@@ -1,4 +1,4 @@
-"""Rows of a table as points: the features that the surrogate measures distances in."""
+"""Turns the rows of a table into points, between which the surrogate measures distances."""
 
 import numpy as np
 import pandas as pd

@@ -43,7 +43,7 @@ def grid_space(problem: Problem) -> Space:
 
 
 def _with_valid_details(table: pd.DataFrame, details: Mapping[str, Value], problem: Problem) -> pd.DataFrame:
-    """Return the table with these values in every row that stays valid with them; all other rows are unchanged."""
+    """Return the table with the values of `details` in every row that stays valid with them, and all other rows."""
     changed = table.assign(**{knob: np.full(len(table), value) for knob, value in details.items()})
     columns, valid = Columns.of(changed), np.ones(len(table), dtype=np.bool_)
     for rule in active_rules(problem.lifted):

@@ -18,7 +18,7 @@ from tuner.search.observation import Observation
 from tuner.search.strategy import Mask, Strategy
 
 STARTUP_TRIALS: Final = 5
-"""Random trials before the Gaussian process starts. Assumed: Optuna's default of 10 is half of many spaces."""
+"""Random trials before the Gaussian process starts. Assumed: Optuna's default of 10 is half the rows of many spaces."""
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -83,7 +83,7 @@ class OptunaRows(Strategy):
         return create_trial(state=state, value=value, params=params, distributions=self._space)
 
     def _distance(self, rows: NDArray[np.intp], suggestion: dict[str, Any]) -> Floats:
-        """Return the distance of rows from a suggestion: doublings apart, plus 1 per differing switch or text."""
+        """Return each row's distance from a suggestion: doublings between sizes, plus 1 per other switch or text."""
         distance = np.zeros(len(rows))
         for knob, column in self._columns.items():
             if isinstance(self._space[knob], IntDistribution):

@@ -1,4 +1,4 @@
-"""The strategy of a sweep: rank rows by predicted step time, and learn step time, memory and cost from every trial."""
+"""The strategy `predicted`: it ranks rows by predicted step time, and learns time, memory and cost from every trial."""
 
 from collections.abc import Sequence
 from typing import Final

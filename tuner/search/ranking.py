@@ -1,9 +1,9 @@
 """Which row of the table to measure next: the best predicted row, and then whatever the measurements suggest.
 
-The surrogate (tuner.search.surrogate) learns the errors of the predictor that layouts share from few trials. The next
-row is the one with the greatest expected improvement of the best time (Jones, Schonlau and Welch 1998, "Efficient
-global optimization of expensive black-box functions") per second of its trial, times the probability that it fits the
-GPU's memory.
+A few trials teach the surrogate (tuner.search.surrogate) the errors of the predictor that layouts share. The next row
+is the one with the greatest expected improvement of the best time (Jones, Schonlau and Welch 1998, "Efficient global
+optimization of expensive black-box functions") per second of its trial, times the probability that it fits the GPU's
+memory.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ class Ranking:
         z = (self._best_log - self._log_predicted[rows] - at.mean) / at.deviation
         likeliest = np.argsort(-self._fits[rows] * stdtr(at.freedom, z), kind="stable")[:MOST_RIVALS]
         rivals = rows[likeliest]
-        # Seeded by the number of measurements alone, so that a resumed sweep draws alike.
+        # Seeded by the number of measurements alone, so that a resumed sweep makes equal draws.
         random = np.random.default_rng(self._surrogate.measured)
         with _one_blas_thread():
             errors = self._surrogate.draw(rivals, JOINT_DRAWS, random)

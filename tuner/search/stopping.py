@@ -34,7 +34,7 @@ class Certainty:
     """What "all rows" are: the space, the grid, or the grid and its refinement."""
 
     def within(self, gain: float) -> float:
-        """Return the probability that no row left beats the best by more than `gain`, a share of that row's time."""
+        """Return the probability that no row left beats the best by more than the share `gain` of the row's time."""
         return float(np.searchsorted(self.losses, gain, side="right") / len(self.losses))
 
     def suffices(self, gain: float, confidence: float) -> bool:

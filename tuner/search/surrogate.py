@@ -29,7 +29,7 @@ BIAS: Final = 8.0
 """Standard deviation of the shared bias, in units of ERROR: 8 x 0.2 = 1.6 as a logarithm, which is a factor of 5.
 Assumed, for a predictor that nothing has calibrated."""
 REACH: Final = 4.0
-"""Distance, in doublings of a knob, over which the correlation of the shared part falls to 1/e."""
+"""Doublings of a knob over which the correlation of the shared part falls to 1/e. Measured: see OWN_PART."""
 OWN_PART: Final = 0.3
 """Standard deviation of a layout's own part and of its repeats together, in units of ERROR.
 
@@ -183,7 +183,7 @@ def _covariance(points: Floats, others: Floats) -> Floats:
 
 
 def _factorised(points: Floats, values: Floats, noise: Floats) -> tuple[Floats, Floats]:
-    """Return the lower Cholesky factor of the values' covariance, and its inverse times the values."""
+    """Return the lower Cholesky factor of the values' covariance, and the inverse of this factor times the values."""
     if not len(values):
         return np.zeros((0, 0)), np.zeros(0)
     covariance = _covariance(points, points)

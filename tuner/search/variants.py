@@ -118,7 +118,7 @@ def _options(
 
 
 def _valid(columns: Mapping[str, NDArray[Any]], rules: Sequence[Rule], problem: Problem) -> NDArray[np.bool_]:
-    """Return which layouts, given as one array per knob, break none of the rules."""
+    """Return which layouts, given as one array per knob, break none of the rules, of shape [layouts]."""
     texts = {knob: values for knob, values in columns.items() if values.dtype.kind == "U"}
     encoded = Columns({**columns, **{knob: _texts(values) for knob, values in texts.items()}})
     rows = len(next(iter(columns.values())))

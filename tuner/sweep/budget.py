@@ -157,7 +157,7 @@ class Ledger:
         the deadline ended the search.
 
         Args:
-            share: the share of the search's part of the budget that may be used; less than 1 for its grid.
+            share: the share of the search's part of the budget that may be used; it is below 1 for the grid.
         """
         before, reserve = self.before_finals, self.before_finals.reserve()
         if before.used_trials >= share * (self.budget.trials - reserve):

@@ -53,7 +53,7 @@ class ClusterChoice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """When the sweep ends: as soon as one of these is reached. A resumed sweep counts what it used before."""
+    """The limits of a sweep: it ends once it reaches one of them. A resumed sweep counts what it used before, too."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

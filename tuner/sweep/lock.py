@@ -44,9 +44,9 @@ class Holder:
     host: str
     pid: int
     since: str
-    """When it took the lock: ISO 8601, UTC."""
+    """When the process took the lock: ISO 8601, UTC."""
     started_s: float
-    """When the process began, in seconds since the epoch. It tells the process apart from a later one with its id."""
+    """When the process began, in seconds since the epoch; a later process with its id has another time."""
 
     def __str__(self) -> str:
         return f"{self.user} on {self.host}, process {self.pid}, since {self.since}"

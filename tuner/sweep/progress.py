@@ -30,7 +30,7 @@ class Progress:
     certainty: Certainty | None
     """How near the best measured row is to the best of all; None if nothing is modelled, measured or left."""
     own_s: float = 0.0
-    """Seconds during which this run of the tuner had no trial in flight, since it chose, learnt and wrote."""
+    """Seconds without a trial in flight in this run of the tuner, which then chose, learnt or wrote."""
     run_s: float = 0.0
     """Wall clock in seconds of this run of the tuner, from the start of its first trial to the end of its last."""
     part: SearchPart | None = None

@@ -120,7 +120,7 @@ class _Training:
     recipe: str | None
     """The name of the recipe whose layout the baseline is."""
     program_layout: Layout | None = None
-    """The layout that the program has without megatune; None if it was not read."""
+    """The layout that the program has before megatune changes it; None if it was not read."""
     dropped_rules: frozenset[str] = frozenset()
     """Rules that the program's version of Megatron-Core no longer has."""
 
@@ -298,7 +298,7 @@ def _domain(file: SweepFile, workload: Workload, cluster: Cluster) -> Domain:
             raise InputError(f"key 'knobs.{name}': give at least one value")
         for value in values:
             parse(Layout, {name: value}, "fixed" if name in file.fixed else "knobs")
-        # This comes after the check of the types, since Python takes True and 1 for equal.
+        # The types are checked before, since Python takes True and 1 for equal.
         if len(set(values)) != len(values):
             raise InputError(f"key 'knobs.{name}': values repeat: {list(values)}")
     both = sorted(set(file.knobs or {}) & set(file.fixed))

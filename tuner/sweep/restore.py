@@ -70,7 +70,7 @@ def _refuse_gap(folder: SweepFolder, count: int) -> None:
 
 
 def _refuse_foreign(spec: TrialSpec, trial: TrialFolder, sweep: Sweep) -> None:
-    """Refuse a trial that trained something else than the sweep does: their measurements could not be compared."""
+    """Refuse a trial that trained something else than the sweep does: measurements of the two could not be compared."""
     of_trial = (spec.workload, spec.cluster, _without_text(spec.program), spec.seed)
     of_sweep = (sweep.workload, sweep.cluster, _without_text(sweep.program), sweep.seed)
     if of_trial != of_sweep:

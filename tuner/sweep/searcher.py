@@ -57,9 +57,10 @@ class Search:
     def after(
         self, searcher: "Searcher", before: SweepState, after: SweepState, trial: FinishedTrial
     ) -> "Searcher":
-        """Return the searcher after the end of a trial: it has learnt from that trial, or anew from all trials.
+        """Return a searcher that has also learnt from `trial`, which has just ended.
 
-        It learns anew if an earlier measurement changes: by a repeat, or by another estimate of the drift.
+        If that changes an earlier measurement, by a repeat or by another estimate of the drift, the result is a new
+        searcher that has learnt from all trials.
         """
         if trial.source == "repeat" or drift(after.ended) != drift(before.ended):
             return self.searcher(after)

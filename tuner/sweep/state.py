@@ -32,7 +32,7 @@ class WaitingTrial:
     layout: Layout
     source: TrialSource
     attempts_spent: int
-    """Attempts so far that count against it."""
+    """Attempts so far that count against the trial."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,7 +101,7 @@ class Status:
 
 
 def read_status(folder: SweepFolder) -> Status | None:
-    """The status in a results folder; None if there is none, or none that this version can read: it is only a view."""
+    """The status in a results folder; None if there is none that this version can read, since it is only a view."""
     try:
         return read_json(Status, folder.status)
     except InputError:
@@ -116,7 +116,7 @@ class StatusFile(Sink):
         world_size: GPUs that a trial takes.
         near: The share of the step time within which certainty is told.
         deadline_s: When the sweep is to end, in seconds since the epoch; None without a deadline.
-        clock_s: The time, in seconds since the epoch.
+        clock_s: Returns the time, in seconds since the epoch.
     """
 
     def __init__(

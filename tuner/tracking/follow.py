@@ -77,7 +77,7 @@ def _listen(news: "SimpleQueue[str]") -> None:
     """Put each line of stdin into `news`, and end the process at the end of stdin."""
     for line in sys.stdin:
         news.put(line)
-    # The tuner is gone. Whoever logs next replaces a run that is half written now.
+    # The tuner is gone. Whoever logs next replaces an MLflow run that is half written now.
     os._exit(1)
 
 

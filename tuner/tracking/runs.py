@@ -1,4 +1,4 @@
-"""The MLflow runs of one sweep: one run of the sweep, and nested in it one run per trial.
+"""The MLflow runs of one sweep: the sweep's own MLflow run, and nested in it one per trial.
 
 Import this module through `tuner.tracking.connection`, which prepares the process for MLflow first.
 """
@@ -30,15 +30,16 @@ from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
 from tuner.trial.finished import FinishedTrial
 
 PAGE_RUNS = 500
-"""How many runs one request asks of MLflow. Assumed."""
+"""How many MLflow runs one request asks for. Assumed."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MlflowRuns:
-    """Writes to MLflow what it lacks of a sweep; each trial ends up with one run, whoever logs it and however often.
+    """Writes what MLflow lacks of a sweep; a trial gets one MLflow run, even if several processes log it, or one twice.
 
-    MLflow itself is asked which runs it holds. A complete run carries the hash of its trial's record. A run without
-    the hash was cut short, and is replaced, since metrics cannot be taken back. Every method raises what MLflow raises.
+    MLflow itself is asked which MLflow runs it holds. A complete one carries the hash of its trial's record. One
+    without the hash was cut short, and is replaced, since metrics cannot be taken back. Every method raises what MLflow
+    raises.
     """
 
     client: MlflowClient
@@ -47,19 +48,19 @@ class MlflowRuns:
     """The sweep's folder, as an absolute path."""
     experiment_id: str
     run_id: str
-    """The id of the sweep's run."""
+    """The id of the sweep's MLflow run."""
     tags: Mapping[str, str]
-    """The tags of the sweep's run and of every trial's run."""
+    """The tags of the sweep's MLflow run and of every trial's."""
     _records: dict[int, list[str]] | None = field(default=None, init=False, repr=False)
-    """The records that MLflow holds, by the trial's number; None until it was asked."""
+    """The records that MLflow holds, by the trial's number; None until MLflow was asked."""
 
     @classmethod
     def open(cls, client: MlflowClient, folder: SweepFolder, uri: str) -> "MlflowRuns":
-        """Find the sweep's run, or create it.
+        """Find the sweep's MLflow run, or create it.
 
         Args:
             client: a client of the MLflow at `uri`.
-            folder: the sweep's folder. Its file `sweep_id`, created here, identifies the run.
+            folder: the sweep's folder. Its file `sweep_id`, created here, identifies the MLflow run.
             uri: an MLflow tracking URI.
 
         Raises:
@@ -110,7 +111,7 @@ class MlflowRuns:
         return end is not None
 
     def _held_records(self) -> dict[int, list[str]]:
-        """The records of the trials' runs in MLflow, by the trial's number; "" stands for a run that was cut short."""
+        """The records of the trials' MLflow runs, by the trial's number; "" stands for one that was cut short."""
         records: dict[int, list[str]] = defaultdict(list)
         query, token = f"tags.`mlflow.parentRunId` = '{self.run_id}'", None
         while True:
@@ -124,7 +125,7 @@ class MlflowRuns:
                 return dict(records)
 
     def _log(self, entry: Entry, trials: Sequence[FinishedTrial]) -> None:
-        """Leave MLflow with one complete run of a trial."""
+        """Leave MLflow with one complete MLflow run of a trial."""
         with _turn(self.results):
             query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`{TRIAL}` = '{entry.trial.number}'"
             runs = list(self.client.search_runs([self.experiment_id], query))
@@ -151,7 +152,7 @@ class MlflowRuns:
         if result.metrics is not None:
             self._log_best(trial, trials)
         self.client.set_terminated(run.info.run_id, _status(result.outcome), end_ms)
-        # The record comes last: a run that carries it is complete.
+        # The record comes last: an MLflow run that carries it is complete.
         self.client.set_tag(run.info.run_id, RECORD, entry.record)
 
     def _log_artifacts(self, run_id: str, result: TrialResult, folder: TrialFolder) -> None:
@@ -179,7 +180,7 @@ class MlflowRuns:
         )
 
     def _set_status(self, end: SweepClosing | None) -> None:
-        """Set the status of the sweep's run to its end, or to running; write nothing if it is set already."""
+        """Set the status of the sweep's MLflow run to its end, or to running; write nothing if it is set already."""
         info = self.client.get_run(self.run_id).info
         if end is None:
             if info.status != "RUNNING":
@@ -200,7 +201,7 @@ def _turn(results: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            # This file system has no locks. Two processes at once are rare, and the next look repairs a doubled run.
+            # This file system has no locks. Two processes at once are rare, and the next look repairs a doubled one.
             if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
                 raise
         yield

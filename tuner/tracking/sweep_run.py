@@ -1,4 +1,4 @@
-"""Finds or creates the experiment and the MLflow run of a sweep, and makes the tags that all its runs carry."""
+"""Finds or creates the experiment and the MLflow run of a sweep, and makes the tags that all its MLflow runs carry."""
 
 import uuid
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The values under the names of `tuner.tracking.names`: what a trial's run in MLflow holds, computed from its files."""
+"""The values under the names of `tuner.tracking.names`: what a trial's MLflow run holds, computed from its files."""
 
 import hashlib
 import json

@@ -75,7 +75,7 @@ class TorchCoreAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend with capped scores, product by product, since no fused attention caps them.
+        """Attend with capped scores by separate matrix products, since no fused attention caps scores.
 
         Takes query [b, heads, s, d], key and value [b, groups, keys, d or dv]; returns [b, heads, s, dv].
         """

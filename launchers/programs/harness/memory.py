@@ -34,8 +34,8 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> "TensorAccount":
         """Begin to account.
 
-        It also follows `resize_` of a storage, by which Megatron empties tensors that it will recompute: that is no
-        operation of torch's dispatcher.
+        The account also follows `resize_` of a storage, by which Megatron empties tensors that it will recompute, and
+        which does not pass through torch's dispatcher.
         """
         resize = torch.UntypedStorage.resize_
 

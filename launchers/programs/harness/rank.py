@@ -117,6 +117,6 @@ class TimedSteps:
 
 
 def _peak_so_far(account: TensorAccount | None) -> PeakGib:
-    """Return the peak up to a failure; unknown where the rank had not even reached its device."""
+    """Return the peak up to a failure; both parts are None if the rank had not reached its device."""
     has_device = account is not None or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return peak_gib(account) if has_device else (None, None)

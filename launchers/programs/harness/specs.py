@@ -2,8 +2,8 @@
 
 Megatron's own local spec lacks things that a layout may ask for: its norm refuses sequence parallelism, its attention
 refuses context parallelism, and its latent attention shards the down projections, of which Transformer Engine keeps a
-copy on every rank. `norms` and `attention` replace them, on CPU and on CUDA alike. Neither spec has the capped scores
-and the second norms of Gemma, which are added to both.
+copy on every rank. The modules of `norms` and `attention` replace these parts, on CPU and on CUDA alike. Neither spec
+has the capped scores and the second norms of Gemma, which are added to both.
 """
 
 from contextlib import nullcontext

@@ -32,7 +32,7 @@ def recipes_of(request: RecipeRequest) -> Iterator[tuple[str, Callable[[], Any]]
 
 
 def _recipes_at(path: Path, function_name: str | None) -> list[tuple[str, Callable[..., Any]]]:
-    """Return the recipes of a file or a folder; only the function of that name where one is given."""
+    """Return the names and functions of the recipes in a file or a folder; if a name is given, only that function."""
     modules = list(_modules_at(path))
     recipes = [recipe for module in modules for recipe in _own_recipes(module)]
     if function_name is not None:
@@ -68,7 +68,7 @@ def _all_of(modules: Iterable[ModuleType]) -> Iterator[tuple[str, Callable[[], A
 
 
 def _own_recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the recipes that a module itself defines: functions whose signature says so, callable without arguments."""
+    """Yield the recipes that a module itself defines: functions that need no arguments and return a config."""
     for name, function in own_functions(module).items():
         if _is_recipe(name, function):
             yield name, function
@@ -87,7 +87,7 @@ def _is_recipe(name: str, function: Callable[..., Any]) -> bool:
 def _modules_at(path: Path) -> Iterator[ModuleType]:
     """Yield a Python file, or each Python file of a folder, as a module.
 
-    A file of a checkout of Bridge keeps its own name.
+    A file in a checkout of Bridge is imported under its name in the package.
     """
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     for file in files:

@@ -16,7 +16,7 @@ from tuner.frameworks.megatron_bridge.recipe_file import with_file_text
 from tuner.trial.program import BridgeRecipe
 
 PACKAGES: Final = ("megatron.bridge.recipes", "megatron.bridge.perf_recipes")
-"""Where Bridge keeps its library recipes and its perf recipes."""
+"""The packages that hold the library recipes and the perf recipes of Bridge."""
 
 
 def load_config(program: BridgeRecipe) -> Any:

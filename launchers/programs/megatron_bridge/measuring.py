@@ -89,7 +89,7 @@ def _shared_loss(context: CallbackContext, device: Any) -> float:
 
 
 def _announced(step: Callable[..., Any], announce: Callable[[], None]) -> Callable[..., Any]:
-    """Return `step`, preceded by a call of `announce`."""
+    """Return a function that calls `announce`, and then does `step`."""
 
     def announced(*args: Any, **kwargs: Any) -> Any:
         announce()

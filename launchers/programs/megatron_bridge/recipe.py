@@ -1,4 +1,4 @@
-"""Turns a recipe of Megatron Bridge into a trial's: applies the layout, keeps the training, and turns the rest off.
+"""Turns a recipe's config into that of a trial: applies the layout, keeps the training, and turns the rest off.
 
 Configs go in and out, and nothing is started. The settings that make a trial short are those of Bridge's own benchmark
 recipes (megatron/bridge/perf_recipes/_common.py); others keep a second trial from finding the files of the first.
@@ -39,7 +39,7 @@ _LOGGERS = (
 
 
 def prepare(config: Any, spec: TrialSpec, folder: Path) -> Any:
-    """Turn a recipe's config into a trial's, in place, and return it.
+    """Turn a recipe's config into that of a trial, in place, and return it.
 
     Raises:
         ValueError: if Bridge does not take the layout, or the recipe trains something else than the spec says.
@@ -147,7 +147,7 @@ def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
 
 
 def _layouts_variables(spec: TrialSpec) -> set[str]:
-    """Return the variables that the launcher decides for the layout; the recipe's values are for its own layout."""
+    """Return the names of variables that the launcher sets by the layout; the recipe's values suit its own layout."""
     knobs = {
         knob.metadata["megatron"].partition(".")[2]
         for knob in fields(Layout)

@@ -41,7 +41,7 @@ def _trial_config(spec: TrialSpec, folder: TrialFolder) -> Any:
 
     Raises:
         ValueError: for anything wrong with the recipe, which is the same on every machine.
-        OSError: where a file, or the network, cannot be read.
+        OSError: if a file, or the network, cannot be read.
     """
     assert isinstance(spec.program, BridgeRecipe), "the launcher runs this program for recipes alone"
     try:
@@ -78,7 +78,7 @@ def _use_compiled_helpers() -> None:
 
 
 def _announcing(monitor: Monitor) -> Any:
-    """Return Bridge's own forward step of a GPT, which tells the monitor where it is."""
+    """Return Bridge's own forward step of a GPT, wrapped to tell the monitor which part of the step begins."""
 
     def announcing(
         state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False

@@ -45,7 +45,7 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
 
 
 def _measured(job: TrainingJob, steps: TimedSteps) -> float | None:
-    """Do steps until enough are timed; return a lower bound of the step time that rules the trial out, else None."""
+    """Do steps until enough are timed; return a lower bound of the step time if it rules the trial out, else None."""
     while not measured_enough(steps.measured_ms, steps.spec.measurement):
         if (above_ms := steps.slower_than_ms()) is not None:
             return above_ms

@@ -1,4 +1,4 @@
-"""Maps workload and layout to Megatron-Core's configuration; the names are its own.
+"""Maps workload and layout to Megatron-Core's configuration, in Megatron-Core's own names.
 
 The values that are fixed here are those of Megatron Bridge's pre-training recipes: no dropout, an fp32 router, pipeline
 outputs that are freed after they are sent, and every fusion that is installed.

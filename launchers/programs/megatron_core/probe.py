@@ -116,7 +116,7 @@ def probe(
         rank: The rank to run.
         device: What `prepare` returned, which must be called first.
         as_gloo: Whether to count the copies that Gloo makes, where tensors are fake.
-        enter: Is called with each part of a step that begins.
+        enter: Is called when a part of a step begins, with that part.
 
     Raises:
         ValueError, AssertionError, RuntimeError: if Megatron refuses the layout.
@@ -127,7 +127,7 @@ def probe(
         stack.enter_context(_alone(rank, world_size))
         stack.enter_context(_replaced(TopKRouter, "forward", _balanced(TopKRouter.forward)))
         if account is not None:
-            # The values do not matter, and hashing them would work on real tensors.
+            # The values of weights do not matter here, and to compute them would allocate real tensors.
             stack.enter_context(_replaced(train, "initialize_weights", lambda chunks, seed: None))
             stack.enter_context(_replaced(torch.utils, "swap_tensors", _convert))
             if as_gloo:

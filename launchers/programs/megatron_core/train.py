@@ -29,7 +29,7 @@ class TrainingJob:
         layout: The layout.
         seed: The seed of weights and tokens.
         device: This rank's device.
-        enter: Is called with each part of a step that begins.
+        enter: Is called when a part of a step begins, with that part.
 
     Raises:
         ValueError, AssertionError, RuntimeError: if Megatron refuses the layout.
