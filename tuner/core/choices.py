@@ -1,6 +1,7 @@
 """Choices: a choice is one knob, or a set of knobs that have a meaning only together.
 
-Two layouts are one step apart if they differ in one choice, and otherwise only in choices that this one forces.
+Two layouts are one step apart if they differ in one choice. They may also differ in choices that this one may force
+(`FOLLOWERS`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,14 +34,14 @@ _KNOBS_OF_CHOICE: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(_GRAPHS, _GRAPHS),
     **dict.fromkeys(_FSDP, _FSDP),
 }
-"""All knobs of the choice that a knob belongs to; knobs that are a choice of their own are not in it."""
+"""For each knob of a choice with several knobs: all knobs of this choice."""
 _NAMES: Final = {
     _SPLIT: "layer split",
     _RECOMPUTE: "recompute",
     _GRAPHS: "CUDA graphs",
     _FSDP: "Megatron-FSDP",
 }
-"""Names of the choices of several knobs; the others have the name of their first knob."""
+"""Names of choices by their knobs; a choice that is not listed has the name of its first knob."""
 
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     _NAMES.get(knobs, knobs[0]): knobs
@@ -130,11 +131,11 @@ def codes_of(table: pd.DataFrame) -> Codes:
 
 
 def one_step(codes: Codes, row: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield the rows that are one step from `row`, for each other value of each choice.
+    """Yield the rows that are one step from `row`, grouped by the choice that differs and by its value.
 
-    Each item is the position of a choice in CHOICES, and the rows that take one other value for it. These rows agree
-    with `row` in all other choices except followers, and differ in as few followers as any row with that value does. A
-    row appears once, with the first choice that it is one step away by.
+    Each item is the position of this choice in CHOICES, and the rows that take one other value for it. These rows agree
+    with `row` in all other choices except followers. Of the rows with this value, only those that differ from `row` in
+    the fewest followers are yielded. A row appears once, with the first choice by which it is one step away.
     """
     differs = codes != codes[row]
     free_differences = differs[:, ~_IS_FOLLOWER].sum(axis=1)

@@ -72,10 +72,10 @@ class Cluster:
 
 
 def with_gpus(cluster: Cluster, gpus: int) -> Cluster:
-    """Return the cluster with so many GPUs: whole nodes, or a part of one node.
+    """Return the cluster with `gpus` GPUs: whole nodes, or a part of one node.
 
     Raises:
-        InputError: if the GPUs are neither.
+        InputError: if `gpus` makes neither whole nodes nor a part of one node.
     """
     if gpus < 1:
         raise InputError(f"{gpus} GPUs: give at least 1")

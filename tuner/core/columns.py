@@ -1,4 +1,4 @@
-"""A table of layouts as columns: one array per knob, all of one length."""
+"""A table of layouts as columns: one array per knob, all of equal length."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -24,7 +24,7 @@ class Texts(NamedTuple):
 
 
 class Columns:
-    """The knobs of many layouts: one array per knob (`Texts` for texts), all of one length.
+    """The knobs of many layouts: one array per knob (`Texts` for texts), all of equal length.
 
     Sizes are returned as int64, so that their products cannot overflow. "The rows where" a condition holds are returned
     as a mask of shape [rows].
@@ -34,7 +34,7 @@ class Columns:
         self._data = data
 
     def column(self, knob: str) -> Any:
-        """Return the column as it is held: an array, or `Texts`."""
+        """Return the column of a knob as it is stored: an array, or `Texts`."""
         return self._data[knob]
 
     def __getitem__(self, knob: str) -> Ints:
@@ -100,7 +100,7 @@ class Columns:
 
 
 _ZERO = np.zeros(1, dtype=np.int8)
-"""The codes of a column of one text."""
+"""The codes of a column with one row, whose text is the first category."""
 
 
 def _column(series: "pd.Series[Any]") -> Any:

@@ -12,8 +12,8 @@ from tuner.core.layout import Layout
 BLACKWELL_OR_LATER = re.compile(r"\b(GB|B|VR|R)\d{3}\b", re.IGNORECASE)
 """Matches the names of GPUs from Blackwell on."""
 NVLS_IF_AVAILABLE = "2"
-"""Value of NCCL_NVLS_ENABLE that uses NVLink's switches if they can reduce: NCCL's default. With 1, NCCL fails if they
-cannot."""
+"""Value of NCCL_NVLS_ENABLE with which NCCL reduces in NVLink's switches if they can do so. It is NCCL's default. With
+1, NCCL fails if they cannot."""
 
 
 def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -> dict[str, str]:
@@ -75,8 +75,9 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/=]{32,}")
 _DEVICE = re.compile(r"\b(GPU|MIG)-[0-9a-f-]{36}\b")
 """Matches the identifier of a GPU, which is random but no secret."""
 _KEY_BITS = 3.5
-"""Shannon entropy, in bits per character, above which a word is taken for a key. Assumed between what names and keys
-have: random letters and digits have more than 4, identifiers less than 3.5, and 24 random hexadecimal digits 3.6."""
+"""Shannon entropy, in bits per character, above which a word is taken for a key. Assumed, between the entropy of names
+and of keys: random letters and digits have more than 4, identifiers less than 3.5, and 24 random hexadecimal digits
+3.6."""
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ norms of a layer, embedding look-up, softmax, optimizer and communication do not
 from tuner.core.workload import Model, Workload
 
 FLOPS_PER_MAC = 6
-"""FLOPs per multiply-add of the forward pass: it is 2 FLOPs, and the backward pass does twice as many."""
+"""FLOPs of both passes per multiply-add of the forward pass: 2 in the forward pass and 4 in the backward pass."""
 
 
 def model_flops_per_token(workload: Workload, tp: int = 1) -> float:
@@ -31,7 +31,7 @@ def model_flops_per_token(workload: Workload, tp: int = 1) -> float:
 
 
 def mlp_macs(model: Model, moe: bool) -> int:
-    """Return the multiply-adds of one layer's MLP: the dense MLP, or the routed and shared experts of a token."""
+    """Return the multiply-adds per token of one layer's MLP: the dense MLP, or a token's routed and shared experts."""
     matrices = 3 if model.gated_linear_unit else 2
     if not moe:
         return matrices * model.hidden_size * model.ffn_hidden_size
@@ -40,7 +40,7 @@ def mlp_macs(model: Model, moe: bool) -> int:
 
 
 def attention_projection_macs(model: Model) -> int:
-    """Return the multiply-adds of one layer's projections around core attention, and of the norms of latents."""
+    """Return the multiply-adds per token of one layer's projections around core attention and its norms of latents."""
     heads, hidden = model.num_attention_heads, model.hidden_size
     if not model.multi_latent_attention:
         return 2 * hidden * model.kv_channels * (heads + model.num_query_groups)
@@ -54,7 +54,7 @@ def attention_projection_macs(model: Model) -> int:
 
 
 def core_attention_macs(model: Model, seq_length: int, sliding: bool) -> float:
-    """Return the multiply-adds of one layer's scores and weighted values.
+    """Return the multiply-adds per token of one layer's core attention: its scores, and its sums of weighted values.
 
     A token sees half of the sequence on average, or its window if the layer is `sliding`.
     """
@@ -68,12 +68,12 @@ def core_attention_macs(model: Model, seq_length: int, sliding: bool) -> float:
 
 
 def mtp_projection_macs(model: Model) -> int:
-    """Return the multiply-adds of the projection and the three norms of one layer of multi-token prediction."""
+    """Return the multiply-adds per token of the projection and three norms of one layer of multi-token prediction."""
     return 3 * model.hidden_size + 2 * model.hidden_size**2
 
 
 def slides(model: Model, layer_number: int) -> bool:
-    """Return whether a layer, numbered from 1, attends in the window only.
+    """Return whether a layer, numbered from 1, attends only within the window.
 
     Source: Megatron-Core, is_layer_window_attention.
     """

@@ -21,7 +21,7 @@ ShardingStrategy = Literal["no_shard", "optim", "optim_grads", "optim_grads_para
 Size = TypeVar("Size", int, NDArray[np.int64])
 
 MOST = 32767
-"""The largest value of a size knob: a column of the table holds 16 bits, and no job comes near this size."""
+"""The largest value of a size knob. The table stores a size in 16 bits, and no job comes near this value."""
 DEFAULT_RECOMPUTE_MODULE = "core_attn"
 """The module that selective recompute drops if `recompute_modules` is `none`. Published: Megatron-Core,
 transformer_config.py, __post_init__."""
@@ -53,7 +53,8 @@ class Layout:
     cp: int = _knob(1, "model.context_parallel_size", "--context-parallel-size", "cp")
     ep: int = _knob(1, "model.expert_model_parallel_size", "--expert-model-parallel-size", "ep")
     etp: int = _knob(1, "model.expert_tensor_parallel_size", "--expert-tensor-parallel-size", "etp")
-    """Ranks that split each expert. Always stated, since None means tp to Megatron-Core and 1 to Megatron Bridge."""
+    """Ranks that split each expert. The value is always stated, since None means tp to Megatron-Core and 1 to Megatron
+    Bridge."""
     sp: bool = _knob(False, "model.sequence_parallel", "--sequence-parallel", "sp")
     micro_batch_size: int = _knob(1, "train.micro_batch_size", "--micro-batch-size", "mbs")
     """Samples that a rank takes through the model at once."""
@@ -138,7 +139,7 @@ class Layout:
     cpu_offloading_num_layers: int = _knob(
         0, "model.cpu_offloading_num_layers", "--cpu-offloading-num-layers", "offload"
     )
-    """Layers whose activations wait in host memory; 0 is no offloading."""
+    """Number of layers whose activations are offloaded to host memory; 0 is no offloading."""
     nccl_ub: bool = _knob(False, "ddp.nccl_ub", "--use-nccl-ub", "ncclub")
     """Whether gradients and weights lie in buffers that are registered with NCCL."""
 
@@ -235,7 +236,10 @@ def expert_data_parallel_size(world_size: int, pp: Size, ep: Size, etp: Size) ->
 
 
 def min_gpus(tp: Size, pp: Size, cp: Size, ep: Size, etp: Size) -> Size:
-    """Return pp * max(tp*cp, ep*etp): dense layers and experts share the GPUs of a stage (arXiv:2504.14960)."""
+    """Return the fewest GPUs that hold these degrees of parallelism, pp * max(tp*cp, ep*etp).
+
+    Dense layers and experts share the GPUs of a stage (arXiv:2504.14960).
+    """
     stage: Size = np.maximum(tp * cp, ep * etp)
     return pp * stage
 

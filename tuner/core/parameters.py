@@ -17,7 +17,7 @@ class Parameters:
     sharded: int
     """Parameters that are divided over the tp ranks (over the etp ranks in a routed expert)."""
     replicated: int
-    """Parameters that every one of these ranks holds whole."""
+    """Parameters that every tp rank (every etp rank in a routed expert) holds whole."""
 
     @property
     def total(self) -> int:
@@ -29,12 +29,15 @@ _NONE = Parameters(sharded=0, replicated=0)
 
 
 def norm(model: Model, width: int | None = None) -> int:
-    """Return the parameters of one norm over `width` (default: hidden size): a scale, and a shift in LayerNorm."""
+    """Return the number of parameters of one norm over `width` (default: hidden size).
+
+    A norm has a scale; LayerNorm has a shift too.
+    """
     return (2 if model.normalization == "LayerNorm" else 1) * (width or model.hidden_size)
 
 
 def layer_norms(model: Model) -> int:
-    """Return the parameters of one layer's norms around attention and MLP, which every rank holds whole."""
+    """Return the number of parameters of one layer's norms around attention and MLP, which every rank holds whole."""
     return (4 if model.sandwich_layernorm else 2) * norm(model)
 
 
@@ -107,23 +110,23 @@ def shared_experts(model: Model) -> Parameters:
 
 
 def router(model: Model) -> int:
-    """Return the parameters of one layer's router, which every rank holds whole."""
+    """Return the number of parameters of one layer's router, which every rank holds whole."""
     return (model.num_moe_experts or 0) * (model.hidden_size + (1 if model.add_bias_linear else 0))
 
 
 def embedding(model: Model) -> int:
-    """Return the parameters of the embedding of tokens (vocabulary not padded) and of learned positions."""
+    """Return the number of parameters of the embedding of tokens (vocabulary not padded) and of learned positions."""
     learned = model.position_embedding_type == "learned_absolute"
     return (model.vocab_size + (model.max_position_embeddings if learned else 0)) * model.hidden_size
 
 
 def output(model: Model) -> int:
-    """Return the parameters of the output layer; 0 if it shares the weights of the embedding."""
+    """Return the number of parameters of the output layer; 0 if it shares the weights of the embedding."""
     return 0 if model.share_embeddings_and_output_weights else model.vocab_size * model.hidden_size
 
 
 def layer(model: Model, moe: bool, experts: int | None = None) -> int:
-    """Return the parameters of one layer with its norms.
+    """Return the number of parameters of one layer with its norms.
 
     Args:
         model: The model.
@@ -139,7 +142,7 @@ def layer(model: Model, moe: bool, experts: int | None = None) -> int:
 
 
 def mtp_layers(model: Model) -> int:
-    """Return the parameters of all layers of multi-token prediction.
+    """Return the number of parameters of all layers of multi-token prediction.
 
     Each has three norms, a projection, and a layer of the kind of the model's last layer. They share the embedding and
     the output layer with the model.
@@ -149,7 +152,7 @@ def mtp_layers(model: Model) -> int:
 
 
 def total_parameters(model: Model) -> int:
-    """Return the parameters of the model as published sizes count them.
+    """Return the number of parameters of the model as published sizes count them.
 
     Embeddings count, shared ones once; layers of multi-token prediction do not count. A training job holds
     `total_parameters + mtp_layers` parameters and the padding of the vocabulary.
@@ -158,7 +161,9 @@ def total_parameters(model: Model) -> int:
 
 
 def active_parameters(model: Model) -> int:
-    """Return the parameters that one token passes: `total_parameters` with only `moe_router_topk` experts per layer.
+    """Return the number of parameters that one token passes.
+
+    It is `total_parameters` with only `moe_router_topk` routed experts per layer.
 
     Model cards differ. Qwen, Mistral and Ai2 count the embedding and the output layer, as this function does; OpenAI
     and DeepSeek leave out the embedding; GLM and Moonlight leave out both.
@@ -167,7 +172,7 @@ def active_parameters(model: Model) -> int:
 
 
 def _sum(model: Model, experts: int | None) -> int:
-    """Return the parameters of the model with so many routed experts per layer; None counts all."""
+    """Return the number of parameters of the model with `experts` routed experts per layer; None counts all."""
     moe = sum(model.moe_layer_pattern())
     layers = moe * layer(model, True, experts) + (model.num_layers - moe) * layer(model, False)
     return embedding(model) + layers + norm(model) + output(model)

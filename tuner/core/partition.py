@@ -1,4 +1,7 @@
-"""Which layers each chunk of each pipeline rank holds, for many layouts at once; both predictors read it."""
+"""Which layers each chunk of each pipeline rank holds, for many layouts at once.
+
+The predictors of memory and of time both read it.
+"""
 
 from dataclasses import dataclass
 
@@ -41,7 +44,7 @@ class Partitions:
     """The partitions of many layouts; layouts that split their layers alike share one."""
 
     distinct: tuple[Partition, ...]
-    """The partitions that differ from each other."""
+    """Each partition, once."""
     of_row: Ints
     """Index in `distinct` of the partition of each layout, shape [rows]."""
 
@@ -100,7 +103,7 @@ def _written(text: str, pp: int) -> Partition:
 
 
 def _spread(key: Ints, mtp_num_layers: int) -> Partition:
-    """Return the partition of a key without a text, in which the chunks of a rank have equal slots."""
+    """Return the partition of a key without a text, in which all chunks of a rank have equally many slots."""
     _, pp, vpp, first, middle, last, embedding, loss = key.tolist()
     layers = np.full((pp, vpp), middle // vpp)
     layers[-1] = last // vpp
@@ -121,7 +124,7 @@ def _spread(key: Ints, mtp_num_layers: int) -> Partition:
 def _of_layers(
     layers: Ints, *, embeddings: Ints, mtp_layers: Ints, losses: Ints, is_written: bool
 ) -> Partition:
-    """Return the partition whose chunks hold so many `layers`, shape [ranks, chunks]."""
+    """Return the partition whose chunks hold `layers` decoder layers, an array of shape [ranks, chunks]."""
     end = np.cumsum(layers.T).reshape(layers.T.shape).T
     return Partition(
         begin=end - layers,

@@ -72,10 +72,10 @@ def decoders(text: str) -> NDArray[np.int64]:
 
 
 def fault(text: str, num_layers: int, mtp_num_layers: int | None) -> str | None:
-    """Return why Megatron refuses the text for a model with so many layers, or None if it accepts it.
+    """Return why Megatron refuses the text for a model with these numbers of layers, or None if it accepts the text.
 
     The checks are those of pipeline_parallel_layer_layout.py, validate_layer_layout, that do not depend on pp;
-    `mtp_fault` does the one that does.
+    `mtp_fault` makes the one check that does.
     """
     try:
         chunks = parse(text)
@@ -102,7 +102,7 @@ def fault(text: str, num_layers: int, mtp_num_layers: int | None) -> str | None:
 
 
 def mtp_fault(text: str, pp: int) -> str | None:
-    """Return why Megatron refuses the chunk that holds multi-token prediction, or None if it accepts it.
+    """Return why Megatron refuses the place of multi-token prediction with this pp, or None if it accepts the place.
 
     Multi-token prediction must be in the last chunk of its rank.
     """

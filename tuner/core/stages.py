@@ -48,14 +48,17 @@ def chunk_layers(c: Columns, workload: Workload) -> StageLayers:
 
 
 def accounted_slots(c: Columns) -> Ints:
-    """Return the slots that embedding and loss take: 0, 1 or 2. On a single stage each takes one and gives it back."""
+    """Return the number of slots that embedding and loss take: 0, 1 or 2.
+
+    With pp 1 it is 0: a single stage holds all layers, whatever the knobs say.
+    """
     both = c.on("account_for_embedding_in_pipeline_split").astype(np.int64)
     both += c.on("account_for_loss_in_pipeline_split")
     return np.where(c["pp"] > 1, both, 0)
 
 
 def unstated_stages(c: Columns) -> Ints:
-    """Return the number of stages whose layers no knob states."""
+    """Return the number of stages whose number of layers no knob states."""
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
     unstated: Ints = c["pp"] - (first > 0) - (last > 0)
     return unstated

@@ -16,7 +16,7 @@ class Model:
     """A decoder architecture in Megatron-Core's own field names (TransformerConfig and GPTModel).
 
     Raises:
-        ValueError: if the fields contradict each other under every layout.
+        ValueError: if the fields contradict each other, whatever the layout.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -47,17 +47,18 @@ class Model:
     window_size: tuple[int, int] | None = None
     """Tokens that attention sees to the left and to the right; None is full causal attention."""
     window_attn_skip_freq: int | None = None
-    """N: attention is full in every Nth layer and sees the window in the others; None: the window in every layer."""
+    """N means that every Nth layer has full attention, and the others attend within the window. With None, all layers
+    attend within the window."""
     softmax_type: Literal["vanilla", "learnable"] = "vanilla"
     """`learnable` gives each head an attention sink; some attention kernels cannot do this."""
     sandwich_layernorm: bool = False
     """Whether a second norm follows attention and the MLP, before each residual sum: Gemma 2, Gemma 3 and GLM-4.
     Megatron has no such field."""
     attn_logit_softcapping: float | None = None
-    """Bound that a tanh puts on the scores of attention (Gemma 2); fused kernels cannot do this. Megatron Bridge's
-    field."""
+    """Bound that a tanh puts on the scores of attention (Gemma 2); fused kernels cannot do this. The field is Megatron
+    Bridge's."""
     final_logit_softcapping: float | None = None
-    """Bound that a tanh puts on the logits of the output layer (Gemma 2). Megatron Bridge's field."""
+    """Bound that a tanh puts on the logits of the output layer (Gemma 2). The field is Megatron Bridge's."""
 
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
@@ -67,8 +68,8 @@ class Model:
     moe_shared_expert_gate: bool = False
     """Whether a learned gate weighs the output of the shared experts per token (Qwen 2)."""
     moe_layer_freq: int | tuple[int, ...] = 1
-    """N: every Nth layer has experts, the first included. A tuple has one entry per layer: 0 for dense, 1 for
-    experts."""
+    """N means that every Nth layer has experts, beginning with the first. A tuple has one entry per layer: 0 for dense,
+    1 for experts."""
     moe_router_load_balancing_type: Literal[
         "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"
     ] = "aux_loss"
@@ -139,7 +140,7 @@ class Model:
         return tuple(layer % self.moe_layer_freq == 0 for layer in range(self.num_layers))
 
     def padded_vocab_size(self, tp: int) -> int:
-        """Return the rows of the embedding after Megatron's padding for `tp`.
+        """Return the number of rows of the embedding after Megatron's padding for `tp`.
 
         Source: megatron/training, vocab_size_with_padding.
         """
@@ -149,7 +150,10 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """The convergence contract: model, sequence length, global batch, precision and routing."""
+    """What is trained, which no layout changes: model, sequence length, global batch, precision and routing.
+
+    So every layout of a workload converges alike.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -162,7 +166,7 @@ class Workload:
     grad_reduce_in_fp32: bool = True
     """Whether gradients are added up and reduced in fp32; otherwise they have the precision of the weights."""
     fp8_param: bool = False
-    """Whether linear layers keep their weights in fp8 only, to which the optimizer rounds its fp32 weights."""
+    """Whether linear layers keep their weights in fp8 only; the optimizer rounds its fp32 weights to fp8."""
     moe_router_force_load_balancing: bool = False
     """Whether tokens are routed at random instead of by the router. This makes time and memory look better, so results
     record it."""
@@ -184,12 +188,12 @@ class Workload:
 
     @property
     def tokens_per_step(self) -> int:
-        """Return the tokens per optimizer step, over all GPUs."""
+        """Return the number of tokens per optimizer step, over all GPUs."""
         return self.global_batch_size * self.seq_length
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes of one weight in the model, without copies in 8 or 4 bits; an activation has as many."""
+        """Return the bytes of one weight in the model, or of one activation, without copies in 8 or 4 bits."""
         return 4 if self.precision == "fp32" else 2
 
     @property

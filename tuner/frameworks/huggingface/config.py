@@ -3,9 +3,10 @@
 The class in `transformers` supplies what the file leaves to the code of the model: norms of queries and keys, biases,
 the router's score, and defaults. A file of a model of images and text is read for its text model.
 
-The file's other keys are not read, since they do not change the size and hardly change the speed: how much of a head
-is rotated and with how many bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
-quantisation. OLMoE's norms of queries and keys span all heads at once; they are read as Megatron's, which span one.
+The file's other keys are not read, since they do not change the size and hardly change the speed: how much of a head is
+rotated and with how many bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
+quantisation. OLMoE's norms of queries and keys span all heads at once; they are read as Megatron's, which span one
+head.
 """
 
 from collections.abc import Callable, Mapping
@@ -77,7 +78,7 @@ def model_from_config(data: object, source: str) -> Model:
 
 
 def _name(path: Path) -> str:
-    """Return the name of the folder for a file called config.json, else the name of the file."""
+    """Return the model's name: the name of the folder if the file is called config.json, else the name of the file."""
     return (path.absolute().parent.name if path.stem == "config" else path.stem).lower()
 
 

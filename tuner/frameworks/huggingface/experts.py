@@ -104,7 +104,7 @@ def deepseek_v2_fields(config: Config) -> Fields:
 
 
 def _balanced_sigmoid_router(config: Config) -> Fields:
-    """Return the fields of DeepSeek-V3's router, in which one bias per expert balances the choice of experts alone."""
+    """Return the fields of DeepSeek-V3's router, which balances experts by a bias that affects only their choice."""
     if not config.get("norm_topk_prob", True):
         raise UnsupportedError(
             "key 'norm_topk_prob': false, where Megatron always normalises a sigmoid router's weights"

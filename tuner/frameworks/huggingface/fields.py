@@ -44,7 +44,8 @@ def decoder_fields(config: Config, activation_key: str = "hidden_act", activatio
 
 def _rotary_base(config: Config) -> int:
     # transformers 5 moved the base into `rope_parameters`, for some models per kind of layer. The base of the layers
-    # with full attention stands for all, since their tables have one size. Some files write it as a float.
+    # with full attention stands for all layers, since the tables of all are of equal size. Some files write it as a
+    # float.
     parameters = config.get("rope_parameters") or config
     return int(parameters.get("full_attention", parameters).get("rope_theta", 10000))
 

@@ -1,4 +1,4 @@
-"""Architectures and settings of Megatron Bridge's recipes that no Model and no Layout states."""
+"""Architectures and settings of Megatron Bridge's recipes that neither `Model` nor `Layout` can state."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -33,9 +33,9 @@ _ARCHITECTURES: Final[Mapping[str, str]] = {
     "Wan": "a diffusion transformer",
     "Mimo": "several models with grids of their own",
 }
-"""Architectures by a word in the class of the model's config."""
+"""Architectures that `Model` cannot state, by a word in the class name of the model's config."""
 _ENCODER_WORDS: Final = ("VL", "Vision", "Omni", "Audio")
-"""Words in the class of a model's config that has encoders of images or sound."""
+"""Words in the class name of a model's config; each tells that the model has encoders of images or sound."""
 
 
 def unmodelled_encoders(facts: RecipeFacts) -> str | None:
@@ -76,7 +76,7 @@ _NOTES: Final[Mapping[str, str]] = {
     "model.freeze_vision_model": "freeze_vision_model: its weights are not trained",
     "peft": "PEFT: the weights are frozen, and adapters are trained",
 }
-"""Notes by the path of the setting."""
+"""The note on each setting, by the path of the setting in the config."""
 
 _MEMORY_SAVING_SETTINGS: Final = (
     "peft",

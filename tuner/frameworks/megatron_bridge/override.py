@@ -15,7 +15,7 @@ _COMM_OVERLAP_CLASS: Final = "megatron.bridge.training.comm_overlap.CommOverlapC
 
 
 def bridge_overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str, Any]:
-    """Return the fields, value by path, to set so that a recipe trains with the layout of a trial.
+    """Return the values, by path, of the fields to set so that a recipe trains with the layout of a trial.
 
     Args:
         spec: The specification of the trial.
@@ -74,7 +74,7 @@ def bridge_python(overrides: Mapping[str, Any], environment: Mapping[str, str]) 
 
 
 def _with_overlap_class(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overrides with the class of `comm_overlap`, by which Bridge builds it if the recipe has None there."""
+    """Return the overrides with the class of `comm_overlap`, which Bridge builds if the recipe has None there."""
     if _sets_overlaps(overrides):
         return {**overrides, f"{COMM_OVERLAP}._target_": _COMM_OVERLAP_CLASS}
     return dict(overrides)

@@ -21,7 +21,7 @@ def layout_of(values: Values, cluster: Cluster | None = None) -> Layout:
         cluster: If given, a number of hardware queues that the layout derives on this cluster counts as not stated.
 
     Raises:
-        InputError: if a value is none that `Layout` can hold.
+        InputError: if `Layout` cannot hold one of the values.
     """
     knobs = _stated_knobs(values)
     knobs |= dict(_respelled(knobs, values))
@@ -83,7 +83,7 @@ def _graphs(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any
     scopes = [scopes] if isinstance(scopes, str) else scopes
     scopes = [scope for scope in scopes if scope != "full"]  # an older name of whole layers
     if knobs["cuda_graph_impl"] == "full_iteration":
-        # An implementation from Megatron-Core 0.19 on; before, a scope of the implementation `local`.
+        # This is an implementation from Megatron-Core 0.19 on. Before, it was a scope of the implementation `local`.
         yield "cuda_graph_impl", "local"
         scopes = ["full_iteration"]
     if set(scopes) <= set(_SCOPES):
@@ -96,7 +96,7 @@ _SCOPES: Final = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_pre
 
 
 def _placement(placement: Any) -> Any:
-    """Return the text of a placement in its one spelling; an unreadable text is kept, for the rules to refuse."""
+    """Return the text of a placement as `write` spells it; an unreadable text is kept, for the rules to refuse."""
     if isinstance(placement, list):
         return write([_LETTERS.get(str(part), "?") for part in chunk] for chunk in placement)
     try:
@@ -106,7 +106,7 @@ def _placement(placement: Any) -> Any:
 
 
 _LETTERS: Final[Mapping[str, str]] = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
-"""The letters of a placement by Megatron-Core's names of the parts."""
+"""The letters of a placement, by the names that Megatron-Core gives the parts of a model."""
 
 
 def _effects(knobs: Mapping[str, Any]) -> dict[str, bool]:

@@ -14,11 +14,11 @@ def model_of(values: Values, name: str) -> Model:
     """Return the model of a recipe.
 
     Args:
-        values: The values of its config; `model.` is followed by Model's own field names.
+        values: The values of the recipe's config, where `model.` is followed by the field names of `Model`.
         name: The name that the model gets.
 
     Raises:
-        InputError: if a value is none that `Model` can hold.
+        InputError: if `Model` cannot hold one of the values.
     """
     given = {field.name: values.get(f"model.{field.name}") for field in fields(Model)} | {"name": name}
     given["activation_func"] = _ACTIVATIONS.get(str(given["activation_func"]), given["activation_func"])
@@ -57,11 +57,11 @@ def workload_of(values: Values, name: str) -> Workload:
     """Return the workload of a recipe, which no override may change.
 
     Args:
-        values: The values of its config.
+        values: The values of the recipe's config.
         name: The name that the model gets.
 
     Raises:
-        InputError: if a value is missing, or is none that `Workload` can hold.
+        InputError: if a value is missing, or `Workload` cannot hold it.
     """
     precision = _precision(values)
     model = model_of(values, name)

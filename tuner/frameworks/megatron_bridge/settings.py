@@ -1,4 +1,4 @@
-"""The fields of Megatron Bridge's configuration that select a layout: all of them, or those that a recipe lacks."""
+"""The fields of Megatron Bridge's configuration that select a layout: all of them, or those to change in a recipe."""
 
 from collections.abc import Iterable
 from typing import Any, Final
@@ -74,7 +74,8 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
     settings = megatron_fields(layout)
     overlaps = {path: value for path, value in settings.items() if path.startswith(f"{COMM_OVERLAP}.")}
     settings = {path: value for path, value in settings.items() if path not in overlaps}
-    # Bridge shards the optimizer if either of two fields asks for it; its own recipes set the gather in both.
+    # Bridge shards the optimizer if `ddp` or `optimizer` asks for it; its own recipes state the overlapped gather in
+    # both.
     settings["optimizer.use_distributed_optimizer"] = layout.use_distributed_optimizer
     settings["optimizer.overlap_param_gather"] = layout.overlap_param_gather
     settings |= _companions(layout)

@@ -62,7 +62,10 @@ _FURTHER_PATHS: Final = (
 
 
 def _knob_paths() -> list[str]:
-    """Return the paths of the knobs; Bridge moves the overlaps into the model's config when it resolves a recipe."""
+    """Return the paths of the knobs.
+
+    An overlap has two paths, since Bridge moves it into the model's config when it resolves a recipe.
+    """
     paths = [knob.metadata["megatron"] for knob in fields(Layout) if knob.name not in ENVIRONMENT_KNOBS]
     moved = [path.replace("comm_overlap.", "model.") for path in paths if path.startswith("comm_overlap.")]
     return [*paths, *moved]

@@ -1,6 +1,6 @@
 """Bytes of the attention of one layer and one micro-batch: what autograd keeps, and what the passes need beside it.
 
-The sources of the account are in tuner/predict/memory/share.py.
+tuner/predict/memory/share.py names the sources of these counts.
 """
 
 import numpy as np
@@ -10,14 +10,15 @@ from tuner.predict.memory.share import HalfLayer, RankShare
 
 
 def attention(share: RankShare) -> HalfLayer:
-    """Return the bytes of the input, its norm, and attention up to the residual sum."""
+    """Return the bytes of attention with the norm in front: from the input of the layer up to the residual sum."""
     return _latent_attention(share) if share.model.multi_latent_attention else _grouped_attention(share)
 
 
 def _grouped_attention(share: RankShare) -> HalfLayer:
     model, tokens_per_head_rank = share.model, share.tokens / share.tp
     query = tokens_per_head_rank * model.num_attention_heads * model.kv_channels
-    # If there are more ranks than groups, each rank has one group, and gathers the projection to find this group.
+    # If there are more tensor parallel ranks than query groups, each rank gathers the whole projection and takes one
+    # group out of it.
     group = share.tokens * np.maximum(model.num_query_groups / share.tp, 1) * model.kv_channels
     rotated, core_kept, extra = _grouped_inputs(share, query, group)
     scores = _scores(share)
@@ -40,11 +41,12 @@ def _grouped_attention(share: RankShare) -> HalfLayer:
 def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Floats, Floats, Floats]:
     """Return the sizes of what core attention keeps of its inputs.
 
-    `query` and `group` are the elements of the query, and of the keys (or values), on this rank.
+    `query` and `group` are numbers of elements on this rank: of the query, and of the keys. The values have as many
+    elements as the keys.
 
     Returns:
-        Elements of the rotated query and key; elements of the values and of what keeps them alive; bytes of rotary
-        tables and inner norms.
+        Elements of the rotated query and key; elements of the values, or of the projection that they are a view of;
+        bytes of rotary tables and inner norms.
     """
     model = share.model
     is_rotary, is_normed = model.position_embedding_type == "rope", model.qk_layernorm
@@ -56,12 +58,13 @@ def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Flo
         return query + group, group + (projection + query if is_normed else 0), np.zeros_like(query)
     tables = _rotary_tables(share, model.kv_channels) if is_rotary else np.zeros_like(query)
     is_copied = is_rotary or is_normed
-    # An inner norm keeps its input, which is a copy of the query's part; Torch's RMSNorm keeps another one in fp32.
+    # An inner norm keeps its input, which is a copy of the query's part of the projection. Torch's RMSNorm in 16 bits
+    # keeps a copy in fp32 instead.
     inner_norms, norms_keep_input = np.zeros_like(query), is_normed and share.keeps_norm_input
     if is_normed:
         inputs = (query + (0 if is_rotary else group)) * share.size if norms_keep_input else 0
         inner_norms = inputs + (share.norm(query + group, feeds_linear=False) - (query + group) * share.size)
-    # Recomputed attention gathers keys and values again, so it keeps only its own share of them.
+    # Recomputed attention gathers keys and values again, so a rank keeps only its own share of them.
     gathered = (share.cp > 1) & ~share.columns.drops("core_attn")
     # Values are a view of the projection. If they are gathered over cp, they are a tensor of their own, like the keys.
     keys = np.where(gathered, 2 * group * share.cp, group if is_copied else 0)
@@ -70,12 +73,12 @@ def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Flo
 
 
 def _rotary_tables(share: RankShare, width: int) -> Floats:
-    """Return the bytes of sines and cosines of a rank's positions; Torch makes them for the query and for the key."""
+    """Return the bytes of sines and cosines of a rank's positions; Torch makes them once for query and once for key."""
     return 4.0 * share.seq / share.cp * width * share.size
 
 
 def _scores(share: RankShare) -> Floats:
-    """Return the bytes of the scores of all heads if the scores are bounded, else 0.
+    """Return the bytes of the scores of a rank's heads if softcapping bounds the scores, else 0.
 
     Attention keeps such scores twice: bounded, and after the softmax.
     """
@@ -86,7 +89,7 @@ def _scores(share: RankShare) -> Floats:
 def _mask(share: RankShare) -> Floats:
     """Return the bytes of the explicit mask of a layer, which Torch keeps if a causal mask is not enough.
 
-    The mask has the shape [tokens of a rank, tokens].
+    The mask has one row per token of the rank, and one column per token of the sequence.
     """
     if share.model.attn_logit_softcapping is not None:
         return share.seq / share.cp * share.seq  # one byte per pair: the scores are masked before the softmax
@@ -94,22 +97,22 @@ def _mask(share: RankShare) -> Floats:
         return np.zeros_like(share.tokens)
     pairs = share.seq / share.cp * share.seq * share.size
     if share.model.softmax_type != "vanilla":
-        # Each head has an additive mask, with the sink as one more key.
+        # Each head has a mask that is added to the scores, with the sink as one more key.
         return pairs * (1 + 1 / share.seq) * share.model.num_attention_heads / share.tp
     return np.where((share.cp > 1) | (share.model.window_size is not None), pairs, 0)
 
 
 def _fp32_query(share: RankShare, query: Floats) -> Floats:
-    """Return the bytes of the query's gradient that fused attention (FlashAttention, cuDNN) sums up in fp32."""
+    """Return the bytes of the query's fp32 gradient, in which FlashAttention and cuDNN sum up; 0 for plain Torch."""
     return query * 4 if share.fused else np.zeros_like(query)
 
 
 def _across_context(share: RankShare, query: Floats, output: Floats, key_value: Floats) -> Floats:
-    """Return the bytes that the backward pass over context ranks needs beyond what a ring needs.
+    """Return the bytes that attention's backward pass over context parallel ranks needs beyond what a ring needs.
 
     `all_gather` holds keys and values of the whole sequence, and their gradients. `a2a` copies all inputs, outputs and
     gradients when it sends them (Transformer Engine: context_parallel.py, AttnFuncWithCPAndKVAllGather and
-    AttnFuncWithCPAndQKVOA2A). Plain Torch always gathers. The arguments are elements of a rank's own share.
+    AttnFuncWithCPAndQKVOA2A). Plain Torch always gathers. The arguments are numbers of elements of a rank's own share.
     """
     if not share.fused or not (share.cp > 1).any():
         return np.zeros_like(query)
@@ -120,7 +123,10 @@ def _across_context(share: RankShare, query: Floats, output: Floats, key_value: 
 
 
 def _output_backward(share: RankShare, output: Floats) -> Floats:
-    """Return the bytes of the output projection's gradients: of its input, and of its weight unless this is fused."""
+    """Return the bytes of the gradients that the output projection makes in its backward pass.
+
+    They are the gradient of its input and, unless its accumulation is fused, the gradient of its weight.
+    """
     model = share.model
     if share.fused:
         return output * share.size
@@ -178,8 +184,8 @@ def _latent_core(
         head_rows: Rows of attention: tokens times heads.
 
     Returns:
-        Bytes that attention keeps of the outputs of the up-projections; further bytes that it keeps; bytes that come
-        back during the backward pass.
+        Bytes that attention keeps of the outputs of the up-projections; further bytes that core attention keeps; bytes
+        of up-projections that the backward pass recomputes.
     """
     made = (2 * query + value) * share.size
     if share.fused:

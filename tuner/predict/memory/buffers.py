@@ -19,9 +19,9 @@ def run_buffers(share: RankShare, stages: StagesInFlight, layers: Floats, vocabu
 
     Sequence parallelism gathers the input of the output layer into a buffer (tensor_parallel/layers.py), which the
     all-gather dispatcher uses too (moe/token_dispatcher.py). For the hooks of gradients, Transformer Engine keeps one
-    empty gradient per shape of weight whose accumulation it fuses (module/base.py, get_dummy_wgrad). It has one
-    workspace for cuBLAS, and one for each of the four streams of a grouped product (cpp_extensions/gemm.py); Torch has
-    its own.
+    empty gradient per shape of weight whose accumulation it fuses (module/base.py, get_dummy_wgrad). Transformer Engine
+    has one workspace for cuBLAS, and one for each of the four streams of a grouped product (cpp_extensions/gemm.py).
+    Torch has a workspace of its own on stages with the output layer or with experts.
 
     Args:
         share: The rank's share.
@@ -45,7 +45,7 @@ def run_buffers(share: RankShare, stages: StagesInFlight, layers: Floats, vocabu
 def _shapes_of_weights(
     share: RankShare, stages: StagesInFlight, layers: Floats, vocabulary: Floats
 ) -> Floats:
-    """Return the elements of one weight of every shape that the linear layers of a stage have."""
+    """Return the number of elements of one weight per shape, summed over the shapes in a stage's linear layers."""
     model, tp, etp = share.model, share.tp[stages.row], share.etp[stages.row]
     of_attention = attention(model)
     mlp = (3 if model.gated_linear_unit else 2) * model.hidden_size
@@ -60,9 +60,9 @@ def _shapes_of_weights(
 
 
 def _rotary_tables(share: RankShare) -> float:
-    """Return the bytes of the angles of all positions in fp32.
+    """Return the bytes of one model chunk's rotary angles of all positions, in fp32.
 
-    Each model chunk makes them once and keeps them twice (rotary_pos_embedding.py, get_emb).
+    Each model chunk makes the angles once and keeps them twice (rotary_pos_embedding.py, get_emb).
     """
     model = share.model
     if model.position_embedding_type != "rope":
@@ -74,7 +74,9 @@ def _rotary_tables(share: RankShare) -> float:
 def pipeline_tensors(
     share: RankShare, row: Ints, behind: Bools, forwards_left: Ints
 ) -> tuple[Floats, Floats]:
-    """Return the hidden states that the schedule holds beside what is in flight: at a layer's pass, and at the loss.
+    """Return the bytes of hidden states that the schedule holds beside the activations in flight.
+
+    The first array is for the pass of a layer, the second for the loss.
 
     The 1F1B schedule holds the gradient that it sent last until the next gradient is made. The interleaved schedule was
     counted on traced runs (schedules.py): each chunk holds the input that it took last, tensors that were received
@@ -99,10 +101,10 @@ def pipeline_tensors(
 
 
 def adam_step(share: RankShare, vocabulary: Floats, updated: Floats) -> Floats:
-    """Return the bytes that Adam's step needs for a moment on each stage.
+    """Return the bytes that Adam's step needs temporarily on each stage.
 
     Torch's Adam makes a root and a denominator for the weight that it updates; fused Adam makes nothing. The largest
-    weight is the embedding, or as much of it as is among the `updated` weights of this rank.
+    weight counts: the embedding, or less if this rank updates only `updated` weights.
     """
     if share.fused:
         return np.zeros_like(updated)

@@ -13,7 +13,7 @@ class HeadBytes:
     """Bytes of the head for one micro-batch: arrays with one value per layout."""
 
     kept: Floats
-    """Bytes kept from the forward to the backward pass, by the losses of multi-token prediction too."""
+    """Bytes kept from the forward to the backward pass, those of the losses of multi-token prediction included."""
     norm: Floats
     """The part of `kept` that the final norm keeps."""
     backward: Floats
@@ -25,11 +25,12 @@ def head(share: RankShare, vocabulary: Floats) -> HeadBytes:
     logits = share.tokens * vocabulary
     losses = 1 + (share.model.mtp_num_layers or 0)
     norm = share.norm(share.hidden, feeds_linear=False) + (share.state if share.keeps_norm_input else 0)
-    # The bounded logits are freed when their gradient exists; while it is made, it stands beside the loss's gradient.
+    # With softcapping, the bounded logits are freed once the gradient of the logits before the bound exists. While this
+    # gradient is made, the gradient that comes from the loss is allocated too.
     bounded = 0 if share.model.final_logit_softcapping is None else logits * share.size
     gradient = share.full_hidden * share.size + np.where(share.sp, share.state, 0) - bounded
     # Transformer Engine's loss turns bf16 logits into their gradient in place. Megatron's own loss works in fp32, on a
-    # copy that stands beside the bf16 logits and beside their gradient.
+    # copy that is allocated beside the bf16 logits and beside their gradient.
     softmax, copy = (share.size, 0.0) if share.fused or share.size == 4 else (4.0, share.size)
     if not share.fused:
         weight_gradient = vocabulary * share.model.hidden_size * share.size
@@ -43,7 +44,8 @@ def head(share: RankShare, vocabulary: Floats) -> HeadBytes:
 def mtp_extra(share: RankShare) -> Floats:
     """Return the bytes that one layer of multi-token prediction keeps around its decoder layer.
 
-    It keeps the embedding of its tokens, the embedding and the state joined, what the two norms of these keep, and one
-    more copy of the output of the final norm (multi_token_prediction.py, _concat_embeddings and forward).
+    It keeps the embedding of its tokens, the concatenation of the embedding and the hidden state, what the norms of
+    these two keep, and one more copy of the output of the final norm (multi_token_prediction.py, _concat_embeddings and
+    forward).
     """
     return (4 if share.keeps_norm_input else 3) * share.state + 2 * share.norm_inside()

@@ -1,6 +1,7 @@
-"""Bytes of the MLP of one layer and one micro-batch, dense or with experts: kept by autograd, and needed by the passes.
+"""Bytes of the MLP of one layer and one micro-batch, dense or with experts.
 
-The sources of the account are in tuner/predict/memory/share.py.
+The bytes are those that autograd keeps, and those that the passes need beside them. tuner/predict/memory/share.py names
+the sources of these counts.
 """
 
 import numpy as np
@@ -77,7 +78,7 @@ def experts_mlp(share: RankShare) -> HalfLayer:
 
 
 def expert_grid(share: RankShare) -> Floats:
-    """Return the bytes of the hidden states of all tokens of an expert grid."""
+    """Return the bytes of the hidden states of all tokens of an expert grid, which is ep * etp ranks."""
     return share.state * share.ep * share.etp
 
 
@@ -94,7 +95,8 @@ def _projections(
     Args:
         share: The rank's share.
         width: Elements of the output of one projection.
-        matrix: Elements of one weight matrix. Plain Torch makes the whole gradient of a matrix before it adds it up.
+        matrix: Elements of one weight matrix. Plain Torch makes the whole gradient of a matrix before adding it to the
+            sum.
         is_weighted: Whether the probabilities of the router weigh the output of the activation.
     """
     gated = 2 if share.model.gated_linear_unit else 1
@@ -107,7 +109,7 @@ def _projections(
     kept = width * (gated + steps) * share.size
     weight_gradient = matrix * share.size
     second = width * share.size + weight_gradient
-    # The probabilities are fp32. So are their products with the activation, and the gradients of these products.
+    # The probabilities, their products with the activation, and the gradients of these products are in fp32.
     activation = width * (14.0 if is_weighted and share.size < 4 else gated * share.size)
     first = (gated * weight_gradient) - width * steps * share.size + share.full_hidden * share.size
     return kept, np.maximum(np.maximum(second, activation), first)
@@ -120,7 +122,7 @@ def _shared_experts(share: RankShare) -> tuple[Floats, Floats]:
         return np.zeros_like(share.tokens), np.zeros_like(share.tokens)
     elements = share.tokens / share.tp * width
     kept, backward = _projections(share, elements, width * model.hidden_size / share.tp)
-    # A gate keeps the output that it weighs.
+    # The gate keeps the output of the shared experts, which it weighs.
     return kept + (share.state if model.moe_shared_expert_gate else 0), backward
 
 
@@ -160,7 +162,8 @@ def _dispatch_forward(share: RankShare, dispatched: Floats, local_experts: Float
 def _gathered_backward(share: RankShare, arrived: Floats) -> Floats:
     """Return the bytes that the backward pass of the all-gather dispatcher needs.
 
-    The pass holds the gradient of all tokens, which arrives in fp32, and then the gradient of the `arrived` elements.
+    The pass holds the gradient of all tokens of the expert grid. Beside it, the pass first
+    holds the fp32 copy in which the gradient arrives, and then the gradient of the `arrived` elements.
     """
     grid = expert_grid(share)
     fp32_grid = grid * (4 / share.size if share.size < 4 else 0)

@@ -74,7 +74,7 @@ def activation_peak(
     mtp_around = mtp_extra(share)[row]
     loss = np.where(last, loss_head.kept[row] + mtp.sum(axis=1) * mtp_around, 0)
 
-    # Multi-token prediction goes backward before the final norm, and its layers do so after the main loss.
+    # The backward pass goes through the main loss, then the layers of multi-token prediction, then the final norm.
     predicted = predicting.sum(axis=1) * mtp_around
     predicted += np.where(last & (mtp.sum(axis=1) > 0), loss_head.norm[row], 0)
     embedding = np.where(stages.first, vocabulary[row] * share.model.hidden_size * share.size, 0)
@@ -117,10 +117,11 @@ def _overlapped_reduction(
     sizes: Floats,
     full: Floats,
 ) -> Floats:
-    """Return the bytes that reducing gradients beside the backward pass needs beyond the `full` activations.
+    """Return the bytes that reducing gradients beside the backward pass needs beyond `full`.
 
-    The first piece is reduced while the last micro-batch goes backward. All other micro-batches are done by then, and
-    so are the layers of the piece, except one of those that are recomputed together. The result may be negative.
+    `full` are the bytes of all activations in flight. Gradients are reduced piece by piece. The first piece is reduced
+    while the last micro-batch goes backward. By then all other micro-batches are done, and so are the layers whose
+    gradients are in this piece, except for one of the layers that are recomputed together. The result may be negative.
     """
     row = stages.row
     first_chunk = (stages.first_chunk * sizes).sum(axis=1)
@@ -129,7 +130,8 @@ def _overlapped_reduction(
     recomputed_layer = (stages.working * sizes[:, :2]).sum(axis=1) / np.maximum(working, 1)
     output_weights = np.where(stages.last, vocabulary[row] * share.model.hidden_size, 0)
     output = output_weights * float(share.workload.gradient_bytes)
-    # The share of gradients in the piece, without the output layer, is the share of layers that are done.
+    # The share of all gradients that are in the piece is the share of layers that are done; the output layer does not
+    # count.
     done = np.maximum(state.reducing - output, 0) / np.maximum(state.gradients - output, 1)
     left = 1 - np.minimum(done, 1)
     needed = state.reducing + share.state[row] + recomputed_layer - full + micro_batch * left
@@ -137,9 +139,9 @@ def _overlapped_reduction(
 
 
 def _predicting(share: RankShare, stages: StagesInFlight, mtp: Floats) -> Floats:
-    """Return the kept layers of multi-token prediction, over all micro-batches that wait for their loss.
+    """Return how many layers of multi-token prediction each stage keeps, shape [stages, 3 kinds].
 
-    The counts have the shape [stages, 3 kinds], as the counts of layers in flight have.
+    The counts are summed over all micro-batches that wait for their loss.
     """
     kept = mtp * np.where(stages.last, 1, stages.last_chunk_in_flight)[:, None]
     # Multi-token prediction recomputes each of its layers under the uniform method, and none under the block method.
@@ -156,9 +158,10 @@ def _layer_transient(
 ) -> Floats:
     """Return the bytes that the worst layer needs beyond all that is kept.
 
-    The worst layer is in its forward pass when all is in flight, or in its backward pass. The backward pass goes from
-    the last layer to the first and frees what layers keep, so a layer of the other kind than the last one finds the
-    bytes of one layer free. Full recompute first brings back what the layers keep.
+    The worst layer is in its forward pass when all micro-batches are in flight, or in its backward pass. The backward
+    pass goes from the last layer to the first and frees what each layer kept. If the worst layer is not of the last
+    layer's kind (dense or with experts), the bytes of at least one layer are free when its backward pass begins. Full
+    recompute first brings back what the layers keep.
 
     Args:
         share: The rank's share.
@@ -169,11 +172,11 @@ def _layer_transient(
     """
     row, (attention_half, *mlps) = stages.row, halves
     works = stages.working.sum(axis=1) > 0
-    # The variables of the schedule hold the gradient that the next stage sent last and the input that the previous
-    # stage sent last while a forward pass runs. While a layer is recomputed, they hold the gradient that it waits for.
+    # While a forward pass runs, variables of the schedule still hold the last gradient from the next stage and the last
+    # input from the previous stage. While a layer is recomputed, they hold the gradient that this layer waits for.
     held = np.where(works | ~stages.last, 1, 0) + (stages.rank > 0) * ~works
     waits = np.where(works | (stages.pp > 1), held, 0) * sizes[:, CHECKPOINTS]
-    # The first forward pass that runs beside a backward pass is the one after all that are in flight.
+    # A forward pass runs beside a backward pass only if a forward pass is left after all in flight.
     beside = share.overlaps_experts[row] & (stages.forwards_left > 0)
     needed = np.stack([_layer_needs(attention_half, mlp, row, waits, beside) for mlp in mlps], axis=1)
     last_kind = stages.last_is_moe.astype(np.int64)[:, None]
@@ -183,7 +186,8 @@ def _layer_transient(
     is_mixed = (stages.layers.min(axis=1) > 0) & ~works
     worst = np.where(is_mixed, np.maximum(by_last, by_other - freed), by_last)
     recomputed = (stages.working * sizes[:, :2]).sum(axis=1)
-    # The layers that block recompute leaves alone go backward first; a recomputed layer needs its output as well.
+    # Under block recompute, the layers that are not recomputed go backward first. A recomputed layer holds its output
+    # as well.
     recomputed += np.where(~works & (in_flight[:, CHECKPOINTS] > 0), sizes[:, CHECKPOINTS], 0)
     return np.where(in_flight.sum(axis=1) > 0, worst + recomputed, 0)
 

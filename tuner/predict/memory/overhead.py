@@ -1,8 +1,8 @@
 """Memory of a GPU beyond allocated tensors: CUDA's context, NCCL's buffers, and blocks that the allocator cannot use.
 
-The constants are prior values from what others measured; a sweep corrects the result by the trials that fit
-(tuner/predict/feasibility.py). On CPU there is nothing beyond tensors: the program counts tensors, and the limit is on
-their sum.
+The constants are prior values, from figures that others measured. A sweep corrects the result by its trials that fit
+into memory (tuner/predict/feasibility.py). On CPU there is nothing beyond tensors: the program counts tensors, and the
+limit is on their sum.
 """
 
 from typing import Final
@@ -21,9 +21,10 @@ CONTEXT_GIB: Final = 0.6
 """CUDA's context with the kernels of Torch, cuBLAS, cuDNN and Transformer Engine loaded. Assumed, below the published
 1.06 GB of an H100 with a first communicator (github.com/NVIDIA/nccl/issues/1685)."""
 COMMUNICATOR_GIB: Final = 1.0
-"""Buffers of all channels of one NCCL communicator after it has communicated. Assumed within published figures: 0.53 to
-0.67 on four A100 (github.com/NVIDIA/nccl/issues/964); 1.6 for one and 6 for three or more (issue 864 there); 7 for
-tp 2, pp 2, dp 2 of Megatron on eight H100, and 9.5 with experts (github.com/verl-project/verl/pull/6408)."""
+"""Buffers of all channels of one NCCL communicator after it has communicated. Assumed, within published figures: 0.53
+to 0.67 GiB on four A100 (github.com/NVIDIA/nccl/issues/964); 1.6 GB for one communicator and 6 GB for three or more
+(issue 864 there); 7 GB for all of a rank's communicators in Megatron with tp 2, pp 2, dp 2 on eight H100, and 9.5 GB
+with experts (github.com/verl-project/verl/pull/6408)."""
 PEER_GIB: Final = 0.44
 """Buffers that an all-to-all adds per peer over NVLink. Published: 3.3 GB for seven peers of an H100, with 32 channels
 of 12 MiB each (github.com/NVIDIA/nccl/issues/1685)."""
@@ -31,16 +32,16 @@ MOST_PEERS: Final = 7
 """Largest number of peers that add buffers of their own. Published: the largest number that was measured for PEER_GIB.
 Peers over the network share their buffers."""
 RESERVED_RATIO: Final = 1.04
-"""Memory that the caching allocator reserves, as a multiple of the allocated memory: blocks do not fit exactly. Assumed
-above a published figure: 1.83 GiB beside 75.3 GiB when a Llama-3-70B ran out of memory
-(github.com/vllm-project/compressed-tensors/pull/587); it is more if shapes vary. Blocks that are kept only for speed do
-not count, since the allocator gives them back before it gives up."""
+"""Memory that the caching allocator reserves, as a multiple of the allocated memory: blocks do not fit exactly.
+Assumed, above a published figure: 1.83 GiB beside 75.3 GiB when a Llama-3-70B ran out of memory
+(github.com/vllm-project/compressed-tensors/pull/587); the ratio is larger if shapes vary. Blocks that are kept only for
+speed do not count, since the allocator gives them back before it fails."""
 EXPANDABLE_RATIO: Final = 1.01
 """Memory that the allocator reserves, as a multiple of the allocated memory, if segments grow in place. Assumed: the
 end of a 2 MiB page per segment is unused (PyTorch's notes on CUDA semantics, expandable_segments)."""
 USERBUFFERS: Final = 10
-"""Whole hidden states of a tensor parallel group that Transformer Engine registers for its overlap. Published: one each
-for 4 rings, 2 pipelines and 4 bulk collectives (module/base.py, initialize_ub)."""
+"""Number of whole hidden states of a tensor parallel group that Transformer Engine registers for its overlap.
+Published: one each for 4 rings, 2 pipelines and 4 bulk collectives (module/base.py, initialize_ub)."""
 DEEPEP_CHANNELS: Final = 10
 """Channels of DeepEP. Published: half of the 20 multiprocessors that Megatron gives to DeepEP
 (moe_deepep_num_sms)."""
@@ -100,7 +101,7 @@ def _deepep_bytes(c: Columns, workload: Workload) -> Floats:
 def _hybridep_bytes(c: Columns, workload: Workload) -> Floats:
     """Return the bytes of HybridEP's buffer, which serves both directions.
 
-    It holds every token of an expert group at its largest, with a probability in fp32 per expert (csrc/hybrid_ep,
+    It has room for every token of an expert group, with one fp32 probability per expert for each token (csrc/hybrid_ep,
     allocate_dispatch_buffers).
     """
     model, ranks = workload.model, c["ep"] * c["etp"]
@@ -127,7 +128,7 @@ def group_sizes(c: Columns, model: Model, cluster: Cluster) -> list[Ints]:
     world, ep, etp = cluster.world_size, c["ep"], c["etp"]
     data = data_parallel_size(world, c["tp"], c["pp"], c["cp"]) * c["cp"]
     sizes = [np.full_like(ep, world), np.full_like(ep, world), c["tp"], c["pp"], c["cp"], data]
-    # If both ends of the pipeline hold the embedding, they reduce its gradient.
+    # If both ends of the pipeline hold the embedding, they reduce its gradient in a group of their own.
     if model.share_embeddings_and_output_weights or model.mtp_num_layers:
         sizes.append(c["pp"])
     if model.is_moe:

@@ -1,8 +1,8 @@
 """Forward passes that a pipeline rank does before its first backward pass, and the layers that they keep.
 
-1F1B does `pp - rank` forward passes before the first backward pass. The interleaved schedule walks all chunks but the
-last once, which is `(vpp - 1) * group` passes, and does `2 * (pp - rank - 1) + 1` passes more; it takes `group`
-micro-batches through a chunk before it goes to the next chunk (megatron/core/pipeline_parallel/schedules.py,
+1F1B does `pp - rank` forward passes before the first backward pass. The interleaved schedule goes once through all
+chunks but the last, which is `(vpp - 1) * group` passes, and does `2 * (pp - rank - 1) + 1` passes more. It takes
+`group` micro-batches through a chunk before it goes to the next chunk (megatron/core/pipeline_parallel/schedules.py,
 get_pp_rank_microbatches). With the overlap of expert communication, the last of these passes is a warm-up, and each
 later forward pass goes layer by layer beside a backward pass that frees as many layers.
 """
@@ -55,7 +55,7 @@ class KeptLayers:
         """Add up the layers that one micro-batch keeps.
 
         Args:
-            kept_by_chunk: Arrays of shape [distinct stages, chunks, kinds], each for pipelines of so many chunks.
+            kept_by_chunk: Arrays of shape [distinct stages, chunks, kinds], each for the stages of one partition.
             stage: Index of each stage among all distinct stages, in the order of `kept_by_chunk`.
             passes: The passes of each stage.
         """
@@ -69,7 +69,7 @@ class KeptLayers:
         """Layers that each stage keeps just before its first backward pass."""
 
     def by(self, passes: Ints) -> Floats:
-        """Return the layers that so many forward passes of each stage keep."""
+        """Return the layers that the first `passes` forward passes of each stage keep."""
         vpp, group = self._passes.vpp, self._passes.group
         rounds, rest = np.divmod(passes, group * vpp)
         chunk, part = np.divmod(rest, group)
@@ -81,8 +81,8 @@ class KeptLayers:
     def most(self) -> Floats:
         """Return the most layers that a stage keeps in a step.
 
-        This is what it keeps before its first backward pass, unless the last chunk has fewer layers than the others:
-        then more is in flight after a group of micro-batches went backward through the last chunk.
+        A stage keeps most just before its first backward pass, unless its last chunk has fewer layers than its other
+        chunks: then more may be in flight after a group of micro-batches went backward through the last chunk.
         """
         vpp, group, forwards = self._passes.vpp, self._passes.group, self._passes.before_backward
         first = self.before_backward

@@ -112,8 +112,8 @@ def peak_gib(
 ) -> Floats:
     """Return the peak of the worst rank of each row in GiB, one value per row of a table of valid layouts.
 
-    `imbalance` is the load of the busiest rank's experts over the mean: 1 for balanced routing. None takes the load
-    that is expected of the workload's router (tuner/predict/routing.py).
+    `imbalance` is the load of the busiest rank's experts divided by the mean load: 1 for balanced routing. None takes
+    the load that is expected of the workload's router (tuner/predict/routing.py).
     """
     peaks = np.empty(len(table))
     for start in range(0, len(table), ROWS_AT_ONCE):
@@ -132,7 +132,7 @@ def memory_breakdown(
     implementation: Implementation = "transformer_engine",
     imbalance: float | None = None,
 ) -> tuple[StageMemory, ...]:
-    """Return the parts of the peak of each pipeline stage of one layout; the largest total is its `peak_gib`."""
+    """Return the parts of the peak of each pipeline stage of a layout; the largest total is its `peak_gib`."""
     columns = Columns.single(layout)
     stages, held = _stage_bytes(columns, workload, cluster, implementation, imbalance, all_stages=True)
     return tuple(
@@ -185,7 +185,7 @@ def _stage_bytes(
 
 
 def _or_building(held: _StageBytes, building: Floats) -> _StageBytes:
-    """Return the parts of the peak: while the model is built if `building` needs more, else at the given moment."""
+    """Return the parts of the peak: while the model is built if `building` is larger than `held`, else as in `held`."""
     builds = building > held.total()
 
     def unless_building(part_bytes: Floats) -> Floats:
@@ -218,6 +218,6 @@ def _mtp_layers(model: Model, stages: StagesInFlight) -> Floats:
 
 
 def _vocabulary(model: Model, columns: Columns) -> Floats:
-    """Return the rows of embedding and output layer on a rank, Megatron's padding included, one value per layout."""
+    """Return the number of rows of embedding and output layer on a rank, padding included, one value per layout."""
     sizes, index = np.unique(columns["tp"], return_inverse=True)
     return np.array([model.padded_vocab_size(int(tp)) / tp for tp in sizes])[index]

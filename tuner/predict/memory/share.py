@@ -47,7 +47,7 @@ class HalfLayer:
 class RankShare:
     """A rank's share of one micro-batch under many layouts. Arrays have one value per layout.
 
-    "Elements" are numbers of values, and everything else is in bytes.
+    "Elements" are counted, and all other sizes are in bytes.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class RankShare:
         Args:
             columns: The layouts.
             workload: The workload.
-            implementation: Whose layers the job runs.
-            imbalance: Load of the busiest rank's experts over the mean; None takes the expected load.
+            implementation: The library whose layers the job runs.
+            imbalance: Load of the busiest rank's experts divided by the mean load; None takes the expected load.
         """
         self.workload = workload
         self.model = workload.model
@@ -71,7 +71,7 @@ class RankShare:
         self.ep, self.etp = (columns[knob].astype(np.float64) for knob in ("ep", "etp"))
         expected = load_of_busiest(columns, workload)
         self.load = expected if imbalance is None else Load(*(np.full_like(tp, imbalance),) * 2)
-        """Load of the busiest rank's experts over the mean."""
+        """Load of the busiest rank's experts, divided by the mean load."""
         self.sp: Bools = columns.on("sp") & (columns["tp"] > 1)
         """Whether sequence parallelism splits the tokens between the tensor parallel regions."""
         self.seq = workload.seq_length
@@ -97,7 +97,7 @@ class RankShare:
         return self.columns.on("overlap_moe_expert_parallel_comm")
 
     def split(self, droppable: Iterable[tuple[str, Floats]], kept: Floats) -> tuple[Floats, Floats]:
-        """Return the kept and the dropped bytes.
+        """Return the kept bytes, and the bytes that selective recompute drops.
 
         Args:
             droppable: Modules by the names that selective recompute has for them, and their bytes. A module with an
@@ -125,7 +125,7 @@ class RankShare:
         """Return the bytes that the backward pass of the norm in front of a half of a layer needs beyond `held`.
 
         `held` are the bytes that the half held before, of which only the input of the norm is left. Torch's RMSNorm is
-        made of products: five fp32 tensors of the gradient of its square root are alive at once.
+        made of elementwise products: five fp32 tensors are alive at once when the gradient of its root is made.
         """
         if self.fused or self.model.normalization == "LayerNorm":
             return np.zeros_like(held)

@@ -1,8 +1,8 @@
-"""The pipeline stages of many layouts as one flat table: the layers that each holds, and the layers in flight.
+"""The pipeline stages of many layouts as one flat list: the layers that each holds, and the layers in flight.
 
 Two stages of a layout that hold equal chunks differ only in the micro-batches in flight, and the earlier stage has more
-of them. Only the earliest of equal stages is in the table unless all are asked for. Layouts that split and recompute
-their layers alike share the computation.
+of them. Only the earliest of equal stages is in the list, unless the caller asks for all. Layouts that split and
+recompute their layers alike share the computation.
 """
 
 from dataclasses import dataclass, fields
@@ -40,7 +40,7 @@ class StagesInFlight:
     in_flight: Floats
     """Layers that the stage keeps at its peak, summed over all micro-batches in flight, [entries, 3 kinds]."""
     at_loss: Floats
-    """Layers that the stage keeps just before its first backward pass, when a loss is taken, [entries, 3 kinds].
+    """Layers that the stage keeps just before its first backward pass, when the loss is computed, [entries, 3 kinds].
 
     The schedule comes back to this state in every round."""
     forwards_left: Ints
@@ -48,7 +48,7 @@ class StagesInFlight:
     last_chunk_in_flight: Ints
     """Micro-batches that the last chunk of the stage has in flight just before the first backward pass."""
     first_chunk: Floats
-    """Layers that the first chunk of the stage keeps of one micro-batch, [entries, 3 kinds]."""
+    """Layers that the first chunk of the stage keeps for one micro-batch, [entries, 3 kinds]."""
     working: Floats
     """Layers that full recompute brings back at once in the chunk that goes backward first, [entries, (DENSE, MOE)]."""
     last_is_moe: Bools
@@ -103,7 +103,7 @@ class _Contents:
     predicts: Bools
     """Whether a stage holds the layers of multi-token prediction, shape [stages]."""
     kept: Floats
-    """Layers that each chunk keeps of one micro-batch, shape [stages, chunks, 3 kinds]."""
+    """Layers that each chunk keeps for one micro-batch, shape [stages, chunks, 3 kinds]."""
     layers: Floats
     """Layers of each stage, shape [stages, (DENSE, MOE)]."""
     working: Floats
@@ -142,7 +142,8 @@ def _contents_of(partition: Partition, model: Model, uniform: int, block: int) -
     moe = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])
     experts = moe[end] - moe[begin]
     predicts: Bools = partition.mtp_layers.sum(axis=1) > 0
-    # A rank's last layer may be in any chunk. A rank without layers has the last layer of multi-token prediction.
+    # A rank's last layer may be in any of its chunks. If the rank holds no decoder layer, its last layer is one of
+    # multi-token prediction.
     last = np.where(end > begin, end, 0).max(axis=1)
     last_is_moe = np.where(last > 0, moe[last] > moe[np.maximum(last - 1, 0)], False)
     return _Contents(
@@ -156,7 +157,7 @@ def _contents_of(partition: Partition, model: Model, uniform: int, block: int) -
 
 
 def _earliest_of_equals(contents: _Contents) -> _Contents:
-    """Return the contents without the stages that equal an earlier one in all but the rank."""
+    """Return the contents without those stages that equal an earlier stage in all but the rank."""
     ranks = contents.ranks
     compared = np.column_stack(
         [
@@ -174,7 +175,7 @@ def _earliest_of_equals(contents: _Contents) -> _Contents:
 
 
 def _kept(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats:
-    """Return the layers that each chunk keeps of one micro-batch, shape [ranks, chunks, 3 kinds]."""
+    """Return the layers that each chunk keeps for one micro-batch, shape [ranks, chunks, 3 kinds]."""
     kept = np.zeros((*begin.shape, 3))
     if uniform:
         kept[..., CHECKPOINTS] = -(-(end - begin) // uniform)
@@ -194,7 +195,8 @@ def _working(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Flo
     working = np.zeros((len(begin), 2))
     if uniform or block:
         start = np.maximum(end - max(uniform, 1), begin)
-        # The layers that block recompute leaves alone go backward first, and each needs more than a recomputed one.
+        # The layers that block recompute leaves alone go backward first, and each needs more memory than a recomputed
+        # one.
         recomputes = (end - begin <= block) | bool(uniform)
         working[:, MOE] = np.where(recomputes, moe[end] - moe[start], 0)
         working[:, DENSE] = np.where(recomputes, end - start, 0) - working[:, MOE]

@@ -54,7 +54,7 @@ def model_state(
 ) -> ModelState:
     """Return the state of the model on each stage.
 
-    The distributed optimizer splits the state of Adam over the ranks with equal weights: dense weights over dp*cp,
+    The distributed optimizer splits the state of Adam over the ranks that hold equal weights: dense weights over dp*cp,
     experts over edp. It copies the weights into one buffer per model chunk and kind; both copies exist while the buffer
     is filled (distributed/param_and_grad_buffer.py). Megatron-FSDP splits gradients and weights too, by its strategy,
     and holds some of them unsplit for a time. Gloo reduces a copy of a buffer of gradients.
@@ -104,9 +104,9 @@ class _RankWeights:
     table: Floats
     """Weights of one embedding or output layer."""
     held: Floats
-    """Weights that the rank holds."""
+    """Weights that the rank holds after Megatron-FSDP splits them."""
     gradients: Floats
-    """Gradients that the rank holds."""
+    """Gradients that the rank holds after Megatron-FSDP splits them."""
 
     @property
     def whole(self) -> Floats:

@@ -28,7 +28,7 @@ Adam, clipping and copies are 20 operations. Assumed: the Python around them tak
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """Either the dense weights or the weights of routed experts, on the rank that holds the most: arrays of [rows]."""
+    """Either the dense weights or the weights of routed experts, on the rank that holds the most: shape [rows]."""
 
     parameters: Floats
     replicas: ProcessGroups
@@ -99,8 +99,11 @@ def _weights(c: Columns, model: Model, rates: Rates, split: LayersByRank) -> tup
 
 
 def _exposed_ms(weights: _Weights, pass_ms: Floats, c: Columns, rates: Rates) -> Floats:
-    """Return the time that nothing hides of reducing the gradients and, with the distributed optimizer, gathering the
-    weights."""
+    """Return the exposed time of the collectives of these weights, in milliseconds.
+
+    They reduce the gradients and, with the distributed optimizer, gather the weights. The part that runs beside the
+    passes is not exposed.
+    """
     held, group = weights.parameters, weights.replicas
     gradient_bytes = held * rates.gradient_bytes
     distributed = c.on("use_distributed_optimizer")
@@ -121,7 +124,7 @@ def _exposed_ms(weights: _Weights, pass_ms: Floats, c: Columns, rates: Rates) ->
 
 
 def _held_tensors(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats, Floats]:
-    """Return how many dense weight tensors, and how many of routed experts, the rank with the most of each holds.
+    """Return the largest number of dense weight tensors, and of weight tensors of routed experts, on any rank.
 
     Counted in Megatron-Core: a layer has two norms, two weights of attention (five of multi-latent attention), two
     norms of queries and keys if there are any, and either two weights of an MLP or a router and two weights of a shared
@@ -139,7 +142,7 @@ def _held_tensors(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats
 
 
 def _held_parameters(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats, Floats]:
-    """Return how many dense parameters, and how many of routed experts, the rank with the most of each holds."""
+    """Return the largest number of dense parameters, and of parameters of routed experts, on any rank."""
     tp = c["tp"]
     vocabulary = model.padded_vocab_size(1) * model.hidden_size / tp
     output_layers = np.minimum(split.heads, 1.0)

@@ -20,9 +20,9 @@ class PipelineTimes:
     """The pipeline of every layout in one step; arrays have the shape [rows], and times are in milliseconds."""
 
     counted: list[Floats]
-    """The number of each part of the model that counts towards the step, in the order of the parts.
+    """How many of each part of the model count towards the step time, in the order of the parts.
 
-    It is the number on the slowest rank, or the mean over the ranks if the ranks share cores."""
+    As many count as the slowest rank holds, or the mean over the ranks if the ranks share cores."""
     slowest_ms: Floats
     """Time of one micro-batch on the slowest rank, forward and backward."""
     bubble_ms: Floats
@@ -32,12 +32,12 @@ class PipelineTimes:
 def pipeline_times(
     parts: Sequence[ModelPart], c: Columns, rates: Rates, num_microbatches: Ints
 ) -> PipelineTimes:
-    """Return the pipeline of every layout in one step, for a model of these parts."""
+    """Return the times of the pipeline of every layout in one step; `parts` are those of the model."""
     rank_ms = reduce(add, (part.on_rank * part.total_ms for part in parts))
     slowest = np.argmax(rank_ms, axis=0)
     slowest_ms = _at_rank(rank_ms, slowest)
     model_ms = reduce(add, (part.in_model * part.total_ms for part in parts))
-    # While the pipeline fills and drains, a rank waits for one pass of all the others, one chunk at a time.
+    # While the pipeline fills and drains, a rank waits for one pass of one chunk on every other rank.
     filled_ms = num_microbatches * slowest_ms + np.maximum(model_ms - slowest_ms, 0.0) / c["vpp"]
     if rates.ranks_per_core > 1:
         counted = [part.in_model / c["pp"] for part in parts]
@@ -50,7 +50,7 @@ def pipeline_times(
 
 
 def _at_rank(values: Floats, rank: NDArray[np.intp]) -> Floats:
-    """Return the value of each row's `rank`, where `values` has the shape [ranks, rows]."""
+    """Return the value at `rank` in each row; `values` has the shape [ranks, rows], and `rank` has the shape [rows]."""
     value: Floats = np.take_along_axis(values, rank[None], axis=0)[0]
     return value
 
@@ -68,7 +68,7 @@ def _shared_bubble_ms(
     Args:
         c: The layouts.
         rates: How fast the ranks are.
-        mean_ms: Mean work of a rank in a step.
+        mean_ms: Mean time that a rank works in a step.
         slowest_ms: Time of one micro-batch on the slowest rank.
         filled_ms: Time of a step in which no rank leaves its core to another.
     """
@@ -82,7 +82,7 @@ def _shared_bubble_ms(
 
 
 def messages_ms(c: Columns, workload: Workload, rates: Rates, num_microbatches: Ints) -> Floats:
-    """Return the time per step of the messages between pipeline ranks that nothing hides.
+    """Return the time per step of those messages between pipeline ranks that no computation hides, in milliseconds.
 
     A message carries activations or their gradients. Without overlap, the messages of every micro-batch and chunk
     count. With overlap, only the messages that fill the pipeline count.

@@ -28,7 +28,7 @@ TILE_ROWS: Final = 128
 """Rows of an output tile of a cuBLAS kernel. On average the last tile of each expert is half empty. Assumed: cuBLAS has
 kernels with other tiles too."""
 KERNEL_MS: Final = 3e-3
-"""Time in which a kernel starts and ends, and the GPU is not full. Assumed."""
+"""Time per kernel in which the GPU is not full, since the kernel starts or ends. Assumed."""
 LAUNCH_MS: Final = 0.011
 """Time that the host needs for one operation in eager PyTorch, averaged over kernel launches and views, if no
 calibration says otherwise. Chosen between 5 and 20 us to suit vTrain's published step times on A100s, which `python -m
@@ -81,7 +81,7 @@ class Rates:
         """Whether the host launches work while the device computes. On CPU each operation ends before the next
         starts."""
         self.kernel_ms = KERNEL_MS if self.host_runs_ahead else 0.0
-        """Time in which a kernel starts and ends."""
+        """Time per kernel in which the GPU is not full, since the kernel starts or ends; 0 on CPU."""
         self.ranks_per_core = max(1.0, cluster.gpus_per_node / (cluster.cores or cluster.gpus_per_node))
         """Ranks that share one core, at least 1. A rank that waits leaves its share of the core to the others."""
         self.launch_ms = LAUNCH_MS * self.ranks_per_core
@@ -121,10 +121,11 @@ class Rates:
     def _beside_products_ms(
         self, inputs: Floats, outputs: Floats, weights: Floats | float
     ) -> tuple[Floats, Floats]:
-        """Return the time, forward and backward, of the elementwise work that products of so many elements bring.
+        """Return the time, forward and backward, of the elementwise work that comes with matrix products.
 
-        An operand in a narrow precision is read in the wide one and written in the narrow one twice, as it is and
-        transposed. The backward pass also adds the gradients of the weights to their sums.
+        `inputs`, `outputs` and `weights` are numbers of elements. To become an operand in a narrow precision, a tensor
+        is read in the wide precision and written twice in the narrow one, as it is and transposed. The backward pass
+        also adds the gradients of the weights to their sums.
         """
         narrow = self._operand_bytes < self.state_bytes
         cast_bytes = (self.state_bytes + 2 * self._operand_bytes) if narrow else 0.0
@@ -147,7 +148,7 @@ class Rates:
         return 2 * collectives.gather_ms(whole_bytes, group, self.cluster)
 
     def measured(self, kind: Collective) -> bool:
-        """Whether the time of this kind of collective comes from a measurement."""
+        """Return whether the time of this kind of collective comes from a measurement."""
         return False
 
     def exchange_ms(self, inside_bytes: Floats, across_bytes: Floats, group: ProcessGroups) -> Floats:
@@ -176,7 +177,7 @@ class MeasuredRates(Rates):
             self.ranks_per_core = max(1.0, calibration.machine.world_size / calibration.machine.count)
 
     def measured(self, kind: Collective) -> bool:
-        """Whether the calibration has times of this kind of collective."""
+        """Return whether the calibration has times of this kind of collective."""
         return kind in self._calibration.collectives
 
     def attention_ms(self, flops: Floats, efficiency: float) -> Floats:
@@ -234,7 +235,7 @@ class MeasuredRates(Rates):
     ) -> Floats:
         """Return the measured time of a collective, or `stated_ms` where the measurement does not apply.
 
-        It applies to groups inside one NVLink domain that are no larger than the measured world.
+        A measurement applies to groups inside one NVLink domain that are no larger than the measured world.
         """
         world = self._calibration.machine.world_size
         if kind not in self._calibration.collectives:

@@ -1,14 +1,15 @@
-"""The predicted time of one optimizer step of every layout, and where the step of one layout goes.
+"""The predicted time of one optimizer step of every layout, and the parts in which one layout spends it.
 
 A step consists of `num_microbatches` passes of the slowest pipeline rank, the bubble while the pipeline fills and
 drains, the messages between its ranks, the collectives of gradients and parameters as far as nothing hides them, and
-the optimizer. On CPU, ranks that share cores leave theirs to the others while they wait, so the total work of the cores
+the optimizer. On CPU, a rank that shares a core leaves it to other ranks while it waits, so the total work of the ranks
 counts.
 
 Each constant has a meaning and one value for all models and clusters. Three were chosen, within what is plausible, to
-suit published step times as a whole: LAUNCH_MS and SCORE_PASSES for vTrain's on A100s, EXPERTS_LAUNCHES of Transformer
-Engine for Megatron Bridge's of mixtures. The others are measured, published, counted or assumed, as each says. A
-calibration of the machine replaces what the cluster states (rates.py).
+suit published step times as a whole: LAUNCH_MS and SCORE_PASSES suit vTrain's step times on A100s, and Transformer
+Engine's EXPERTS_LAUNCHES suits Megatron Bridge's step times of mixtures of experts. The other constants are measured,
+published, counted or assumed, as the docstring of each says. A calibration of the machine replaces what the cluster
+states (rates.py).
 
 Sources: Narayanan et al., arXiv:2104.04473 (pipeline schedules); Korthikanti et al., arXiv:2205.05198 (sequence
 parallelism, recompute); Rajbhandari et al., arXiv:1910.02054 (sharded optimizer).
@@ -38,7 +39,7 @@ from tuner.predict.time.rates import MeasuredRates, Rates
 from tuner.predict.time.stages import layers_by_rank
 
 ROWS_AT_ONCE: Final = 32_768
-"""Rows that are predicted together. A choice: their arrays stay in the processor's cache."""
+"""Rows that are predicted together. Chosen so that their arrays stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,7 @@ class StepTime:
 
     @property
     def total_ms(self) -> float:
-        """The step time."""
+        """Return the step time, in milliseconds."""
         return float(sum(getattr(self, part) for part in STEP_PARTS))
 
 
@@ -149,7 +150,7 @@ def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Impleme
     pipeline = pipeline_times(model, c, rates, count)
 
     def over_step(values: Iterable[Floats | float]) -> Floats:
-        """The step's total of a time that each part of the model takes for one micro-batch."""
+        """Return the total per step of a time that each part of the model takes for one micro-batch."""
         return count * reduce(
             add, (number * value for number, value in zip(pipeline.counted, values, strict=True))
         )
