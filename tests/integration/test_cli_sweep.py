@@ -143,7 +143,7 @@ def test_the_command_lines_limits_hold_and_finals_give_the_answer(tmp_path: Path
     assert (sources[3], sources[5:]) == ("canary", ["final"] * 4)
     assert sources[4] in ("seed", "sampler")
     assert [bool(row.around) for row in rows] == [False] * 3 + [True] * 6
-    assert f"[{sources[4]}, stage 2]" in err
+    assert f"[{sources[4]}, refinement]" in err
     layouts = [row.layout for row in rows[5:]]
     assert layouts == layouts[::-1]
     assert layouts[1] == rows[0].layout

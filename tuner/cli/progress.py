@@ -12,6 +12,7 @@ from rich.text import Text
 from tuner.cli.session import NEAR
 from tuner.core.layout import Layout
 from tuner.report.durations import duration
+from tuner.sweep.policy import SIDE_BY_SIDE
 from tuner.sweep.sinks import Sink, Snapshot
 from tuner.sweep.state import RunningTrial
 from tuner.trial.contract import Heartbeat
@@ -68,7 +69,7 @@ def outcome_line(row: FinishedTrial, pruned: int) -> str:
 
 def _shown(origin: FinishedTrial | TrialSource) -> str:
     """The reason why a trial runs, in the words of its line."""
-    is_refinement = bool(origin.around) and origin.source == "sampler"
+    is_refinement = bool(origin.around) and origin.source in SIDE_BY_SIDE
     return f"{origin.source}, refinement" if is_refinement else origin.source
 
 
