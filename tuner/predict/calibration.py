@@ -124,10 +124,10 @@ class Calibration:
     copy: TimeTable
     """One elementwise operation; the axis is the sum of the bytes that it reads and writes."""
     collectives: Mapping[Collective, TimeTable] = field(default_factory=dict)
-    """Collectives by kind, in groups of neighbouring ranks, while all groups work at once; the axes are ranks and
-    bytes. Empty if the machine was measured with one rank."""
+    """Times of collectives by kind, in groups of neighbouring ranks, while all groups work at once; the axes are ranks
+    and bytes. Empty if the machine was measured with one rank."""
     strided_collectives: Mapping[Collective, TimeTable] = field(default_factory=dict)
-    """Collectives by kind, as in `collectives`, but in groups whose ranks lie as far apart as they can."""
+    """Times of collectives by kind, as in `collectives`, but in groups whose ranks lie as far apart as they can."""
 
     def __post_init__(self) -> None:
         if not (isfinite(self.host_us) and self.host_us > 0):

@@ -100,8 +100,8 @@ def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluste
     dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
     stated_group = c["microbatch_group_size_per_vp_stage"]
     microbatch_group = np.where(stated_group > 0, stated_group, c["pp"])
-    # An interleaved schedule has at most 2 * (pp - 1) + (vpp - 1) * group + 2 of its num_microbatches * vpp chunks in
-    # flight.
+    # An interleaved schedule has at most 2 * (pp - 1) + (vpp - 1) * group + 2 of its num_microbatches * vpp chunk
+    # passes in flight.
     most_in_flight = c["pp"] + np.where(c["vpp"] > 1, microbatch_group, 0)
     return num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp) >= most_in_flight
 

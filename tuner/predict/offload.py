@@ -25,7 +25,7 @@ data sheet of the H100: 128 GB/s for both directions). An A100 has half of it, a
 
 
 def keep_on_device(stages: StagesInFlight, c: Columns, model: Model) -> StagesInFlight:
-    """Return the stages without the layers that are offloaded; one of these is always on its way and still counts."""
+    """Return the stages without their offloaded layers, of which one is always being copied and still counts."""
     offloaded = c["cpu_offloading_num_layers"][stages.row]
     if not offloaded.any():
         return stages
@@ -37,7 +37,7 @@ def keep_on_device(stages: StagesInFlight, c: Columns, model: Model) -> StagesIn
         kept[:, MOE] = np.maximum(kept[:, MOE] - removed[:, MOE], 0)
         return kept
 
-    # Without a pipeline, a loss is taken when all layers are in flight.
+    # Without a pipeline, the loss is computed when all layers are in flight.
     in_flight = on_device(stages.in_flight)
     return replace(stages, in_flight=in_flight, at_loss=in_flight, first_chunk=on_device(stages.first_chunk))
 

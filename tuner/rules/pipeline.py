@@ -79,8 +79,8 @@ def _uneven_differs_from_accounted(columns: Columns, workload: Workload, cluster
     slots = stage_slots(columns, workload)
     fewer_first, fewer_last = slots.middle - slots.first, slots.middle - slots.last
     one_fewer = np.isin(fewer_first, (0, 1)) & np.isin(fewer_last, (0, 1)) & (fewer_first + fewer_last > 0)
-    # With two stages only the first is stated, and `middle` is what it leaves to the last: a last stage with one layer
-    # less shows as a first stage with one more.
+    # With two stages, only the number of layers of the first is stated, and `middle` is the number that is left for the
+    # last. So if the last stage has one layer less, `fewer_first` is -1.
     one_apart = (columns["pp"] == 2) & (np.abs(fewer_first) == 1)
     has_rest = (columns["pp"] > 1) & (unstated_stages(columns) != 0)
     return not_all(_uneven(columns), columns["vpp"] <= 1, has_rest, one_fewer | one_apart)

@@ -128,7 +128,7 @@ def _group_divides_placed_chunks(text: str, group: int) -> bool:
 def _block_leaves_a_layer(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
     """Return the rows where block recompute takes fewer layers than the fullest chunk has.
 
-    With all of them it is uniform recompute in groups of one.
+    If it takes all layers of the fullest chunk, it equals uniform recompute in groups of one layer.
     """
     block = _full(columns) & columns.among("recompute_method", "block")
     chunks = chunk_layers(columns, workload)

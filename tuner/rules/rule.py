@@ -49,11 +49,12 @@ class Rule:
     holds: Predicate
     """True for the layouts that keep the rule."""
     message: Explanation
-    """What a layout that breaks the rule is told."""
+    """Gives the message for a layout that breaks the rule."""
     source: str
     """The code that refuses, as a path inside Megatron-LM's repository unless the text names another place."""
     gone_in: str = ""
-    """The first release of Megatron-Core known not to ask for it, such as `0.19`; empty if the newest still does."""
+    """The first release of Megatron-Core known to accept layouts that break the rule, such as `0.19`; empty if the
+    newest release still refuses them."""
 
     def mask(self, columns: Columns, workload: Workload, cluster: Cluster, rows: int) -> Bools:
         """Return which layouts of `columns`, which has `rows` rows, keep the rule: one bool per row."""

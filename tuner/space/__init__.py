@@ -1,4 +1,4 @@
 """Every valid layout of a search as one table, its look-ups, and the published layouts to start from.
 
-Knows nothing of predictions or of what was measured.
+This room knows nothing of predictions or of what was measured.
 """

@@ -24,7 +24,7 @@ class Advice:
     """One choice of the guide."""
 
     layout: Layout
-    """The layout that the guide leads to; it may break rules here."""
+    """The layout that the guide leads to; it may break rules of this package."""
     source: str
     """The guide's section and row, and `+` what the sequence length adds."""
 
@@ -166,6 +166,6 @@ def _by_size(row: DenseRow, billions: float) -> Layout:
 
 
 def _size_at(size_range: Range, place: float) -> int:
-    """Return the size of a range at a place from 0 (the lowest) to 1 (the highest)."""
+    """Return one of the sizes of a range: the lowest at place 0, the highest at place 1, and another in between."""
     sizes = sizes_of(size_range)
     return sizes[round(place * (len(sizes) - 1))]

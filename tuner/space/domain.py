@@ -21,7 +21,7 @@ A knob that isn't named keeps its default, except overlap_p2p_comm, which takes 
 """
 
 FEWEST_CUDA_TOKENS = 2048
-"""Fewest tokens of a sequence per context rank on GPUs: with fewer, a rank spends more time on sending than on
+"""Fewest tokens of a sequence per context parallel rank on GPUs: with fewer, a rank spends more time on sending than on
 computing. Assumed: half of what Megatron Bridge's parallelism guide gives a rank (cp 2 from 8,192 tokens on)."""
 FEWEST_CPU_TOKENS = 32
 """Fewest tokens of a sequence per context rank on CPU ranks. Assumed: low enough that tiny models get context
@@ -234,7 +234,7 @@ def _expert_communication(workload: Workload, cluster: Cluster) -> Domain:
 
 
 def _refuses_ring_attention(model: Model) -> bool:
-    """Return whether attention can't pass keys and values around the context ranks."""
+    """Return whether attention can't pass keys and values around the context parallel ranks."""
     return model.window_size is not None or model.softmax_type != "vanilla"
 
 

@@ -45,7 +45,7 @@ class Space:
     rejected: Mapping[str, int]
     """Combinations removed by each rule, by the rule's id; a combination counts once, for the rule that removed it."""
     combinations: int
-    """Combinations of the domain's values: the table's rows and the rejected ones together."""
+    """Number of combinations of the domain's values, of which each is a row of the table or rejected."""
 
 
 def enumerate_layouts(

@@ -61,8 +61,8 @@ class Measurement:
     min_steps: int = 5
     """The least number of timed steps, after all warm-up."""
     max_steps: int = 20
-    """The largest number of steps after `warmup_steps`; twice `min_steps` instead if further steps count as warm-up and
-    that is more.
+    """The largest number of steps after `warmup_steps`. If further steps count as warm-up, it is at least twice
+    `min_steps`.
     """
     target_relative_interval: float = 0.02
     """A trial stops once the 95% interval of the median step time is within plus or minus this share of the median."""

@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def reproduced(self) -> bool:
-        """Whether the rerun ended in the same outcome and, if both were measured, as fast."""
+        """Whether the rerun had the outcome of its trial and, if both were measured, equal speed (`same_speed`)."""
         return self.same_outcome and self.same_speed is not False
 
 

@@ -1,1 +1,4 @@
-"""The reader of Hugging Face model configurations; knows nothing of other frameworks."""
+"""The reader of Hugging Face model configurations.
+
+This room knows nothing of other frameworks.
+"""

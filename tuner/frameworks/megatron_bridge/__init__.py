@@ -1,1 +1,4 @@
-"""The reader of Megatron Bridge's recipes and the writer of overrides for them; imports nothing of Bridge."""
+"""The reader of Megatron Bridge's recipes and the writer of overrides for them.
+
+This room imports nothing of Bridge.
+"""

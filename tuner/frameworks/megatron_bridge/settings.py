@@ -94,7 +94,7 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
 
 
 def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, Any]:
-    """Return the part of `bridge_settings` to set in a recipe with the layout `recipe_layout`; None sets all."""
+    """Return the part of `bridge_settings` to set in a recipe whose layout is `recipe_layout`; None returns all."""
     wanted = bridge_settings(layout)
     if recipe_layout is None:
         return wanted

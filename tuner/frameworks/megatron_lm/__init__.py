@@ -1,1 +1,4 @@
-"""The reader and the writer of Megatron-LM's command lines; knows nothing of other frameworks."""
+"""The reader and the writer of Megatron-LM's command lines.
+
+This room knows nothing of other frameworks.
+"""

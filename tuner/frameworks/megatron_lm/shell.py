@@ -143,7 +143,7 @@ def _word(text: str, start: int) -> tuple[Word, int]:
 
 
 def _rejoined(pieces: list[Piece]) -> Word:
-    """Return the pieces with unquoted neighbours in one piece, so that `$` meets the name after it."""
+    """Return the pieces with unquoted neighbours joined, so that `$` and the name after it are in one piece."""
     word: list[Piece] = []
     for piece in pieces:
         if word and not word[-1].quote and not piece.quote:

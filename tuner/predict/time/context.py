@@ -27,7 +27,7 @@ AttnFuncWithCPAndKVP2P (context_parallel.py)."""
 
 
 def attention_step_kernels(c: Columns) -> Floats:
-    """Return how many more kernels a layer launches for attention over context ranks than for attention on one rank.
+    """Return how many more kernels a layer launches for attention with context parallelism than without it.
 
     The result has shape [rows] and is 0 where cp is 1.
     """
@@ -36,7 +36,7 @@ def attention_step_kernels(c: Columns) -> Floats:
 
 
 class ContextExchange:
-    """What the context ranks of one layer send each other for a micro-batch, under every layout.
+    """What the context parallel ranks of one layer send each other for a micro-batch, under every layout.
 
     Each method returns the milliseconds of the forward and of the backward pass, each of shape [rows]. Rows with one
     context rank get a number without meaning.

@@ -142,7 +142,8 @@ class _Host:
 
     def __init__(self, c: Columns, rates: Rates) -> None:
         self._rates = rates
-        # Each half of a layer has an all-reduce, or two collectives under sequence parallelism; a ring has its steps.
+        # Each half of a layer has an all-reduce, or two collectives under sequence parallelism. Context parallelism
+        # adds the kernels of its steps.
         self._collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + attention_step_kernels(c)
         self._launches_passes = ~graphs.whole_iteration(c) if graphs.captures(c).any() else None
         """Rows in which the host launches the passes itself; None if it does in every row."""

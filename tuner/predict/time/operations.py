@@ -34,7 +34,7 @@ class Operations:
         self.implementation: Implementation = implementation
         self.tp, self.cp, self.ep, self.etp = (c[name] for name in ("tp", "cp", "ep", "etp"))
         self.tokens = c["micro_batch_size"] * workload.seq_length / self.cp
-        """Tokens of a micro-batch on one context rank."""
+        """Tokens of a micro-batch on one context parallel rank."""
         self.split_tokens = self.tokens / np.where(c.on("sp"), self.tp, 1)
         """Tokens of a micro-batch on one rank outside the tensor-parallel modules: fewer under sequence parallelism."""
         self.state_bytes = rates.state_bytes
@@ -46,7 +46,8 @@ class Operations:
         is_blackwell = "nvfp4" in rates.cluster.gpu.peak_tflops
         loses_order = (queues > 1) & np.bool_(not is_blackwell)
         self.ordered_overlap = np.where(loses_order, OUT_OF_ORDER, 1.0)
-        """Share that is left of an overlap that needs the order of launches, which one hardware queue keeps."""
+        """Share left of an overlap that needs kernels to start in the order of launches, which one hardware queue
+        keeps."""
         self.parallel_overlap = np.where(queues == 1, OUT_OF_ORDER, 1.0)
         """Share that is left of an overlap of independent streams, which needs several hardware queues."""
 
