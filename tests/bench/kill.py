@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.kills import kill_and_resume
 
 
-def main(kills: int, seed: int, slots: int) -> int:
+def main(kills: int, seed: int, slots: int = 1) -> int:
     """Print the counts; returns the exit code."""
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
