@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,20 +10,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from launchers.processes import marked_processes
 from tuner.files import read_json
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import Outcome, TrialResult
 from tuner.trial.finished import read_trials
 
-SWEEP = """
-name: night
-workload: {model: tiny-gpt, seq_length: 64, global_batch_size: 4, precision: fp32}
-cluster: {name: cpu-4, gpus_per_node: 2}
-knobs: {tp: [1, 2], pp: [1, 2], micro_batch_size: [1, 2]}
-budget: {trials: 8, min_gain: null}
-measurement: {min_steps: 200, max_steps: 200}
-"""
+SWEEP = {
+    "name": "night",
+    "workload": {"model": "tiny-gpt", "seq_length": 64, "global_batch_size": 4, "precision": "fp32"},
+    "cluster": {"name": "cpu-4", "gpus_per_node": 2},
+    "knobs": {"micro_batch_size": [1, 2]},
+    "baseline": {"micro_batch_size": 1},
+    "budget": {"trials": 8, "min_gain": None},
+    "measurement": {"min_steps": 600, "max_steps": 600},
+    "program": {
+        "command": [
+            *(
+                sys.executable,
+                str(Path(__file__).parent / "programs" / "trainer.py"),
+                "--train-iters",
+                "{steps}",
+            ),
+            *("--micro-batch-size", "{micro_batch_size}", "--tensor-model-parallel-size", "{tp}"),
+        ],
+        "log": "megatron-lm",
+    },
+}
+"""A trainer that sleeps: the baseline takes 24 s and the next trial 12 s, however busy the machine is."""
 
 
 def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -38,7 +55,7 @@ def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def _said(folder: Path, *arguments: str, code: int = 0) -> str:
     process = _start(folder, *arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     return out + err
 
@@ -57,7 +74,7 @@ def _wait_until(condition: Callable[[], bool], tuner: subprocess.Popen[str]) -> 
 
 
 def test_a_running_sweep_is_watched_paused_resumed_and_stopped_from_outside(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     folder = SweepFolder(tmp_path / "results" / "night")
     tuner = _start(tmp_path, "sweep", "sweep.yaml")
     _wait_until(folder.trial(0).heartbeat.exists, tuner)
@@ -75,19 +92,27 @@ def test_a_running_sweep_is_watched_paused_resumed_and_stopped_from_outside(tmp_
 
     assert "going on" in _said(tmp_path, "resume", "night")
     _wait_until(folder.trial(1).heartbeat.exists, tuner)
-    said = _said(tmp_path, "stop", "night", "--after-this-trial")
-    assert "waiting for trial 1" in said
-    assert "stopped after 2 finished trials" in said
+    stopped = re.search(
+        r"stopped after (\d+) finished trials", _said(tmp_path, "stop", "night", "--after-this-trial")
+    )
+    assert stopped is not None
     out, err = tuner.communicate(timeout=60)
     assert tuner.returncode == 130, err
     assert "go on with:\n    megatune sweep sweep.yaml\n" in out
-    assert len(read_trials(folder.path)) == 2
+    assert len(read_trials(folder.path)) == int(stopped[1]) >= 2
+    assert not folder.trial(int(stopped[1])).spec.exists(), (
+        "the trial that ran came to its end, and no other began"
+    )
     assert not _shown(tmp_path)["is_running"]
     assert "no megatune runs this sweep" in _said(tmp_path, "stop", "night", code=2)
 
+
+def test_a_sweep_that_is_stopped_at_once_interrupts_its_trial(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    folder = SweepFolder(tmp_path / "results" / "night")
     tuner = _start(tmp_path, "sweep", "sweep.yaml")
-    _wait_until(folder.trial(2).heartbeat.exists, tuner)
-    assert "ending trial 2" in _said(tmp_path, "stop", "night")
+    _wait_until(folder.trial(0).heartbeat.exists, tuner)
+    assert "ending trial 0" in _said(tmp_path, "stop", "night")
     assert tuner.wait(timeout=60) == 130
-    assert read_json(TrialResult, folder.trial(2).result).outcome is Outcome.INTERRUPTED
+    assert read_json(TrialResult, folder.trial(0).result).outcome is Outcome.INTERRUPTED
     assert marked_processes(str(tmp_path)) == []
