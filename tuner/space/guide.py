@@ -36,7 +36,8 @@ class DenseRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeRow:
-    """The parallel sizes from which the guide starts for one mixture of experts."""
+    """One row of the published guide (search_spaces/heuristics/): the parallel sizes to start from for one model with
+    experts."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

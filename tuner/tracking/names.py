@@ -32,7 +32,7 @@ class Measure:
     path: str
     """The attribute of the TrialResult, as in `metrics.losses`. A tuple is logged as a series, one step per value."""
     is_count: bool = False
-    """Whether the metric is the length of the tuple, instead of its values."""
+    """Whether the metric is the number of values in the attribute's tuple, instead of the values themselves."""
 
 
 def _give_up(spec: TrialSpec) -> object:

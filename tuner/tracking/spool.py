@@ -31,12 +31,12 @@ class SweepClosing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A finished trial, and the record by which MLflow holds it."""
+    """A finished trial, and the key that tells whether its MLflow run is up to date."""
 
     trial: FinishedTrial
     folder: TrialFolder
     record: str
-    """A hash of the trial's `source.json` and `result.json`; another result gives another record."""
+    """A hash of the trial's `source.json` and `result.json`. An MLflow run tagged with another hash is replaced."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 1F1B does `pp - rank` forward passes before the first backward pass. The interleaved schedule goes once through all
 chunks but the last, which is `(vpp - 1) * group` passes, and does `2 * (pp - rank - 1) + 1` passes more. It takes
 `group` micro-batches through a chunk before it goes to the next chunk (megatron/core/pipeline_parallel/schedules.py,
-get_pp_rank_microbatches). With the overlap of expert communication, the last of these passes is a warm-up, and each
-later forward pass goes layer by layer beside a backward pass that frees as many layers.
+get_pp_rank_microbatches). Without the overlap of expert communication, the last of these passes already belongs to
+the steady phase, in which each forward pass is followed by a backward pass. With the overlap, it still belongs to the
+warm-up; each later forward pass then goes layer by layer beside a backward pass, which frees as many layers.
 """
 
 from dataclasses import dataclass

@@ -46,10 +46,11 @@ class Operations:
         is_blackwell = "nvfp4" in rates.cluster.gpu.peak_tflops
         loses_order = (queues > 1) & np.bool_(not is_blackwell)
         self.ordered_overlap = np.where(loses_order, OUT_OF_ORDER, 1.0)
-        """Share left of an overlap that needs kernels to start in the order of launches, which one hardware queue
-        keeps."""
+        """Share of the hidden time that stays hidden, for an overlap whose kernels must start in launch order. One
+        hardware queue keeps that order; several queues lose it, except on Blackwell."""
         self.parallel_overlap = np.where(queues == 1, OUT_OF_ORDER, 1.0)
-        """Share that is left of an overlap of independent streams, which needs several hardware queues."""
+        """Share of the hidden time that stays hidden, for an overlap of independent streams. It needs several hardware
+        queues; with one queue the streams wait for each other."""
 
     def groups(self, size: Ints, stride: Ints | None = None) -> ProcessGroups:
         """Place groups of `size` ranks on the cluster, `stride` (by default 1) apart."""
