@@ -185,7 +185,7 @@ def _stage_bytes(
 
 
 def _or_building(held: _StageBytes, building: Floats) -> _StageBytes:
-    """Return the parts of the peak, in bytes. If building the model needs more than training (`held`), the peak is there."""
+    """Return the parts of the peak, in bytes. If building the model needs more than training, the peak is there."""
     builds = building > held.total()
 
     def unless_building(part_bytes: Floats) -> Floats:
