@@ -15,7 +15,6 @@ from tuner.analysis.answer import Answer
 from tuner.analysis.answer import answer as answer_of
 from tuner.cli.export import override
 from tuner.cli.planning import Loaded, detect, prepare, read_recipe
-from tuner.cli.planning import load as load_file
 from tuner.cli.session import SweepEnd, run_sweep
 from tuner.errors import InputError
 from tuner.files import parse
@@ -27,6 +26,7 @@ from tuner.report.export import Format
 from tuner.search.grid import grid_space
 from tuner.sweep.configuration import Sweep, SweepFile
 from tuner.sweep.folder import SweepFolder
+from tuner.sweep.resolution import load_sweep as load_resolved
 from tuner.sweep.resolution import resolve
 from tuner.sweep.sinks import Sink
 from tuner.trial.finished import read_trials
@@ -38,7 +38,7 @@ def load_sweep(path: str | Path) -> Sweep:
     Raises:
         InputError: naming the file and the key that is wrong.
     """
-    return load_file(Path(path)).sweep
+    return load_resolved(Path(path), detect, read_recipe)
 
 
 def build_sweep(**keys: Any) -> Sweep:

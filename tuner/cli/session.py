@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tuner.predict.calibration import Calibration
     from tuner.search.stopping import Certainty
     from tuner.sweep.controller import Controller
+    from tuner.sweep.runner import Runner
     from tuner.sweep.sinks import Sink
     from tuner.tracking.spool import Status
 
@@ -86,13 +87,9 @@ def run_sweep(
     from launchers.machine.identity import measuring_machine
     from launchers.processes import end_marked
     from launchers.tracking import Tracker
-    from tuner.sweep.controller import resumed
     from tuner.sweep.runner import ThreadRunner
-    from tuner.sweep.status import StatusFile
-    from tuner.sweep.study import StudyProjection
 
     check_machine(sweep.cluster)
-    status = StatusFile(folder, world_size=sweep.cluster.world_size, near=NEAR, deadline_s=deadline_s)
     with (
         folder.claimed(sweep, measuring_machine(sweep.cluster)),
         Preload(folder.path) as preload,
@@ -100,19 +97,17 @@ def run_sweep(
     ):
         end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
         launcher = TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start)
-        calibration = _calibration(sweep, folder)
         with ThreadRunner(launcher, stop) as runner:
-            controller = resumed(
+            controller = _controller(
                 sweep,
-                table=prepared.table,
-                queue=prepared.queue,
-                folder=folder,
+                prepared,
+                folder,
                 runner=runner,
                 stop=stop,
-                sinks=(StudyProjection(folder.study, sweep.name), tracker, status, *sinks),
-                calibration=calibration,
+                sinks=(tracker, *sinks),
                 deadline_s=deadline_s,
             )
+            calibration = controller.search.calibration
             on_start(SweepStart(trials=len(controller.state.ended), calibration=calibration))
             reason = controller.run()
         end = _end(controller, reason)
@@ -121,6 +116,35 @@ def run_sweep(
         on_end(end)
         tracker.finish(text, _MLFLOW_STATUS.get(reason.name, "FINISHED"))
     return end
+
+
+def _controller(
+    sweep: Sweep,
+    prepared: "Prepared",
+    folder: SweepFolder,
+    *,
+    runner: "Runner",
+    stop: threading.Event,
+    sinks: Sequence["Sink"],
+    deadline_s: float | None,
+) -> "Controller":
+    """Return the controller of a claimed folder, which also keeps Optuna's study and the status file."""
+    from tuner.sweep.controller import resumed
+    from tuner.sweep.status import StatusFile
+    from tuner.sweep.study import StudyProjection
+
+    status = StatusFile(folder, world_size=sweep.cluster.world_size, near=NEAR, deadline_s=deadline_s)
+    return resumed(
+        sweep,
+        table=prepared.table,
+        queue=prepared.queue,
+        folder=folder,
+        runner=runner,
+        stop=stop,
+        sinks=(StudyProjection(folder.study, sweep.name), status, *sinks),
+        calibration=_calibration(sweep, folder),
+        deadline_s=deadline_s,
+    )
 
 
 def end_sentence(reason: Stop, certainty: "Certainty | None", confidence: float) -> str:

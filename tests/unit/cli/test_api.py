@@ -38,8 +38,7 @@ def test_the_exported_names_are_these() -> None:
 
 
 def test_an_unknown_name_is_no_attribute() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'sweeps'"):
-        tuner.sweeps  # noqa: B018
+    assert not hasattr(tuner, "sweeps")
 
 
 def test_importing_the_package_loads_neither_torch_nor_pandas() -> None:

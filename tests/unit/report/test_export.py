@@ -162,11 +162,6 @@ def _yaml_value(text: str) -> Any:
     return yaml.safe_load(text)
 
 
-def _yaml_data(text: str) -> Any:
-    """The data of a YAML text, by the faster of PyYAML's two safe loaders if it is installed."""
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 @settings(deadline=None)
 @given(LAYOUTS)
 def test_bridge_cli_parses_back_to_the_layout(layout: Layout) -> None:
@@ -178,7 +173,7 @@ def test_bridge_cli_parses_back_to_the_layout(layout: Layout) -> None:
 @given(LAYOUTS)
 def test_bridge_yaml_parses_back_to_the_layout(layout: Layout) -> None:
     text = _export(Format.BRIDGE_YAML, layout)
-    assert _layout_of(_flat(_yaml_data(text)), _exported_variables(text)) == _stated(layout)
+    assert _layout_of(_flat(yaml.safe_load(text)), _exported_variables(text)) == _stated(layout)
 
 
 @settings(deadline=None)

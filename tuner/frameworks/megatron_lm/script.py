@@ -27,7 +27,7 @@ class ScriptCommand:
     """A command of a script, with its variables and arrays filled in."""
 
     words: tuple[str, ...]
-    """All words, the launcher (torchrun and its arguments) included; redirections are left out."""
+    """All words of the command without its redirections; they begin with the launcher (torchrun and its arguments)."""
     variables: dict[str, str] = field(default_factory=dict)
     """Values, when the command starts, of the variables that the script or the command itself assigns."""
 

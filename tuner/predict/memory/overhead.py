@@ -23,8 +23,8 @@ CONTEXT_GIB: Final = 0.6
 COMMUNICATOR_GIB: Final = 1.0
 """Buffers of all channels of one NCCL communicator after it has communicated. Assumed, within published figures: 0.53
 to 0.67 GiB on four A100 (github.com/NVIDIA/nccl/issues/964); 1.6 GB for one communicator and 6 GB for three or more
-(issue 864 there); 7 GB for all of a rank's communicators in Megatron with tp 2, pp 2, dp 2 on eight H100, and 9.5 GB
-with experts (github.com/verl-project/verl/pull/6408)."""
+(github.com/NVIDIA/nccl/issues/864); 7 GB for all communicators of one rank in Megatron with tp 2, pp 2, dp 2 on eight
+H100, and 9.5 GB with experts (github.com/verl-project/verl/pull/6408)."""
 PEER_GIB: Final = 0.44
 """Buffers that an all-to-all adds per peer over NVLink. Published: 3.3 GB for seven peers of an H100, with 32 channels
 of 12 MiB each (github.com/NVIDIA/nccl/issues/1685)."""
