@@ -106,7 +106,6 @@ class Controller:
             self.state,
             self.policy,
             self.searcher,
-            pruned=self.searcher.pruned,
             now_s=self.clock.time(),
             own_s=self._own_s,
             run_s=self._last_s - self._first_s,

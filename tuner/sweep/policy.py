@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from tuner.analysis.candidates import candidates, ruled_out
 from tuner.analysis.drift import canary_due, drift
@@ -11,10 +11,10 @@ from tuner.core.layout import Layout
 from tuner.search.grid import GRID_SHARE
 from tuner.search.problem import Problem
 from tuner.search.refinement import choose_centres
-from tuner.search.stopping import Certainty
 from tuner.space.heuristics import Seed
 from tuner.sweep.budget import Deadline, Ledger, Stop, shrunk
 from tuner.sweep.configuration import Budget
+from tuner.sweep.searcher import Searcher
 from tuner.sweep.state import Halt, RunningTrial, SweepState, WaitingTrial
 from tuner.trial.finished import FinishedTrial, TrialSource
 
@@ -73,26 +73,6 @@ class Finish:
 Action = Launch | Refine | Wait | Finish
 
 
-class SearcherView(Protocol):
-    """The part of a searcher that the policy reads; no method changes the searcher."""
-
-    @property
-    def remaining(self) -> int:
-        """Rows that may still be suggested."""
-
-    def is_available(self, layout: Layout) -> bool:
-        """Whether a layout is a row that is neither tried nor ruled out."""
-
-    def promises(self, layout: Layout) -> bool:
-        """Whether a proposed layout is worth a trial."""
-
-    def suggest(self, number: int) -> Layout:
-        """The layout that trial `number` should measure."""
-
-    def certainty(self) -> Certainty | None:
-        """How near the best measured row is to the best of all; None if that is not known."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
     """Decides what a sweep does next, from what it may use and what it tries first.
@@ -129,7 +109,7 @@ class Policy:
             return state.is_out_of_time
         return self.ledger(state, now_s).search_is_over() is Stop.DEADLINE
 
-    def next_action(self, state: SweepState, searcher: SearcherView, slots: int, now_s: float) -> Action:
+    def next_action(self, state: SweepState, searcher: Searcher, slots: int, now_s: float) -> Action:
         """Return what to do next.
 
         Args:
@@ -179,7 +159,7 @@ class Policy:
             return launch
         return self._within_budget(state, launch, None, now_s)
 
-    def _search(self, state: SweepState, searcher: SearcherView, now_s: float) -> Action:
+    def _search(self, state: SweepState, searcher: Searcher, now_s: float) -> Action:
         """Launch a canary if one is due, else the next layout of the queue, else the searcher's suggestion."""
         layout = canary_due(state.ended, self.budget.canary_every)
         if layout is not None:
@@ -223,9 +203,7 @@ class Policy:
             return launch
         return Wait() if state.running else Finish(over or used_up)
 
-    def _search_is_over(
-        self, state: SweepState, searcher: SearcherView, now_s: float
-    ) -> Stop | Refine | None:
+    def _search_is_over(self, state: SweepState, searcher: Searcher, now_s: float) -> Stop | Refine | None:
         """Return why the search ends, or the refinement that begins now; None while the search goes on."""
         ledger = self.ledger(state, now_s)
         reason = ledger.search_is_over()
@@ -241,12 +219,12 @@ class Policy:
             return Stop.EXHAUSTED
         return Stop.CONVERGED if reason is not Stop.TRIALS and self._has_converged(searcher) else reason
 
-    def _grid_is_over(self, searcher: SearcherView, ledger: Ledger) -> bool:
+    def _grid_is_over(self, searcher: Searcher, ledger: Ledger) -> bool:
         """Whether nothing is left to gain in the grid, or its share of the budget is used."""
         is_searched = not searcher.remaining or self._has_converged(searcher)
         return is_searched or ledger.search_is_over(GRID_SHARE) is not None
 
-    def _has_converged(self, searcher: SearcherView) -> bool:
+    def _has_converged(self, searcher: Searcher) -> bool:
         certainty = searcher.certainty()
         min_gain = self.budget.min_gain
         return (

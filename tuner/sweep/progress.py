@@ -5,7 +5,8 @@ from typing import Literal
 
 from tuner.analysis.figures import best_trial
 from tuner.search.stopping import Certainty
-from tuner.sweep.policy import Policy, SearcherView
+from tuner.sweep.policy import Policy
+from tuner.sweep.searcher import Searcher
 from tuner.sweep.state import SweepState
 from tuner.trial.finished import FinishedTrial
 
@@ -40,9 +41,8 @@ class Progress:
 def progress_of(
     state: SweepState,
     policy: Policy,
-    searcher: SearcherView,
+    searcher: Searcher,
     *,
-    pruned: int,
     now_s: float,
     own_s: float = 0.0,
     run_s: float = 0.0,
@@ -53,7 +53,6 @@ def progress_of(
         state: The state of the sweep.
         policy: Says what the sweep may use.
         searcher: Says what the sweep has learnt.
-        pruned: Rows ruled out without a run.
         now_s: The time, in seconds since the epoch.
         own_s: Seconds without a trial in flight, in this run of the tuner.
         run_s: Seconds from the start of this run's first trial to the end of its last.
@@ -71,7 +70,7 @@ def progress_of(
         used_s=ledger.finished_s,
         left_s=ledger.left_s(),
         best=best_trial(state.ended),
-        pruned=pruned,
+        pruned=searcher.pruned,
         certainty=searcher.certainty(),
         own_s=own_s,
         run_s=run_s,
