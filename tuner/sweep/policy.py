@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tuner.analysis.candidates import candidates, ruled_out
 from tuner.analysis.drift import canary_due, drift
@@ -14,9 +14,11 @@ from tuner.search.refinement import choose_centres
 from tuner.space.heuristics import Seed
 from tuner.sweep.budget import Deadline, Ledger, Stop, shrunk
 from tuner.sweep.configuration import Budget
-from tuner.sweep.searcher import Searcher
 from tuner.sweep.state import Halt, RunningTrial, SweepState, WaitingTrial
 from tuner.trial.finished import FinishedTrial, TrialSource
+
+if TYPE_CHECKING:
+    from tuner.sweep.searcher import Searcher
 
 SIDE_BY_SIDE: Final = frozenset({"seed", "sampler"})
 """Sources of the trials that may run beside others. Trials of all other sources run alone, because their measurements
@@ -109,7 +111,7 @@ class Policy:
             return state.is_out_of_time
         return self.ledger(state, now_s).search_is_over() is Stop.DEADLINE
 
-    def next_action(self, state: SweepState, searcher: Searcher, slots: int, now_s: float) -> Action:
+    def next_action(self, state: SweepState, searcher: "Searcher", slots: int, now_s: float) -> Action:
         """Return what to do next.
 
         Args:
@@ -159,7 +161,7 @@ class Policy:
             return launch
         return self._within_budget(state, launch, None, now_s)
 
-    def _search(self, state: SweepState, searcher: Searcher, now_s: float) -> Action:
+    def _search(self, state: SweepState, searcher: "Searcher", now_s: float) -> Action:
         """Launch a canary if one is due, else the next layout of the queue, else the searcher's suggestion."""
         layout = canary_due(state.ended, self.budget.canary_every)
         if layout is not None:
@@ -203,7 +205,7 @@ class Policy:
             return launch
         return Wait() if state.running else Finish(over or used_up)
 
-    def _search_is_over(self, state: SweepState, searcher: Searcher, now_s: float) -> Stop | Refine | None:
+    def _search_is_over(self, state: SweepState, searcher: "Searcher", now_s: float) -> Stop | Refine | None:
         """Return why the search ends, or the refinement that begins now; None while the search goes on."""
         ledger = self.ledger(state, now_s)
         reason = ledger.search_is_over()
@@ -219,12 +221,12 @@ class Policy:
             return Stop.EXHAUSTED
         return Stop.CONVERGED if reason is not Stop.TRIALS and self._has_converged(searcher) else reason
 
-    def _grid_is_over(self, searcher: Searcher, ledger: Ledger) -> bool:
+    def _grid_is_over(self, searcher: "Searcher", ledger: Ledger) -> bool:
         """Whether nothing is left to gain in the grid, or its share of the budget is used."""
         is_searched = not searcher.remaining or self._has_converged(searcher)
         return is_searched or ledger.search_is_over(GRID_SHARE) is not None
 
-    def _has_converged(self, searcher: Searcher) -> bool:
+    def _has_converged(self, searcher: "Searcher") -> bool:
         certainty = searcher.certainty()
         min_gain = self.budget.min_gain
         return (

@@ -1,14 +1,16 @@
 """How far a sweep is, for people who watch it. Pure."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tuner.analysis.figures import best_trial
 from tuner.search.stopping import Certainty
 from tuner.sweep.policy import Policy
-from tuner.sweep.searcher import Searcher
 from tuner.sweep.state import SweepState
 from tuner.trial.finished import FinishedTrial
+
+if TYPE_CHECKING:
+    from tuner.sweep.searcher import Searcher
 
 SearchPart = Literal["grid", "refinement"]
 
@@ -41,7 +43,7 @@ class Progress:
 def progress_of(
     state: SweepState,
     policy: Policy,
-    searcher: Searcher,
+    searcher: "Searcher",
     *,
     now_s: float,
     own_s: float = 0.0,
