@@ -1,4 +1,4 @@
-"""The nouns of a training job: workload, cluster, layout, and how layers lie on pipeline stages.
+"""The nouns of a training job: workload, cluster, layout, and how the layers are divided among the pipeline stages.
 
 This room knows nothing of validity, predictions, trials or files on disk.
 """

@@ -1,7 +1,7 @@
-"""Choices: a choice is one knob, or a set of knobs that have a meaning only together.
+"""Choices: a choice is one knob, or several knobs that have a meaning only together, such as those of recomputation.
 
-Two layouts are one step apart if they differ in one choice. They may also differ in choices that this one may force
-(`FOLLOWERS`).
+Two layouts are one step apart if they differ in one choice, and apart from it only in followers: the choices whose
+value another choice may force (`FOLLOWERS`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tuner.core.layout import KNOBS, Layout
 
 Codes = NDArray[np.int64]
-"""The value that each layout takes for each choice, as a number: shape [rows, choices]."""
+"""An array of shape [rows, choices]: for each layout and each choice, a number that stands for the value of the
+choice."""
 
 _SPLIT: Final = (
     "num_layers_in_first_pipeline_stage",
@@ -34,20 +35,20 @@ _KNOBS_OF_CHOICE: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(_GRAPHS, _GRAPHS),
     **dict.fromkeys(_FSDP, _FSDP),
 }
-"""For each knob of a choice with several knobs: all knobs of this choice."""
+"""For each knob that belongs to a choice of several knobs: all knobs of that choice."""
 _NAMES: Final = {
     _SPLIT: "layer split",
     _RECOMPUTE: "recompute",
     _GRAPHS: "CUDA graphs",
     _FSDP: "Megatron-FSDP",
 }
-"""Names of choices by their knobs; a choice that is not listed has the name of its first knob."""
+"""Names of choices, by the tuple of their knobs; a choice that is not listed is named after its first knob."""
 
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     _NAMES.get(knobs, knobs[0]): knobs
     for knobs in dict.fromkeys(_KNOBS_OF_CHOICE.get(knob, (knob,)) for knob in KNOBS)
 }
-"""The knobs of every choice, in the order of KNOBS."""
+"""The knobs of every choice by the name of the choice, in the order of KNOBS."""
 
 FOLLOWERS: Final = frozenset(
     {
@@ -66,14 +67,17 @@ FOLLOWERS: Final = frozenset(
         "cuda_device_max_connections",
     }
 )
-"""Choices that another choice may force: tp 1 rules out sequence parallelism, pp 1 rules out chunks and messages, and
-cp 1 rules out the exchange of keys and values."""
+"""Names of the choices whose value another choice may force: tp 1 forces sequence parallelism off, pp 1 forces vpp 1
+and no overlap of pipeline messages, and cp 1 forces the default `cp_comm_type`."""
 
 _IS_FOLLOWER: Final = np.array([choice in FOLLOWERS for choice in CHOICES])
 
 
 def value_of(choice: str, layout: Layout) -> str:
-    """Return the value that a layout takes for a choice, for a person to read."""
+    """Return the value of a choice in a layout as a text for people, such as `full:uniform:1` for `recompute`.
+
+    `choice` is a name in CHOICES.
+    """
     if choice == "recompute":
         return _recompute_value(layout)
     if choice == "layer split":
@@ -119,7 +123,10 @@ def _split_value(layout: Layout) -> str:
 
 
 def codes_of(table: pd.DataFrame) -> Codes:
-    """Return the value of every choice in every row as a number; rows with equal numbers take equal values."""
+    """Return numbers for the values of all choices in all rows of `table`, a table of layouts.
+
+    Two rows have the same number for a choice exactly if they have the same value for it.
+    """
     columns = []
     for knobs in CHOICES.values():
         joined = np.zeros(len(table), dtype=np.int64)
@@ -133,9 +140,10 @@ def codes_of(table: pd.DataFrame) -> Codes:
 def one_step(codes: Codes, row: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield the rows that are one step from `row`, grouped by the choice that differs and by its value.
 
-    Each item is the position of this choice in CHOICES, and the rows that take one other value for it. These rows agree
-    with `row` in all other choices except followers. Of the rows with this value, only those that differ from `row` in
-    the fewest followers are yielded. A row appears once, with the first choice by which it is one step away.
+    Each item has the index in CHOICES of the choice that differs, and the rows that share one other value of this
+    choice. These rows equal `row` in all other choices except followers (`FOLLOWERS`). Among the rows that share a
+    value, only those that differ from `row` in the fewest followers are yielded. If a row is one step away by several
+    choices, it is yielded only with the first of them. `codes` is what `codes_of` returns for the table.
     """
     differs = codes != codes[row]
     free_differences = differs[:, ~_IS_FOLLOWER].sum(axis=1)

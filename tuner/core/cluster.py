@@ -13,7 +13,7 @@ from tuner.files import STRICT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One accelerator, or one CPU rank that stands for one."""
+    """One GPU, or one CPU rank that takes the place of a GPU."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -21,7 +21,7 @@ class Gpu:
     memory_gib: float
     """Memory that a process can allocate, in GiB (1024^3 bytes)."""
     peak_tflops: Mapping[Precision, float]
-    """Peak of dense products (without sparsity) in TFLOP/s, by precision."""
+    """Peak throughput of dense matrix products (without sparsity) in TFLOP/s, by precision."""
     memory_bandwidth_gb_per_s: float
     """Bandwidth of the GPU's memory in GB/s (10^9 bytes)."""
 
@@ -47,9 +47,10 @@ class Cluster:
     nodes: int = 1
     gpus_per_node: int
     cores: int | None = None
-    """Processor cores that the CPU ranks of a node share; None gives each rank a core."""
+    """Processor cores that the CPU ranks of one node share; with None, each rank has a core of its own."""
     nvlink_domain_gpus: int
-    """GPUs that reach each other at `nvlink_bandwidth_gb_per_s`; a domain may span nodes (NVL72)."""
+    """Number of GPUs in an NVLink domain, which reach each other at `nvlink_bandwidth_gb_per_s`; a domain may span
+    nodes (NVL72)."""
     nvlink_bandwidth_gb_per_s: float
     nvlink_latency_us: float
     fabric_bandwidth_gb_per_s: float
@@ -63,7 +64,9 @@ class Cluster:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.cores is not None and (self.device == "cuda" or self.cores < 1):
-            raise ValueError(f"cores ({self.cores}) must be at least 1, and are stated for device cpu alone")
+            raise ValueError(
+                f"cores ({self.cores}) must be at least 1, and can be stated only for device cpu"
+            )
 
     @property
     def world_size(self) -> int:
@@ -72,17 +75,18 @@ class Cluster:
 
 
 def with_gpus(cluster: Cluster, gpus: int) -> Cluster:
-    """Return the cluster with `gpus` GPUs: whole nodes, or a part of one node.
+    """Return a copy of the cluster that has `gpus` GPUs in total: whole nodes, or a part of one node.
 
     Raises:
-        InputError: if `gpus` makes neither whole nodes nor a part of one node.
+        InputError: if `gpus` is below 1, or exceeds the GPUs of one node and is not a whole number of nodes.
     """
     if gpus < 1:
         raise InputError(f"{gpus} GPUs: give at least 1")
     gpus_per_node = min(gpus, cluster.gpus_per_node)
     if gpus % gpus_per_node:
         raise InputError(
-            f"{gpus} GPUs are no whole nodes of {cluster.name}, {cluster.gpus_per_node} GPUs each"
+            f"{gpus} GPUs are not a whole number of nodes of {cluster.name}, which have "
+            f"{cluster.gpus_per_node} GPUs each"
         )
     domain = min(gpus, cluster.nvlink_domain_gpus)
     return replace(

@@ -1,4 +1,4 @@
-"""Environment variables: those that a layout sets in a CUDA job, and those that the record of a trial keeps."""
+"""Environment variables: those that a layout sets in a CUDA job, and those that are recorded with a trial."""
 
 import math
 import re
@@ -10,24 +10,24 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 
 BLACKWELL_OR_LATER = re.compile(r"\b(GB|B|VR|R)\d{3}\b", re.IGNORECASE)
-"""Matches the names of GPUs from Blackwell on."""
+"""Matches the name of a GPU of the Blackwell generation or of a later one."""
 NVLS_IF_AVAILABLE = "2"
-"""Value of NCCL_NVLS_ENABLE with which NCCL reduces in NVLink's switches if they can do so. It is NCCL's default. With
-1, NCCL fails if they cannot."""
+"""The value of NCCL_NVLS_ENABLE with which NCCL reduces inside NVLink's switches if the hardware can do so, NCCL's
+default. With the value 1, NCCL fails on other hardware."""
 
 
 def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -> dict[str, str]:
     """Return the environment variables that a CUDA job of this layout sets.
 
-    HybridEP, one of the flex dispatchers, needs to know how many ranks of an expert group share an NVLink domain. If
-    segments grow, NCCL must not register the memory that CUDA graphs use. Sources: Megatron-LM, arguments.py; Megatron
-    Bridge, scripts/performance/utils/overrides.py and the `env_vars` of perf_recipes.
+    HybridEP, one of the flex dispatchers, needs to know how many ranks of an expert-parallel group share an NVLink
+    domain. With `expandable_segments`, NCCL must not register the memory that CUDA graphs use. Sources: Megatron-LM,
+    arguments.py; Megatron Bridge, scripts/performance/utils/overrides.py and the `env_vars` of perf_recipes.
 
     Args:
         layout: The layout.
         cluster: The GPUs.
-        complete: Whether variables whose knob has its default are stated too, since a recipe may set them to other
-            values.
+        complete: Whether to include the variables whose knob has its default value. They are needed if a recipe may set
+            them to other values.
     """
     variables = {
         "CUDA_DEVICE_MAX_CONNECTIONS": str(
@@ -47,10 +47,11 @@ def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -
 
 
 def _default_queues(layout: Layout, cluster: Cluster) -> int:
-    """Return the number of hardware queues that suits the layout.
+    """Return the number of hardware queues (CUDA_DEVICE_MAX_CONNECTIONS) for a layout that does not state it.
 
-    Up to Hopper, communication of tp or cp that overlaps compute must be queued before that compute, which only a
-    single queue guarantees. Expert dispatch that overlaps compute, Megatron-FSDP and Blackwell need many queues.
+    Up to the Hopper generation, communication of tp or cp that overlaps compute must be queued before that compute,
+    which only a single queue guarantees. Expert dispatch that overlaps compute, Megatron-FSDP and Blackwell need many
+    queues.
     """
     if BLACKWELL_OR_LATER.search(cluster.gpu.name):
         return 32
@@ -61,23 +62,24 @@ def _default_queues(layout: Layout, cluster: Cluster) -> int:
 
 
 RECORDED = ("CUBLAS_", "CUDA_", "GLOO_", "MEGATUNE_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "UCX_")
-"""Prefixes of the variables that a measurement may depend on; a record keeps not even the names of other variables."""
+"""Prefixes of the names of variables that a measurement may depend on. Other variables are not recorded, not even by
+name, except `_RECORDED_NAMES`."""
 _RECORDED_NAMES = frozenset({"LD_LIBRARY_PATH", "MKL_NUM_THREADS", "OMP_NUM_THREADS"})
-"""Further variables that a measurement may depend on."""
+"""Names of further variables that a measurement may depend on."""
 _SECRET_WORDS = re.compile(
     r"TOKEN|SECRET|PASSW|PWD|CREDENTIAL|AUTH|(^|_)(API_?|ACCESS_?|PRIVATE_?)?KEYS?(_|$)"
 )
-"""Matches names of variables that may hold a secret."""
+"""Matches the name of a variable that may contain a secret."""
 _KEY_LIKE = re.compile(r"[A-Za-z0-9_=+-]{24,}")
-"""Matches a run of characters that is long enough for a key."""
+"""Matches a run of characters that is long enough for a secret key."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/=]{32,}")
 """Matches a run of characters that may be data in Base64; a path may match too."""
 _DEVICE = re.compile(r"\b(GPU|MIG)-[0-9a-f-]{36}\b")
-"""Matches the identifier of a GPU, which is random but no secret."""
+"""Matches the identifier of a GPU, which looks random but is no secret."""
 _KEY_BITS = 3.5
-"""Shannon entropy, in bits per character, above which a word is taken for a key. Assumed, between the entropy of names
-and of keys: random letters and digits have more than 4, identifiers less than 3.5, and 24 random hexadecimal digits
-3.6."""
+"""Shannon entropy, in bits per character, above which a word is taken for a secret key. Assumed, between the entropy of
+names and of keys: random letters and digits have more than 4, identifiers less than 3.5, and 24 random hexadecimal
+digits 3.6."""
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -90,9 +92,10 @@ def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def looks_secret(name: str, value: str) -> bool:
-    """Return whether a variable may hold a secret.
+    """Return whether a variable may contain a secret.
 
-    It may if its name says so, or if its value contains a URL with a password or a word that looks random.
+    It may if its name contains a word such as TOKEN, or if its value contains a URL with a password or a word that
+    looks random.
     """
     if _SECRET_WORDS.search(name.upper()):
         return True
@@ -107,7 +110,10 @@ def _has_password(word: str) -> bool:
 
 
 def _is_random(word: str) -> bool:
-    """Return whether a word holds a run of characters like a key: long, with digits, and too mixed for a name."""
+    """Return whether a word contains a run of characters that looks like a secret key.
+
+    Such a run is long, contains a digit, and has an entropy above `_KEY_BITS`.
+    """
     word = _DEVICE.sub("", word)
     runs = _KEY_LIKE.findall(word) + ([] if word.startswith("/") else _BASE64.findall(word))
     return any(any(char.isdigit() for char in run) and _entropy_bits(run) > _KEY_BITS for run in runs)

@@ -1,21 +1,22 @@
 """FLOPs of a model as Megatron counts them: forward and backward passes, without recomputation.
 
-Source: Megatron Bridge, training/utils/flop_utils.py, `num_floating_point_operations` (`transformer_flops`). Router,
-norms of a layer, embedding look-up, softmax, optimizer and communication do not count. Functions whose name ends in
-`macs` return the multiply-adds of the forward pass of one token.
+Source: Megatron Bridge, training/utils/flop_utils.py, `num_floating_point_operations` (`transformer_flops`). The
+router, the norms before attention and MLP, the embedding look-up, softmax, the optimizer and communication are not
+counted. Functions whose name ends in `macs` return a number of multiply-adds in the forward pass of one token.
 """
 
 from tuner.core.workload import Model, Workload
 
 FLOPS_PER_MAC = 6
-"""FLOPs of both passes per multiply-add of the forward pass: 2 in the forward pass and 4 in the backward pass."""
+"""FLOPs of a whole step per multiply-add of the forward pass: 2 in the forward pass and 4 in the backward pass."""
 
 
 def model_flops_per_token(workload: Workload, tp: int = 1) -> float:
-    """Return the FLOPs per token, forward and backward, at the workload's sequence length.
+    """Return the FLOPs of the forward and the backward pass per token, at the workload's sequence length.
 
-    `tp` sets the padding of the vocabulary, which Megatron counts in the logits. A layer of multi-token prediction
-    counts as one more layer of the kind of the last layer, with its own projection and logits.
+    `tp` determines how far Megatron pads the vocabulary; the logits of the padding are counted, as Megatron does. A
+    layer of multi-token prediction counts as one more layer like the last decoder layer, with its own projection and
+    logits.
     """
     model, seq_length = workload.model, workload.seq_length
     mtp = model.mtp_num_layers or 0
@@ -31,7 +32,10 @@ def model_flops_per_token(workload: Workload, tp: int = 1) -> float:
 
 
 def mlp_macs(model: Model, moe: bool) -> int:
-    """Return the multiply-adds per token of one layer's MLP: the dense MLP, or a token's routed and shared experts."""
+    """Return the multiply-adds per token of the MLP of one layer.
+
+    With `moe` they are those of the routed and shared experts that process a token, else those of the dense MLP.
+    """
     matrices = 3 if model.gated_linear_unit else 2
     if not moe:
         return matrices * model.hidden_size * model.ffn_hidden_size
@@ -40,7 +44,10 @@ def mlp_macs(model: Model, moe: bool) -> int:
 
 
 def attention_projection_macs(model: Model) -> int:
-    """Return the multiply-adds per token of one layer's projections around core attention and its norms of latents."""
+    """Return the multiply-adds per token of one layer's query, key, value and output projections.
+
+    For multi-latent attention they include the norms of the latents.
+    """
     heads, hidden = model.num_attention_heads, model.hidden_size
     if not model.multi_latent_attention:
         return 2 * hidden * model.kv_channels * (heads + model.num_query_groups)
@@ -54,9 +61,9 @@ def attention_projection_macs(model: Model) -> int:
 
 
 def core_attention_macs(model: Model, seq_length: int, sliding: bool) -> float:
-    """Return the multiply-adds per token of one layer's core attention: its scores, and its sums of weighted values.
+    """Return the multiply-adds per token of one layer's core attention: the scores, and the weighted sums of values.
 
-    A token sees half of the sequence on average, or its window if the layer is `sliding`.
+    On average a token attends to half of the sequence, or to its window if the layer is `sliding`.
     """
     context = seq_length / 2
     if sliding and model.window_size is not None:
@@ -73,7 +80,7 @@ def mtp_projection_macs(model: Model) -> int:
 
 
 def slides(model: Model, layer_number: int) -> bool:
-    """Return whether a layer, numbered from 1, attends only within the window.
+    """Return whether the layer `layer_number`, counted from 1, attends only within the model's window.
 
     Source: Megatron-Core, is_layer_window_attention.
     """

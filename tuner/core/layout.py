@@ -1,4 +1,4 @@
-"""The layout: one choice of the execution knobs, what Megatron calls each, and the sizes derived from it."""
+"""The layout: one value for each execution knob, Megatron's names of the knobs, and sizes that follow from a layout."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -21,25 +21,26 @@ ShardingStrategy = Literal["no_shard", "optim", "optim_grads", "optim_grads_para
 Size = TypeVar("Size", int, NDArray[np.int64])
 
 MOST = 32767
-"""The largest value of a size knob. The table stores a size in 16 bits, and no job comes near this value."""
+"""The largest value of a knob that has integer values. The table stores such a value in 16 bits, and no job comes near
+this limit."""
 DEFAULT_RECOMPUTE_MODULE = "core_attn"
-"""The module that selective recompute drops if `recompute_modules` is `none`. Published: Megatron-Core,
+"""The module that selective recomputation recomputes if `recompute_modules` is `none`. Published: Megatron-Core,
 transformer_config.py, __post_init__."""
 
 
 def _knob(default: object, megatron: str, flag: str, label: str = "") -> Any:
-    """Return a field of Layout with its metadata."""
+    """Return a dataclass field of Layout with its default and its metadata, which `Layout` describes."""
     return field(default=default, metadata={"megatron": megatron, "flag": flag, "label": label})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """One choice of the execution knobs.
+    """One value for each execution knob.
 
-    `0` and `"none"` stand for Megatron's None, so that each knob is one column of a table. The metadata of a field
-    holds `megatron` (its name in Megatron Bridge's ConfigContainer; `env_vars.` names a variable of the job's
-    environment), `flag` (its argument in Megatron-LM; empty for a variable) and `label` (its short form in
-    `Layout.label`).
+    `0` and `"none"` stand for Megatron's None, so that the values of a knob have one type and fit into one column of a
+    table. The metadata of a field has three entries: `megatron` (its name in Megatron Bridge's ConfigContainer;
+    `env_vars.` names a variable of the job's environment), `flag` (its argument in Megatron-LM; empty for a variable)
+    and `label` (its short form in `Layout.label`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -53,11 +54,11 @@ class Layout:
     cp: int = _knob(1, "model.context_parallel_size", "--context-parallel-size", "cp")
     ep: int = _knob(1, "model.expert_model_parallel_size", "--expert-model-parallel-size", "ep")
     etp: int = _knob(1, "model.expert_tensor_parallel_size", "--expert-tensor-parallel-size", "etp")
-    """Ranks that split each expert. The value is always stated, since None means tp to Megatron-Core and 1 to Megatron
-    Bridge."""
+    """Number of ranks that split each expert. The value is always stated, since None means tp to Megatron-Core and 1 to
+    Megatron Bridge."""
     sp: bool = _knob(False, "model.sequence_parallel", "--sequence-parallel", "sp")
     micro_batch_size: int = _knob(1, "train.micro_batch_size", "--micro-batch-size", "mbs")
-    """Samples that a rank takes through the model at once."""
+    """Samples per micro-batch of one data-parallel replica."""
 
     num_layers_in_first_pipeline_stage: int = _knob(
         0, "model.num_layers_in_first_pipeline_stage", "--decoder-first-pipeline-num-layers", "first"
@@ -80,12 +81,13 @@ class Layout:
         "--microbatch-group-size-per-virtual-pipeline-stage",
         "group",
     )
-    """Micro-batches that a model chunk takes before the next chunk's turn; 0 is Megatron's default, pp."""
+    """Micro-batches that one model chunk of a rank processes before the rank turns to its next chunk; 0 is Megatron's
+    default, pp."""
     pipeline_model_parallel_layout: str = _knob(
         "none", "model.pipeline_model_parallel_layout", "--pipeline-model-parallel-layout", "stages"
     )
-    """The content of each of the pp * vpp chunks, in Megatron's letters (`Et*3|(t*4|)*14tmL`); with `none` the knobs
-    above decide."""
+    """The layers in each of the pp * vpp chunks, in Megatron's letters (`Et*3|(t*4|)*14tmL`); with `none`, the knobs
+    above divide the layers among the chunks."""
     cp_comm_type: CpCommType = _knob("p2p", "model.cp_comm_type", "--cp-comm-type", "cpc")
 
     recompute_granularity: RecomputeGranularity = _knob(
@@ -94,8 +96,8 @@ class Layout:
     recompute_method: RecomputeMethod = _knob("none", "model.recompute_method", "--recompute-method", "")
     recompute_num_layers: int = _knob(0, "model.recompute_num_layers", "--recompute-num-layers", "")
     recompute_modules: str = _knob("none", "model.recompute_modules", "--recompute-modules", "")
-    """The modules that selective recompute drops, joined by `+` (`core_attn+layernorm`); `none` is Megatron's default,
-    `DEFAULT_RECOMPUTE_MODULE`."""
+    """The modules that selective recomputation recomputes, joined by `+` (`core_attn+layernorm`); `none` is Megatron's
+    default, `DEFAULT_RECOMPUTE_MODULE`."""
 
     use_distributed_optimizer: bool = _knob(
         True, "ddp.use_distributed_optimizer", "--use-distributed-optimizer", "zero1"
@@ -106,7 +108,7 @@ class Layout:
         False, "comm_overlap.overlap_p2p_comm", "--no-overlap-p2p-communication", "op2p"
     )
     """Whether the pipeline's sends and receives overlap compute, which needs an interleaved schedule. Megatron-LM's
-    flag turns it off."""
+    flag turns the overlap off."""
     tp_comm_overlap: bool = _knob(False, "comm_overlap.tp_comm_overlap", "--tp-comm-overlap", "otp")
 
     moe_token_dispatcher_type: TokenDispatcher = _knob(
@@ -128,27 +130,28 @@ class Layout:
 
     cuda_graph_impl: CudaGraphImpl = _knob("none", "model.cuda_graph_impl", "--cuda-graph-impl", "graph")
     cuda_graph_scope: str = _knob("none", "model.cuda_graph_modules", "--cuda-graph-modules", "scope")
-    """The parts of a layer that a graph captures, joined by `+` (`attn+moe_router`); `none` is the whole layer.
-    Megatron-Core 0.16 calls the field cuda_graph_scope."""
+    """The parts of a layer that a CUDA graph captures, joined by `+` (`attn+moe_router`), or `full_iteration`; `none`
+    is the whole layer. Megatron-Core 0.16 calls the field cuda_graph_scope."""
     use_megatron_fsdp: bool = _knob(False, "ddp.use_megatron_fsdp", "--use-megatron-fsdp", "fsdp")
     data_parallel_sharding_strategy: ShardingStrategy = _knob(
         "no_shard", "ddp.data_parallel_sharding_strategy", "--data-parallel-sharding-strategy", "shard"
     )
-    """The parts of the model's state that Megatron-FSDP shards over dp; without Megatron-FSDP the knob has no
-    meaning."""
+    """The parts of the model's state that Megatron-FSDP shards over the data-parallel ranks; without Megatron-FSDP the
+    knob has no meaning."""
     cpu_offloading_num_layers: int = _knob(
         0, "model.cpu_offloading_num_layers", "--cpu-offloading-num-layers", "offload"
     )
     """Number of layers whose activations are offloaded to host memory; 0 is no offloading."""
     nccl_ub: bool = _knob(False, "ddp.nccl_ub", "--use-nccl-ub", "ncclub")
-    """Whether gradients and weights lie in buffers that are registered with NCCL."""
+    """Whether gradients and weights are stored in buffers that are registered with NCCL."""
 
     cuda_device_max_connections: int = _knob(0, "env_vars.CUDA_DEVICE_MAX_CONNECTIONS", "", "queues")
-    """Hardware queues that a process uses; with 0 they follow from the other knobs (tuner/core/environment.py)."""
+    """Number of hardware queues that a process uses; with 0, `cuda_environment` (tuner/core/environment.py) chooses it
+    from the other knobs and the GPU."""
     expandable_segments: bool = _knob(False, "env_vars.PYTORCH_CUDA_ALLOC_CONF", "", "segments")
     """Whether PyTorch's allocator grows its segments in place, which reduces fragmentation."""
     nccl_nvls_enable: bool = _knob(True, "env_vars.NCCL_NVLS_ENABLE", "", "nvls")
-    """Whether NCCL reduces inside NVLink's switches if it can; this takes memory."""
+    """Whether NCCL reduces inside NVLink's switches if the hardware can do so; this takes memory."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"):
@@ -172,7 +175,10 @@ class Layout:
                 raise ValueError(f"{knob.name} must be at most {MOST}, not {value}")
 
     def label(self) -> str:
-        """Return a short name, `tp2 pp4 mbs2 sp rc=full`: tp, pp, mbs, and the knobs that differ from their default."""
+        """Return a short name such as `tp2 pp4 sp mbs2 rc=selective`.
+
+        It lists tp, pp, the micro-batch size, and every other knob that differs from its default.
+        """
         parts = []
         for knob in fields(self):
             value, label = getattr(self, knob.name), knob.metadata["label"]
@@ -192,7 +198,7 @@ class Layout:
 
 
 KNOBS: tuple[str, ...] = tuple(knob.name for knob in fields(Layout))
-"""The knobs, in the order of the table's columns."""
+"""The names of all knobs, in the order of the table's columns."""
 
 MOE_KNOBS: tuple[str, ...] = (
     "ep",
@@ -215,9 +221,9 @@ DEFAULTS: Mapping[str, Any] = {knob.name: knob.default for knob in fields(Layout
 
 
 def layout_from(row: Mapping[str, Any]) -> Layout:
-    """Return the layout of a row of a table or a mapping.
+    """Return the layout that `row` describes: one row of a table, or any mapping from knobs to values.
 
-    NumPy scalars become plain ones, and a knob that is missing takes its default.
+    NumPy scalars become plain Python values. A knob that is missing takes its default, and other keys are ignored.
     """
     values = {name: row[name] for name in KNOBS if name in row}
     return Layout(
@@ -226,17 +232,17 @@ def layout_from(row: Mapping[str, Any]) -> Layout:
 
 
 def data_parallel_size(world_size: int, tp: Size, pp: Size, cp: Size) -> Size:
-    """Return dp = world / (tp*pp*cp): the number of ranks that hold equal dense weights and read different samples."""
+    """Return dp = world_size / (tp*pp*cp): the number of replicas of the model that process different samples."""
     return world_size // (tp * pp * cp)
 
 
 def expert_data_parallel_size(world_size: int, pp: Size, ep: Size, etp: Size) -> Size:
-    """Return edp = world / (pp*ep*etp): the number of ranks that hold equal experts."""
+    """Return edp = world_size / (pp*ep*etp): the number of replicas of each expert."""
     return world_size // (pp * ep * etp)
 
 
 def min_gpus(tp: Size, pp: Size, cp: Size, ep: Size, etp: Size) -> Size:
-    """Return the fewest GPUs that hold these degrees of parallelism, pp * max(tp*cp, ep*etp).
+    """Return the smallest number of GPUs on which these parallel sizes fit: pp * max(tp*cp, ep*etp).
 
     Dense layers and experts share the GPUs of a stage (arXiv:2504.14960).
     """
@@ -245,15 +251,18 @@ def min_gpus(tp: Size, pp: Size, cp: Size, ep: Size, etp: Size) -> Size:
 
 
 def num_microbatches(global_batch_size: int, micro_batch_size: Size, dp: Size) -> Size:
-    """Return the number of micro-batches that a rank takes through the model in one optimizer step."""
+    """Return global_batch_size / (micro_batch_size*dp): the micro-batches per replica in one optimizer step."""
     return global_batch_size // (micro_batch_size * dp)
 
 
 def module_names(modules: str) -> Iterable[str]:
-    """Return the modules that a `recompute_modules` or `cuda_graph_scope` knob names; none for Megatron's default."""
+    """Return the names in `modules`, a value of `recompute_modules` or `cuda_graph_scope`; `none` has no names."""
     return () if modules == "none" else tuple(modules.split("+"))
 
 
 def recomputed_modules(modules: str) -> Iterable[str]:
-    """Return the modules that selective recompute drops with a `recompute_modules` knob; `none` drops the default."""
+    """Return the modules that selective recomputation recomputes if `recompute_modules` has the value `modules`.
+
+    For the value `none` this is Megatron's default module.
+    """
     return module_names(modules) or (DEFAULT_RECOMPUTE_MODULE,)

@@ -1,4 +1,4 @@
-"""Parameters of a model, counted module by module.
+"""Numbers of parameters of a model, counted module by module.
 
 The counts are those of Megatron-Core's modules (attention.py, multi_latent_attention.py, mlp.py, moe/router.py,
 multi_token_prediction.py) without the padding of the vocabulary; a test builds the modules and compares. Buffers, such
@@ -12,12 +12,12 @@ from tuner.core.workload import Model
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
-    """Parameters of one module, divided by how tensor parallelism places them."""
+    """Numbers of parameters of one module: those that tensor parallelism shards, and those that it replicates."""
 
     sharded: int
-    """Parameters that are divided over the tp ranks (over the etp ranks in a routed expert)."""
+    """Number of parameters that are divided among the tp ranks (among the etp ranks in a routed expert)."""
     replicated: int
-    """Parameters that every tp rank (every etp rank in a routed expert) holds whole."""
+    """Number of parameters of which every tp rank (every etp rank in a routed expert) has a full copy."""
 
     @property
     def total(self) -> int:
@@ -29,7 +29,7 @@ _NONE = Parameters(sharded=0, replicated=0)
 
 
 def norm(model: Model, width: int | None = None) -> int:
-    """Return the number of parameters of one norm over `width` (default: hidden size).
+    """Return the number of parameters of one normalization over vectors of `width` elements (default: hidden size).
 
     A norm has a scale; LayerNorm has a shift too.
     """
@@ -37,14 +37,14 @@ def norm(model: Model, width: int | None = None) -> int:
 
 
 def layer_norms(model: Model) -> int:
-    """Return the number of parameters of one layer's norms around attention and MLP, which every rank holds whole."""
+    """Return the number of parameters of one layer's norms around attention and MLP; every rank has a full copy."""
     return (4 if model.sandwich_layernorm else 2) * norm(model)
 
 
 def attention(model: Model) -> Parameters:
-    """Return the parameters of one layer's attention.
+    """Return the numbers of parameters of one layer's attention.
 
-    Every rank holds latent down-projections, inner norms and the bias of the output whole.
+    The latent down-projections, the norms inside attention and the bias of the output projection are replicated.
     """
     return _latent_attention(model) if model.multi_latent_attention else _grouped_attention(model)
 
@@ -89,18 +89,18 @@ def _mlp(model: Model, width: int) -> Parameters:
 
 
 def dense_mlp(model: Model) -> Parameters:
-    """Return the parameters of the MLP of one dense layer."""
+    """Return the numbers of parameters of the MLP of one dense layer."""
     return _mlp(model, model.ffn_hidden_size)
 
 
 def expert(model: Model) -> Parameters:
-    """Return the parameters of one routed expert; none in a dense model."""
+    """Return the numbers of parameters of one routed expert, or zeros for a dense model."""
     width = model.moe_ffn_hidden_size
     return _mlp(model, width) if width else _NONE
 
 
 def shared_experts(model: Model) -> Parameters:
-    """Return the parameters of all shared experts of one layer and their gate; none without shared experts."""
+    """Return the numbers of parameters of one layer's shared experts and their gate, or zeros if there are none."""
     width = model.moe_shared_expert_intermediate_size
     if not width:
         return _NONE
@@ -110,12 +110,12 @@ def shared_experts(model: Model) -> Parameters:
 
 
 def router(model: Model) -> int:
-    """Return the number of parameters of one layer's router, which every rank holds whole."""
+    """Return the number of parameters of one layer's router; every rank has a full copy of it."""
     return (model.num_moe_experts or 0) * (model.hidden_size + (1 if model.add_bias_linear else 0))
 
 
 def embedding(model: Model) -> int:
-    """Return the number of parameters of the embedding of tokens (vocabulary not padded) and of learned positions."""
+    """Return the number of parameters of the token embedding (without padding) and of learned positions, if any."""
     learned = model.position_embedding_type == "learned_absolute"
     return (model.vocab_size + (model.max_position_embeddings if learned else 0)) * model.hidden_size
 
@@ -126,12 +126,12 @@ def output(model: Model) -> int:
 
 
 def layer(model: Model, moe: bool, experts: int | None = None) -> int:
-    """Return the number of parameters of one layer with its norms.
+    """Return the number of parameters of one decoder layer, including its norms.
 
     Args:
         model: The model.
         moe: Whether the layer has experts.
-        experts: How many of the routed experts are counted; None counts all.
+        experts: How many of the layer's routed experts are counted; None counts all.
     """
     attention_and_norms = attention(model).total + layer_norms(model)
     if not moe:
@@ -144,8 +144,8 @@ def layer(model: Model, moe: bool, experts: int | None = None) -> int:
 def mtp_layers(model: Model) -> int:
     """Return the number of parameters of all layers of multi-token prediction.
 
-    Each has three norms, a projection, and a layer of the kind of the model's last layer. They share the embedding and
-    the output layer with the model.
+    Each has three norms, a projection, and a decoder layer like the model's last one. They share the embedding and the
+    output layer with the model.
     """
     of_layer = 3 * norm(model) + 2 * model.hidden_size**2 + layer(model, model.moe_layer_pattern()[-1])
     return (model.mtp_num_layers or 0) * of_layer
@@ -154,14 +154,14 @@ def mtp_layers(model: Model) -> int:
 def total_parameters(model: Model) -> int:
     """Return the number of parameters of the model as published sizes count them.
 
-    Embeddings count, shared ones once; layers of multi-token prediction do not count. A training job holds
-    `total_parameters + mtp_layers` parameters and the padding of the vocabulary.
+    The embedding and the output layer are counted, once if they share their weights; layers of multi-token prediction
+    are not counted. A training job has `total_parameters + mtp_layers` parameters and the padding of the vocabulary.
     """
     return _sum(model, None)
 
 
 def active_parameters(model: Model) -> int:
-    """Return the number of parameters that one token passes.
+    """Return the number of parameters that take part in the forward pass of one token.
 
     It is `total_parameters` with only `moe_router_topk` routed experts per layer.
 

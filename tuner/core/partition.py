@@ -1,6 +1,6 @@
-"""Which layers each chunk of each pipeline rank holds, for many layouts at once.
+"""The layers in each chunk of each pipeline rank, for many layouts at once.
 
-The predictors of memory and of time both read it.
+The predictors of memory and of time both use it.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from tuner.core.workload import Workload
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """One way to lay a model over a pipeline. Every array has the shape [ranks, chunks].
+    """The layers in each chunk of each pipeline rank. Every array has the shape [ranks, chunks].
 
-    The layers of the model go through chunk 0 of every rank, then through chunk 1 of every rank, and so on.
+    The layers of the model run through chunk 0 of every rank, then through chunk 1 of every rank, and so on.
     """
 
     begin: Ints
@@ -25,13 +25,14 @@ class Partition:
     end: Ints
     """Index of the last decoder layer of the chunk, plus 1; equal to `begin` in a chunk without layers."""
     embeddings: Ints
-    """1 for the chunk that holds the embedding, else 0."""
+    """1 for the chunk that contains the embedding, else 0."""
     mtp_layers: Ints
-    """Layers of multi-token prediction in the chunk."""
+    """Number of layers of multi-token prediction in the chunk."""
     losses: Ints
-    """1 for the chunk that holds the final norm, the output layer and the loss, else 0."""
+    """1 for the chunk that contains the final norm, the output layer and the loss, else 0."""
     is_written: bool
-    """Whether `pipeline_model_parallel_layout` writes the partition out; otherwise all middle ranks are alike."""
+    """Whether the text of `pipeline_model_parallel_layout` states the partition; if not, all ranks between the first
+    and the last have equally many layers."""
 
     @property
     def layers(self) -> Ints:
@@ -41,16 +42,16 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partitions:
-    """The partitions of many layouts; layouts that split their layers alike share one."""
+    """The partitions of many layouts; layouts that divide the layers in the same way share one."""
 
     distinct: tuple[Partition, ...]
-    """Each partition, once."""
+    """The different partitions."""
     of_row: Ints
-    """Index in `distinct` of the partition of each layout, shape [rows]."""
+    """For each layout, the index of its partition in `distinct`; shape [rows]."""
 
 
 def partitions(c: Columns, workload: Workload) -> Partitions:
-    """Return the partition of every layout; the pipeline rules must accept the layouts."""
+    """Return the partition of every layout; the layouts must satisfy the rules for pipelines."""
     keys, texts = _keys(c, workload)
     # Sorting one number per row is many times faster than sorting rows of numbers.
     _, index, of_row = np.unique(
@@ -64,10 +65,10 @@ def partitions(c: Columns, workload: Workload) -> Partitions:
 
 
 def _keys(c: Columns, workload: Workload) -> tuple[Ints, list[str]]:
-    """Return the numbers that decide the partition of each layout, shape [8, rows], and the written texts.
+    """Return the numbers that determine the partition of each layout, shape [8, rows], and the layouts' texts.
 
-    The numbers are: the index of the written text plus 1, or 0 without a text; pp; vpp; the slots of the first, a
-    middle and the last rank; and whether the embedding and the loss take slots.
+    The numbers are: the index of the layout's text in the texts plus 1, or 0 without a text; pp; vpp; the slots (see
+    `stage_slots`) of the first, a middle and the last rank; and whether the embedding and the loss take slots.
     """
     column = c.column("pipeline_model_parallel_layout")
     texts = [text for text in column.categories if text != "none"]
@@ -87,7 +88,7 @@ def _keys(c: Columns, workload: Workload) -> tuple[Ints, list[str]]:
 
 
 def _written(text: str, pp: int) -> Partition:
-    """Return the partition that `pipeline_model_parallel_layout` writes out."""
+    """Return the partition that `text`, a value of `pipeline_model_parallel_layout`, states for `pp` ranks."""
     chunks = parse(text)
 
     def count(letter: str) -> Ints:
@@ -103,7 +104,10 @@ def _written(text: str, pp: int) -> Partition:
 
 
 def _spread(key: Ints, mtp_num_layers: int) -> Partition:
-    """Return the partition of a key without a text, in which all chunks of a rank have equally many slots."""
+    """Return the partition of a layout without a text, in which all chunks of a rank have equally many slots.
+
+    `key` has the eight numbers of the layout that `_keys` returns.
+    """
     _, pp, vpp, first, middle, last, embedding, loss = key.tolist()
     layers = np.full((pp, vpp), middle // vpp)
     layers[-1] = last // vpp
@@ -124,7 +128,7 @@ def _spread(key: Ints, mtp_num_layers: int) -> Partition:
 def _of_layers(
     layers: Ints, *, embeddings: Ints, mtp_layers: Ints, losses: Ints, is_written: bool
 ) -> Partition:
-    """Return the partition whose chunks hold `layers` decoder layers, an array of shape [ranks, chunks]."""
+    """Return the partition whose chunks have `layers` decoder layers, an array of shape [ranks, chunks]."""
     end = np.cumsum(layers.T).reshape(layers.T.shape).T
     return Partition(
         begin=end - layers,

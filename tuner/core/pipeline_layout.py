@@ -1,4 +1,4 @@
-"""The text of `pipeline_model_parallel_layout`, which writes out what each chunk of the pipeline holds."""
+"""The text of `pipeline_model_parallel_layout`, which states the layers in each chunk of the pipeline."""
 
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ Chunk = tuple[str, ...]
 """The letters of one chunk."""
 
 _REPEATS: Final = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
-"""Repeated groups and repeated letters, in the order in which Megatron unrolls them."""
+"""Match repeated groups (`(tt|)*4`) and repeated letters (`t*3`), in the order in which Megatron unrolls them."""
 
 
 @lru_cache(maxsize=1024)
@@ -32,26 +32,29 @@ def parse(text: str) -> tuple[Chunk, ...]:
 
     Chunk i of the result is chunk i // pp of pipeline rank i % pp.
 
-    The grammar is Megatron's (megatron/core/transformer/pipeline_parallel_layer_layout.py, parse_str_to_list): `|`
-    ends a chunk, `t*3` repeats a letter, `(tt|)*4` repeats a group, groups do not nest, and commas are ignored.
+    The grammar is Megatron's (megatron/core/transformer/pipeline_parallel_layer_layout.py, parse_str_to_list): `|` ends
+    a chunk, `t*3` repeats a letter, `(tt|)*4` repeats a group, groups do not nest, and commas are ignored.
 
     Raises:
-        ValueError: if Megatron cannot read the text, or the text unrolls to more letters than a job can have layers.
+        ValueError: if Megatron cannot read the text, or a repeat in it unrolls to more than MOST letters.
     """
     unrolled = text.replace(",", "")
     for repeat in _REPEATS:
         unrolled = repeat.sub(_unroll, unrolled)
     if unknown := sorted({*unrolled} - {*LETTERS, "|"}):
         raise ValueError(
-            f"pipeline_model_parallel_layout '{text}': {' '.join(unknown)} is no part of it; the letters are E "
-            "(embedding), t (decoder layer), m (multi-token prediction) and L (loss), | ends a chunk, *3 repeats a "
+            f"pipeline_model_parallel_layout '{text}': {' '.join(unknown)} has no meaning there; the letters are "
+            "E (embedding), t (decoder layer), m (multi-token prediction) and L (loss), | ends a chunk, *3 repeats a "
             "letter or a (group)"
         )
     return tuple(tuple(chunk) for chunk in unrolled.split("|"))
 
 
 def write(chunks: Iterable[Iterable[str]]) -> str:
-    """Return the text of chunks, with repeated letters and chunks shortened; `parse(write(chunks))` is `chunks`."""
+    """Return the text that states these chunks, with repeated letters and chunks abbreviated.
+
+    `parse(write(chunks))` equals `chunks`.
+    """
     texts = ["".join(_shortened(chunk)) for chunk in chunks]
     runs = [(text, len(list(run))) for text, run in groupby(texts[:-1])]
     return "".join(f"({text}|)*{count}" if count > 1 else f"{text}|" for text, count in runs) + texts[-1]
@@ -67,7 +70,7 @@ def readable(text: str) -> bool:
 
 
 def decoders(text: str) -> NDArray[np.int64]:
-    """Return the decoder layers of each chunk, in the model's order: shape [pp * vpp]."""
+    """Return the number of decoder layers in each chunk, in the model's order: shape [pp * vpp]."""
     return np.array([chunk.count(DECODER) for chunk in parse(text)], dtype=np.int64)
 
 
@@ -95,14 +98,14 @@ def fault(text: str, num_layers: int, mtp_num_layers: int | None) -> str | None:
             f"'{text}' places {count[MTP]} layers of multi-token prediction (m), but mtp_num_layers is {mtp}"
         )
     if MTP in flat and DECODER in flat[flat.index(MTP) :]:
-        return f"'{text}' has a decoder layer (t) behind multi-token prediction (m)"
+        return f"'{text}' has a decoder layer (t) after multi-token prediction (m)"
     if sum(MTP in chunk for chunk in chunks) > 1:
         return f"'{text}' spreads multi-token prediction (m) over several chunks; it must be in one"
     return None
 
 
 def mtp_fault(text: str, pp: int) -> str | None:
-    """Return why Megatron refuses the place of multi-token prediction with this pp, or None if it accepts the place.
+    """Return why Megatron refuses the chunk of multi-token prediction in a pipeline of `pp` ranks, or None.
 
     Multi-token prediction must be in the last chunk of its rank.
     """
@@ -117,7 +120,7 @@ def mtp_fault(text: str, pp: int) -> str | None:
 
 
 def _unroll(match: re.Match[str]) -> str:
-    """Return the repeated letter or group of a match, written out."""
+    """Return the repeated letter or group of a match, written out in full."""
     group, times = match.group(1), int(match.group(2))
     if len(group) * times > MOST:
         raise ValueError(
@@ -128,7 +131,7 @@ def _unroll(match: re.Match[str]) -> str:
 
 
 def _shortened(chunk: Iterable[str]) -> Iterable[str]:
-    """Yield the texts of runs of equal letters; a run of three or more letters becomes `t*3`."""
+    """Yield a text for each run of equal letters; a run of three or more is abbreviated, such as `t*3`."""
     for letter, run in groupby(chunk):
         count = len(list(run))
         yield letter * count if count < 3 else f"{letter}*{count}"

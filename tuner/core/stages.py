@@ -1,4 +1,4 @@
-"""Counts of the layers on the first, a middle and the last pipeline rank, for many layouts at once."""
+"""Numbers of layers on the first, a middle and the last pipeline rank, for many layouts at once."""
 
 from typing import NamedTuple
 
@@ -9,25 +9,25 @@ from tuner.core.workload import Workload
 
 
 class StageLayers(NamedTuple):
-    """A count for the first, a middle and the last pipeline rank of each layout: arrays of shape [rows].
+    """A number of layers or slots for the first, a middle and the last pipeline rank or chunk: arrays of shape [rows].
 
-    The counts have a meaning only for layouts that the rules of the split accept. `middle` has a value even in a
+    The numbers have a meaning only for layouts that satisfy the rules for pipelines. `middle` has a value even in a
     pipeline without a middle rank.
     """
 
     first: Ints
-    """Count for the first rank."""
+    """Number for the first rank or chunk."""
     middle: Ints
-    """Count for a middle rank."""
+    """Number for a middle rank or chunk."""
     last: Ints
-    """Count for the last rank."""
+    """Number for the last rank or chunk."""
 
 
 def stage_slots(c: Columns, workload: Workload) -> StageLayers:
-    """Return the slots of each pipeline rank, all of its chunks together.
+    """Return the number of slots on each pipeline rank, all of its chunks together.
 
-    A slot is a layer; the embedding and the loss take one slot each if the split accounts for them. Source:
-    Megatron-Core, transformer_block.py, get_num_layers_to_build.
+    Each layer takes a slot, and so does the embedding or the loss if `account_for_embedding_in_pipeline_split` or
+    `account_for_loss_in_pipeline_split` is on. Source: Megatron-Core, transformer_block.py, get_num_layers_to_build.
     """
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
     spread = workload.model.num_layers - first - last + accounted_slots(c)
@@ -36,9 +36,10 @@ def stage_slots(c: Columns, workload: Workload) -> StageLayers:
 
 
 def chunk_layers(c: Columns, workload: Workload) -> StageLayers:
-    """Return the layers of the first chunk of the model, of a chunk in between, and of the last chunk of the model.
+    """Return the number of layers in the model's first chunk, in a chunk in between, and in its last chunk.
 
-    A layout that writes out its pipeline has other counts: see `decoders` in tuner/core/pipeline_layout.py.
+    It does not apply to a layout that states `pipeline_model_parallel_layout`, whose chunks `decoders` counts
+    (tuner/core/pipeline_layout.py).
     """
     slots = stage_slots(c, workload)
     embedding = c.on("account_for_embedding_in_pipeline_split") & (c["pp"] > 1)
@@ -48,9 +49,9 @@ def chunk_layers(c: Columns, workload: Workload) -> StageLayers:
 
 
 def accounted_slots(c: Columns) -> Ints:
-    """Return the number of slots that embedding and loss take: 0, 1 or 2.
+    """Return the number of slots that the embedding and the loss take: 0, 1 or 2.
 
-    With pp 1 it is 0: a single stage holds all layers, whatever the knobs say.
+    With pp 1 it is 0: the single stage has all layers, whatever the knobs say.
     """
     both = c.on("account_for_embedding_in_pipeline_split").astype(np.int64)
     both += c.on("account_for_loss_in_pipeline_split")
@@ -58,7 +59,7 @@ def accounted_slots(c: Columns) -> Ints:
 
 
 def unstated_stages(c: Columns) -> Ints:
-    """Return the number of stages whose number of layers no knob states."""
+    """Return the number of stages whose number of layers is not stated by a knob."""
     first, last = c["num_layers_in_first_pipeline_stage"], c["num_layers_in_last_pipeline_stage"]
     unstated: Ints = c["pp"] - (first > 0) - (last > 0)
     return unstated

@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 from tuner.files import STRICT
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"]
-"""Precision of the products of linear layers."""
+"""Precision of the matrix products in linear layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +16,7 @@ class Model:
     """A decoder architecture in Megatron-Core's own field names (TransformerConfig and GPTModel).
 
     Raises:
-        ValueError: if the fields contradict each other, whatever the layout.
+        ValueError: if a field is out of range, or two fields contradict each other.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -28,7 +28,7 @@ class Model:
     """Width of the MLP of a dense layer; a mixture of experts may have some dense layers too."""
     num_attention_heads: int
     num_query_groups: int
-    """Key-value heads; equal to `num_attention_heads` without grouped-query attention."""
+    """Number of key-value heads; equal to `num_attention_heads` without grouped-query attention."""
     kv_channels: int
     """Head dimension; multi-latent attention does not use it."""
     vocab_size: int
@@ -38,7 +38,7 @@ class Model:
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     max_position_embeddings: int = 0
-    """Rows of the table of learned positions; 0 with rotary positions."""
+    """Number of learned position embeddings; 0 if the model learns none."""
     rotary_base: int = 10000
     share_embeddings_and_output_weights: bool = False
     add_bias_linear: bool = False
@@ -52,7 +52,7 @@ class Model:
     softmax_type: Literal["vanilla", "learnable"] = "vanilla"
     """`learnable` gives each head an attention sink; some attention kernels cannot do this."""
     sandwich_layernorm: bool = False
-    """Whether a second norm follows attention and the MLP, before each residual sum: Gemma 2, Gemma 3 and GLM-4.
+    """Whether a second norm follows attention and the MLP, before each residual sum, as in Gemma 2, Gemma 3 and GLM-4.
     Megatron has no such field."""
     attn_logit_softcapping: float | None = None
     """Bound that a tanh puts on the scores of attention (Gemma 2); fused kernels cannot do this. The field is Megatron
@@ -82,14 +82,15 @@ class Model:
 
     multi_latent_attention: bool = False
     q_lora_rank: int | None = None
-    """Rank of the latent of queries; None projects queries directly."""
+    """Rank of the latent from which queries are projected; with None they are projected directly from the hidden
+    state."""
     kv_lora_rank: int | None = None
     qk_head_dim: int | None = None
     qk_pos_emb_head_dim: int | None = None
     v_head_dim: int | None = None
 
     mtp_num_layers: int | None = None
-    """Layers of multi-token prediction, which follow the last decoder layer; None without them."""
+    """Number of layers of multi-token prediction, which follow the last decoder layer; None without them."""
 
     def __post_init__(self) -> None:
         positive = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -115,7 +116,7 @@ class Model:
             raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size")
         for field in ("attn_logit_softcapping", "final_logit_softcapping"):
             if (bound := getattr(self, field)) is not None and bound <= 0:
-                raise ValueError(f"{field} must be above 0, not {bound}: leave it out for none")
+                raise ValueError(f"{field} must be above 0, not {bound}: leave the field out for no bound")
         if self.attn_logit_softcapping is not None and self.softmax_type != "vanilla":
             raise ValueError(f"attn_logit_softcapping needs softmax_type vanilla, not {self.softmax_type}")
         latent = (self.kv_lora_rank, self.qk_head_dim, self.qk_pos_emb_head_dim, self.v_head_dim)
@@ -128,11 +129,11 @@ class Model:
 
     @property
     def is_moe(self) -> bool:
-        """Return whether any layer has routed experts."""
+        """Return whether the model has routed experts."""
         return self.num_moe_experts is not None
 
     def moe_layer_pattern(self) -> tuple[bool, ...]:
-        """Return whether each of the `num_layers` layers has routed experts (Megatron-Core, gpt_layer_specs.py)."""
+        """Return one bool per layer: whether the layer has routed experts (Megatron-Core, gpt_layer_specs.py)."""
         if self.num_moe_experts is None:
             return (False,) * self.num_layers
         if isinstance(self.moe_layer_freq, tuple):
@@ -152,7 +153,7 @@ class Model:
 class Workload:
     """What is trained, which no layout changes: model, sequence length, global batch, precision and routing.
 
-    So every layout of a workload converges alike.
+    So the training converges in the same way with every layout.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -193,18 +194,18 @@ class Workload:
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes of one weight in the model, or of one activation, without copies in 8 or 4 bits."""
+        """Return the bytes of one weight or one activation of the model; copies in 8 or 4 bits are not counted."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def gradient_bytes(self) -> int:
-        """Return the bytes of one gradient as it is added up and reduced."""
+        """Return the size of one gradient value in bytes, as it is added up and reduced."""
         return 4 if self.grad_reduce_in_fp32 else self.weight_bytes
 
     @property
     def adam_bytes(self) -> int:
-        """Return the bytes that Adam holds per weight.
+        """Return the bytes that Adam stores per weight.
 
-        Adam holds two fp32 moments, and an fp32 copy of the weight if the model's weight is not fp32.
+        Adam stores two fp32 moments, and an fp32 copy of the weight if the model's weight is not fp32.
         """
         return 8 if self.precision == "fp32" else 12
