@@ -221,7 +221,7 @@ CASES: tuple[RuleCase, ...] = (
     ),
     case(
         "router-groups",
-        "moe_router_num_groups (3) at least as large and a divisor of num_moe_experts (8)",
+        "moe_router_num_groups (3) to be at least as large, and to divide num_moe_experts (8)",
         workload=workload(mixture(moe_router_num_groups=3, moe_router_group_topk=2)),
     ),
     case(
@@ -258,14 +258,14 @@ CASES: tuple[RuleCase, ...] = (
     ),
     case(
         "uneven-rest-by-stages",
-        "num_layers (8) - first (1) - last (0) = 7 layers do not go evenly onto the 3 stages left of pp (4)",
+        "num_layers (8) - first (1) - last (0) = 7 layers do not divide evenly among the 3 stages left of pp (4)",
         cluster=cluster(4),
         pp=4,
         num_layers_in_first_pipeline_stage=1,
     ),
     case(
         "uneven-rest-by-stages",
-        "= -4 layers do not go evenly onto the 2 stages left",
+        "= -4 layers do not divide evenly among the 2 stages left",
         cluster=cluster(4),
         pp=4,
         num_layers_in_first_pipeline_stage=7,
@@ -528,7 +528,7 @@ CASES: tuple[RuleCase, ...] = (
     ),
     case(
         "expert-overlap-and-mtp",
-        "(the model has 1) and then needs pp > 1 (it is 1)",
+        "(the model has 1), and with one needs pp > 1 (it is 1)",
         workload=workload(mixture(mtp_num_layers=1)),
         cluster=cluster(2),
         **EXPERT_OVERLAP,

@@ -1,1 +1,4 @@
-"""Which layouts are valid: one object per rule. Knows nothing of predictions, of trials or of what was measured."""
+"""Which layouts are valid: one object per rule.
+
+This room knows nothing of predictions, of trials or of measurements.
+"""

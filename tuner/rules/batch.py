@@ -1,4 +1,4 @@
-"""How the fixed global batch is cut into micro-batches, and how many of them the interleaved schedule needs."""
+"""Rules for micro-batches: they must divide the global batch, and the interleaved schedule restricts their number."""
 
 import numpy as np
 
@@ -16,13 +16,13 @@ GROUP_KNOBS = f"{BATCH_KNOBS} vpp microbatch_group_size_per_vp_stage"
 
 
 def _dense_grid_fits(columns: Columns, cluster: Cluster) -> Bools:
-    """Return the rows where dp is a whole number; the rules of this module judge no other layout."""
+    """Return a mask of the rows where dp is a whole number; the rules of this module are meant for such rows only."""
     fits: Bools = cluster.world_size % (columns["tp"] * columns["pp"] * columns["cp"]) == 0
     return fits
 
 
 def _samples_per_micro_batch(columns: Columns, cluster: Cluster) -> Ints:
-    """Return the samples in one micro-batch of every replica together; 1 where dp isn't a whole number."""
+    """Return micro_batch_size * dp, the samples in one micro-batch of all replicas together; 1 if dp is not whole."""
     dp = data_parallel_size(cluster.world_size, columns["tp"], columns["pp"], columns["cp"])
     return np.where(_dense_grid_fits(columns, cluster), columns["micro_batch_size"] * dp, 1)
 
@@ -33,13 +33,13 @@ def _batch_divides(columns: Columns, workload: Workload, cluster: Cluster) -> Bo
 
 
 def _interleaves(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where the interleaved schedule runs on a whole number of micro-batches."""
+    """Return a mask of the rows that use the interleaved schedule and have a whole number of micro-batches."""
     interleaved = (columns["vpp"] > 1) & (columns["pp"] > 1)
     return interleaved & _dense_grid_fits(columns, cluster) & _batch_divides(columns, workload, cluster)
 
 
 def _group_size(columns: Columns) -> Ints:
-    """Return the size of a micro-batch group, which Megatron sets to pp if none is stated."""
+    """Return the number of micro-batches per micro-batch group: the stated one, or else Megatron's default, pp."""
     stated = columns["microbatch_group_size_per_vp_stage"]
     return np.where(stated == 0, columns["pp"], stated)
 
@@ -63,7 +63,7 @@ def _stated_group_differs_from_pp(columns: Columns, workload: Workload, cluster:
 
 
 def _micro_batches(layout: Layout, workload: Workload, cluster: Cluster) -> int:
-    """Return the micro-batches of a step on each replica."""
+    """Return the number of micro-batches that each data-parallel replica processes per step."""
     dp = data_parallel_size(cluster.world_size, layout.tp, layout.pp, layout.cp)
     return workload.global_batch_size // (layout.micro_batch_size * dp)
 

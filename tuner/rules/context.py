@@ -1,4 +1,4 @@
-"""How attention exchanges its keys and values among the context-parallel ranks."""
+"""Rules for the exchange of attention's keys and values among the context-parallel ranks."""
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
@@ -10,14 +10,14 @@ TRANSFORMER_ENGINE = "transformer_engine context_parallel.py, attn_forward_func_
 
 
 def _keys_and_values_differ(model: Model) -> bool:
-    """Return whether keys and values differ in width, as those of latent attention do."""
+    """Return whether keys and values have heads of different width, as they may in multi-latent attention."""
     if not model.multi_latent_attention:
         return False
     return (model.qk_head_dim or 0) + (model.qk_pos_emb_head_dim or 0) != model.v_head_dim
 
 
 def _a2a_gives_whole_heads(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where every context rank gets whole heads and query groups, as the all-to-all exchange needs."""
+    """Return a mask of the rows where `cp_comm_type` a2a, if used, gives every rank whole heads and query groups."""
     ranks = columns["tp"] * columns["cp"]
     whole_heads = workload.model.num_attention_heads % ranks == 0
     whole_groups = workload.model.num_query_groups % ranks == 0
@@ -116,8 +116,8 @@ RULES: tuple[Rule, ...] = (
         holds=_sinks_use_a2a,
         message=lambda layout, workload, cluster: (
             f"cp is {layout.cp}, but {workload.model.name} has attention sinks (softmax_type "
-            f"{workload.model.softmax_type}), which Transformer Engine spreads over context ranks with a2a alone, not "
-            f"with {layout.cp_comm_type}: use a2a, or set cp to 1"
+            f"{workload.model.softmax_type}), which Transformer Engine supports over context-parallel ranks with a2a "
+            f"only, not with {layout.cp_comm_type}: use a2a, or set cp to 1"
         ),
         source="transformer_engine dot_product_attention/utils.py, get_attention_backend",
     ),

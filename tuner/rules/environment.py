@@ -1,4 +1,4 @@
-"""What the environment variables of the job and the kind of GPU allow."""
+"""Rules for the environment variables of a job, and for features that only some kinds of GPU can run."""
 
 import re
 
@@ -13,16 +13,17 @@ from tuner.rules.sources import VALIDATE_ARGS
 FLEX_BACKEND = "Megatron Bridge, training/flex_dispatcher_backend.py, validate_flex_dispatcher_backend"
 CONNECTIONS = "cuda_device_max_connections"
 MOST_CONNECTIONS = 32
-"""The largest value that CUDA accepts. Published: CUDA C++ Programming Guide, CUDA environment variables."""
+"""The largest CUDA_DEVICE_MAX_CONNECTIONS that CUDA accepts. Published: CUDA C++ Programming Guide, CUDA environment
+variables."""
 
 _BEFORE_AMPERE = re.compile(r"\b(P|V|T)\d{1,3}\b", re.IGNORECASE)
-"""Finds a GPU older than Ampere in a GPU's name: P100, V100, T4."""
+"""Matches the name of a GPU older than Ampere: P100, V100, T4."""
 _GRACE_BLACKWELL = re.compile(r"\bGB\d{3}\b", re.IGNORECASE)
-"""Finds a GPU of a Grace Blackwell node in a GPU's name: GB200, GB300."""
+"""Matches the name of a GPU of a Grace Blackwell node: GB200, GB300."""
 
 
 def flex_backend_runs(backend: str, cluster: Cluster) -> bool:
-    """Return whether a backend of the flex dispatcher runs on the cluster's GPUs; GPUs of unknown names pass."""
+    """Return whether a backend of the flex dispatcher runs on the cluster's GPUs; True if their kind is unknown."""
     if _BEFORE_AMPERE.search(cluster.gpu.name):
         return False
     return backend != "deepep" or not _GRACE_BLACKWELL.search(cluster.gpu.name)
@@ -47,9 +48,10 @@ def _backend_runs_on_gpu(columns: Columns, workload: Workload, cluster: Cluster)
 
 
 def _overlap_has_one_connection(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    """Return the rows where communication can overlap with compute.
+    """Return a mask of the rows where communication of tp and cp can overlap with compute.
 
-    GPUs older than Blackwell start communication ahead of the compute that hides it only if both share one connection.
+    A GPU older than Blackwell starts communication ahead of the compute that hides it only if both share one hardware
+    queue, that is, if CUDA_DEVICE_MAX_CONNECTIONS is 1.
     """
     if BLACKWELL_OR_LATER.search(cluster.gpu.name):
         return True
@@ -86,8 +88,8 @@ RULES: tuple[Rule, ...] = (
         "moe_token_dispatcher_type moe_flex_dispatcher_backend",
         holds=_backend_runs_on_gpu,
         message=lambda layout, workload, cluster: (
-            f"{layout.moe_flex_dispatcher_backend} does not run on {cluster.gpu.name}: DeepEP takes Ampere, Hopper, "
-            "B200 and B300, HybridEP GB200 and GB300 as well; choose the other, or alltoall"
+            f"{layout.moe_flex_dispatcher_backend} does not run on {cluster.gpu.name}: DeepEP runs on Ampere, "
+            "Hopper, B200 and B300, HybridEP on these and on GB200 and GB300; choose the other backend, or alltoall"
         ),
         source=FLEX_BACKEND,
     ),

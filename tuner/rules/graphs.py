@@ -1,4 +1,4 @@
-"""CUDA graphs: which parts of a layer a graph can capture, and what excludes graphs."""
+"""Rules for CUDA graphs: which parts of a layer a graph can capture, and which other knobs exclude graphs."""
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
@@ -9,7 +9,7 @@ from tuner.rules.shapes import has_dense_layers, has_moe_layers
 from tuner.rules.sources import TRANSFORMER_CONFIG
 
 SCOPES: tuple[str, ...] = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess")
-"""The parts that a graph may capture, in the order in which a layout names them."""
+"""The parts that a graph can capture, in the order in which a layout names them."""
 GRAPH_KNOBS = "cuda_graph_impl cuda_graph_scope"
 
 
@@ -18,12 +18,12 @@ def _without_graphs(columns: Columns) -> Bools:
 
 
 def _te_graphs(columns: Columns) -> Bools:
-    """Return the rows where Transformer Engine captures the graphs."""
+    """Return a mask of the rows where Transformer Engine captures the graphs."""
     return columns.among("cuda_graph_impl", "transformer_engine")
 
 
 def _local_graphs(columns: Columns) -> Bools:
-    """Return the rows where Megatron's own code captures the graphs."""
+    """Return a mask of the rows where Megatron's own code captures the graphs."""
     return columns.among("cuda_graph_impl", "local")
 
 
@@ -42,9 +42,9 @@ def _names_experts(scope: str) -> bool:
 
 
 def _known_parts_in_order(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where the parts are in order.
+    """Return a mask of the rows where `cuda_graph_scope` names each part once, in the order of SCOPES.
 
-    A scope with an unknown part counts as in order, since it breaks `graph-scope-known`.
+    A scope with an unknown part counts as in order, since it breaks the rule `graph-scope-known`.
     """
     return columns.text("cuda_graph_scope", lambda scope: bool(_unknown_parts(scope)) or _in_order(scope))
 
@@ -83,7 +83,10 @@ def _mlp_part_has_dense_layers(columns: Columns, workload: Workload, cluster: Cl
 
 
 def _whole_layers_route_on_gpu(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    """Return the rows where a graph that captures experts keeps the experts' shapes fixed, as only HybridEP does."""
+    """Return a mask of the rows where CUDA graphs capture no whole MoE layers, or the dispatcher is HybridEP.
+
+    The shapes of the experts' inputs follow the routing, which only HybridEP keeps on the GPU.
+    """
     if not has_moe_layers(workload.model):
         return True
     whole_layers = columns.among("cuda_graph_scope", "none") | columns.graphs("full_iteration")
@@ -234,8 +237,8 @@ RULES: tuple[Rule, ...] = (
         GRAPH_KNOBS,
         holds=_local_names_router_and_preprocess,
         message=lambda layout, workload, cluster: (
-            f"{_graph_knobs(layout)}: local graphs take moe_router and moe_preprocess both where one is named; name "
-            "both"
+            f"{_graph_knobs(layout)}: local graphs capture both moe_router and moe_preprocess if either is named; "
+            "name both"
         ),
         source=TRANSFORMER_CONFIG,
     ),
@@ -256,9 +259,9 @@ RULES: tuple[Rule, ...] = (
         f"{GRAPH_KNOBS} moe_token_dispatcher_type moe_flex_dispatcher_backend",
         holds=_whole_layers_route_on_gpu,
         message=lambda layout, workload, cluster: (
-            f"{_graph_knobs(layout)}: a graph of whole layers holds experts whose shapes follow the routing, which "
-            "only HybridEP keeps on the GPU; name parts (attn+moe_router+moe_preprocess), use the flex dispatcher with "
-            "hybridep, or lift this rule"
+            f"{_graph_knobs(layout)}: a graph of whole layers captures experts whose shapes follow the routing, "
+            "which only HybridEP keeps on the GPU; name parts (attn+moe_router+moe_preprocess), use the flex "
+            "dispatcher with hybridep, or lift this rule"
         ),
         source=f"{TRANSFORMER_CONFIG} refuses the scope moe for it; Megatron Bridge, perf_recipes/qwen/common.py",
     ),
@@ -268,7 +271,7 @@ RULES: tuple[Rule, ...] = (
         f"{GRAPH_KNOBS} recompute_granularity",
         holds=_full_recompute_in_full_iteration,
         message=lambda layout, workload, cluster: (
-            f"{_graph_knobs(layout)}: full recompute can be captured with the full iteration alone; use selective "
+            f"{_graph_knobs(layout)}: only a graph of the full iteration can capture full recompute; use selective "
             "recompute, or no graphs"
         ),
         source=TRANSFORMER_CONFIG,

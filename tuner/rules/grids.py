@@ -1,4 +1,7 @@
-"""The two device grids of a pipeline stage, and the NVLink domain that tensor parallelism should stay in."""
+"""Rules for the two ways to arrange the GPUs in a grid, pp*dp*cp*tp for dense layers and pp*edp*ep*etp for experts.
+
+Both must fill the world, and tensor parallelism should stay inside an NVLink domain.
+"""
 
 from tuner.core.layout import Layout, min_gpus
 from tuner.rules.rule import Rule, remainder, rule

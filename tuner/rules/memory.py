@@ -1,4 +1,4 @@
-"""What spares memory besides recompute: Megatron-FSDP, offloaded activations, and buffers registered with NCCL."""
+"""Rules for other ways to save memory than recomputation: Megatron-FSDP, offloading, and NCCL's registered buffers."""
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
@@ -29,7 +29,7 @@ def _fsdp_overlaps_what_it_shards(columns: Columns, workload: Workload, cluster:
 
 
 def _keeps_activations(columns: Columns) -> Bools:
-    """Return the rows where no layer's activations are offloaded to the host."""
+    """Return a mask of the rows where no layer's activations are offloaded to the host."""
     keeps: Bools = columns["cpu_offloading_num_layers"] == 0
     return keeps
 
@@ -75,7 +75,7 @@ RULES: tuple[Rule, ...] = (
             columns.on("use_megatron_fsdp"), columns.on("use_distributed_optimizer")
         ),
         message=lambda layout, workload, cluster: (
-            "use_megatron_fsdp turns use_distributed_optimizer on by itself: write it so"
+            "use_megatron_fsdp turns use_distributed_optimizer on by itself: turn it on in the layout"
         ),
         source=f"{VALIDATE_ARGS}; Megatron Bridge, training/config.py",
     ),
@@ -86,8 +86,8 @@ RULES: tuple[Rule, ...] = (
         holds=_fsdp_overlaps_what_it_shards,
         message=lambda layout, workload, cluster: (
             f"overlap_grad_reduce is {layout.overlap_grad_reduce}, overlap_param_gather {layout.overlap_param_gather}: "
-            "Megatron-FSDP turns the first on where it shards gradients, both where it shards weights "
-            f"({layout.data_parallel_sharding_strategy}); write it so"
+            "Megatron-FSDP turns the first on if it shards gradients, and both if it shards weights "
+            f"({layout.data_parallel_sharding_strategy}); set them so"
         ),
         source=FSDP,
     ),
@@ -170,7 +170,7 @@ RULES: tuple[Rule, ...] = (
             columns.on("nccl_ub"), columns.on("expandable_segments")
         ),
         message=lambda layout, workload, cluster: (
-            "nccl_ub takes its buffers from a memory pool, which expandable_segments cannot have: turn one of them off"
+            "nccl_ub takes its buffers from a memory pool, which does not work with expandable_segments: turn one off"
         ),
         source=DDP_CONFIG,
     ),

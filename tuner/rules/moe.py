@@ -1,4 +1,4 @@
-"""Mixtures of experts: the sizes of the expert grid, the token dispatchers, and what Megatron asks of the router."""
+"""Rules for mixtures of experts: the sizes ep and etp, the token dispatchers, and Megatron's demands on the router."""
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
@@ -14,7 +14,7 @@ FLEX_KNOBS = "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp"
 
 
 def _needs_pre_softmax(model: Model) -> bool:
-    """Return whether the router takes the softmax after it has chosen one expert, whose score is then always 1."""
+    """Return whether the router chooses one expert and only then takes the softmax, so that its score is always 1."""
     softmax_of_one = model.moe_router_topk == 1 and model.moe_router_score_function == "softmax"
     sinkhorn = model.moe_router_load_balancing_type == "sinkhorn"
     return softmax_of_one and not (model.moe_router_pre_softmax or sinkhorn)
@@ -34,7 +34,7 @@ def _experts_with_tp_have_sp(columns: Columns, workload: Workload, cluster: Clus
 
 
 def _flex_has_expert_ranks(columns: Columns) -> Bools:
-    """Return the rows where the flex dispatcher, if it is used, has more than one expert rank."""
+    """Return a mask of the rows where ep * etp is above 1 if the flex dispatcher is used."""
     return implies(columns.among("moe_token_dispatcher_type", "flex"), columns["ep"] * columns["etp"] > 1)
 
 
@@ -73,7 +73,7 @@ def _explain_router_groups(layout: Layout, workload: Workload, cluster: Cluster)
     model = workload.model
     return (
         f"moe_router_group_topk ({model.moe_router_group_topk}) needs moe_router_num_groups "
-        f"({model.moe_router_num_groups}) at least as large and a divisor of num_moe_experts "
+        f"({model.moe_router_num_groups}) to be at least as large, and to divide num_moe_experts "
         f"({model.num_moe_experts}): correct the model"
     )
 
@@ -110,7 +110,7 @@ RULES: tuple[Rule, ...] = (
         "tp ep etp",
         holds=_without_ep_etp_is_tp,
         message=lambda layout, workload, cluster: (
-            "with ep 1 Megatron sums the experts' gradients over the dense grid, which is wrong where etp "
+            "with ep 1 Megatron sums the experts' gradients over the dense grid, which is wrong if etp "
             f"({layout.etp}) is not tp ({layout.tp}): set etp to {layout.tp}, or ep above 1"
         ),
         source="megatron/core/tensor_parallel/layers.py knows expert weights by ep > 1 alone",
@@ -262,7 +262,7 @@ RULES: tuple[Rule, ...] = (
         ),
         message=lambda layout, workload, cluster: (
             f"experts with a bias (add_bias_linear of {workload.model.name}) need Transformer Engine on CUDA devices: "
-            "Megatron's plain experts add it in place, which autograd refuses"
+            "Megatron's plain experts add the bias in place, which autograd refuses"
         ),
         source="megatron/core/transformer/mlp.py, forward",
     ),

@@ -1,4 +1,4 @@
-"""Overlap of communication with compute: which switches need one another, and which need CUDA devices."""
+"""Rules for the overlap of communication with compute: which switches need one another, and which need CUDA devices."""
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
@@ -13,7 +13,10 @@ EXPERT_CALLABLES = "megatron/core/models/gpt/fine_grained_callables.py"
 
 
 def _needs_cuda(id: str, knob: str, requirement: str) -> Rule:
-    """Return the rule that a switch is off on CPU ranks; `requirement` is what it needs on CUDA devices."""
+    """Return the rule with this `id`: the switch `knob` must be off on CPU ranks.
+
+    `requirement` says, for the message, what the switch needs on CUDA devices.
+    """
     return rule(
         id,
         "program",
@@ -36,9 +39,10 @@ def _expert_overlap(
     source: str = TRANSFORMER_CONFIG,
     gone_in: str = "",
 ) -> Rule:
-    """Return the rule that a layout with overlap_moe_expert_parallel_comm on satisfies `needs`.
+    """Return the rule that a layout with overlap_moe_expert_parallel_comm on must satisfy `needs`.
 
-    `knobs` names the other knobs that `needs` reads. `message` continues a sentence whose subject is the switch.
+    `knobs` names the other knobs that `needs` reads, separated by spaces. `message` returns the rest of a sentence
+    whose subject is overlap_moe_expert_parallel_comm.
     """
     return rule(
         id,
@@ -74,10 +78,10 @@ def _interleaved_param_gather_has_optimizer(columns: Columns, workload: Workload
 
 
 def _token_inputs_are_not_freed(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    """Return the rows where the expert overlap keeps its tokens until the backward pass.
+    """Return a mask of the rows where the overlap of expert communication frees no tokens that the backward pass needs.
 
-    It frees those that the alltoall dispatcher hands to a rank's only expert. The tokens of several experts are copied
-    when they are sorted, and fp8 keeps a copy of its own.
+    It frees the tokens that the alltoall dispatcher passes to a rank's only expert. With several experts on a rank, the
+    tokens are copied when they are sorted by expert; and with fp8 there is an fp8 copy.
     """
     if workload.precision not in {"bf16", "fp16"}:
         return True
@@ -145,7 +149,7 @@ RULES: tuple[Rule, ...] = (
         holds=_param_gather_overlap_has_both,
         message=lambda layout, workload, cluster: (
             f"overlap_param_gather needs overlap_grad_reduce (it is {layout.overlap_grad_reduce}) and "
-            f"use_distributed_optimizer (it is {layout.use_distributed_optimizer}): turn both on or it off"
+            f"use_distributed_optimizer (it is {layout.use_distributed_optimizer}): turn these two on, or it off"
         ),
         source=VALIDATE_ARGS,
     ),
@@ -253,8 +257,8 @@ RULES: tuple[Rule, ...] = (
         "pp",
         needs=_mtp_has_one_layer_and_pp,
         message=lambda layout, workload, cluster: (
-            f"takes one layer of multi-token prediction (the model has {workload.model.mtp_num_layers}) and then needs "
-            f"pp > 1 (it is {layout.pp})"
+            "supports at most one layer of multi-token prediction (the model has "
+            f"{workload.model.mtp_num_layers}), and with one needs pp > 1 (it is {layout.pp})"
         ),
     ),
     rule(

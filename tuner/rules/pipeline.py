@@ -1,4 +1,7 @@
-"""How the plain knobs spread the layers over pipeline stages and their chunks."""
+"""Rules for the plain knobs that divide the layers among pipeline stages and chunks.
+
+The plain knobs are all that do so except the text `pipeline_model_parallel_layout` (see tuner/rules/placement.py).
+"""
 
 import numpy as np
 
@@ -18,17 +21,17 @@ SPLIT_KNOBS = f"pp {UNEVEN_KNOBS} {ACCOUNT_KNOBS}"
 
 
 def _uneven(columns: Columns) -> Bools:
-    """Return the rows where the layers of the first or of the last stage are stated."""
+    """Return a mask of the rows that state the number of layers of the first or of the last stage."""
     return (columns[FIRST] > 0) | (columns[LAST] > 0)
 
 
 def _accounted(columns: Columns) -> Bools:
-    """Return the rows where the embedding or the loss counts as a layer."""
+    """Return a mask of the rows where the embedding or the loss counts as a layer."""
     return columns.on(EMBEDDING_ACCOUNTED) | columns.on(LOSS_ACCOUNTED)
 
 
 def _plain(columns: Columns) -> Bools:
-    """Return the rows where no text places the layers."""
+    """Return a mask of the rows where `pipeline_model_parallel_layout` is `none`."""
     return columns.among(PLACEMENT, "none")
 
 
@@ -38,9 +41,10 @@ def _even_split_is_whole(columns: Columns, workload: Workload, cluster: Cluster)
 
 
 def _rest_fits_stages(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where the unstated layers spread evenly over the unstated stages, with at least one per stage.
+    """Return a mask of the rows where the layers that are left for the other stages divide evenly among them.
 
-    If every stage is stated, no layer may be left.
+    This concerns rows that state the layers of the first or last stage. Each other stage must get at least one layer;
+    if there is no other stage, no layer may be left. All other rows are accepted.
     """
     rest, stages = workload.model.num_layers - columns[FIRST] - columns[LAST], unstated_stages(columns)
     spread = (stages > 0) & (rest > 0) & (rest % np.maximum(stages, 1) == 0)
@@ -48,7 +52,7 @@ def _rest_fits_stages(columns: Columns, workload: Workload, cluster: Cluster) ->
 
 
 def _chunks_are_whole(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where vpp divides the slots of every stage."""
+    """Return a mask of the rows where vpp divides the number of slots (see `stage_slots`) of every stage."""
     slots, vpp = stage_slots(columns, workload), columns["vpp"]
     middle_rest = np.where(unstated_stages(columns) > 0, slots.middle % vpp, 0)
     whole = slots.first % vpp + slots.last % vpp + middle_rest == 0
@@ -61,9 +65,9 @@ def _uneven_chunks_have_a_middle(columns: Columns, workload: Workload, cluster: 
 
 
 def _stated_stages_differ(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where a stated stage differs from what it would get without being stated.
+    """Return a mask of the rows where each stated number of layers differs from what the stage would get by default.
 
-    If there are two stages, only the first may be stated.
+    If there are two stages, only the layers of the first may be stated.
     """
     middle, stages = stage_slots(columns, workload).middle, unstated_stages(columns)
     repeats = (stages > 0) & ((columns[FIRST] == middle) | (columns[LAST] == middle))
@@ -72,9 +76,9 @@ def _stated_stages_differ(columns: Columns, workload: Workload, cluster: Cluster
 
 
 def _uneven_differs_from_accounted(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where account_for_* can't express the split.
+    """Return a mask of the rows whose stated first and last stage cannot be expressed by the account_for_* knobs.
 
-    Without virtual stages, account_for_* takes one layer off an outer stage.
+    Without virtual stages, each of these knobs takes one layer off the first or the last stage.
     """
     slots = stage_slots(columns, workload)
     fewer_first, fewer_last = slots.middle - slots.first, slots.middle - slots.last
@@ -92,9 +96,9 @@ def _accounted_differs_from_even(columns: Columns, workload: Workload, cluster: 
 
 
 def _balanced(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where the stages are balanced.
+    """Return a mask of the rows where no stage has many more layers than an even share, num_layers / pp rounded up.
 
-    No outer stage holds more than an even share of the layers, and no middle stage exceeds this share by over a layer.
+    The first and the last stage may have at most this share, a middle stage at most one layer more.
     """
     share = -(-workload.model.num_layers // columns["pp"])
     fullest_outer = np.maximum(columns[FIRST], columns[LAST])
@@ -116,8 +120,8 @@ def _explain_rest(layout: Layout, workload: Workload, cluster: Cluster) -> str:
     stages = layout.pp - (first > 0) - (last > 0)
     rest = workload.model.num_layers - first - last
     return (
-        f"num_layers ({workload.model.num_layers}) - first ({first}) - last ({last}) = {rest} layers do not go evenly "
-        f"onto the {stages} stages left of pp ({layout.pp}): change the first or last stage's layers"
+        f"num_layers ({workload.model.num_layers}) - first ({first}) - last ({last}) = {rest} layers do not divide "
+        f"evenly among the {stages} stages left of pp ({layout.pp}): change the first or last stage's layers"
     )
 
 
@@ -231,8 +235,8 @@ RULES: tuple[Rule, ...] = (
         f"pp vpp {ACCOUNT_KNOBS}",
         holds=_accounted_differs_from_even,
         message=lambda layout, workload, cluster: (
-            f"with pp {layout.pp} and vpp {layout.vpp} each stage holds either the embedding or the loss, so to "
-            f"account for both splits {workload.model.num_layers} layers as to account for none: turn both off"
+            f"with pp {layout.pp} and vpp {layout.vpp} each stage holds either the embedding or the loss, so "
+            f"accounting for both divides {workload.model.num_layers} layers as accounting for none does: turn both off"
         ),
         source=LAYERS_TO_BUILD,
     ),

@@ -1,4 +1,4 @@
-"""The text that places every layer, `pipeline_model_parallel_layout`: is it legal, and does it fit the other knobs?"""
+"""Rules for `pipeline_model_parallel_layout`, the text that states the layers of every chunk."""
 
 from collections.abc import Callable, Mapping
 from itertools import product
@@ -20,15 +20,19 @@ LAYER_LAYOUT = "megatron/core/transformer/pipeline_parallel_layer_layout.py"
 
 
 def places_layers(text: str) -> bool:
-    """Return whether a text is stated and can be read; one that can't be read breaks `layers-placed-whole`."""
+    """Return whether a text is not `none` and can be parsed.
+
+    A text that can't be parsed breaks the rule `layers-placed-whole`.
+    """
     return text != "none" and readable(text)
 
 
 def plain_split(text: str, pp: int) -> Mapping[str, int | bool] | None:
-    """Return the plain knobs that place the layers as the text does, or None if plain knobs can't.
+    """Return the plain knobs that divide the layers as the text does with `pp` ranks, or None if plain knobs can't.
 
-    Knobs at their default are left out, so an even split gives an empty mapping. Plain knobs give every chunk of a rank
-    the same number of slots, and the same to every rank between the first and the last.
+    The plain knobs are the ones that state the layers of the first and last stage or account for the embedding and the
+    loss; they give every chunk of a rank the same number of slots, and the same to every rank between the first and the
+    last. Knobs at their default are left out, so an even split gives an empty mapping.
     """
     chunks = parse(text)
     if len(chunks) % pp or any(MTP in chunk for chunk in chunks[:-1]):
@@ -51,7 +55,7 @@ def _without_defaults(knobs: Mapping[str, int | bool]) -> Mapping[str, int | boo
 
 
 def _where_placed(columns: Columns, holds: Callable[[str, int], bool]) -> Bools:
-    """Return the rows where `holds` is true of the text and pp, and those where no text places the layers."""
+    """Return a mask of the rows where `holds` returns True for the text and pp, or the text is `none` or unreadable."""
     return columns.text_with(PLACEMENT, "pp", lambda text, pp: not places_layers(text) or holds(text, pp))
 
 

@@ -1,4 +1,4 @@
-"""Activation recomputation: which combinations of its knobs exist, and which of them spell the same run."""
+"""Rules for activation recomputation: which combinations of its knobs exist, and which of them mean the same run."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ MODULES: tuple[str, ...] = (
     "moe_act",
     "shared_experts",
 )
-"""The modules that selective recompute may drop, in the order in which a layout names them."""
+"""The modules that selective recomputation can recompute, in the order in which a layout names them."""
 FULL_KNOBS = "recompute_granularity recompute_method recompute_num_layers"
 CHUNK_KNOBS = f"{FULL_KNOBS} vpp {SPLIT_KNOBS} {PLACEMENT}"
 
@@ -46,9 +46,9 @@ def _unknown_modules(modules: str) -> list[str]:
 
 
 def _in_order(modules: str) -> bool:
-    """Return whether each module is named once, in the order of MODULES.
+    """Return whether `modules` names each module once, in the order of MODULES.
 
-    A layout writes Megatron's default, core_attn alone, as none.
+    The text `core_attn` alone does not count as in order, since a layout writes this default of Megatron as `none`.
     """
     names = module_names(modules)
     return modules != DEFAULT_RECOMPUTE_MODULE and list(names) == [
@@ -65,7 +65,7 @@ def _selective(columns: Columns) -> Bools:
 
 
 def _uniform(columns: Columns) -> Bools:
-    """Return the rows where full recompute takes the layers in groups of recompute_num_layers."""
+    """Return a mask of the rows with full recomputation that takes the layers in groups of `recompute_num_layers`."""
     return _full(columns) & columns.among("recompute_method", "uniform")
 
 
@@ -86,9 +86,9 @@ def _selective_modules_are_known(columns: Columns, workload: Workload, cluster: 
 
 
 def _known_modules_in_order(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where the modules are in order.
+    """Return a mask of the rows where `recompute_modules` names each module once, in the order of MODULES.
 
-    A text with an unknown module counts as in order, since it breaks `recompute-modules-known`.
+    A text with an unknown module counts as in order, since it breaks the rule `recompute-modules-known`.
     """
     return columns.text("recompute_modules", lambda text: bool(_unknown_modules(text)) or _in_order(text))
 
@@ -110,9 +110,10 @@ def _recomputed_mlp_has_no_bias(columns: Columns, workload: Workload, cluster: C
 
 
 def _groups_divide_chunks(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where recompute_num_layers divides the layers of every chunk.
+    """Return a mask of the rows where `recompute_num_layers` divides the number of layers of every chunk.
 
-    Uniform recompute takes the layers of a chunk in groups of this size. Otherwise it runs off the chunk's end.
+    This concerns uniform recomputation, which takes the layers of a chunk in groups of this size and otherwise runs
+    past the chunk's end. All other rows are accepted.
     """
     group, chunks = np.maximum(columns["recompute_num_layers"], 1), chunk_layers(columns, workload)
     middle_rest = np.where(columns["pp"] * columns["vpp"] > 2, chunks.middle % group, 0)
@@ -126,9 +127,10 @@ def _group_divides_placed_chunks(text: str, group: int) -> bool:
 
 
 def _block_leaves_a_layer(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where block recompute takes fewer layers than the fullest chunk has.
+    """Return a mask of the rows where block recomputation leaves out a layer of the chunk with the most layers.
 
-    If it takes all layers of the fullest chunk, it equals uniform recompute in groups of one layer.
+    If it takes all layers, it is uniform recomputation in groups of one layer. Rows without block recomputation are
+    accepted.
     """
     block = _full(columns) & columns.among("recompute_method", "block")
     chunks = chunk_layers(columns, workload)
@@ -148,7 +150,7 @@ def _mtp_recomputes_single_layers(columns: Columns, workload: Workload, cluster:
 
 
 def _plain_chunks(layout: Layout, workload: Workload) -> tuple[int, int, int]:
-    """Return the layers of the first, of a middle and of the last chunk, as the plain knobs spread them."""
+    """Return the number of layers in the first, in a middle and in the last chunk, as the plain knobs divide them."""
     first, middle, last = (int(layers[0]) for layers in chunk_layers(Columns.single(layout), workload))
     return first, middle, last
 

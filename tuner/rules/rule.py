@@ -1,4 +1,4 @@
-"""What a rule is, and what a layout that breaks one is told."""
+"""The type of a rule, and of a violation: what a user reads about a layout that breaks a rule."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -14,26 +14,26 @@ from tuner.core.workload import Workload
 Kind = Literal["megatron", "arguments", "policy", "canonical", "program"]
 """Who refuses a layout that breaks the rule.
 
-- `megatron`: Megatron-Core refuses it, or would train another model.
+- `megatron`: Megatron-Core refuses it, or would train it wrongly.
 - `arguments`: only the argument checks in the training loop of Megatron-LM or Megatron Bridge refuse it.
-- `policy`: megatune refuses it, and the user may lift the rule.
-- `canonical`: the run may be legal, but another layout spells the same run.
+- `policy`: megatune refuses it, unless the user switches the rule off (`lift` in a sweep file).
+- `canonical`: the run may be legal, but another layout describes the same run, and only that one is tried.
 - `program`: the device can't run it, or a package that it needs is missing there.
 """
 
 
 class Predicate(Protocol):
-    """Tells which layouts keep a rule."""
+    """Tells which layouts satisfy a rule."""
 
     def __call__(self, columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-        """Return one bool per layout of `columns`, or one bool for all of them."""
+        """Return whether each layout of `columns` satisfies the rule: one bool per layout, or one bool for all."""
 
 
 class Explanation(Protocol):
     """Tells the user why a layout breaks a rule."""
 
     def __call__(self, layout: Layout, workload: Workload, cluster: Cluster) -> str:
-        """Return what is wrong, as an equation with its numbers, and what to change. `layout` breaks the rule."""
+        """Return what is wrong with `layout`, which breaks the rule, and what to change, with the relevant numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +47,9 @@ class Rule:
     knobs: frozenset[str]
     """The knobs that `holds` reads; empty if it reads the workload and the cluster alone."""
     holds: Predicate
-    """True for the layouts that keep the rule."""
+    """Returns True for the layouts that satisfy the rule."""
     message: Explanation
-    """Gives the message for a layout that breaks the rule."""
+    """Returns the message for a layout that breaks the rule."""
     source: str
     """The code that refuses, as a path inside Megatron-LM's repository unless the text names another place."""
     gone_in: str = ""
@@ -57,7 +57,10 @@ class Rule:
     newest release still refuses them."""
 
     def mask(self, columns: Columns, workload: Workload, cluster: Cluster, rows: int) -> Bools:
-        """Return which layouts of `columns`, which has `rows` rows, keep the rule: one bool per row."""
+        """Return one bool per layout of `columns`: whether the layout satisfies the rule.
+
+        `rows` is the number of layouts in `columns`.
+        """
         held = np.asarray(self.holds(columns, workload, cluster), dtype=np.bool_)
         return held if held.shape == (rows,) else np.broadcast_to(held, (rows,))
 
@@ -86,7 +89,7 @@ def rule(
     source: str,
     gone_in: str = "",
 ) -> Rule:
-    """Return a Rule. `knobs` is one text that names the knobs, separated by spaces."""
+    """Return a Rule. `knobs` is one text that names the knobs that `holds` reads, separated by spaces."""
     return Rule(
         id=id,
         kind=kind,
@@ -104,12 +107,12 @@ def remainder(name: str, value: int, divisor_name: str, divisor: int) -> str:
 
 
 def implies(premise: Bools | bool, conclusion: Bools | bool) -> Bools:
-    """Return the rows where `conclusion` holds or `premise` does not: the usual form of a rule."""
+    """Return a mask of the rows where `premise` is false or `conclusion` is true: the usual form of a rule."""
     holds: Bools = np.logical_or(np.logical_not(premise), conclusion)
     return holds
 
 
 def not_all(*conditions: Bools) -> Bools:
-    """Return the rows where a condition fails: the form of a rule whose conditions exclude one another."""
+    """Return a mask of the rows where a condition is false: the form of a rule whose conditions exclude each other."""
     all_hold: Bools = reduce(np.logical_and, conditions)
     return ~all_hold

@@ -1,4 +1,4 @@
-"""The sizes of the model and of the sequence that the parallel sizes must divide."""
+"""Rules for tp, etp and cp, which must divide sizes of the model and the sequence length."""
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
@@ -8,12 +8,12 @@ from tuner.rules.rule import Rule, implies, remainder, rule
 from tuner.rules.sources import TRANSFORMER_CONFIG
 
 CPU_PRECISIONS = ("fp32", "bf16")
-"""The precisions that the built-in program trains in on CPU ranks."""
+"""The precisions in which the built-in program can train on CPU ranks."""
 DIVIDE = "megatron/core/utils.py, divide, in tensor_parallel/layers.py"
 
 
 def has_dense_layers(model: Model) -> bool:
-    """Return whether any layer has a plain MLP."""
+    """Return whether any layer has a dense MLP, without experts."""
     return not all(model.moe_layer_pattern())
 
 
@@ -28,7 +28,7 @@ def _qkv_width(model: Model) -> int:
 
 
 def _query_groups_fit(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows where tensor-parallel ranks hold whole query groups, or several whole ranks share one group."""
+    """Return a mask of the rows where tp divides the number of query groups, or this number divides tp."""
     query_groups, tp = workload.model.num_query_groups, columns["tp"]
     fit: Bools = (query_groups % tp == 0) | (tp % query_groups == 0)
     return fit

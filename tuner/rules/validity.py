@@ -1,7 +1,7 @@
 """Judge layouts by every rule: one layout (`broken_rules`) or a whole table of them (`valid_mask`).
 
-No other module decides what is valid. The installed Megatron is the truth, and tests/integration holds the rules
-against it.
+No other module decides what is valid. The installed Megatron has the last word: tests/integration compares the rules
+with it.
 """
 
 from collections.abc import Collection
@@ -48,11 +48,13 @@ RULES: tuple[Rule, ...] = (
 
 
 def active_rules(lifted: Collection[str] = frozenset()) -> tuple[Rule, ...]:
-    """Return every rule but the lifted ones: the user lifts them, or a newer Megatron-Core no longer asks them.
+    """Return every rule except those whose ids are in `lifted`, which are switched off.
+
+    The user switches rules off, and a newer Megatron-Core needs some of them no longer (see `gone_rules`).
 
     Raises:
-        InputError: if a lifted rule is unknown, or can't be lifted: only a policy can, and a rule that some release of
-            Megatron-Core no longer asks.
+        InputError: if an id is unknown, or its rule can't be switched off: only a policy can, or a rule that some
+            release of Megatron-Core no longer needs.
     """
     liftable = {rule.id for rule in RULES if rule.kind == "policy" or rule.gone_in}
     for name in sorted(set(lifted) - liftable):
@@ -64,7 +66,7 @@ def active_rules(lifted: Collection[str] = frozenset()) -> tuple[Rule, ...]:
 
 
 def gone_rules(megatron_core: str) -> frozenset[str]:
-    """Return the ids of the rules that a release of Megatron-Core no longer asks.
+    """Return the ids of the rules that are no longer needed with this release of Megatron-Core (see `Rule.gone_in`).
 
     `megatron_core` is a version such as `0.19.2`; an empty text, for an unknown version, counts as the newest.
     """
@@ -75,14 +77,17 @@ def gone_rules(megatron_core: str) -> frozenset[str]:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Return the major and the minor number of a version."""
+    """Return the major and the minor number of a version such as `0.19.2`; empty for an empty text."""
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def broken_rules(
     layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str] = frozenset()
 ) -> tuple[Violation, ...]:
-    """Return a violation for every rule that `layout` breaks, in the order of RULES; empty for a valid layout."""
+    """Return a violation for every rule that `layout` breaks, in the order of RULES; empty for a valid layout.
+
+    The rules whose ids are in `lifted` are not checked.
+    """
     columns = Columns.single(layout)
     return tuple(
         Violation(
@@ -96,7 +101,10 @@ def broken_rules(
 def valid_mask(
     table: pd.DataFrame, workload: Workload, cluster: Cluster, lifted: Collection[str] = frozenset()
 ) -> Bools:
-    """Return which rows of a table are valid, one bool per row. The table holds every knob as a column."""
+    """Return one bool per row of a table: whether the row is valid. The table has every knob as a column.
+
+    The rules whose ids are in `lifted` are not checked.
+    """
     columns = Columns.of(table)
     mask = np.ones(len(table), dtype=np.bool_)
     for rule in active_rules(lifted):
