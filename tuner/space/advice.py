@@ -1,6 +1,6 @@
-"""What the parallelism guide would choose for a workload and a cluster, whether or not it is valid there.
+"""The layouts that the parallelism guide recommends for a workload and a cluster, whether or not they are valid there.
 
-`tuner.space.guide` holds what the guide says; this module applies it.
+`tuner.space.guide` holds the tables of the guide, which Megatron Bridge publishes; this module applies them.
 """
 
 from collections.abc import Iterator
@@ -15,29 +15,32 @@ from tuner.core.workload import Workload
 from tuner.space.guide import DenseRow, Guide, MoeRow, Range, Recipe, SequenceRow
 
 ROUNDED_SIZE = 0.05
-"""A model this near the end of a row's sizes, as a share of that end, gets the next row's layouts too. Assumed:
-published sizes are rounded (Llama 3 70B has 70.6e9 parameters)."""
+"""If the size of a model is this close to the end of a row's range of sizes, the model gets the layouts of the next row
+too. The unit is a share of the size at that end. Assumed: published sizes are rounded (Llama 3 70B has 70.6e9
+parameters)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One choice of the guide."""
+    """One layout that the guide recommends."""
 
     layout: Layout
-    """The layout that the guide leads to; it may break rules of this package."""
+    """The recommended layout; it may break rules of megatune (`tuner.rules`)."""
     source: str
-    """The guide's section and row, and `+` what the sequence length adds."""
+    """The section and the row of the guide that lead to the layout; if the sequence length changed it, also a `+` and
+    the row for that length."""
 
 
 def advice_for(workload: Workload, cluster: Cluster, guide: Guide) -> Iterator[Advice]:
-    """Yield the guide's choices, best first.
+    """Yield the layouts that the guide recommends, best first.
 
-    For a dense model they come from the row of its size, in every step of the row's ranges, then from the neighbouring
-    row if the size lies at its end, from the combined recipes, and from the network.
+    For a dense model they come from these tables of the guide: the row for the model's size, with every combination of
+    the sizes in the row's ranges; the neighbouring row, if the model's size is close to the end of its row; the
+    combined recipes; and the row for the cluster's network.
 
-    For a mixture of experts they come from the row of its name, or else of the nearest size, then from the combined
-    recipes for that row's model, and from the key patterns. The network isn't asked: its TP=8 is for dense models, and
-    the guide sizes TP of a mixture of experts by its active parameters.
+    For a mixture of experts they come from the row for the model's name, or else for the nearest size; then from the
+    combined recipes for that row's model; and then from the key patterns. The rows for networks are not used: their
+    TP=8 is for dense models, and the guide sizes TP of a mixture of experts by its active parameters.
     """
     sequence = next(row for row in reversed(guide.sequence) if workload.seq_length >= row.from_tokens)
     if workload.model.is_moe:
@@ -59,9 +62,10 @@ def sizes_of(size_range: Range) -> tuple[int, ...]:
 
 
 def _completed(base: Advice, cp: int, sequence: SequenceRow, workload: Workload, guide: Guide) -> Advice:
-    """Return a base with what its row leaves open: SP and CP by the sequence length, interleaving, and recompute.
+    """Return `base` with the given `cp`, sequence parallelism, virtual stages and selective recomputation.
 
-    Selective recompute makes a start that spares memory.
+    The row that the base comes from leaves these open. Sequence parallelism depends on the sequence length, and
+    selective recomputation saves memory.
     """
     layout = base.layout
     # Megatron refuses to train experts with TP but without SP, whatever the sequence length.
@@ -82,7 +86,7 @@ def _completed(base: Advice, cp: int, sequence: SequenceRow, workload: Workload,
 def _dense_bases(
     workload: Workload, cluster: Cluster, sequence: SequenceRow, guide: Guide
 ) -> Iterator[Advice]:
-    """Yield the choices for a dense model, best first, with the sizes that a row states and nothing else."""
+    """Yield the layouts recommended for a dense model, best first; each sets only the sizes of a row."""
     billions = total_parameters(workload.model) / 1e9
     row_of_size = next((row for row in guide.dense if billions < row.parameters_billions[1]), guide.dense[-1])
     neighbours = [row for row in guide.dense if row != row_of_size and _ends_near(row, billions)]
@@ -101,7 +105,7 @@ def _dense_bases(
 
 
 def _moe_bases(workload: Workload, cluster: Cluster, guide: Guide) -> Iterator[Advice]:
-    """Yield the choices for a mixture of experts, best first, with the sizes that a row states and nothing else."""
+    """Yield the layouts recommended for a mixture of experts, best first; each sets only the sizes of a row."""
     model = workload.model
     total_billions, active_billions = total_parameters(model) / 1e9, active_parameters(model) / 1e9
 
@@ -136,7 +140,10 @@ def _from_recipe(recipe: Recipe, guide: Guide) -> Advice:
 
 
 def _from_network(by_size: Layout, cluster: Cluster, guide: Guide) -> Advice:
-    """Return what the network suggests. If the guide leaves PP open, `by_size` gives PP, which is at least 2."""
+    """Return the layout recommended for the cluster's network.
+
+    If the guide leaves PP open, PP is that of `by_size`, but at least 2.
+    """
     if cluster.world_size <= max(cluster.gpus_per_node, cluster.nvlink_domain_gpus):
         network = "nvlink"
     elif cluster.fabric_bandwidth_gb_per_s >= guide.infiniband_from_gb_per_s:
@@ -149,15 +156,19 @@ def _from_network(by_size: Layout, cluster: Cluster, guide: Guide) -> Advice:
 
 
 def _ends_near(row: DenseRow, billions: float) -> bool:
-    """Return whether a size lies in the row once both its ends are widened by ROUNDED_SIZE."""
+    """Return whether a model of `billions` * 10^9 parameters belongs to the row, or nearly so.
+
+    Both ends of the row's range of sizes are widened by ROUNDED_SIZE.
+    """
     low, high = row.parameters_billions
     return low * (1 - ROUNDED_SIZE) <= billions <= high * (1 + ROUNDED_SIZE)
 
 
 def _by_size(row: DenseRow, billions: float) -> Layout:
-    """Return the layout whose place in each of the row's ranges is the place of the model's size in the row.
+    """Return the layout that takes from each of the row's ranges the size at the model's place in the row.
 
-    Places are measured on a log scale.
+    The model's place is 0 if its size (`billions`, in 10^9 parameters) is the row's lowest, and 1 if it is the highest;
+    between them it is measured on a log scale.
     """
     low, high = row.parameters_billions
     place = log2(billions / low) / log2(high / low) if low else 0.0
@@ -166,6 +177,6 @@ def _by_size(row: DenseRow, billions: float) -> Layout:
 
 
 def _size_at(size_range: Range, place: float) -> int:
-    """Return one of the sizes of a range: the lowest at place 0, the highest at place 1, and another in between."""
+    """Return one of the sizes of a range: the lowest at place 0, the highest at place 1, and another one between."""
     sizes = sizes_of(size_range)
     return sizes[round(place * (len(sizes) - 1))]

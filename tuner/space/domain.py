@@ -1,4 +1,4 @@
-"""The domain of a search: which values each knob may take, before any rule judges their combinations."""
+"""The domain of a search: the values that each knob may take, before any rule judges their combinations."""
 
 from collections.abc import Mapping
 from math import gcd
@@ -17,22 +17,23 @@ Value = bool | int | str
 Domain = Mapping[str, tuple[Value, ...]]
 """The candidate values of each knob.
 
-A knob that isn't named keeps its default, except overlap_p2p_comm, which takes both values, so that it can follow vpp.
+A knob that isn't named keeps its default, except overlap_p2p_comm, which then takes both values, as vpp requires.
 """
 
 FEWEST_CUDA_TOKENS = 2048
-"""Fewest tokens of a sequence per context parallel rank on GPUs: with fewer, a rank spends more time on sending than on
-computing. Assumed: half of what Megatron Bridge's parallelism guide gives a rank (cp 2 from 8,192 tokens on)."""
+"""Smallest number of tokens of a sequence that a context-parallel rank gets on GPUs: with fewer, a rank spends more
+time on sending than on computing. Assumed: half of what Megatron Bridge's parallelism guide gives a rank (cp 2 from
+8,192 tokens on)."""
 FEWEST_CPU_TOKENS = 32
-"""Fewest tokens of a sequence per context rank on CPU ranks. Assumed: low enough that tiny models get context
-parallelism."""
+"""Smallest number of tokens of a sequence that a context-parallel rank gets on CPU. Assumed: low enough that tiny
+models get context parallelism."""
 MOST_ETP = 8
-"""Largest etp: more ranks leave each a thin slice of an expert. Assumed: Megatron Bridge's parallelism guide names 4 as
-the exception."""
+"""Largest etp that is tried: with more ranks, each has only a thin slice of an expert. Assumed: Megatron Bridge's
+parallelism guide names 4 as the exception."""
 MOST_MICRO_BATCH_SIZE = 16
-"""Largest micro-batch size. Assumed."""
+"""Largest micro-batch size that is tried, in samples. Assumed."""
 MOST_GROUPED_PP = 8
-"""Largest pp for which micro-batch groups of 2 * pp micro-batches are a candidate. Assumed."""
+"""Largest pp for which micro-batch groups of 2 * pp micro-batches are tried. Assumed."""
 
 _SWITCH: tuple[Value, ...] = (False, True)
 _DEFAULT_DOMAIN: Domain = MappingProxyType(
@@ -41,7 +42,7 @@ _DEFAULT_DOMAIN: Domain = MappingProxyType(
 
 _GRID_KNOBS = frozenset({"tp", "pp", "vpp", "cp", "ep", "etp", "sp", "micro_batch_size", "overlap_p2p_comm"})
 REFINED: tuple[str, ...] = tuple(knob for knob in KNOBS if knob not in _GRID_KNOBS)
-"""The knobs that the refinement of a default search varies around its centres, the best layouts of the grid."""
+"""The knobs that the refinement varies around its centres, if a sweep file names no knobs."""
 _ONLY_REFINED = (
     "cuda_graph_impl",
     "cuda_graph_scope",
@@ -51,11 +52,11 @@ _ONLY_REFINED = (
     "nccl_ub",
     *ENVIRONMENT_KNOBS,
 )
-"""The knobs that keep their default in `default_domain`: they would multiply its combinations by thousands."""
+"""The knobs that keep their default in `default_domain`: varying them would multiply its combinations by thousands."""
 
 
 def candidates(domain: Domain) -> dict[str, tuple[Value, ...]]:
-    """Return the candidate values of every knob, those that `domain` doesn't name included, each value once.
+    """Return the candidate values of every knob, each once; for a knob that is missing, see `Domain`.
 
     Raises:
         InputError: if a knob is unknown, has no values, or has a value of another type or out of its range.
@@ -71,7 +72,7 @@ def candidates(domain: Domain) -> dict[str, tuple[Value, ...]]:
 
 
 def default_domain(workload: Workload, cluster: Cluster) -> Domain:
-    """Return every value that could win, of each knob except those that are only refined.
+    """Return the values of every knob that could make a layout the fastest; those in _ONLY_REFINED stay at default.
 
     The rules decide later which combinations are valid.
     """
@@ -99,7 +100,7 @@ def default_domain(workload: Workload, cluster: Cluster) -> Domain:
 def refined_domain(workload: Workload, cluster: Cluster) -> Domain:
     """Return the values of `default_domain`, and further ones for the knobs that are refined.
 
-    Its combinations are far too many to enumerate; the refinement varies a few knobs around each of its centres.
+    It has far too many combinations to enumerate; the refinement varies a few knobs around each of its centres.
     """
     model, domain = workload.model, dict(default_domain(workload, cluster))
     domain["pipeline_model_parallel_layout"] = placements_of(
@@ -126,10 +127,10 @@ def refined_domain(workload: Workload, cluster: Cluster) -> Domain:
 
 
 def search_domain(workload: Workload, cluster: Cluster) -> Domain:
-    """Return the smaller domain of a sweep that names no knobs: the grids, the split of the layers, and recompute.
+    """Return the domain of a sweep that names no knobs: parallelism, micro-batch, layer split and recomputation.
 
-    Gradient and parameter communication always overlap. Embedding and loss count as layers only if some pp doesn't
-    divide the layers.
+    It is smaller than `default_domain`. Gradient and parameter communication always overlap. The embedding and the loss
+    may count as layers only if the number of layers is not divisible by some pp.
     """
     pp_sizes = _pipeline_sizes(workload, cluster)
     indivisible = any(workload.model.num_layers % pp for pp in pp_sizes)
@@ -156,7 +157,7 @@ def _pipeline_sizes(workload: Workload, cluster: Cluster) -> tuple[int, ...]:
 
 
 def _grid(workload: Workload, cluster: Cluster, pp_sizes: tuple[int, ...]) -> Domain:
-    """Return the sizes of both device grids, sequence parallelism and the micro-batch sizes."""
+    """Return the candidate values of the parallel sizes, sequence parallelism and the micro-batch size."""
     model, world_size = workload.model, cluster.world_size
     fewest_tokens = FEWEST_CUDA_TOKENS if cluster.device == "cuda" else FEWEST_CPU_TOKENS
     cp_sizes = _divisors(world_size, max(1, workload.seq_length // fewest_tokens))
@@ -172,14 +173,14 @@ def _grid(workload: Workload, cluster: Cluster, pp_sizes: tuple[int, ...]) -> Do
 
 
 def _micro_batch_sizes(global_batch_size: int) -> tuple[int, ...]:
-    """Return the powers of two that divide the batch, up to MOST_MICRO_BATCH_SIZE."""
+    """Return the powers of two that divide the global batch size, up to MOST_MICRO_BATCH_SIZE."""
     return _divisors(gcd(global_batch_size, MOST_MICRO_BATCH_SIZE), MOST_MICRO_BATCH_SIZE)
 
 
 def _split(workload: Workload, pp_sizes: tuple[int, ...], *, accounted: tuple[Value, ...]) -> Domain:
-    """Return the knobs that spread the layers over stages and chunks.
+    """Return the candidate values of the knobs that divide the layers among stages and chunks.
 
-    `accounted` holds the values of the knobs that count the embedding or the loss as a layer.
+    `accounted` has the values of the two knobs that count the embedding or the loss as a layer.
     """
     outer_layers = _outer_stage_layers(workload.model.num_layers, pp_sizes)
     return {
@@ -192,10 +193,10 @@ def _split(workload: Workload, pp_sizes: tuple[int, ...], *, accounted: tuple[Va
 
 
 def _outer_stage_layers(num_layers: int, pp_sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the layers that a first or last stage may state for pp sizes without an even split; 0 states none.
+    """Return the numbers of layers that the first or the last stage may state; 0 states none.
 
-    The embedding or the loss adds to an outer stage, so it gets at most as many layers as a middle stage. An even split
-    may count the embedding and the loss as layers.
+    They are for those pp sizes for which the layers cannot be divided evenly, even if the embedding and the loss count
+    as layers. An outer stage also has the embedding or the loss, so it gets at most as many layers as a middle stage.
     """
     sizes = {0}
     for pp in pp_sizes:
@@ -210,7 +211,10 @@ def _outer_stage_layers(num_layers: int, pp_sizes: tuple[int, ...]) -> tuple[int
 
 
 def _virtual_sizes(num_layers: int, pp_sizes: tuple[int, ...], *, uneven: bool) -> tuple[int, ...]:
-    """Return every number of chunks that divides the layers of a stage; `uneven` adds the stages of uneven splits."""
+    """Return every number of chunks that divides the layers of a stage.
+
+    `uneven` says whether the stages of uneven splits are included.
+    """
     stage_layers = {(num_layers + accounted) // pp for accounted in (0, 1, 2) for pp in pp_sizes if pp > 1}
     if uneven:
         stage_layers |= {-(-num_layers // pp) for pp in pp_sizes if pp > 1}
@@ -218,7 +222,7 @@ def _virtual_sizes(num_layers: int, pp_sizes: tuple[int, ...], *, uneven: bool) 
 
 
 def _expert_communication(workload: Workload, cluster: Cluster) -> Domain:
-    """Return the dispatchers of tokens to experts, and what overlaps with them."""
+    """Return the candidate values of the token dispatcher of experts, and of the knobs for its overlap with compute."""
     moe, cuda = workload.model.is_moe, cluster.device == "cuda"
     has_shared = moe and workload.model.moe_shared_expert_intermediate_size is not None
     expert_overlap = _SWITCH if moe and workload.precision != "fp32" else (False,)
@@ -234,12 +238,12 @@ def _expert_communication(workload: Workload, cluster: Cluster) -> Domain:
 
 
 def _refuses_ring_attention(model: Model) -> bool:
-    """Return whether attention can't pass keys and values around the context parallel ranks."""
+    """Return whether the model's attention excludes ring attention, which passes keys and values from rank to rank."""
     return model.window_size is not None or model.softmax_type != "vanilla"
 
 
 def _graph_scopes(model: Model) -> tuple[str, ...]:
-    """Return the scopes worth a CUDA graph: whole layers, the full iteration, attention, and all but the experts."""
+    """Return the scopes worth trying: whole layers, the full iteration, attention, and all but the experts."""
     if not model.is_moe:
         return ("none", "full_iteration", "attn", "attn+mlp")
     scopes = ("none", "full_iteration", "attn", "attn+moe_router", "attn+moe_router+moe_preprocess")
@@ -247,7 +251,10 @@ def _graph_scopes(model: Model) -> tuple[str, ...]:
 
 
 def _module_sets(workload: Workload, cluster: Cluster) -> tuple[str, ...]:
-    """Return the module sets that selective recompute may drop: Megatron's default, all cheap ones, or the MLPs."""
+    """Return the candidates for the modules that selective recomputation recomputes, each joined by `+`.
+
+    They are Megatron's default, all modules that are cheap to recompute, and the MLPs.
+    """
     model = workload.model
     cheap = ["layernorm"]
     if model.multi_latent_attention:

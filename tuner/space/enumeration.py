@@ -33,7 +33,8 @@ BINDING_ORDER: tuple[str, ...] = (
     "cuda_device_max_connections", "expandable_segments", "nccl_nvls_enable",
 )
 # fmt: on
-"""Every knob, in the order in which the enumeration binds them: those that rule out most combinations come first."""
+"""Every knob, in the order in which the enumeration binds them, that is, combines the rows with the knob's values: the
+knobs that rule out the most combinations come first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +44,10 @@ class Space:
     table: pd.DataFrame
     """One row per layout, one column per knob in the order of KNOBS; small integers, bools and categoricals."""
     rejected: Mapping[str, int]
-    """Combinations removed by each rule, by the rule's id; a combination counts once, for the rule that removed it."""
+    """Number of combinations that each rule removed, by the rule's id; a combination counts once, for the rule that
+    removed it."""
     combinations: int
-    """Number of combinations of the domain's values, of which each is a row of the table or rejected."""
+    """Number of combinations of the domain's values; each is a row of the table or counted in `rejected`."""
 
 
 def enumerate_layouts(
@@ -55,17 +57,17 @@ def enumerate_layouts(
     fixed: Mapping[str, Value] = MappingProxyType({}),
     lifted: Collection[str] = frozenset(),
 ) -> Space:
-    """Return every layout of `domain` that keeps every rule, in an order that depends on the arguments alone.
+    """Return every layout of `domain` that satisfies every rule, in an order that depends on the arguments alone.
 
     Args:
-        workload: the job whose layouts are enumerated.
-        cluster: the machines that run it.
-        domain: the candidate values of each knob.
-        fixed: knobs that keep one value, whatever `domain` says.
-        lifted: ids of the rules that a layout may break.
+        workload: The workload.
+        cluster: The cluster.
+        domain: The candidate values of each knob.
+        fixed: Knobs that have this one value, whatever `domain` says.
+        lifted: Ids of the rules that are switched off, so that a layout may break them.
 
     Raises:
-        InputError: if a knob or a lifted rule is unknown, or a value doesn't suit its knob.
+        InputError: if a knob or a rule in `lifted` is unknown, or a value doesn't suit its knob.
     """
     values = candidates({**domain, **{knob: (value,) for knob, value in fixed.items()}})
     rules = active_rules(lifted)
@@ -79,8 +81,8 @@ def enumerate_layouts(
 class _PartialRows:
     """The valid combinations of the knobs bound so far, one row per combination.
 
-    A text is held as its index among the knob's candidates. A knob with a single candidate is held as one value, which
-    stands for every row.
+    A text is stored as its index among the knob's candidates. A knob with a single candidate is stored as one value,
+    which stands for every row.
     """
 
     def __init__(self, candidate_values: Mapping[str, tuple[Value, ...]]) -> None:
@@ -98,13 +100,17 @@ class _PartialRows:
         self.rejected: dict[str, int] = {}
 
     def completes(self, rule: Rule, knob: str) -> bool:
-        """Return whether `knob` is the last one that `rule` waits for; a rule without knobs waits for any."""
+        """Return whether `rule` can be checked as soon as `knob` is bound, and no earlier.
+
+        It can if it reads `knob`, and all other knobs that it reads are bound. A rule that reads no knobs is checked
+        with the first knob.
+        """
         if not rule.knobs:
             return not self._columns
         return knob in rule.knobs and rule.knobs <= {knob, *self._columns}
 
     def bind(self, knob: str, rules: list[Rule], workload: Workload, cluster: Cluster) -> None:
-        """Combine every row with every candidate of `knob`, and drop the rows that break one of `rules`."""
+        """Combine every row with every candidate of `knob`, and remove the rows that break one of `rules`."""
         crossed = self._count * len(self._values[knob])
         knobs_read = frozenset[str]().union(*(rule.knobs for rule in rules))
         columns = Columns({name: self._readable(name, self._crossed(name, knob)) for name in knobs_read})
@@ -132,7 +138,7 @@ class _PartialRows:
         return np.repeat(column, self._count) if len(column) == 1 else column
 
     def _crossed(self, name: str, knob: str) -> NDArray[Any]:
-        """Return the column `name` with every row repeated for each candidate of `knob`."""
+        """Return the column `name` after every row is repeated for each candidate of `knob`."""
         if name == knob:
             return np.tile(self._values[knob], self._count)
         width = len(self._values[knob])
@@ -145,11 +151,14 @@ class _PartialRows:
         return len(self._values[knob]) == 1
 
     def _readable(self, name: str, column: NDArray[Any]) -> Texts | NDArray[Any]:
-        """Return a column in the form in which rules read it."""
+        """Return a column in the form that rules read: `Texts` for a text knob, else the array."""
         return Texts(column, self._texts[name]) if name in self._texts else column
 
     def _replace_rows(self, knob: str, valid: Bools, valid_count: int) -> None:
-        """Replace the rows by those combinations with the candidates of `knob` that are valid."""
+        """Replace the rows by their valid combinations with the candidates of `knob`.
+
+        `valid` is a mask over all combinations, and `valid_count` the number of valid ones.
+        """
         varied = [name for name in (*self._columns, knob) if not self._is_constant(name)]
         if valid_count == len(valid):
             columns = {name: self._crossed(name, knob) for name in varied}
@@ -163,7 +172,7 @@ class _PartialRows:
 
 
 def _compact(values: tuple[Value, ...]) -> NDArray[Any]:
-    """Return sizes or switches as an array of the smallest type that the table uses for them."""
+    """Return integers or bools as an array of the smallest type that the table uses for them."""
     if isinstance(values[0], bool):
         return np.array(values, dtype=np.bool_)
     return np.array(values, dtype=np.int16 if max(map(int, values)) <= np.iinfo(np.int16).max else np.int32)

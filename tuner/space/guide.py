@@ -1,6 +1,6 @@
 """The parallelism guide of Megatron Bridge: one class per table, read from `search_spaces/heuristics/`.
 
-A size named tp, pp, cp, ep or etp is a number of ranks, as in `Layout`.
+A field named tp, pp, cp, ep or etp is a number of ranks, as in `Layout`, or a range of such numbers.
 """
 
 from collections.abc import Mapping
@@ -19,16 +19,16 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseRow:
-    """The parallel sizes from which the guide starts for dense models of a range of sizes."""
+    """One row of the guide's table for dense models: the parallel sizes to start from for a range of model sizes."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
     """The row's first cell in the guide, which also names the row in a seed's source."""
     parameters_billions: tuple[float, float]
-    """The row's models have at least the first and less than the second number of parameters, in 10^9."""
+    """Numbers of parameters of the row's models, in 10^9: at least the first, and less than the second."""
     gpus: Range
-    """Numbers of GPUs that the guide names for such models."""
+    """Lowest and highest number of GPUs that the guide names for such models."""
     tp: Range
     pp: Range
     cp: Range
@@ -36,8 +36,7 @@ class DenseRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeRow:
-    """One row of the published guide (search_spaces/heuristics/): the parallel sizes to start from for one model with
-    experts."""
+    """One row of the guide's table for mixtures of experts: the parallel sizes to start from for one model."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -46,9 +45,9 @@ class MoeRow:
     model: str
     """The name of the built-in model that the row is about."""
     total_billions: float
-    """All parameters of the model, in 10^9."""
+    """Number of all parameters of the model, in 10^9."""
     active_billions: float
-    """The parameters that one token passes, in 10^9."""
+    """Number of parameters that take part in the forward pass of one token, in 10^9."""
     tp: int
     pp: int
     ep: int
@@ -71,7 +70,7 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopologyRow:
-    """The parallel sizes from which the guide starts on a kind of network."""
+    """One row of the guide's table for networks: the parallel sizes to start from on a kind of network."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -86,14 +85,14 @@ class TopologyRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRow:
-    """The parallelism that the guide adds for sequences of a range of lengths."""
+    """One row of the guide's table for sequence lengths: the parallelism that it adds for a range of lengths."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
     """The row's first cell in the guide, which also names the row in a seed's source."""
     from_tokens: int
-    """Shortest sequence of the row, in tokens; the sequences of the row are shorter than the next row's value."""
+    """Length of the shortest sequences of the row, in tokens; the row ends where the next row begins."""
     sp: bool
     """Whether sequence parallelism is on, provided that tp is above 1."""
     cp: Range
@@ -103,7 +102,7 @@ class SequenceRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A combination of several kinds of parallelism that the guide spells out."""
+    """A combination of several kinds of parallelism that the guide writes out in full."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -122,7 +121,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MinimumGpus:
-    """An example of the fewest GPUs that hold a layout."""
+    """The guide's example of the smallest number of GPUs on which a layout fits."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -134,12 +133,12 @@ class MinimumGpus:
     wrong_product: int
     """The product of all sizes, which the guide warns isn't the number of GPUs."""
     correct: int
-    """The fewest GPUs that hold the layout."""
+    """The smallest number of GPUs on which the layout fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """An example of a layout on a number of GPUs, with its data-parallel sizes for dense layers and for experts."""
+    """The guide's example of a layout on a number of GPUs, with the data-parallel sizes that result."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -150,9 +149,9 @@ class Scaling:
     ep: int
     etp: int
     dp: int
-    """Replicas of the dense layers."""
+    """Number of replicas of the dense layers."""
     edp: int
-    """Replicas of the experts."""
+    """Number of replicas of each expert."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,14 +208,16 @@ class Guide:
     document: str
     """The document that the tables are taken from."""
     sections: Mapping[str, str]
-    """The title of the guide's section that each table is taken from, by the name of the field here."""
+    """The title of the section of the guide that each table is taken from, by the name of the table's field in this
+    class."""
     dense: tuple[DenseRow, ...]
     """The rows for dense models in ascending order of size, without gaps."""
     moe: tuple[MoeRow, ...]
     patterns: tuple[Pattern, ...]
     topology: tuple[TopologyRow, ...]
     infiniband_from_gb_per_s: float
-    """The slowest fabric that counts as InfiniBand, in GB/s (10^9 bytes) per GPU; slower ones are limited networks."""
+    """The bandwidth from which a fabric counts as InfiniBand, in GB/s (10^9 bytes) per GPU; a slower one counts as
+    Ethernet."""
     sequence: tuple[SequenceRow, ...]
     """The rows for sequence lengths in ascending order, from 0 tokens on."""
     recipes: tuple[Recipe, ...]
@@ -225,7 +226,7 @@ class Guide:
     memory: MemoryExample
     pitfalls: tuple[Pitfall, ...]
     virtual_stages: int
-    """Model chunks per pipeline rank that a seed with a pipeline asks for."""
+    """Model chunks per pipeline rank in a layout that the guide recommends with a pipeline."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The published heuristics as seeds: the rows of the layout table nearest to what the guide says."""
+"""Seeds: the rows of the table of layouts that are nearest to what the published guide recommends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,37 +18,40 @@ from tuner.space.guide import read_guide
 from tuner.space.table import layout_at
 
 GRID_WEIGHTS: Mapping[str, float] = {"tp": 2.0, "pp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 4.0}
-"""How much a doubling or halving of each size counts when the nearest layout is chosen. Assumed: the guide scales by
-PP, EP and CP, sizes TP by the model and the NVLink domain, and hardly ever uses ETP."""
+"""Weight of a doubling or halving of each parallel size in the distance between two layouts. Assumed: the guide scales
+by PP, EP and CP, sizes TP by the model and the NVLink domain, and hardly ever uses ETP."""
 
 SHAPE_SIZES = ("vpp", "micro_batch_size")
-"""The sizes outside the device grid that a seed asks for."""
+"""The knobs with integer values, other than parallel sizes, that a recommended layout sets."""
 SHAPE_CHOICES = ("sp", "recompute_granularity")
-"""The other knobs outside the device grid that a seed asks for."""
+"""The other knobs that a recommended layout sets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seed:
-    """A layout to try before the search, since a published heuristic leads to it."""
+    """A layout that is tried before the search because a published heuristic leads to it."""
 
     layout: Layout
     """The layout, which is a row of the table."""
     row: int
     """The row's label in the table's index."""
     source: str
-    """The guide's section and row, and `+` what the sequence length adds.
+    """The section and the row of the guide that lead to the layout; if the sequence length changed it, also a `+` and
+    the row for that length.
 
-    Several sources that lead to one layout are joined by `; `. A source whose layout had to move is marked `(moved)`.
+    Several sources that lead to one layout are joined by `; `. A source is marked `(moved)` if the layout that it
+    recommends is not in the table, and this layout is the nearest.
     """
     note: str
-    """How the layout of the first source had to move, and whether it lacks virtual stages; empty if neither."""
+    """How this layout differs from the one that the first source recommends, and whether it lacks virtual stages; empty
+    if neither applies."""
 
 
 def seeds(workload: Workload, cluster: Cluster, table: pd.DataFrame) -> tuple[Seed, ...]:
-    """Return the guide's choices for `workload` on `cluster` as different rows of `table`, best first.
+    """Return the rows of `table` nearest to the layouts that the guide recommends, best first, without repetitions.
 
-    `table` has one column per knob (`KNOBS`) and one valid layout per row. If it lacks a layout, the nearest takes its
-    place, and the note says so. An empty table gives no seeds. The order is that of `advice_for`.
+    `table` has one column per knob (`KNOBS`) and one valid layout per row. If it lacks a recommended layout, the seed's
+    note says so. An empty table gives no seeds. The order is that of `advice_for`.
     """
     if table.empty:
         return ()
@@ -73,16 +76,16 @@ def seeds(workload: Workload, cluster: Cluster, table: pd.DataFrame) -> tuple[Se
 def _nearest(columns: Columns, grids: pd.DataFrame, off_default: NDArray[np.float64], wanted: Layout) -> int:
     """Return the position in the table of the layout nearest to `wanted`.
 
-    First the device grid counts: the squared doublings between the sizes, weighted and summed. Squares spread a move
-    over the sizes instead of putting it on one. Then it counts whether the layout interleaves, then the rest of the
-    schedule and the recompute, and then how few other knobs differ from their default. Ties go to fewer pipeline
-    stages, then to less TP, CP and EP, and then to the first row.
+    First the parallel sizes count: their distances in doublings, squared, weighted by GRID_WEIGHTS and summed. Squares
+    spread a difference over several sizes instead of putting it on one. Among equal layouts it counts whether the
+    layout interleaves as `wanted` does, then the difference in SHAPE_SIZES and SHAPE_CHOICES, and then how few other
+    knobs differ from their default. Between equal parallel sizes, fewer pipeline stages win, then less TP, CP and EP.
 
     Args:
-        columns: the table.
-        grids: every device grid of the table once, one column per name in GRID_WEIGHTS.
-        off_default: as `_off_default` returns it.
-        wanted: the layout that the guide leads to.
+        columns: The columns of the table.
+        grids: Every combination of parallel sizes in the table once, one column per name in GRID_WEIGHTS.
+        off_default: The result of `_off_default`.
+        wanted: The layout that the guide recommends.
     """
     apart = np.zeros(len(grids))
     for name, weight in GRID_WEIGHTS.items():
@@ -102,12 +105,12 @@ def _nearest(columns: Columns, grids: pd.DataFrame, off_default: NDArray[np.floa
 
 
 def _doublings(sizes: NDArray[np.integer], wanted: int) -> NDArray[np.float64]:
-    """Return how many doublings lie between each size and the wanted one."""
+    """Return how many doublings or halvings lead from `wanted` to each size."""
     return np.abs(np.log2(sizes.astype(np.float64)) - log2(wanted))
 
 
 def _differs(columns: Columns, knob: str, value: bool | int | str) -> Bools:
-    """Return the rows where `knob` has another value than `value`."""
+    """Return a mask of the rows where `knob` has another value than `value`."""
     if isinstance(value, str):
         return ~columns.among(knob, value)
     differs: Bools = columns.column(knob) != value
@@ -115,7 +118,7 @@ def _differs(columns: Columns, knob: str, value: bool | int | str) -> Bools:
 
 
 def _off_default(columns: Columns, rows: int) -> NDArray[np.float64]:
-    """Return how many of the knobs that no seed asks for differ from their default, one number per row."""
+    """Return how many of the knobs that no recommended layout sets differ from their default, one number per row."""
     asked = {*GRID_WEIGHTS, *SHAPE_SIZES, *SHAPE_CHOICES}
     count = np.zeros(rows)
     for knob in KNOBS:
@@ -126,12 +129,12 @@ def _off_default(columns: Columns, rows: int) -> NDArray[np.float64]:
 
 
 def _moved_knobs(wanted: Layout, layout: Layout) -> frozenset[str]:
-    """Return the knobs of the guide's rows in which two layouts differ."""
+    """Return the knobs that the guide's rows set and in which the two layouts differ."""
     return frozenset(name for name in (*GRID_WEIGHTS, "sp") if getattr(wanted, name) != getattr(layout, name))
 
 
 def _note(wanted: Layout, layout: Layout, moved: frozenset[str], workload: Workload, cluster: Cluster) -> str:
-    """Return how a layout moved, the rule that made it move, and whether it lacks virtual stages."""
+    """Return how `layout` differs from `wanted`, the rule that is the reason, and whether it lacks virtual stages."""
     # The guide asks for virtual stages where they fit, and names no number.
     lacks_virtual_stages = wanted.vpp > 1 and layout.pp > 1 and layout.vpp == 1
     flat = f"no virtual stages fit pp={layout.pp} here" if lacks_virtual_stages else ""
@@ -146,7 +149,7 @@ def _note(wanted: Layout, layout: Layout, moved: frozenset[str], workload: Workl
 
 
 def _sizes(layout: Layout) -> str:
-    """Return a layout's grid in words: tp and pp, the other sizes above 1, and sp if it is on."""
+    """Return the parallel sizes of a layout as a text: tp and pp, the other sizes above 1, and sp if it is on."""
     sizes = [f"{name}={getattr(layout, name)}" for name in ("tp", "pp")]
     sizes += [f"{name}={getattr(layout, name)}" for name in ("cp", "ep", "etp") if getattr(layout, name) > 1]
     return " ".join([*sizes, "sp"] if layout.sp else sizes)

@@ -1,4 +1,4 @@
-"""Texts of `pipeline_model_parallel_layout` worth searching: balanced ones that the plain knobs can't spell."""
+"""Texts of `pipeline_model_parallel_layout` worth trying: balanced ones that the plain knobs can't express."""
 
 from collections.abc import Iterable
 from itertools import islice, product
@@ -8,15 +8,15 @@ from tuner.core.workload import Workload
 from tuner.rules.placement import plain_split
 
 MOST_TEXTS = 127
-"""The most texts in one column of the table, whose codes have 8 bits."""
+"""The largest number of texts in one column of the table, whose codes have 8 bits."""
 
 
 def layer_placements(workload: Workload, pp: int, vpp: int) -> tuple[str, ...]:
     """Return at most two texts for a pipeline of `pp` ranks with `vpp` chunks each.
 
-    Both spread the layers so that the fullest chunk is as light as possible. The loss counts as a layer, and so does
-    every layer of multi-token prediction, which the last chunk holds. The embedding counts as no layer in one text, and
-    as one layer in the other. A text that the plain knobs can spell is left out.
+    Both divide the layers so that the fullest chunk has as few as possible. The loss counts as a layer, and so does
+    every layer of multi-token prediction; the last chunk has all of these. The embedding counts as a layer in one of
+    the texts only. A text that the plain knobs can express is left out.
     """
     chunks, mtp_layers = pp * vpp, workload.model.mtp_num_layers or 0
     texts: dict[str, None] = {}
@@ -29,7 +29,7 @@ def layer_placements(workload: Workload, pp: int, vpp: int) -> tuple[str, ...]:
 
 
 def placements_of(workload: Workload, pp_sizes: Iterable[int], vpp_sizes: Iterable[int]) -> tuple[str, ...]:
-    """Return "none" and the texts for every pipeline of these sizes, with the fewest chunks first.
+    """Return "none" and the texts for every pipeline of these sizes, those with the fewest chunks first.
 
     At most MOST_TEXTS values are returned.
     """
@@ -43,8 +43,9 @@ def placements_of(workload: Workload, pp_sizes: Iterable[int], vpp_sizes: Iterab
 def _balanced_layers(layers: int, chunks: int, first_slots: int, last_slots: int) -> tuple[int, ...]:
     """Return the number of layers of each chunk.
 
-    Each layer goes to the chunk with the fewest slots at that time; among several such chunks, to the first.
-    `first_slots` and `last_slots` are the slots that the first and the last chunk fill with other parts than layers.
+    Each layer is added to the chunk with the fewest slots so far; among several such chunks, to the first.
+    `first_slots` and `last_slots` are the numbers of slots that other parts than layers fill in the first and the last
+    chunk.
     """
     other_slots = [0] * chunks
     other_slots[0] += first_slots
@@ -57,7 +58,7 @@ def _balanced_layers(layers: int, chunks: int, first_slots: int, last_slots: int
 
 
 def _chunk_letters(index: int, layers: tuple[int, ...], mtp_layers: int) -> str:
-    """Return the letters of one chunk, given the layers of every chunk."""
+    """Return the letters of the chunk with this index, given the number of layers of every chunk."""
     start = EMBEDDING if index == 0 else ""
     end = MTP * mtp_layers + LOSS if index == len(layers) - 1 else ""
     return start + DECODER * layers[index] + end

@@ -1,4 +1,4 @@
-"""The table of valid layouts: the row of a layout, the layout of a row, and the sizes that follow from a row."""
+"""The table of valid layouts: the row of a layout, the layout of a row, and sizes that follow from a row's knobs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from tuner.core.workload import Workload
 
 
 def find_row(table: pd.DataFrame, layout: Layout) -> int | None:
-    """Return the position of a layout in the table, or None if the table lacks it."""
+    """Return the position of a layout in the table, or None if it is not in the table."""
     mask = np.ones(len(table), dtype=bool)
     for knob in KNOBS:
         mask &= table[knob].to_numpy() == getattr(layout, knob)
@@ -36,7 +36,7 @@ def layout_at(table: pd.DataFrame, row: int) -> Layout:
 
 
 def with_row(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
-    """Return a table that holds a layout: `table` itself, or a copy with the layout appended as its last row."""
+    """Return a table that contains `layout`: `table` itself, or a copy with the layout appended as its last row."""
     if find_row(table, layout) is not None:
         return table
     row = pd.DataFrame([{knob: getattr(layout, knob) for knob in table.columns}])
@@ -61,19 +61,19 @@ def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> p
 class _IndexedColumn:
     knob: str
     values: NDArray[Any]
-    """One value per row; a text is held as its code."""
+    """One value per row; for a text, its code."""
     codes: Mapping[str, int] | None
-    """The code of each text; None if the column holds sizes or switches."""
+    """The code of each text; None if the column has integers or bools."""
 
 
 class RowIndex:
-    """Finds rows of a table of layouts again and again, without converting the table's columns each time."""
+    """Finds many rows of one table of layouts without converting the table's columns each time."""
 
     def __init__(self, table: pd.DataFrame) -> None:
         self._columns = [_indexed(knob, table[knob]) for knob in KNOBS]
 
     def find(self, layout: Layout) -> int | None:
-        """The position of a layout in the table; None if the table does not hold it."""
+        """Return the position of a layout in the table, or None if it is not in the table."""
         rows: NDArray[np.intp] | None = None
         for column in self._columns:
             value = getattr(layout, column.knob)
