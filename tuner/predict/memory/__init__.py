@@ -1,4 +1,4 @@
 """Predicted peak memory of a rank, added up from what each module of Megatron allocates.
 
-This room knows nothing of step times.
+This room does not predict the time of a step; tuner/predict/time does.
 """

@@ -1,6 +1,6 @@
-"""Bytes of the attention of one layer and one micro-batch: what autograd keeps, and what the passes need beside it.
+"""Bytes of the attention of one layer and one micro-batch: what autograd saves, and what passes allocate beside it.
 
-tuner/predict/memory/share.py names the sources of these counts.
+The numbers follow the source files that tuner/predict/memory/share.py names.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from tuner.predict.memory.share import HalfLayer, RankShare
 
 
 def attention(share: RankShare) -> HalfLayer:
-    """Return the bytes of attention with the norm in front: from the input of the layer up to the residual sum."""
+    """Return the bytes of a layer's attention and the norm in front of it, without the residual sum that follows."""
     return _latent_attention(share) if share.model.multi_latent_attention else _grouped_attention(share)
 
 
@@ -39,14 +39,14 @@ def _grouped_attention(share: RankShare) -> HalfLayer:
 
 
 def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return the sizes of what core attention keeps of its inputs.
+    """Return the sizes of the inputs of core attention that are saved for the backward pass, as three parts.
 
-    `query` and `group` are numbers of elements on this rank: of the query, and of the keys. The values have as many
+    `query` and `group` are the numbers of elements of the query and of the keys on this rank. The values have as many
     elements as the keys.
 
     Returns:
-        Elements of the rotated query and key; elements of the values, or of the projection that they are a view of;
-        bytes of rotary tables and inner norms.
+        Elements of the rotated query and key; elements of the values, or of the projection if the values are a view of
+        it; bytes of rotary tables and of the norms of query and key.
     """
     model = share.model
     is_rotary, is_normed = model.position_embedding_type == "rope", model.qk_layernorm
@@ -54,17 +54,17 @@ def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Flo
     projection = query * np.where(gathers_projection, share.tp, 1)
     projection = projection + 2 * group * np.where(gathers_projection, model.num_query_groups, 1)
     if share.fused:
-        # The fused kernels keep only query, key and value; an inner norm keeps its input, which is the projection.
+        # The fused kernels save only query, key and value. A norm of query and key saves its input, the projection.
         return query + group, group + (projection + query if is_normed else 0), np.zeros_like(query)
     tables = _rotary_tables(share, model.kv_channels) if is_rotary else np.zeros_like(query)
     is_copied = is_rotary or is_normed
-    # An inner norm keeps its input, which is a copy of the query's part of the projection. Torch's RMSNorm in 16 bits
-    # keeps a copy in fp32 instead.
+    # The norm of the query saves its input, which is a copy of the query's part of the projection. Torch's RMSNorm in
+    # 16 bits saves a copy in fp32 instead.
     inner_norms, norms_keep_input = np.zeros_like(query), is_normed and share.keeps_norm_input
     if is_normed:
         inputs = (query + (0 if is_rotary else group)) * share.size if norms_keep_input else 0
         inner_norms = inputs + (share.norm(query + group, feeds_linear=False) - (query + group) * share.size)
-    # Recomputed attention gathers keys and values again, so a rank keeps only its own share of them.
+    # Recomputed attention gathers keys and values again, so a rank saves them only for its own tokens.
     gathered = (share.cp > 1) & ~share.columns.drops("core_attn")
     # Values are a view of the projection. If they are gathered over cp, they are a tensor of their own, like the keys.
     keys = np.where(gathered, 2 * group * share.cp, group if is_copied else 0)
@@ -73,21 +73,24 @@ def _grouped_inputs(share: RankShare, query: Floats, group: Floats) -> tuple[Flo
 
 
 def _rotary_tables(share: RankShare, width: int) -> Floats:
-    """Return the bytes of sines and cosines of a rank's positions; Torch makes them once for query and once for key."""
+    """Return the bytes of the sines and cosines of a rank's positions, each of `width` elements per position.
+
+    Plain Torch computes them once for the query and once for the key.
+    """
     return 4.0 * share.seq / share.cp * width * share.size
 
 
 def _scores(share: RankShare) -> Floats:
-    """Return the bytes of the scores of a rank's heads if softcapping bounds the scores, else 0.
+    """Return the bytes of one copy of the attention scores of a rank's heads if they are soft-capped, else 0.
 
-    Attention keeps such scores twice: bounded, and after the softmax.
+    Attention saves two copies of such scores: after the cap, and after the softmax.
     """
     heads = 0 if share.model.attn_logit_softcapping is None else share.model.num_attention_heads
     return heads * share.tokens / share.tp * share.seq * share.size
 
 
 def _mask(share: RankShare) -> Floats:
-    """Return the bytes of the explicit mask of a layer, which Torch keeps if a causal mask is not enough.
+    """Return the bytes of the attention mask that one layer saves; 0 if the kernel needs no explicit mask.
 
     The mask has one row per token of the rank, and one column per token of the sequence.
     """
@@ -103,16 +106,20 @@ def _mask(share: RankShare) -> Floats:
 
 
 def _fp32_query(share: RankShare, query: Floats) -> Floats:
-    """Return the bytes of the query's fp32 gradient, in which FlashAttention and cuDNN sum up; 0 for plain Torch."""
+    """Return the bytes of the fp32 sum in which FlashAttention and cuDNN accumulate the gradient of the query.
+
+    `query` is the number of elements of the query. The result is 0 for plain Torch.
+    """
     return query * 4 if share.fused else np.zeros_like(query)
 
 
 def _across_context(share: RankShare, query: Floats, output: Floats, key_value: Floats) -> Floats:
-    """Return the bytes that attention's backward pass over context parallel ranks needs beyond what a ring needs.
+    """Return the bytes that attention's backward pass needs beyond those of ring attention, by `cp_comm_type`.
 
-    `all_gather` holds keys and values of the whole sequence, and their gradients. `a2a` copies all inputs, outputs and
-    gradients when it sends them (Transformer Engine: context_parallel.py, AttnFuncWithCPAndKVAllGather and
-    AttnFuncWithCPAndQKVOA2A). Plain Torch always gathers. The arguments are numbers of elements of a rank's own share.
+    `all_gather` needs keys and values of the whole sequence, and their gradients. `a2a` copies all inputs, outputs and
+    gradients to send them (Transformer Engine: context_parallel.py, AttnFuncWithCPAndKVAllGather and
+    AttnFuncWithCPAndQKVOA2A). The result is 0 with cp 1, and for plain Torch, which always gathers keys and values:
+    other functions count them. `query`, `output` and `key_value` are numbers of elements on a rank before any exchange.
     """
     if not share.fused or not (share.cp > 1).any():
         return np.zeros_like(query)
@@ -123,9 +130,10 @@ def _across_context(share: RankShare, query: Floats, output: Floats, key_value: 
 
 
 def _output_backward(share: RankShare, output: Floats) -> Floats:
-    """Return the bytes of the gradients that the output projection makes in its backward pass.
+    """Return the bytes of the gradients that the output projection of attention allocates in its backward pass.
 
-    They are the gradient of its input and, unless its accumulation is fused, the gradient of its weight.
+    They are the gradient of its input, which has `output` elements, and with plain Torch also the gradient of its
+    weight. Transformer Engine adds the latter directly to the accumulated gradient.
     """
     model = share.model
     if share.fused:
@@ -172,25 +180,25 @@ def _latent_attention(share: RankShare) -> HalfLayer:
 def _latent_core(
     share: RankShare, query: Floats, value: Floats, head_rows: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """Return the bytes that latent attention keeps around and in core attention.
+    """Return the bytes that multi-latent attention saves in core attention and in front of it, as three parts.
 
-    Torch has no fused kernel for values that are narrower than keys. Its plain attention works in fp32 and keeps the
+    Plain Torch has no fused kernel for values that are narrower than keys. Its attention works in fp32 and saves the
     scaled query, the scaled and gathered keys, the gathered values and the probabilities.
 
     Args:
         share: The rank's share.
-        query: Elements of the query.
-        value: Elements of the values.
-        head_rows: Rows of attention: tokens times heads.
+        query: Number of elements of the query.
+        value: Number of elements of the values.
+        head_rows: Number of rows of the attention matrices: tokens times heads.
 
     Returns:
-        Bytes that attention keeps of the outputs of the up-projections; further bytes that core attention keeps; bytes
-        of up-projections that the backward pass recomputes.
+        Bytes of the up-projections' outputs that are saved; further bytes that core attention saves; bytes of the
+        up-projections' outputs that the backward pass recomputes.
     """
     made = (2 * query + value) * share.size
     if share.fused:
         return made, head_rows * 4, np.zeros_like(query)
-    own_values = np.where((share.cp == 1) & np.bool_(share.size == 4), value * 4, 0)  # kept as they came
+    own_values = np.where((share.cp == 1) & np.bool_(share.size == 4), value * 4, 0)  # saved without a copy
     up = np.where(share.columns.drops("core_attn"), made, own_values)
     core = 4.0 * (query + (query + value) * share.cp + head_rows * share.seq) - own_values
     return up, core, np.where(share.columns.drops("mla_up_proj"), made - up, 0)

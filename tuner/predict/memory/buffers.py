@@ -1,5 +1,4 @@
-"""Bytes beside the model and its activations: buffers of the whole run, of the schedule, and of the optimizer's
-step."""
+"""Bytes of buffers beside model and activations: for the whole run, the pipeline schedule and the optimizer's step."""
 
 import numpy as np
 
@@ -10,23 +9,24 @@ from tuner.predict.memory.share import RankShare
 from tuner.predict.memory.stages import DENSE, MOE, StagesInFlight
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
-"""Workspace of one cuBLAS handle on Hopper and newer. Published: Transformer Engine, get_cublas_workspace_size_bytes;
-PyTorch's documentation of CUBLAS_WORKSPACE_CONFIG."""
+"""Bytes of the workspace of one cuBLAS handle on Hopper and newer. Published: Transformer Engine,
+get_cublas_workspace_size_bytes; PyTorch's documentation of CUBLAS_WORKSPACE_CONFIG."""
 
 
 def run_buffers(share: RankShare, stages: StagesInFlight, layers: Floats, vocabulary: Floats) -> Floats:
-    """Return the bytes that each stage holds beside the model for the whole run.
+    """Return the bytes of the buffers that a rank of each stage has for the whole run; shape [stages].
 
     Sequence parallelism gathers the input of the output layer into a buffer (tensor_parallel/layers.py), which the
-    all-gather dispatcher uses too (moe/token_dispatcher.py). For the hooks of gradients, Transformer Engine keeps one
-    empty gradient per shape of weight whose accumulation it fuses (module/base.py, get_dummy_wgrad). Transformer Engine
-    has one workspace for cuBLAS, and one for each of the four streams of a grouped product (cpp_extensions/gemm.py).
-    Torch has a workspace of its own on stages with the output layer or with experts.
+    all-gather dispatcher uses too (moe/token_dispatcher.py). Each model chunk has rotary angles. Transformer Engine has
+    one empty gradient per shape of the weights whose gradients it accumulates in the product; the hooks of gradients
+    receive it (module/base.py, get_dummy_wgrad). Transformer Engine has one workspace for cuBLAS, and one for each of
+    the four streams of a grouped product (cpp_extensions/gemm.py). PyTorch has a cuBLAS workspace of its own on stages
+    with the output layer or with experts.
 
     Args:
         share: The rank's share.
         stages: The stages.
-        layers: Layers of each stage, those of multi-token prediction included, shape [stages, (DENSE, MOE)].
+        layers: Number of layers of each stage, with those of multi-token prediction; shape [stages, (DENSE, MOE)].
         vocabulary: Rows of the embedding on a rank, one value per stage.
     """
     row, last, has_experts = stages.row, stages.last, layers[:, MOE] > 0
@@ -45,7 +45,10 @@ def run_buffers(share: RankShare, stages: StagesInFlight, layers: Floats, vocabu
 def _shapes_of_weights(
     share: RankShare, stages: StagesInFlight, layers: Floats, vocabulary: Floats
 ) -> Floats:
-    """Return the number of elements of one weight per shape, summed over the shapes in a stage's linear layers."""
+    """Return the elements of one weight per distinct shape, summed over the shapes in a stage's linear layers.
+
+    The arguments are those of `run_buffers`; the result has shape [stages].
+    """
     model, tp, etp = share.model, share.tp[stages.row], share.etp[stages.row]
     of_attention = attention(model)
     mlp = (3 if model.gated_linear_unit else 2) * model.hidden_size
@@ -60,9 +63,9 @@ def _shapes_of_weights(
 
 
 def _rotary_tables(share: RankShare) -> float:
-    """Return the bytes of one model chunk's rotary angles of all positions, in fp32.
+    """Return the bytes of the rotary angles of all positions, in fp32, that one model chunk has for the whole run.
 
-    Each model chunk makes the angles once and keeps them twice (rotary_pos_embedding.py, get_emb).
+    Each model chunk computes the angles once and stores two copies (rotary_pos_embedding.py, get_emb).
     """
     model = share.model
     if model.position_embedding_type != "rope":
@@ -74,20 +77,19 @@ def _rotary_tables(share: RankShare) -> float:
 def pipeline_tensors(
     share: RankShare, row: Ints, behind: Bools, forwards_left: Ints
 ) -> tuple[Floats, Floats]:
-    """Return the bytes of hidden states that the schedule holds beside the activations in flight.
+    """Return the bytes of hidden states that the pipeline schedule holds in addition to the activations in flight.
 
-    The first array is for the pass of a layer, the second for the loss.
-
-    The 1F1B schedule holds the gradient that it sent last until the next gradient is made. The interleaved schedule was
-    counted on traced runs (schedules.py): each chunk holds the input that it took last, tensors that were received
-    early wait `group - pp` turns, and overlapped receives have buffers. No more tensors wait than there are forward
-    passes left.
+    There are two arrays of shape [stages]: one for a moment at which a layer runs, and one for the moment of the loss.
+    The 1F1B schedule holds the gradient that it sent last until the next gradient is computed. The interleaved schedule
+    was counted on traced runs (schedules.py): each chunk holds the input that it received last, tensors that were
+    received early wait for `group - pp` passes, and overlapped receives have buffers. No more tensors wait than there
+    are forward passes left. Here `group` is `microbatch_group_size_per_vp_stage`.
 
     Args:
         share: The rank's share.
         row: Index of the layout of each stage.
-        behind: Whether the stage comes after the first stage.
-        forwards_left: Forward passes that follow after the first backward pass.
+        behind: Whether the stage is not the first of its pipeline.
+        forwards_left: Number of forward passes that follow after the first backward pass.
     """
     vpp, pp = share.columns["vpp"][row], share.columns["pp"][row]
     group = share.columns["microbatch_group_size_per_vp_stage"][row]
@@ -101,10 +103,11 @@ def pipeline_tensors(
 
 
 def adam_step(share: RankShare, vocabulary: Floats, updated: Floats) -> Floats:
-    """Return the bytes that Adam's step needs temporarily on each stage.
+    """Return the bytes that Adam's step needs temporarily on each stage; shape [stages].
 
-    Torch's Adam makes a root and a denominator for the weight that it updates; fused Adam makes nothing. The largest
-    weight counts: the embedding, or less if this rank updates only `updated` weights.
+    For the weight that it updates, Torch's Adam allocates a square root and a denominator in fp32; fused Adam allocates
+    nothing. The largest weight counts: the embedding, which has `vocabulary` rows, or less if the rank updates only
+    `updated` weights in all.
     """
     if share.fused:
         return np.zeros_like(updated)

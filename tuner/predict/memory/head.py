@@ -1,4 +1,4 @@
-"""Bytes of the final norm, the output layer and the loss, and of what multi-token prediction adds around its layers."""
+"""Bytes of final norm, output layer and loss, and of what multi-token prediction saves outside its decoder layers."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,21 @@ from tuner.predict.memory.share import RankShare
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadBytes:
-    """Bytes of the head for one micro-batch: arrays with one value per layout."""
+    """Bytes of the head (final norm, output layer and loss) for one micro-batch: arrays with one value per layout."""
 
     kept: Floats
-    """Bytes kept from the forward to the backward pass, those of the losses of multi-token prediction included."""
+    """Bytes saved for the backward pass, including those for the losses of multi-token prediction."""
     norm: Floats
-    """The part of `kept` that the final norm keeps."""
+    """The part of `kept` that the final norm saves."""
     backward: Floats
     """Bytes beyond `kept` at the worst moment of the backward pass."""
 
 
 def head(share: RankShare, vocabulary: Floats) -> HeadBytes:
-    """Return the bytes of the head; `vocabulary` is the number of logits per token on a rank."""
+    """Return the bytes of final norm, output layer and loss for one micro-batch.
+
+    `vocabulary` is the number of logits per token on a rank, one value per layout.
+    """
     logits = share.tokens * vocabulary
     losses = 1 + (share.model.mtp_num_layers or 0)
     norm = share.norm(share.hidden, feeds_linear=False) + (share.state if share.keeps_norm_input else 0)
@@ -42,10 +45,10 @@ def head(share: RankShare, vocabulary: Floats) -> HeadBytes:
 
 
 def mtp_extra(share: RankShare) -> Floats:
-    """Return the bytes that one layer of multi-token prediction keeps around its decoder layer.
+    """Return the bytes that one layer of multi-token prediction saves outside the decoder layer that it contains.
 
-    It keeps the embedding of its tokens, the concatenation of the embedding and the hidden state, what the norms of
-    these two keep, and one more copy of the output of the final norm (multi_token_prediction.py, _concat_embeddings and
+    It saves the embedding of its tokens, the concatenation of the embedding and the hidden state, what the norms of
+    these two save, and one more copy of the output of the final norm (multi_token_prediction.py, _concat_embeddings and
     forward).
     """
     return (4 if share.keeps_norm_input else 3) * share.state + 2 * share.norm_inside()

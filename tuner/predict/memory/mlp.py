@@ -1,7 +1,7 @@
-"""Bytes of the MLP of one layer and one micro-batch, dense or with experts.
+"""Bytes of the MLP, dense or with experts, of one layer and one micro-batch.
 
-The bytes are those that autograd keeps, and those that the passes need beside them. tuner/predict/memory/share.py names
-the sources of these counts.
+The bytes are those that autograd saves, and those that the passes allocate beside them. The numbers follow the source
+files that tuner/predict/memory/share.py names.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def experts_mlp(share: RankShare) -> HalfLayer:
     routed_rows = tokens * model.moe_router_topk * share.load.kept
     dispatched = routed_rows * share.etp * model.hidden_size
     width = routed_rows * model.moe_ffn_hidden_size
-    # Kept tensors scale with the load summed over layers. A pass needs memory for the layer with the highest load.
+    # Saved tensors scale with the load summed over layers. A pass needs memory for the layer with the highest load.
     worst = share.load.worst / share.load.kept
     matrix = expert(model).sharded / share.etp / (3 if model.gated_linear_unit else 2)
     inner = _projections(share, width, matrix, is_weighted=True)[0]
@@ -78,33 +78,39 @@ def experts_mlp(share: RankShare) -> HalfLayer:
 
 
 def expert_grid(share: RankShare) -> Floats:
-    """Return the bytes of the hidden states of all tokens of an expert grid, which is ep * etp ranks."""
+    """Return the bytes of the hidden states of all tokens on the ep * etp ranks that share a set of experts.
+
+    These ranks are called an expert grid.
+    """
     return share.state * share.ep * share.etp
 
 
 def gathers_experts(share: RankShare) -> Bools:
-    """Return the rows where the dispatcher gathers all tokens of the expert grid on every rank."""
+    """Return a mask of the layouts with the all-gather dispatcher; shape [rows].
+
+    It gathers all tokens of the ep * etp ranks that share a set of experts on each of these ranks.
+    """
     return share.columns.among("moe_token_dispatcher_type", "allgather")
 
 
 def _projections(
     share: RankShare, width: Floats, matrix: Floats | float, is_weighted: bool = False
 ) -> tuple[Floats, Floats]:
-    """Return the bytes that an MLP keeps between its two projections, and the bytes that its backward pass needs.
+    """Return the bytes that an MLP saves between its projections, and the further bytes that its backward pass needs.
 
     Args:
         share: The rank's share.
-        width: Elements of the output of one projection.
-        matrix: Elements of one weight matrix. Plain Torch makes the whole gradient of a matrix before adding it to the
-            sum.
-        is_weighted: Whether the probabilities of the router weigh the output of the activation.
+        width: Number of elements of one projection's output, which is tokens times the width of the MLP on the rank.
+        matrix: Number of elements of one weight matrix. Plain Torch allocates the whole gradient of a matrix before it
+            adds the gradient to the accumulated one.
+        is_weighted: Whether the output of the activation is multiplied by the router's probabilities.
     """
     gated = 2 if share.model.gated_linear_unit else 1
     if share.fused:
         kept = width * (gated * share.size + share.linear)
         return kept, width * gated * share.size
-    # Torch keeps the projection, the activation, the linear half plus its offset, their product, and the product with
-    # the probabilities.
+    # Torch saves the projection, the activation, the linear half plus its offset, their product, and the product with
+    # the router's probabilities.
     steps = (3 if share.model.gated_linear_unit else 1) + is_weighted
     kept = width * (gated + steps) * share.size
     weight_gradient = matrix * share.size
@@ -116,28 +122,29 @@ def _projections(
 
 
 def _shared_experts(share: RankShare) -> tuple[Floats, Floats]:
-    """Return the bytes that the shared experts keep, and the bytes that their backward pass needs."""
+    """Return the bytes that the shared experts save, and the bytes that their backward pass needs; 0 without them."""
     model, width = share.model, share.model.moe_shared_expert_intermediate_size
     if width is None:
         return np.zeros_like(share.tokens), np.zeros_like(share.tokens)
     elements = share.tokens / share.tp * width
     kept, backward = _projections(share, elements, width * model.hidden_size / share.tp)
-    # The gate keeps the output of the shared experts, which it weighs.
+    # The gate saves the output of the shared experts, which it multiplies.
     return kept + (share.state if model.moe_shared_expert_gate else 0), backward
 
 
 def _dispatch_forward(share: RankShare, dispatched: Floats, local_experts: Floats) -> Floats:
-    """Return the bytes that the forward pass of a dispatch needs beside what the layer keeps.
+    """Return the bytes that the dispatch of tokens to experts and back needs in the forward pass, beside saved tensors.
 
-    They are the copies of dispatched tokens that are alive at once, and the output of the shared experts.
-
-    Python frames hold the permuted tokens and the result of the all-to-all while the output of the experts is sorted
-    back and sent (moe_layer.py, custom_forward). If the layer does not sort or does not send, there is one copy less.
+    They are the copies of dispatched tokens that exist at the same time, and the output of the shared experts. With the
+    alltoall dispatcher, variables of Python still refer to the permuted tokens and the result of the all-to-all while
+    the experts' output is sorted back and sent (moe_layer.py, custom_forward). If the layer sorts and sends there are
+    four copies, if it does only one of both there are three, and otherwise there is one. It sorts if a rank has several
+    experts, and sends if ep is above 1.
 
     Args:
         share: The rank's share.
-        dispatched: Elements of the tokens that arrive on this rank.
-        local_experts: Experts on this rank.
+        dispatched: Number of elements of the tokens that arrive on this rank.
+        local_experts: Number of experts on this rank.
     """
     sorts, sends = (local_experts > 1).astype(np.float64), (share.ep > 1).astype(np.float64)
     copies = 1 + 2 * sorts + sends * (2 - sorts)
@@ -160,10 +167,10 @@ def _dispatch_forward(share: RankShare, dispatched: Floats, local_experts: Float
 
 
 def _gathered_backward(share: RankShare, arrived: Floats) -> Floats:
-    """Return the bytes that the backward pass of the all-gather dispatcher needs.
+    """Return the bytes that the backward pass of the all-gather dispatcher needs; 0 for other dispatchers.
 
-    The pass holds the gradient of all tokens of the expert grid. Beside it, the pass first
-    holds the fp32 copy in which the gradient arrives, and then the gradient of the `arrived` elements.
+    The pass holds the gradient of all tokens of the expert grid. In addition it first holds the fp32 copy in which this
+    gradient arrives, and then the gradient of the `arrived` elements, which are those of the tokens for this rank.
     """
     grid = expert_grid(share)
     fp32_grid = grid * (4 / share.size if share.size < 4 else 0)

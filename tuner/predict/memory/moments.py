@@ -1,4 +1,4 @@
-"""The moments at which a stage's memory may peak, and the activations that it holds at the worst of them."""
+"""The moments at which a stage's memory may peak, and the bytes of activations at the peak."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,32 +17,33 @@ from tuner.predict.memory.state import ModelState
 
 Moment = Literal["layer", "loss", "embedding", "optimizer", "build"]
 MOMENTS: tuple[Moment, ...] = ("layer", "loss", "embedding", "optimizer", "build")
-"""Moments at which a stage's memory may peak: the first layer of the first backward pass (or the forward pass in front
-of it), the loss, the gradient of the embedding, the step of the optimizer, and the building of the model."""
+"""Moments at which a stage's memory may peak: while the first layer in the first backward pass runs, or the forward
+pass before it ("layer"); while the loss is computed ("loss"); while the gradient of the embedding is computed
+("embedding"); in the step of the optimizer ("optimizer"); while the model is built ("build")."""
 LAYER, LOSS, EMBEDDING, OPTIMIZER, BUILD = range(len(MOMENTS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationPeak:
-    """Bytes at the worst moment of each stage: arrays of shape [stages]."""
+    """Bytes of activations at the moment at which each stage's memory peaks: arrays of shape [stages]."""
 
     moment: NDArray[np.intp]
     """Index of the moment in MOMENTS."""
     attention: Floats
-    """Bytes that attention keeps, over all micro-batches in flight."""
+    """Bytes that attention saves, over all micro-batches in flight."""
     dense_mlp: Floats
-    """Bytes that dense MLPs keep, over all micro-batches in flight."""
+    """Bytes that dense MLPs save, over all micro-batches in flight."""
     experts: Floats
-    """Bytes that layers with experts keep in their MLP, over all micro-batches in flight."""
+    """Bytes that layers with experts save in their MLP, over all micro-batches in flight."""
     checkpoints: Floats
-    """Bytes of the inputs of recomputed layers."""
+    """Bytes of the saved inputs of recomputed layers."""
     loss: Floats
-    """Bytes of the final norm, the logits and what the loss keeps of them."""
+    """Bytes that the final norm, the output layer and the loss save."""
     transient: Floats
-    """Bytes that the moment needs beyond all that is kept."""
+    """Bytes that exist only at this moment, in addition to all saved activations."""
 
     def total(self) -> Floats:
-        """Return all bytes of activations at the worst moment."""
+        """Return all bytes of activations at the peak; shape [stages]."""
         kept = self.attention + self.dense_mlp + self.experts + self.checkpoints
         return kept + self.loss + self.transient
 
@@ -50,20 +51,22 @@ class ActivationPeak:
 def activation_peak(
     share: RankShare, stages: StagesInFlight, state: ModelState, vocabulary: Floats, mtp: Floats
 ) -> ActivationPeak:
-    """Return the bytes of activations at the worst moment of each stage, except while the model is built.
+    """Return the bytes of activations at the moment at which each stage's memory peaks in training.
+
+    The moment "build" is left out.
 
     Args:
         share: The rank's share.
         stages: The stages.
         state: The state of the model on the stages.
         vocabulary: Rows of the embedding on a rank, one value per layout.
-        mtp: Layers of multi-token prediction of each stage, shape [stages, (DENSE, MOE)].
+        mtp: Number of layers of multi-token prediction of each stage, shape [stages, (DENSE, MOE)].
     """
     row, last = stages.row, stages.last
     attention_half, dense_half = attention(share), dense_mlp(share)
     experts_half = experts_mlp(share) if share.model.is_moe else dense_half
     loss_head, state_bytes = head(share, vocabulary), share.state[row]
-    # Bytes that each kind keeps per micro-batch, shape [stages, 3 kinds].
+    # Bytes that one layer of each kind saves per micro-batch, shape [stages, 3 kinds].
     sizes = np.stack(
         [attention_half.kept + dense_half.kept, attention_half.kept + experts_half.kept, share.state], axis=1
     )[row]
@@ -117,11 +120,20 @@ def _overlapped_reduction(
     sizes: Floats,
     full: Floats,
 ) -> Floats:
-    """Return the bytes that reducing gradients beside the backward pass needs beyond `full`.
+    """Return the bytes beyond `full` that a stage needs when it reduces its first gradients during the backward pass.
 
-    `full` are the bytes of all activations in flight. Gradients are reduced piece by piece. The first piece is reduced
-    while the last micro-batch goes backward. By then all other micro-batches are done, and so are the layers whose
-    gradients are in this piece, except for one of the layers that are recomputed together. The result may be negative.
+    Gradients are reduced bucket by bucket. The first bucket is reduced during the backward pass of the last
+    micro-batch. By then the activations of all other micro-batches are freed, and so are those of the layers whose
+    gradients are in this bucket, except for one of the layers that are recomputed together. The result may be negative,
+    and is 0 without overlap_grad_reduce.
+
+    Args:
+        share: The rank's share.
+        stages: The stages.
+        state: The state of the model on the stages.
+        vocabulary: Rows of the embedding on a rank, one value per layout.
+        sizes: Bytes that one layer of each kind saves per micro-batch, shape [stages, 3 kinds].
+        full: Bytes that all micro-batches in flight save on each stage.
     """
     row = stages.row
     first_chunk = (stages.first_chunk * sizes).sum(axis=1)
@@ -130,8 +142,8 @@ def _overlapped_reduction(
     recomputed_layer = (stages.working * sizes[:, :2]).sum(axis=1) / np.maximum(working, 1)
     output_weights = np.where(stages.last, vocabulary[row] * share.model.hidden_size, 0)
     output = output_weights * float(share.workload.gradient_bytes)
-    # The share of all gradients that are in the piece is the share of layers that are done; the output layer does not
-    # count.
+    # The share of the layers that are done is estimated as the share of the gradients that are in the bucket. The
+    # gradients of the output layer do not count.
     done = np.maximum(state.reducing - output, 0) / np.maximum(state.gradients - output, 1)
     left = 1 - np.minimum(done, 1)
     needed = state.reducing + share.state[row] + recomputed_layer - full + micro_batch * left
@@ -139,9 +151,9 @@ def _overlapped_reduction(
 
 
 def _predicting(share: RankShare, stages: StagesInFlight, mtp: Floats) -> Floats:
-    """Return how many layers of multi-token prediction each stage keeps, shape [stages, 3 kinds].
+    """Return how many layers of multi-token prediction have saved activations on each stage, shape [stages, 3 kinds].
 
-    The counts are summed over all micro-batches that wait for their loss.
+    The counts are summed over all micro-batches whose loss is not computed yet.
     """
     kept = mtp * np.where(stages.last, 1, stages.last_chunk_in_flight)[:, None]
     # Multi-token prediction recomputes each of its layers under the uniform method, and none under the block method.
@@ -156,19 +168,19 @@ def _layer_transient(
     in_flight: Floats,
     sizes: Floats,
 ) -> Floats:
-    """Return the bytes that the worst layer needs beyond all that is kept.
+    """Return the bytes that a stage needs in addition to all saved activations while its most demanding layer runs.
 
-    The worst layer is in its forward pass when all micro-batches are in flight, or in its backward pass. The backward
-    pass goes from the last layer to the first and frees what each layer kept. If the worst layer is not of the last
-    layer's kind (dense or with experts), the bytes of at least one layer are free when its backward pass begins. Full
-    recompute first brings back what the layers keep.
+    This layer is in its forward pass when all micro-batches are in flight, or in its backward pass. The backward pass
+    goes from the last layer to the first and frees what each layer saved. If the layer is not of the last layer's kind
+    (dense or with experts), the bytes of at least one layer are free when its backward pass begins. Under full
+    recomputation, the result includes the activations that are computed again.
 
     Args:
         share: The rank's share.
         halves: Bytes of attention, of a dense MLP, and of an MLP with experts.
         stages: The stages.
-        in_flight: Layers in flight, those of multi-token prediction included, shape [stages, 3 kinds].
-        sizes: Bytes that each kind keeps per micro-batch, shape [stages, 3 kinds].
+        in_flight: Layers in flight, with those of multi-token prediction, shape [stages, 3 kinds].
+        sizes: Bytes that one layer of each kind saves per micro-batch, shape [stages, 3 kinds].
     """
     row, (attention_half, *mlps) = stages.row, halves
     works = stages.working.sum(axis=1) > 0
@@ -176,7 +188,7 @@ def _layer_transient(
     # input from the previous stage. While a layer is recomputed, they hold the gradient that this layer waits for.
     held = np.where(works | ~stages.last, 1, 0) + (stages.rank > 0) * ~works
     waits = np.where(works | (stages.pp > 1), held, 0) * sizes[:, CHECKPOINTS]
-    # A forward pass runs beside a backward pass only if a forward pass is left after all in flight.
+    # A forward pass runs beside the first backward pass only if the stage has forward passes left.
     beside = share.overlaps_experts[row] & (stages.forwards_left > 0)
     needed = np.stack([_layer_needs(attention_half, mlp, row, waits, beside) for mlp in mlps], axis=1)
     last_kind = stages.last_is_moe.astype(np.int64)[:, None]
@@ -186,8 +198,8 @@ def _layer_transient(
     is_mixed = (stages.layers.min(axis=1) > 0) & ~works
     worst = np.where(is_mixed, np.maximum(by_last, by_other - freed), by_last)
     recomputed = (stages.working * sizes[:, :2]).sum(axis=1)
-    # Under block recompute, the layers that are not recomputed go backward first. A recomputed layer holds its output
-    # as well.
+    # Under block recompute, the backward pass begins with the layers that are not recomputed. A recomputed layer also
+    # saves its output.
     recomputed += np.where(~works & (in_flight[:, CHECKPOINTS] > 0), sizes[:, CHECKPOINTS], 0)
     return np.where(in_flight.sum(axis=1) > 0, worst + recomputed, 0)
 
@@ -195,11 +207,16 @@ def _layer_transient(
 def _layer_needs(
     attention_half: HalfLayer, mlp: HalfLayer, row: Ints, waits: Floats, beside: Bools
 ) -> Floats:
-    """Return the bytes that one layer needs beyond what it keeps, at the worst moment of its forward and backward pass.
+    """Return the bytes that one layer needs beyond those it saves, at the worst moment of its two passes.
 
-    A layer of the next micro-batch may go forward `beside` the backward pass of this one: its attention is done when
-    the MLP of this layer goes backward, and the whole layer is done when the attention of this layer goes backward
-    (megatron/core/models/common/model_chunk_schedule_plan.py, run).
+    Args:
+        attention_half: Bytes of the layer's attention, one value per layout.
+        mlp: Bytes of the layer's MLP, one value per layout.
+        row: Index of the layout of each stage.
+        waits: Bytes that variables of the pipeline schedule hold while the layer runs forward.
+        beside: Whether a layer of the next micro-batch runs forward beside the backward pass of this layer. The
+            attention of the former is done when the MLP of this layer runs backward, and its MLP is done when the
+            attention of this layer runs backward (megatron/core/models/common/model_chunk_schedule_plan.py, run).
     """
     in_mlp = mlp.dropped[row] + np.maximum(mlp.forward[row] + waits, mlp.backward[row])
     in_mlp += np.where(beside, attention_half.kept[row], 0)

@@ -18,48 +18,49 @@ from tuner.predict import nccl
 from tuner.predict.memory.peak import GIB
 
 CONTEXT_GIB: Final = 0.6
-"""CUDA's context with the kernels of Torch, cuBLAS, cuDNN and Transformer Engine loaded. Assumed, below the published
-1.06 GB of an H100 with a first communicator (github.com/NVIDIA/nccl/issues/1685)."""
+"""GiB of CUDA's context with the kernels of Torch, cuBLAS, cuDNN and Transformer Engine loaded. Assumed, below the
+published 1.06 GB of an H100 with a first communicator (github.com/NVIDIA/nccl/issues/1685)."""
 COMMUNICATOR_GIB: Final = 1.0
-"""Buffers of all channels of one NCCL communicator after it has communicated. Assumed, within published figures: 0.53
-to 0.67 GiB on four A100 (github.com/NVIDIA/nccl/issues/964); 1.6 GB for one communicator and 6 GB for three or more
-(github.com/NVIDIA/nccl/issues/864); 7 GB for all communicators of one rank in Megatron with tp 2, pp 2, dp 2 on eight
-H100, and 9.5 GB with experts (github.com/verl-project/verl/pull/6408)."""
+"""GiB of the buffers of all channels of one NCCL communicator after it has communicated. Assumed, within published
+figures: 0.53 to 0.67 GiB on four A100 (github.com/NVIDIA/nccl/issues/964); 1.6 GB for one communicator and 6 GB for
+three or more (github.com/NVIDIA/nccl/issues/864); 7 GB for all communicators of one rank in Megatron with tp 2, pp 2,
+dp 2 on eight H100, and 9.5 GB with experts (github.com/verl-project/verl/pull/6408)."""
 PEER_GIB: Final = 0.44
-"""Buffers that an all-to-all adds per peer over NVLink. Published: 3.3 GB for seven peers of an H100, with 32 channels
-of 12 MiB each (github.com/NVIDIA/nccl/issues/1685)."""
+"""GiB of the buffers that an all-to-all adds per peer over NVLink. Published: 3.3 GB for seven peers of an H100, with
+32 channels of 12 MiB each (github.com/NVIDIA/nccl/issues/1685)."""
 MOST_PEERS: Final = 7
-"""Largest number of peers that add buffers of their own. Published: the largest number that was measured for PEER_GIB.
-Peers over the network share their buffers."""
+"""Largest number of peers of an all-to-all that add buffers of their own. Published: the largest number that was
+measured for PEER_GIB. Peers over the network share their buffers."""
 RESERVED_RATIO: Final = 1.04
 """Memory that the caching allocator reserves, as a multiple of the allocated memory: blocks do not fit exactly.
 Assumed, above a published figure: 1.83 GiB beside 75.3 GiB when a Llama-3-70B ran out of memory
-(github.com/vllm-project/compressed-tensors/pull/587); the ratio is larger if shapes vary. Blocks that are kept only for
-speed do not count, since the allocator gives them back before it fails."""
+(github.com/vllm-project/compressed-tensors/pull/587); the ratio is larger if shapes vary. Blocks that are reserved only
+for speed do not count, since the allocator frees them before it fails."""
 EXPANDABLE_RATIO: Final = 1.01
 """Memory that the allocator reserves, as a multiple of the allocated memory, if segments grow in place. Assumed: the
 end of a 2 MiB page per segment is unused (PyTorch's notes on CUDA semantics, expandable_segments)."""
 USERBUFFERS: Final = 10
-"""Number of whole hidden states of a tensor parallel group that Transformer Engine registers for its overlap.
-Published: one each for 4 rings, 2 pipelines and 4 bulk collectives (module/base.py, initialize_ub)."""
+"""Number of buffers that Transformer Engine registers for the overlap of tensor parallel communication, each as large
+as the hidden state of a whole tensor parallel group. Published: one each for 4 rings, 2 pipelines and 4 bulk
+collectives (module/base.py, initialize_ub)."""
 DEEPEP_CHANNELS: Final = 10
-"""Channels of DeepEP. Published: half of the 20 multiprocessors that Megatron gives to DeepEP
+"""Number of channels of DeepEP. Published: half of the 20 multiprocessors that Megatron assigns to DeepEP
 (moe_deepep_num_sms)."""
 DEEPEP_PEERS: Final = 8
 """Largest number of ranks that DeepEP reaches over NVLink. Published: csrc/kernels/configs.cuh, NUM_MAX_NVL_PEERS."""
 DEEPEP_NVLINK_TOKENS: Final = 256
-"""Tokens that the buffer of a channel of DeepEP holds per peer over NVLink. Published: csrc/config.hpp,
+"""Tokens for which a channel of DeepEP has room per peer over NVLink. Published: csrc/config.hpp,
 get_nvl_buffer_size_hint; deep_ep/buffer.py, get_dispatch_config."""
 DEEPEP_NETWORK_TOKENS: Final = 2 * 128
-"""Tokens that the buffer of a channel of DeepEP holds per peer over the network, in both directions. Published:
+"""Tokens for which a channel of DeepEP has room per peer over the network, in both directions together. Published:
 csrc/config.hpp, get_rdma_buffer_size_hint; deep_ep/buffer.py, get_dispatch_config."""
 UNCERTAINTY: Final = 0.5
-"""Relative standard deviation of the memory beyond the allocator's. Assumed: the published figures above differ by as
-much."""
+"""Prior standard deviation of the memory outside the allocator, as a share of this memory. Assumed: the published
+figures above differ by as much."""
 
 
 def beyond_allocated_gib(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Floats:
-    """Return the GiB that a GPU holds beside its allocator's memory, one value per row; 0 on CPU."""
+    """Return the GiB of a GPU's memory that a rank uses outside PyTorch's allocator, one value per row; 0 on CPU."""
     if cluster.device == "cpu":
         return np.zeros(len(table))
     columns = Columns.of(table)
@@ -76,7 +77,10 @@ def beyond_allocated_gib(table: pd.DataFrame, workload: Workload, cluster: Clust
 
 
 def _registered_bytes(c: Columns, workload: Workload) -> Floats:
-    """Return the bytes of buffers outside the allocator, which tensor parallel overlap and dispatchers register."""
+    """Return the bytes of the buffers that communication registers outside the allocator; shape [rows].
+
+    They belong to Transformer Engine's overlap of tensor parallel communication, and to the flex dispatcher.
+    """
     tokens = workload.seq_length * c["micro_batch_size"] / c["cp"]
     overlap = USERBUFFERS * tokens * workload.model.hidden_size * workload.weight_bytes
     total = np.where(c.on("tp_comm_overlap"), overlap, 0.0)
@@ -90,7 +94,7 @@ def _registered_bytes(c: Columns, workload: Workload) -> Floats:
 
 
 def _deepep_bytes(c: Columns, workload: Workload) -> Floats:
-    """Return the bytes of DeepEP's buffers, which hold tokens in 16 bits."""
+    """Return the bytes of DeepEP's buffers on a rank, which store tokens in 16 bits; shape [rows]."""
     ranks = c["ep"] * c["etp"]
     near, far = np.minimum(ranks, DEEPEP_PEERS), np.maximum(ranks // DEEPEP_PEERS, 1)
     tokens = near * DEEPEP_NVLINK_TOKENS + np.where(far > 1, far * DEEPEP_NETWORK_TOKENS, 0)
@@ -99,10 +103,10 @@ def _deepep_bytes(c: Columns, workload: Workload) -> Floats:
 
 
 def _hybridep_bytes(c: Columns, workload: Workload) -> Floats:
-    """Return the bytes of HybridEP's buffer, which serves both directions.
+    """Return the bytes of HybridEP's buffer on a rank, which serves both directions; shape [rows].
 
-    It has room for every token of an expert group, with one fp32 probability per expert for each token (csrc/hybrid_ep,
-    allocate_dispatch_buffers).
+    It has room for every token of the ep * etp ranks, with one fp32 probability per expert for each token
+    (csrc/hybrid_ep, allocate_dispatch_buffers).
     """
     model, ranks = workload.model, c["ep"] * c["etp"]
     tokens = workload.seq_length * c["micro_batch_size"] / c["cp"] / np.where(c.on("sp"), c["tp"], 1)
@@ -112,23 +116,24 @@ def _hybridep_bytes(c: Columns, workload: Workload) -> Floats:
 
 
 def reserved_ratio(table: pd.DataFrame, cluster: Cluster) -> Floats:
-    """Return the memory that the allocator reserves, as a multiple of what it hands out, one per row; 1 on CPU."""
+    """Return the memory that the allocator reserves as a multiple of the allocated memory; shape [rows], 1 on CPU."""
     if cluster.device == "cpu":
         return np.ones(len(table))
     return np.where(table["expandable_segments"].to_numpy(dtype=bool), EXPANDABLE_RATIO, RESERVED_RATIO)
 
 
 def group_sizes(c: Columns, model: Model, cluster: Cluster) -> list[Ints]:
-    """Return the sizes of the process groups over which a rank communicates in a step, one array per group.
+    """Return the sizes of all process groups in which a rank communicates in a step: one array [rows] per group.
 
-    A group of several ranks has a communicator. Two groups hold the whole world: the default group, and the group of
-    the optimizer, which sums up the norm of the gradients (megatron/core/parallel_state.py,
-    intra_distributed_optimizer_instance_group). Ranks with experts count tokens over tp and ep together.
+    A group of several ranks has an NCCL communicator. Two groups contain the whole world: the default group, and the
+    group of the optimizer, which sums up the norm of the gradients (megatron/core/parallel_state.py,
+    intra_distributed_optimizer_instance_group). In layers with experts, the ep * etp ranks exchange their numbers of
+    tokens in a group of their own.
     """
     world, ep, etp = cluster.world_size, c["ep"], c["etp"]
     data = data_parallel_size(world, c["tp"], c["pp"], c["cp"]) * c["cp"]
     sizes = [np.full_like(ep, world), np.full_like(ep, world), c["tp"], c["pp"], c["cp"], data]
-    # If both ends of the pipeline hold the embedding, they reduce its gradient in a group of their own.
+    # If the first and the last stage both have the embedding, they reduce its gradient in a group of their own.
     if model.share_embeddings_and_output_weights or model.mtp_num_layers:
         sizes.append(c["pp"])
     if model.is_moe:

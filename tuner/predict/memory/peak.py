@@ -1,7 +1,7 @@
 """Peak memory of every layout, from what Megatron allocates: weights, gradients, Adam, activations and transients.
 
-The peak is what the allocator has handed out at the worst moment of the worst rank (`torch.cuda.max_memory_allocated`,
-or the CPU program's account of tensors). tuner/predict/memory/overhead.py adds what the allocator keeps beyond that,
+The peak is the largest sum of allocated tensors at any moment on any rank (`torch.cuda.max_memory_allocated`, or on CPU
+the program's count of tensor bytes). tuner/predict/memory/overhead.py adds what the allocator reserves beyond that,
 CUDA's context, and NCCL.
 """
 
@@ -29,40 +29,40 @@ from tuner.predict.memory.state import model_state
 GIB = 1024**3
 """Bytes per GiB."""
 ROWS_AT_ONCE = 50_000
-"""Rows of a table that are predicted at once, which bounds the memory of a prediction and keeps its arrays in the
-cache. Measured with `python -m tests.bench.memory`."""
+"""Number of rows of a table that are predicted at once, which bounds the memory of a prediction and lets its arrays
+stay in the processor's cache. Measured with `python -m tests.bench.memory`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMemory:
-    """The parts of the peak memory of one pipeline stage's rank, in GiB; they sum to `total_gib`."""
+    """The parts of the peak memory of one rank of a pipeline stage, in GiB; they sum to `total_gib`."""
 
     rank: int
     """The pipeline rank of the stage."""
     moment: Moment
     """The moment of the peak."""
     parameters_gib: float
-    """Weights, quantised copies included."""
+    """Memory of weights, including quantised copies."""
     gradients_gib: float
-    """Gradients."""
+    """Memory of gradients."""
     optimizer_gib: float
-    """State of Adam."""
+    """Memory of Adam's state."""
     buffers_gib: float
-    """Memory beside the state of the model: workspaces, the empty gradients of the gradient hooks, gather buffers, what
-    Megatron-FSDP holds whole, and what CUDA graphs hold."""
+    """Memory of buffers: workspaces, empty gradients for gradient hooks, buffers of gathers, the weights and gradients
+    that Megatron-FSDP has temporarily unsplit, and the tensors of CUDA graphs."""
     attention_gib: float
-    """Memory that attention and the norm in front keep for the backward pass, over all micro-batches in flight."""
+    """Memory that attention and the norm in front save for the backward pass, over all micro-batches in flight."""
     dense_mlp_gib: float
-    """Memory that dense MLPs and the norm in front keep for the backward pass, over all micro-batches in flight."""
+    """Memory that dense MLPs and the norm in front save for the backward pass, over all micro-batches in flight."""
     experts_gib: float
-    """Memory that router, dispatch, experts and the norm in front keep for the backward pass, over all micro-batches in
+    """Memory that router, dispatch, experts and the norm in front save for the backward pass, over all micro-batches in
     flight."""
     checkpoints_gib: float
-    """Inputs of recomputed layers."""
+    """Memory of the saved inputs of recomputed layers."""
     loss_gib: float
-    """Final norm, logits and what the loss keeps of them."""
+    """Memory that the final norm, the output layer and the loss save for the backward pass."""
     transient_gib: float
-    """Memory that the worst moment needs beyond all that is kept."""
+    """Memory that exists only at the moment of the peak, in addition to all other parts."""
 
     @property
     def total_gib(self) -> float:
@@ -93,7 +93,7 @@ class _StageBytes:
     transient: Floats
 
     def parts(self) -> Iterator[tuple[str, Floats]]:
-        """Yield the name and the bytes of each part."""
+        """Yield the name of each part, without the ending `_gib`, and its bytes."""
         for name in MEMORY_PARTS:
             part = name.removesuffix("_gib")
             yield part, getattr(self, part)
@@ -110,7 +110,7 @@ def peak_gib(
     implementation: Implementation = "transformer_engine",
     imbalance: float | None = None,
 ) -> Floats:
-    """Return the peak of the worst rank of each row in GiB, one value per row of a table of valid layouts.
+    """Return the predicted peak memory in GiB of the worst rank, one value per row of a table of valid layouts.
 
     `imbalance` is the load of the busiest rank's experts divided by the mean load: 1 for balanced routing. None takes
     the load that is expected of the workload's router (tuner/predict/routing.py).
@@ -132,7 +132,11 @@ def memory_breakdown(
     implementation: Implementation = "transformer_engine",
     imbalance: float | None = None,
 ) -> tuple[StageMemory, ...]:
-    """Return the parts of the peak of each pipeline stage of a layout; the largest total is its `peak_gib`."""
+    """Return the parts of the peak memory of each pipeline stage of a layout.
+
+    The largest total of a stage is what `peak_gib` returns. `imbalance` is the load of the busiest rank's experts
+    divided by the mean load; None takes the load that is expected of the workload's router.
+    """
     columns = Columns.single(layout)
     stages, held = _stage_bytes(columns, workload, cluster, implementation, imbalance, all_stages=True)
     return tuple(
@@ -154,7 +158,11 @@ def _stage_bytes(
     *,
     all_stages: bool,
 ) -> tuple[StagesInFlight, _StageBytes]:
-    """Return the stages of layouts and the bytes at their peaks."""
+    """Return the stages of layouts, and the bytes of each part of each stage's peak memory.
+
+    With `all_stages`, every stage of a layout is returned; otherwise only those that may need the most (see
+    `stages_in_flight`).
+    """
     dp = data_parallel_size(cluster.world_size, columns["tp"], columns["pp"], columns["cp"])
     stages = stages_in_flight(columns, workload, dp, all_stages=all_stages)
     stages = offload.keep_on_device(stages, columns, workload.model)
@@ -185,7 +193,10 @@ def _stage_bytes(
 
 
 def _or_building(held: _StageBytes, building: Floats) -> _StageBytes:
-    """Return the parts of the peak, in bytes. If building the model needs more than training, the peak is there."""
+    """Return the parts of each stage's peak, either in training or while the model is built: the larger of both.
+
+    `held` has the parts of the peak in training, and `building` has all bytes while the model is built, shape [stages].
+    """
     builds = building > held.total()
 
     def unless_building(part_bytes: Floats) -> Floats:
@@ -208,9 +219,9 @@ def _or_building(held: _StageBytes, building: Floats) -> _StageBytes:
 
 
 def _mtp_layers(model: Model, stages: StagesInFlight) -> Floats:
-    """Return the layers of multi-token prediction of each stage, shape [stages, (DENSE, MOE)].
+    """Return the number of layers of multi-token prediction on each stage, shape [stages, (DENSE, MOE)].
 
-    One stage holds them all, and they are of the kind of the model's last layer.
+    One stage has all of them, and they are of the kind of the model's last layer.
     """
     count = np.where(stages.predicts, model.mtp_num_layers or 0, 0).astype(np.float64)
     moe = model.moe_layer_pattern()[-1]
@@ -218,6 +229,6 @@ def _mtp_layers(model: Model, stages: StagesInFlight) -> Floats:
 
 
 def _vocabulary(model: Model, columns: Columns) -> Floats:
-    """Return the number of rows of embedding and output layer on a rank, padding included, one value per layout."""
+    """Return the number of rows of the padded embedding (or output layer) on a rank, one value per layout."""
     sizes, index = np.unique(columns["tp"], return_inverse=True)
     return np.array([model.padded_vocab_size(int(tp)) / tp for tp in sizes])[index]

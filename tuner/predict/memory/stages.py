@@ -1,8 +1,8 @@
-"""The pipeline stages of many layouts as one flat list: the layers that each holds, and the layers in flight.
+"""The pipeline stages of many layouts as one flat list: the layers of each stage, and its layers in flight.
 
-Two stages of a layout that hold equal chunks differ only in the micro-batches in flight, and the earlier stage has more
-of them. Only the earliest of equal stages is in the list, unless the caller asks for all. Layouts that split and
-recompute their layers alike share the computation.
+Two stages of a layout with equal chunks differ only in the micro-batches in flight, and the earlier stage has more of
+them. Only the earliest of equal stages is in the list, unless the caller asks for all. The computation is shared by
+layouts that split and recompute their layers alike.
 """
 
 from dataclasses import dataclass, fields
@@ -15,56 +15,61 @@ from tuner.core.workload import Model, Workload
 from tuner.predict.memory.passes import KeptLayers, passes_of
 
 DENSE, MOE, CHECKPOINTS = 0, 1, 2
-"""Kinds of the layers that a chunk keeps per micro-batch, as indices of the last axis of counts: layers with a dense
-MLP, layers with experts, and checkpoints (the inputs of recomputed layers)."""
+"""Indices of the kinds of layers in the last axis of counts: layers with a dense MLP, layers with experts, and
+checkpoints, which are recomputed layers of which only the input is saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagesInFlight:
-    """The stages of many layouts, one entry per stage, ordered by `row`. Counts of layers are [entries, kinds]."""
+    """The stages of many layouts, one entry per stage, ordered by `row`.
+
+    The last axis of counts of layers has the kinds DENSE, MOE and CHECKPOINTS, unless stated otherwise.
+    """
 
     row: Ints
     """Index of the layout."""
     pp: Ints
-    """Pipeline ranks of the layout."""
+    """Number of pipeline ranks of the layout."""
     rank: Ints
     """Pipeline rank of the stage."""
     first: Bools
-    """Whether the stage holds the embedding."""
+    """Whether the stage has the embedding."""
     last: Bools
-    """Whether the stage holds the final norm, the output layer and the loss."""
+    """Whether the stage has the final norm, the output layer and the loss."""
     predicts: Bools
-    """Whether the stage holds the layers of multi-token prediction."""
+    """Whether the stage has the layers of multi-token prediction."""
     layers: Floats
-    """Layers whose weights the stage holds, [entries, (DENSE, MOE)]."""
+    """Number of layers whose weights are on the stage, [entries, (DENSE, MOE)]."""
     in_flight: Floats
-    """Layers that the stage keeps at its peak, summed over all micro-batches in flight, [entries, 3 kinds]."""
+    """Number of layers with saved activations at the stage's peak, summed over micro-batches in flight, [entries, 3
+    kinds]."""
     at_loss: Floats
-    """Layers that the stage keeps just before its first backward pass, when the loss is computed, [entries, 3 kinds].
-
-    The schedule comes back to this state in every round."""
+    """Number of layers with saved activations just before the stage's first backward pass, when the loss is computed,
+    [entries, 3 kinds]. The steady phase of the schedule returns to this state after each group of micro-batches."""
     forwards_left: Ints
-    """Forward passes of chunks that follow after the first backward pass."""
+    """Number of forward passes of chunks that follow after the first backward pass."""
     last_chunk_in_flight: Ints
-    """Micro-batches that the last chunk of the stage has in flight just before the first backward pass."""
+    """Number of micro-batches that the last chunk of the stage has in flight just before the first backward pass."""
     first_chunk: Floats
-    """Layers that the first chunk of the stage keeps for one micro-batch, [entries, 3 kinds]."""
+    """Number of layers with saved activations for one micro-batch in the first chunk of the stage, [entries, 3
+    kinds]."""
     working: Floats
-    """Layers that full recompute brings back at once in the chunk that goes backward first, [entries, (DENSE, MOE)]."""
+    """Number of layers that full recomputation computes again at once in the chunk that runs backward first, [entries,
+    (DENSE, MOE)]."""
     last_is_moe: Bools
-    """Whether the layer that goes backward first has experts; False in a stage without any layer."""
+    """Whether the layer that runs backward first has experts; False in a stage without any layer."""
 
 
 def stages_in_flight(
     columns: Columns, workload: Workload, dp: Ints, *, all_stages: bool = False
 ) -> StagesInFlight:
-    """Return the stages of layouts that the pipeline rules accept.
+    """Return the stages of many layouts, all of which the pipeline rules must accept.
 
     Args:
         columns: The layouts.
         workload: The workload.
         dp: Data parallel size of each layout.
-        all_stages: Return all stages of a layout, not only the earliest of those that hold equal chunks.
+        all_stages: Whether to return all stages of a layout, not only the earliest of those with equal chunks.
     """
     contents, content_of_row = _distinct_contents(columns, workload, all_stages)
     counts = np.array([len(content.ranks) for content in contents])
@@ -96,24 +101,28 @@ def stages_in_flight(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
-    """The contents of the stages of one partition under one kind of full recompute."""
+    """What the stages of one partition contain under one setting of full recomputation."""
 
     ranks: Ints
     """Pipeline rank of each stage, shape [stages]."""
     predicts: Bools
-    """Whether a stage holds the layers of multi-token prediction, shape [stages]."""
+    """Whether a stage has the layers of multi-token prediction, shape [stages]."""
     kept: Floats
-    """Layers that each chunk keeps for one micro-batch, shape [stages, chunks, 3 kinds]."""
+    """Number of layers of each chunk with saved activations for one micro-batch, shape [stages, chunks, 3 kinds]."""
     layers: Floats
-    """Layers of each stage, shape [stages, (DENSE, MOE)]."""
+    """Number of layers of each stage, shape [stages, (DENSE, MOE)]."""
     working: Floats
-    """Layers that full recompute brings back at once in a stage's last chunk, shape [stages, (DENSE, MOE)]."""
+    """Number of layers that full recomputation computes again at once in a stage's last chunk, shape [stages, (DENSE,
+    MOE)]."""
     last_is_moe: Bools
     """Whether the last layer of a stage has experts, shape [stages]."""
 
 
 def _distinct_contents(c: Columns, workload: Workload, all_stages: bool) -> tuple[list[_Contents], Ints]:
-    """Return every distinct content of stages, and the index of each layout's content, shape [rows]."""
+    """Return the distinct contents of the layouts' stages, and the index among them for each layout, shape [rows].
+
+    With `all_stages`, contents include stages that equal an earlier stage of their layout.
+    """
     split = partitions(c, workload)
     full = c.among("recompute_granularity", "full")
     uniform = np.where(full & c.among("recompute_method", "uniform"), c["recompute_num_layers"], 0)
@@ -132,10 +141,10 @@ def _contents_of(partition: Partition, model: Model, uniform: int, block: int) -
     """Return the contents of all stages of a partition.
 
     Args:
-        partition: Which layers each chunk holds.
+        partition: Which layers each chunk has.
         model: The model.
-        uniform: `recompute_num_layers` of uniform full recompute, 0 without it.
-        block: `recompute_num_layers` of block full recompute, 0 without it.
+        uniform: `recompute_num_layers` if full recomputation has the method uniform, else 0.
+        block: `recompute_num_layers` if full recomputation has the method block, else 0.
     """
     begin, end = partition.begin, partition.end
     # Entry i is the number of layers with experts among the first i layers of the model.
@@ -175,7 +184,15 @@ def _earliest_of_equals(contents: _Contents) -> _Contents:
 
 
 def _kept(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats:
-    """Return the layers that each chunk keeps for one micro-batch, shape [ranks, chunks, 3 kinds]."""
+    """Return how many layers of each chunk have saved activations for one micro-batch, shape [ranks, chunks, 3 kinds].
+
+    Args:
+        begin: Index of the first layer of each chunk, shape [ranks, chunks].
+        end: Index after the last layer of each chunk, shape [ranks, chunks].
+        moe: Entry i is the number of layers with experts among the first i layers of the model.
+        uniform: `recompute_num_layers` if full recomputation has the method uniform, else 0.
+        block: `recompute_num_layers` if full recomputation has the method block, else 0.
+    """
     kept = np.zeros((*begin.shape, 3))
     if uniform:
         kept[..., CHECKPOINTS] = -(-(end - begin) // uniform)
@@ -188,14 +205,15 @@ def _kept(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats
 
 
 def _working(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats:
-    """Return the layers at the end of a chunk that full recompute brings back at once, shape [ranks, (DENSE, MOE)].
+    """Return how many layers full recomputation computes again at once on each rank, shape [ranks, (DENSE, MOE)].
 
-    `begin` and `end` bound the layers of the chunk that goes backward first, one value per rank.
+    They are the last layers of the chunk that runs backward first. The arguments are those of `_kept`, but `begin` and
+    `end` have only this chunk of each rank, shape [ranks].
     """
     working = np.zeros((len(begin), 2))
     if uniform or block:
         start = np.maximum(end - max(uniform, 1), begin)
-        # The layers that block recompute leaves alone go backward first, and each needs more memory than a recomputed
+        # The layers that block recompute leaves alone run backward first, and each needs more memory than a recomputed
         # one.
         recomputes = (end - begin <= block) | bool(uniform)
         working[:, MOE] = np.where(recomputes, moe[end] - moe[start], 0)

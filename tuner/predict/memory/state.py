@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer on the stages of many layouts."""
+"""Bytes of weights, gradients and optimizer state on the stages of many layouts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,22 +25,22 @@ or 4 bits per element, and one byte of scale per block of 32 (mxfp8) or 16 (nvfp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelState:
-    """Bytes of the state of the model on the rank of each stage: arrays of shape [stages]."""
+    """Bytes of the state of the model on a rank of each stage: arrays of shape [stages]."""
 
     parameters: Floats
-    """Weights, quantised copies included."""
+    """Bytes of weights, including quantised copies."""
     gradients: Floats
-    """Gradients between steps."""
+    """Bytes of the buffers of gradients, which stay allocated between steps."""
     optimizer: Floats
-    """State of Adam."""
+    """Bytes of Adam's state."""
     whole: Floats
-    """Weights and gradients that Megatron-FSDP holds unsplit for a time."""
+    """Bytes of the weights and gradients that Megatron-FSDP has temporarily unsplit."""
     reducing: Floats
-    """The copy of gradients that Gloo reduces; 0 on CUDA."""
+    """Bytes of the copy of gradients that Gloo makes to reduce them; 0 on CUDA."""
     reducing_embedding: Floats
-    """The copy of the embedding's gradient that Gloo reduces apart from the others; 0 on CUDA."""
+    """Bytes of the copy of the embedding's gradient if Gloo reduces it apart from the others; 0 on CUDA."""
     building: Floats
-    """All bytes that are allocated while the model is built, gradients included."""
+    """All bytes that are allocated while the model is built, including gradients."""
 
 
 def model_state(
@@ -52,19 +52,20 @@ def model_state(
     layers: Floats,
     vocabulary: Floats,
 ) -> ModelState:
-    """Return the state of the model on each stage.
+    """Return the bytes of weights, gradients and optimizer state on a rank of each stage.
 
-    The distributed optimizer splits the state of Adam over the ranks that hold equal weights: dense weights over dp*cp,
-    experts over edp. It copies the weights into one buffer per model chunk and kind; both copies exist while the buffer
-    is filled (distributed/param_and_grad_buffer.py). Megatron-FSDP splits gradients and weights too, by its strategy,
-    and holds some of them unsplit for a time. Gloo reduces a copy of a buffer of gradients.
+    The distributed optimizer splits Adam's state over the ranks with equal weights: dense weights over dp*cp, experts
+    over edp. It copies the weights into one buffer per model chunk for dense weights and one for experts; both copies
+    of a weight exist while the buffer is filled (distributed/param_and_grad_buffer.py). Megatron-FSDP splits gradients
+    and weights too, by its strategy, and has some of them unsplit for a time. Gloo reduces a copy of a buffer of
+    gradients.
 
     Args:
         c: The layouts.
         workload: The workload.
         cluster: The cluster.
         stages: The stages.
-        layers: Layers of each stage, those of multi-token prediction included, shape [stages, (DENSE, MOE)].
+        layers: Number of layers of each stage, with those of multi-token prediction; shape [stages, (DENSE, MOE)].
         vocabulary: Rows of the embedding on a rank, one value per stage.
     """
     row = stages.row
@@ -95,32 +96,32 @@ def model_state(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _RankWeights:
-    """Numbers of weights on the rank of each stage: arrays of shape [stages]."""
+    """Numbers of weights on a rank of each stage: arrays of shape [stages]."""
 
     dense: Floats
-    """Weights that data parallel ranks share, before Megatron-FSDP splits them."""
+    """Number of weights outside routed experts, before Megatron-FSDP splits them."""
     experts: Floats
-    """Weights of routed experts, before Megatron-FSDP splits them."""
+    """Number of weights of routed experts, before Megatron-FSDP splits them."""
     table: Floats
-    """Weights of one embedding or output layer."""
+    """Number of weights of one embedding or output layer."""
     held: Floats
-    """Weights that the rank holds after Megatron-FSDP splits them."""
+    """Number of weights on the rank after Megatron-FSDP splits them."""
     gradients: Floats
-    """Gradients that the rank holds after Megatron-FSDP splits them."""
+    """Number of gradients on the rank after Megatron-FSDP splits them."""
 
     @property
     def whole(self) -> Floats:
-        """Return all weights before Megatron-FSDP splits them."""
+        """Return the number of all weights before Megatron-FSDP splits them."""
         return self.dense + self.experts
 
 
 def _uses_distributed_optimizer(c: Columns) -> Bools:
-    """Return the rows where Megatron's own distributed optimizer runs, and not Megatron-FSDP's."""
+    """Return a mask of the layouts with Megatron's distributed optimizer and without Megatron-FSDP; shape [rows]."""
     return c.on("use_distributed_optimizer") & ~c.on("use_megatron_fsdp")
 
 
 def _building_bytes(c: Columns, workload: Workload, stages: StagesInFlight, weights: _RankWeights) -> Floats:
-    """Return all bytes that are allocated while the model is built."""
+    """Return all bytes that are allocated at the peak while the model is built; shape [stages]."""
     row, weight_bytes = stages.row, float(workload.weight_bytes)
     # With ep 1 the experts share the buffer of the dense weights. With ep above 1 the experts have a buffer of their
     # own, which is filled after the buffer of the dense weights.
@@ -130,7 +131,7 @@ def _building_bytes(c: Columns, workload: Workload, stages: StagesInFlight, weig
     building = weights.whole * weight_bytes + weights.gradients * workload.gradient_bytes
     building += np.where(_uses_distributed_optimizer(c)[row], moved, 0)
     if c.on("use_megatron_fsdp").any():
-        # Weights are built whole before they are split.
+        # The unsplit weights are built before they are split.
         building += np.where(fsdp.gathers_weights(c)[row], weights.held * weight_bytes, 0)
     return building
 
@@ -144,7 +145,10 @@ def _whole_bytes(
     layers: Floats,
     ranks: Ints,
 ) -> Floats:
-    """Return the bytes of weights and gradients that Megatron-FSDP holds unsplit for a time; 0 without it."""
+    """Return the bytes of weights and gradients that Megatron-FSDP has temporarily unsplit; 0 without it.
+
+    `layers` is the number of layers of each stage, and `ranks` the number of ranks over which weights are split.
+    """
     if not c.on("use_megatron_fsdp").any():
         return np.zeros_like(weights.dense)
     tables = np.where(stages.first | stages.last, weights.table, 0)
@@ -162,7 +166,11 @@ def _whole_bytes(
 def _reducing_bytes(
     c: Columns, workload: Workload, cluster: Cluster, stages: StagesInFlight, weights: _RankWeights
 ) -> tuple[Floats, Floats]:
-    """Return the bytes of the copies that Gloo reduces: all gradients, and separately the embedding's gradient."""
+    """Return the bytes of the largest copy of gradients that Gloo reduces, and of its copy of the embedding's gradient.
+
+    The copies exist only on CPU with the distributed optimizer. The second is 0 unless the gradient of the embedding is
+    reduced apart from others, during the backward pass of the first stage.
+    """
     row, gradient_bytes = stages.row, float(workload.gradient_bytes)
     by_gloo = _uses_distributed_optimizer(c)[row] & np.bool_(cluster.device == "cpu")
     # With ep > 1 the gradients of experts have a buffer of their own, which is reduced later.
@@ -181,7 +189,7 @@ def _reducing_bytes(
 
 
 def _quantised_bytes(workload: Workload, stages: StagesInFlight, weights: _RankWeights) -> Floats:
-    """Return the bytes of the quantised copies of linear weights, less the bf16 weights that they replace."""
+    """Return the bytes of the quantised copies of linear weights, minus those of the bf16 weights that they replace."""
     replaced = float(workload.weight_bytes) if workload.fp8_param else 0.0
     copies = QUANTISED_WEIGHT_BYTES.get(workload.precision, 0.0)
     linear = weights.whole - weights.table * (stages.first + stages.last * 1.0)
@@ -192,7 +200,10 @@ def _quantised_bytes(workload: Workload, stages: StagesInFlight, weights: _RankW
 def _weights(
     c: Columns, model: Model, stages: StagesInFlight, layers: Floats, vocabulary: Floats
 ) -> tuple[Floats, Floats]:
-    """Return the weights on each stage's rank: those that data parallel ranks share, and those of routed experts."""
+    """Return the number of weights outside routed experts, and of those in routed experts, on a rank of each stage.
+
+    `layers` and `vocabulary` are those of `model_state`.
+    """
     tp = c["tp"].astype(np.float64)
 
     def share(module: parameters.Parameters) -> Floats:
