@@ -1,4 +1,4 @@
-"""How long the attention of one layer takes for one micro-batch, for many layouts at once."""
+"""The time of one layer's attention for one micro-batch, in milliseconds, for many layouts at once."""
 
 from typing import Final
 
@@ -10,23 +10,23 @@ from tuner.predict.time.operations import Operations
 from tuner.predict.time.passes import ModuleTime, PassTime
 
 ATTENTION_EFFICIENCY: Final = 2 / 3
-"""Rate of fused attention over the rate of large products. With GEMM_EFFICIENCY it is 0.5 of the peak. Published:
-FlashAttention-2 reaches 0.5 to 0.73 of the peak on A100 (arXiv:2307.08691), FlashAttention-3 up to 0.75 on H100
-(arXiv:2407.08608)."""
+"""Rate of fused attention, divided by the rate of large matrix products. The latter is GEMM_EFFICIENCY times the peak,
+so fused attention reaches 0.5 of the peak. Published: FlashAttention-2 reaches 0.5 to 0.73 of the peak on A100
+(arXiv:2307.08691), FlashAttention-3 up to 0.75 on H100 (arXiv:2407.08608)."""
 BACKWARD_ATTENTION: Final = 2.5
-"""FLOPs of fused attention in the backward pass over those in the forward pass: five products instead of two, since
-the scores are computed again. Published: arXiv:2307.08691, section 4.1."""
+"""FLOPs of fused attention in the backward pass, divided by those in the forward pass: five products instead of two,
+since the scores are computed again. Published: arXiv:2307.08691, section 4.1."""
 SCORE_PASSES: Final = 5
 """Reads and writes of the score matrix in the forward pass of unfused attention: product, softmax, dropout, product,
-less what caches hold. Chosen within what is plausible to suit vTrain's published step times on A100s, which `python -m
-tests.bench.replay` compares with the predictions."""
+minus those that caches serve. Chosen within what is plausible to suit vTrain's published step times on A100s, which
+`python -m tests.bench.replay` compares with the predictions."""
 CAP_PASSES: Final = 6
 """Reads and writes of scores or logits that are bounded (soft-capped): two scalings and a tanh, each a kernel of its
 own. Counted: a kernel reads and writes once."""
 
 
 def core_attention(operations: Operations, sliding: bool) -> ModuleTime:
-    """Return the time of core attention, and the time of the exchange over context ranks that attention does not hide.
+    """Return the time of core attention, including the exposed communication of context parallelism; shape [rows].
 
     `sliding` says whether the layer attends over a sliding window.
     """
@@ -57,7 +57,10 @@ def core_attention(operations: Operations, sliding: bool) -> ModuleTime:
 
 
 def projections(operations: Operations) -> dict[str, ModuleTime]:
-    """Return the time of the products around core attention, by module, with their tensor-parallel collectives."""
+    """Return the time of the matrix products before and after core attention, by module name.
+
+    The times include the tensor-parallel collectives of these modules.
+    """
     ops, model = operations, operations.model
     if model.multi_latent_attention:
         return _latent_projections(ops)
@@ -69,9 +72,9 @@ def projections(operations: Operations) -> dict[str, ModuleTime]:
 
 
 def _latent_projections(ops: Operations) -> dict[str, ModuleTime]:
-    """Return the time of the products of multi-latent attention.
+    """Return the time of the matrix products of multi-latent attention, by module name.
 
-    The up-projections are an entry of their own, since selective recompute can drop them by name.
+    The up-projections are a module of their own (mla_up_proj), since selective recomputation can drop them by name.
     """
     model = ops.model
     heads, hidden = model.num_attention_heads / ops.tp, model.hidden_size

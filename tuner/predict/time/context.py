@@ -1,5 +1,6 @@
-"""Time that attention over context-parallel ranks adds to a layer, in milliseconds: the time to exchange keys and
-values, or heads, that attention does not hide.
+"""Time in ms that context parallelism adds to a layer's attention: exchanges that attention does not hide.
+
+Ranks exchange keys and values, or heads, as the knob `cp_comm_type` says.
 """
 
 from typing import Final
@@ -12,40 +13,40 @@ from tuner.predict.time.collectives import process_groups
 from tuner.predict.time.rates import Rates
 
 RING_KERNELS: Final = 8
-"""Kernels that one step of ring attention launches beside those that move its data. Assumed."""
+"""Kernels that one step of ring attention launches in addition to those that move its data. Assumed."""
 GATHERED_STEPS: Final = 2
-"""Steps in which attention goes over gathered keys and values: the two halves of the sequence. A ring takes one step
-per context rank. Counted in Transformer Engine's AttnFuncWithCPAndKVAllGather (context_parallel.py)."""
+"""Number of steps in which attention processes gathered keys and values: the two halves of the sequence. A ring takes
+one step per context rank. Counted in Transformer Engine's AttnFuncWithCPAndKVAllGather (context_parallel.py)."""
 RING_FORWARD_PASSES: Final = 5
-"""Reads and writes that one step of ring attention adds in the forward pass, in multiples of the size of the queries:
-the step adds its output (16 bits) to the sum of all outputs (32 bits). Counted in Transformer Engine's
+"""Reads and writes that one step of ring attention adds in the forward pass, in multiples of the size of attention's
+output: the step adds its output (16 bits) to the sum of all outputs (32 bits). Counted in Transformer Engine's
 AttnFuncWithCPAndKVP2P (context_parallel.py)."""
 RING_BACKWARD_PASSES: Final = 6
-"""Reads and writes that one step of ring attention adds in the backward pass, in multiples of the size of the queries:
-the step adds the gradients of queries, keys and values to their sums. Counted in Transformer Engine's
+"""Reads and writes that one step of ring attention adds in the backward pass, in multiples of the size of attention's
+output: the step adds the gradients of queries, keys and values to their sums. Counted in Transformer Engine's
 AttnFuncWithCPAndKVP2P (context_parallel.py)."""
 
 
 def attention_step_kernels(c: Columns) -> Floats:
     """Return how many more kernels a layer launches for attention with context parallelism than without it.
 
-    The result has shape [rows] and is 0 where cp is 1.
+    The result has shape [rows] and is 0 if cp is 1.
     """
     steps = np.where(c.among("cp_comm_type", "p2p"), c["cp"], GATHERED_STEPS)
     return np.where(c["cp"] > 1, steps * float(RING_KERNELS), 0.0)
 
 
 class ContextExchange:
-    """What the context parallel ranks of one layer send each other for a micro-batch, under every layout.
+    """The time of the exchange between context parallel ranks in one layer's attention, for one micro-batch.
 
-    Each method returns the milliseconds of the forward and of the backward pass, each of shape [rows]. Rows with one
-    context rank get a number without meaning.
+    Each method returns the milliseconds of the forward and of the backward pass, each of shape [rows]. The result has
+    no meaning in rows with cp 1.
 
     Args:
         model: The model.
         rates: How fast the cluster's ranks are.
         c: The layouts.
-        tokens: Tokens of the micro-batch on one context rank, shape [rows].
+        tokens: Number of tokens of the micro-batch on one context parallel rank, shape [rows].
     """
 
     def __init__(self, model: Model, rates: Rates, c: Columns, tokens: Floats) -> None:
@@ -56,7 +57,10 @@ class ContextExchange:
     def exposed_ms(
         self, attention_forward_ms: Floats, attention_backward_ms: Floats
     ) -> tuple[Floats, Floats]:
-        """Return the time of the exchange that attention does not hide, by the method of each row's `cp_comm_type`."""
+        """Return the exposed time in ms of the exchange, forward and backward, by the method that `cp_comm_type` names.
+
+        It is the part of the exchange that attention, whose times are the arguments, does not hide.
+        """
         ring = self._ring_ms(attention_forward_ms, attention_backward_ms)
         if self._c.among("cp_comm_type", "p2p").all():
             return ring
@@ -68,11 +72,11 @@ class ContextExchange:
         )
 
     def gathered_ms(self, gathers_again: bool) -> tuple[Floats, Floats]:
-        """Return the time to gather keys and values from the context ranks and to scatter their gradients.
+        """Return the time in ms to gather keys and values from the context ranks, and to scatter their gradients.
 
-        Keys and values are gathered one after the other, and nothing hides this time. `gathers_again` says
-        whether the backward pass gathers them again, as Transformer Engine does (context_parallel.py,
-        AttnFuncWithCPAndKVAllGather).
+        The first array is for the forward pass, the second for the backward pass. Keys and values are gathered one
+        after the other, and nothing hides this time. `gathers_again` says whether the backward pass gathers them again,
+        as it does in Transformer Engine (context_parallel.py, AttnFuncWithCPAndKVAllGather).
         """
         whole_bytes = self._tokens * self._cp * self._key_value_width / 2 / self._tp * self._rates.state_bytes
         gathered = 2 * self._rates.gather_ms(whole_bytes, self._group)
@@ -80,9 +84,10 @@ class ContextExchange:
         return gathered, scattered + gathered * gathers_again
 
     def _ring_ms(self, attention_forward_ms: Floats, attention_backward_ms: Floats) -> tuple[Floats, Floats]:
-        """Return the time that ring attention adds.
+        """Return the time in ms that ring attention adds to the forward and to the backward pass.
 
-        Keys and values travel while attention computes. In the backward pass their gradients travel too.
+        Keys and values travel around the ring while attention computes. In the backward pass their gradients travel
+        too.
         """
         return (
             self._ring_pass_ms(1, attention_forward_ms, RING_FORWARD_PASSES),
@@ -90,10 +95,10 @@ class ContextExchange:
         )
 
     def _ring_pass_ms(self, trips: int, attention_ms: Floats, sum_passes: int) -> Floats:
-        """Return the travel time in one pass that attention does not hide, plus the time to sum up the steps' results.
+        """Return the time in ms that the ring adds to one pass: exposed travel, and the sum of the steps' results.
 
         Args:
-            trips: Number of times that data as large as keys and values goes around the ring.
+            trips: How many times data of the size of keys and values go around the ring.
             attention_ms: Time of the attention that runs meanwhile.
             sum_passes: Reads and writes that each step adds, in multiples of the size of attention's output.
         """
@@ -105,17 +110,18 @@ class ContextExchange:
         return np.maximum(travel_ms - attention_ms * steps / self._cp, 0.0) + sum_ms
 
     def _heads_ms(self) -> tuple[Floats, Floats]:
-        """Return the time to exchange heads for tokens, which nothing hides.
+        """Return the time in ms to exchange tokens for heads in each pass, which nothing hides.
 
-        Queries, keys and values go to the ranks of their heads, and the output comes back. In the backward pass their
-        gradients take the opposite ways (Transformer Engine: context_parallel.py, AttnFuncWithCPAndQKVOA2A).
+        An all-to-all sends queries, keys and values to the ranks that compute their heads, and the output comes back.
+        In the backward pass their gradients take the opposite ways (Transformer Engine: context_parallel.py,
+        AttnFuncWithCPAndQKVOA2A).
         """
         both_ways = self._exchange_ms(self._query_width + self._key_value_width)
         both_ways = both_ways + self._exchange_ms(self._output_width)
         return both_ways, both_ways
 
     def _exchange_ms(self, width: float) -> Floats:
-        """Return the time of an all-to-all of `width` elements per token."""
+        """Return the time in ms of an all-to-all of `width` elements per token; shape [rows]."""
         group = self._group
         sent = self._tokens * width / self._tp * self._rates.state_bytes
         inside = sent * (group.ranks_per_domain - 1) / group.size
@@ -125,7 +131,7 @@ class ContextExchange:
 
     @property
     def _key_value_width(self) -> float:
-        """Elements of a token's keys and values together."""
+        """Return the number of elements of one token's keys and values together."""
         model = self._model
         if not model.multi_latent_attention:
             return 2 * model.num_query_groups * model.kv_channels
@@ -134,7 +140,7 @@ class ContextExchange:
 
     @property
     def _query_width(self) -> int:
-        """Elements of a token's queries."""
+        """Return the number of elements of one token's queries."""
         model = self._model
         if not model.multi_latent_attention:
             return model.num_attention_heads * model.kv_channels
@@ -142,7 +148,7 @@ class ContextExchange:
 
     @property
     def _output_width(self) -> int:
-        """Elements of a token's attention output."""
+        """Return the number of elements of one token's attention output."""
         model = self._model
         width = (model.v_head_dim or 0) if model.multi_latent_attention else model.kv_channels
         return model.num_attention_heads * width

@@ -1,4 +1,4 @@
-"""How long the routed experts of one layer take for one micro-batch, for many layouts at once."""
+"""The time of one layer's experts for one micro-batch, in milliseconds, for many layouts at once."""
 
 from typing import Final
 
@@ -15,9 +15,9 @@ PERMUTE_PASSES: Final = 8
 """Reads and writes of a dispatched token: for the permute, the sort by expert, and the reverse of both. Counted in
 Megatron-Core's moe/token_dispatcher.py."""
 FLEX_PERMUTE_PASSES: Final = 4
-"""Reads and writes of a dispatched token under the flex dispatcher: for one permute of the tokens that arrived,
-and its reverse. Counted in Megatron-Core's moe/token_dispatcher.py (_DeepepManager); HybridEP permutes in the same call
-(csrc/hybrid_ep/extension/permute.cu)."""
+"""Reads and writes of a dispatched token under the flex dispatcher: for one permute of the tokens that arrived, and its
+reverse. Counted in Megatron-Core's moe/token_dispatcher.py (_DeepepManager); HybridEP permutes in one call with the
+dispatch (csrc/hybrid_ep/extension/permute.cu)."""
 BIAS_FORWARD_PASSES: Final = 14
 """Reads and writes of a dispatched token for the bias of its experts in the forward pass: multiply, add, concatenate,
 round. Counted in Megatron-Core's experts.py (_apply_bias)."""
@@ -25,25 +25,25 @@ BIAS_BACKWARD_PASSES: Final = 18
 """Reads and writes of a dispatched token for the bias of its experts in the backward pass. Counted in
 Megatron-Core's experts.py (_apply_bias)."""
 CAST_PASSES: Final = 3
-"""Reads and writes of a token, of 16 bits each, by which the router makes it fp32. Counted: one read, and one write of
-twice the width."""
+"""Reads and writes of a token, of 16 bits each, by which the router casts it to fp32. Counted: one read, and one write
+of twice the width."""
 DEEPEP_NVLINK_RANKS: Final = 8
-"""Ranks that DeepEP reaches over NVLink, however large the domain. Published: deepseek-ai/DeepEP,
+"""Number of ranks that DeepEP reaches over NVLink, however large the NVLink domain. Published: deepseek-ai/DeepEP,
 csrc/kernels/configs.cuh, NUM_MAX_NVL_PEERS."""
 EXPERT_OVERLAP: Final = 0.8
-"""Share of a layer's products beside which the tokens of another micro-batch can travel. Assumed: no figure is
-published."""
+"""Share of the time of a layer's matrix products during which the tokens of another micro-batch can be sent. Assumed:
+no figure is published."""
 DELAYED_OVERLAP: Final = 0.9
-"""`EXPERT_OVERLAP` of the backward pass if weight gradients, which are half of its products, are delayed. Assumed: the
-delayed products run where nothing else is left to run beside communication (model_chunk_schedule_plan.py), so that half
-of the overlap that EXPERT_OVERLAP lacks is won back."""
+"""The value in place of `EXPERT_OVERLAP` in the backward pass if weight gradients, which are half of its products, are
+delayed (delay_wgrad_compute). Assumed: the delayed products run during communication beside which nothing else is left
+to run (model_chunk_schedule_plan.py), which halves the share that EXPERT_OVERLAP lacks."""
 
 
 def expert_modules(operations: Operations) -> dict[str, ModuleTime]:
-    """Return the time of a layer's experts by the modules that selective recompute names.
+    """Return the time of a layer's experts by module, with the names that selective recomputation uses.
 
     "moe_act" is the activation, "shared_experts" the shared expert if there is one, and "moe" all the rest: router,
-    permutes, products and the communication that nothing hides.
+    permutes, products and the communication that no computation hides.
     """
     ops, model = operations, operations.model
     width = (model.moe_ffn_hidden_size or 0) / ops.etp
@@ -69,10 +69,16 @@ def expert_modules(operations: Operations) -> dict[str, ModuleTime]:
 def _exposed_dispatch(
     ops: Operations, work: ModuleTime, dispatch_ms: Floats, shared_gemm_ms: Floats | float
 ) -> ModuleTime:
-    """Return the time of the tokens' way to their experts and back that nothing hides.
+    """Return the exposed time of sending tokens to their experts and back: the part that no computation hides.
 
-    With the overlap of expert communication, the products of another micro-batch hide it; with the overlap of shared
-    experts, the products of the shared expert do.
+    With overlap_moe_expert_parallel_comm, the products of another micro-batch hide the communication; otherwise, with
+    moe_shared_expert_overlap, the products of the shared expert do.
+
+    Args:
+        ops: The kinds of work of a layer.
+        work: Time of router, permutes and routed experts.
+        dispatch_ms: Time to send the tokens to their experts and back once, in ms.
+        shared_gemm_ms: Time of the shared expert's products in the forward pass, in ms.
     """
     across = ops.layouts.on("overlap_moe_expert_parallel_comm")
     beside_shared_ms = np.where(ops.layouts.on("moe_shared_expert_overlap"), shared_gemm_ms, 0.0)
@@ -89,12 +95,12 @@ def _exposed_dispatch(
 
 
 def _is_flex(ops: Operations) -> Bools:
-    """Return the rows with the flex dispatcher."""
+    """Return a mask of the layouts with the flex dispatcher; shape [rows]."""
     return ops.layouts.among("moe_token_dispatcher_type", "flex")
 
 
 def _permutes(ops: Operations, elements: Floats) -> ModuleTime:
-    """Return the time to bring tokens into the order of the experts and back."""
+    """Return the time to bring tokens, of `elements` elements in all, into the order of the experts and back."""
     permutes, flex = ops.elementwise(PERMUTE_PASSES, elements), _is_flex(ops)
     if not flex.any():
         return permutes
@@ -102,9 +108,10 @@ def _permutes(ops: Operations, elements: Floats) -> ModuleTime:
 
 
 def _busiest_load(ops: Operations) -> Floats:
-    """Return the tokens of the rank for which the others wait in a layer, over the mean of its expert-parallel group.
+    """Return the tokens of the busiest rank in a layer, divided by the mean of its expert parallel group; shape [rows].
 
-    It is 1 on shared cores, where the other ranks go on with their work.
+    The other ranks of the group wait for this rank. If ranks share cores, they go on with other work and the result is
+    1.
     """
     load = load_of_busiest(ops.layouts, ops.workload)
     layers = np.maximum(sum(ops.model.moe_layer_pattern()) / ops.layouts["pp"], 1)
@@ -113,7 +120,7 @@ def _busiest_load(ops: Operations) -> Floats:
 
 
 def _router(ops: Operations) -> ModuleTime:
-    """Return the time of the router: it casts the hidden state to fp32 and scores every expert in fp32."""
+    """Return the time of the router, which casts the hidden state to fp32 and computes every expert's score in fp32."""
     hidden, tokens = ops.model.hidden_size, ops.split_tokens
     scores_ms = ops.rates.fp32_ms(2 * tokens * hidden * (ops.model.num_moe_experts or 0))
     cast = ops.elementwise(CAST_PASSES, tokens * hidden)
@@ -121,7 +128,7 @@ def _router(ops: Operations) -> ModuleTime:
 
 
 def _weighted_bias(ops: Operations, routed_tokens: Floats) -> ModuleTime:
-    """Return the time to add the experts' biases, each times its token's weight and therefore in fp32."""
+    """Return the time to add the experts' biases, each times its token's routing weight and therefore in fp32."""
     moved_bytes = routed_tokens * ops.model.hidden_size * ops.state_bytes
     return ModuleTime(
         PassTime(elementwise_ms=ops.rates.moved_ms(BIAS_FORWARD_PASSES * moved_bytes)),
@@ -130,9 +137,9 @@ def _weighted_bias(ops: Operations, routed_tokens: Floats) -> ModuleTime:
 
 
 def _notices_ms(ops: Operations) -> tuple[Floats, Floats]:
-    """Return the latencies of the two small messages that the alltoall dispatcher sends beside the tokens.
+    """Return the latencies in ms of two small messages that the alltoall dispatcher sends; 0 for other dispatchers.
 
-    The first message says how many tokens go to each rank; the second has the weights of the tokens.
+    The first message says how many tokens go to each rank; the second has the routing weights of the tokens.
     """
     expert_group, no_bytes = ops.groups(ops.ep, ops.etp), np.zeros(ops.ep.shape)
     needed = (ops.ep > 1) & ops.layouts.among("moe_token_dispatcher_type", "alltoall")
@@ -142,7 +149,10 @@ def _notices_ms(ops: Operations) -> tuple[Floats, Floats]:
 
 
 def _dispatch_ms(ops: Operations, tokens: Floats) -> Floats:
-    """Return the time in which the tokens go once to their experts and back."""
+    """Return the time in ms to send tokens to their experts and back, once; shape [rows].
+
+    `tokens` is the number of tokens on a rank before the dispatch.
+    """
     rates, topk = ops.rates, ops.model.moe_router_topk or 0
     token_bytes = ops.model.hidden_size * ops.state_bytes
     expert_group, whole_group = ops.groups(ops.ep, ops.etp), ops.groups(ops.ep * ops.etp)
@@ -159,10 +169,11 @@ def _dispatch_ms(ops: Operations, tokens: Floats) -> Floats:
 
 
 def _exchange_ms(ops: Operations, sent_bytes: Floats, group: ProcessGroups, topk: int) -> Floats:
-    """Return the time to send tokens, `sent_bytes` in all, one way to the ranks of their experts.
+    """Return the time in ms to send tokens one way to the ranks of their experts; shape [rows].
 
-    The alltoall dispatcher sends one copy per expert. The flex dispatcher (DeepEP, HybridEP) sends one copy per rank,
-    and the ranks of another NVLink domain share one copy on the way there.
+    `sent_bytes` are the bytes of all tokens of a rank, each counted once. The alltoall dispatcher sends one copy of a
+    token per expert. The flex dispatcher (DeepEP, HybridEP) sends one copy per rank, and the ranks of another NVLink
+    domain share one copy on the way there.
     """
     flex = _is_flex(ops)
     deepep = flex & ops.layouts.among("moe_flex_dispatcher_backend", "deepep")

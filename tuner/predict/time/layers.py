@@ -1,4 +1,4 @@
-"""How long the GPU works on one layer and one micro-batch, for many layouts at once."""
+"""The time of one layer on the GPU for one micro-batch, in milliseconds, for many layouts at once."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -17,20 +17,20 @@ from tuner.predict.time.rates import Rates
 from tuner.predict.time.stages import LayerKind
 
 LAYER_KERNELS: Final = 25
-"""Kernels of a dense layer's forward pass; a layer of experts has twice as many. Assumed."""
+"""Number of kernels of a dense layer's forward pass; a layer with experts has twice as many. Assumed."""
 NORM_PASSES: Final = 4
 """Reads and writes of the hidden state by a layer's two norms in the forward pass. Counted: each reads and writes
 once."""
 RESIDUAL_PASSES: Final = 6
 """Reads and writes of the hidden state by a layer's two bias-dropout-adds in the forward pass. Counted: each reads
-state and residual, and writes their sum. An embedding is taken to move as much."""
+state and residual, and writes their sum. The look-up of an embedding is assumed to have as many."""
 LOSS_BYTES: Final[Mapping[Implementation, float]] = {"transformer_engine": 24.0, "torch": 60.0}
-"""Bytes that the cross entropy moves per logit, forward and backward together: in one fused kernel, and with one kernel
-per operation. Assumed from its operations."""
+"""Bytes that the cross entropy moves per logit, forward and backward together. Transformer Engine has one fused kernel,
+and plain Torch has one kernel per operation. Assumed from its operations."""
 LOSS_REDUCTIONS: Final[Mapping[Implementation, int]] = {"transformer_engine": 1, "torch": 3}
-"""All-reduces of the cross entropy over the ranks that share the vocabulary. Counted for torch in Megatron-Core's
-tensor_parallel/cross_entropy.py: the largest logit, the true logit and the sum. Transformer Engine's fused cross
-entropy has one."""
+"""Number of all-reduces of the cross entropy over the ranks that share the vocabulary. Counted for torch in
+Megatron-Core's tensor_parallel/cross_entropy.py: the largest logit, the true logit and the sum. Transformer Engine's
+fused cross entropy has one."""
 
 LAYER_KNOBS: Final = (
     "tp",
@@ -54,10 +54,10 @@ LAYER_KNOBS: Final = (
 
 
 class LayerTimes:
-    """The times of a model's parts for one micro-batch under each of some layouts.
+    """The times in ms of a model's layers, head and embedding for one micro-batch, under each of many layouts.
 
-    Few layouts differ in the knobs on which a layer depends, and a layer takes many operations on arrays. The times are
-    therefore computed once per distinct combination of these knobs.
+    Many layouts have equal values of the knobs on which these times depend (LAYER_KNOBS). The times are computed once
+    per distinct combination of these knobs.
     """
 
     def __init__(self, workload: Workload, rates: Rates, c: Columns, implementation: Implementation) -> None:
@@ -66,14 +66,17 @@ class LayerTimes:
         self._operations = Operations(workload, rates, distinct_layouts, implementation)
 
     def modules(self, kind: LayerKind) -> dict[str, ModuleTime]:
-        """Return the time of each module of one layer, by the names that selective recompute gives to modules.
+        """Return the time of each module of one layer, by module name; shape [rows].
 
-        Modules that selective recompute does not know have further names.
+        Modules that selective recomputation can drop have their names in recompute_modules, such as "core_attn".
         """
         return {name: module.at(self._index) for name, module in self._distinct_modules(kind).items()}
 
     def _distinct_modules(self, kind: LayerKind) -> dict[str, ModuleTime]:
-        """Return the modules as `modules` does, with one row per distinct layout."""
+        """Return the time of each module of one layer, by module name.
+
+        Each time has one row per distinct combination of LAYER_KNOBS.
+        """
         ops, model = self._operations, self._operations.model
         state_elements = ops.split_tokens * model.hidden_size
         kernels_ms = ops.rates.kernel_ms * LAYER_KERNELS * (2 if kind.moe else 1)
@@ -92,10 +95,14 @@ class LayerTimes:
     def recomputed(
         self, kind: LayerKind, modules: Mapping[str, ModuleTime], full_share: Floats
     ) -> tuple[PassTime, Floats | float]:
-        """Return the forward passes that the backward pass of a layer repeats, and their share in all modules.
+        """Return the time of the forward passes that a layer's backward pass repeats, and their share of all modules.
 
-        Selective recompute repeats the modules that it drops. Full recompute repeats all modules in `full_share` of the
-        layers.
+        Selective recomputation repeats the modules that it drops.
+
+        Args:
+            kind: The kind of the layer.
+            modules: Time of each module of the layer, by name.
+            full_share: Share of the layers in which full recomputation, if it is on, repeats all modules.
         """
         c = self._layouts
         full = c.among("recompute_granularity", "full") * full_share
@@ -111,7 +118,7 @@ class LayerTimes:
         return repeated, repeated_share
 
     def head(self) -> ModuleTime:
-        """Return the time of the output layer and the cross entropy."""
+        """Return the time of the output layer and the cross entropy for one micro-batch."""
         ops, model = self._operations, self._operations.model
         vocabulary = model.padded_vocab_size(1) / ops.tp
         loss_bytes = LOSS_BYTES[ops.implementation] / 2
@@ -128,7 +135,7 @@ class LayerTimes:
         return (product + loss + ops.column_parallel_collectives()).at(self._index)
 
     def embedding(self) -> ModuleTime:
-        """Return the time to look up the embeddings of a micro-batch, and to add up their gradients."""
+        """Return the time to look up the embeddings of one micro-batch, and to add up their gradients."""
         ops = self._operations
         look_up = ops.elementwise(RESIDUAL_PASSES, ops.tokens * ops.model.hidden_size)
         reduce_ms, half_ms = ops.state_collectives_ms()
@@ -139,7 +146,7 @@ class LayerTimes:
 
 
 def _distinct(c: Columns) -> tuple[Columns, NDArray[np.intp]]:
-    """Return the layouts that differ in LAYER_KNOBS, and the index among them of each row of `c`."""
+    """Return the distinct combinations of LAYER_KNOBS in `c`, and the index of each row's combination among them."""
     columns = {knob: c.column(knob) for knob in LAYER_KNOBS}
     codes = [
         np.asarray(column.codes if isinstance(column, Texts) else column, dtype=np.int64)

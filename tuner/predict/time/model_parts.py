@@ -1,4 +1,4 @@
-"""The parts of a model that pipeline ranks hold, with the time that each takes for one micro-batch."""
+"""The parts of a model (layers, heads, embedding): how many each pipeline rank has, and the time per micro-batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,60 +18,60 @@ from tuner.predict.time.rates import Rates
 from tuner.predict.time.stages import LayerKind, LayersByRank
 
 FORWARD_LAUNCHES: Final = 80
-"""Operations of a dense layer's forward pass that the host launches or that make a view. Measured with a
+"""Number of operations of a dense layer's forward pass that the host launches or that make a view. Measured with a
 TorchDispatchMode over Megatron-Core's local layers."""
 BACKWARD_LAUNCHES: Final = 115
-"""Operations of a dense layer's backward pass. Measured like FORWARD_LAUNCHES; of the 195 operations of both passes,
-108 are launches."""
+"""Number of operations of a dense layer's backward pass. Measured like FORWARD_LAUNCHES; of the 195 operations of both
+passes, 108 launch a kernel."""
 EXPERTS_LAUNCHES: Final[Mapping[Implementation, tuple[float, float]]] = {
     "transformer_engine": (3.0, 0.0),
     "torch": (1.8, 0.18),
 }
-"""Operations that the host launches for a layer of experts, as multiples of a dense layer's: first for the layer
-with its router, permutes and dispatch, then for each local expert. The numbers for torch are counted in Megatron's
-local layers, where the experts run one after another. The numbers for Transformer Engine are chosen, within what is
-plausible, to suit Megatron Bridge's published throughput of mixtures, which `python -m tests.bench.published` compares
-with the predictions."""
+"""Operations that the host launches for a layer with experts, as multiples of those for a dense layer: first for the
+layer with its router, permutes and dispatch, then for each local expert. The numbers for torch are counted in
+Megatron's local layers, in which the experts run one after another. The numbers for Transformer Engine are chosen,
+within what is plausible, to suit Megatron Bridge's published throughput of models with experts, which `python -m
+tests.bench.published` compares with the predictions."""
 EXPERT_BIAS_LAUNCHES: Final = 0.06
-"""Operations that a bias adds per local expert, as a multiple of a dense layer's: it is split, weighted and added for
-one expert after another. Counted in Megatron-Core's experts.py (_apply_bias)."""
+"""Operations that a bias adds per local expert, as a multiple of those of a dense layer: it is split, weighted and
+added for one expert after another. Counted in Megatron-Core's experts.py (_apply_bias)."""
 HEAD_LAUNCHES: Final = 0.9
-"""Operations of embedding, output layer and loss together, as a multiple of a dense layer's. Counted like
+"""Operations of embedding, output layer and loss together, as a multiple of those of a dense layer. Counted like
 FORWARD_LAUNCHES."""
 CHUNK_LAUNCHES: Final = 0.25
-"""Work of the host for one pass of the pipeline's schedule over a model chunk (data, messages, bookkeeping), as a
-multiple of a dense layer's. Measured with a profiler on CPU: 0.5 ms, next to 2.9 ms for a layer, and the launches of
-the messages."""
+"""Time of the host for one pass of the pipeline's schedule over a model chunk (data, messages, bookkeeping), as a
+multiple of the time to launch a dense layer. Measured with a profiler on CPU: 0.5 ms, compared with 2.9 ms for a layer,
+and the launches of the messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPart:
-    """All layers of one kind, all heads, or the embedding: where they lie, and how long one takes for a micro-batch.
+    """All layers of one kind, all heads, or the embedding: how many each rank has, and the time of one of them.
 
-    Times are in milliseconds and count the forward and the backward pass; arrays have the shape [rows].
+    Times are in milliseconds for one micro-batch, forward and backward together; arrays have the shape [rows].
     """
 
     on_rank: Floats
-    """How many such parts each pipeline rank holds, shape [ranks, rows] (see `LayersByRank`)."""
+    """How many such layers, heads or embeddings each pipeline rank has, shape [ranks, rows] (see `LayersByRank`)."""
     in_model: Floats | int
-    """How many such parts the whole model has."""
+    """How many of them the whole model has."""
     useful: PassTime
-    """The GPU's time for one such part, without recompute."""
+    """Time of the GPU for one of them, without recomputation."""
     recompute_ms: Floats | float
-    """Time of the forward passes that the backward pass repeats."""
+    """Time of the forward passes that the backward pass of one of them repeats."""
     host_ms: Floats
-    """Time that waiting for the host adds."""
+    """Time that waiting for the host's launches adds to one of them."""
 
     @property
     def total_ms(self) -> Floats:
-        """Return the time of one such part for one micro-batch."""
+        """Return the time in ms of one such layer, head or embedding for one micro-batch."""
         return self.useful.total_ms + self.recompute_ms + self.host_ms
 
 
 def model_parts(
     split: LayersByRank, c: Columns, workload: Workload, rates: Rates, implementation: Implementation
 ) -> list[ModelPart]:
-    """Return all that the pipeline ranks hold: heads, embeddings, and the layers of each kind."""
+    """Return all parts of the model on the pipeline ranks: heads, embeddings, and the layers of each kind."""
     layers, host = LayerTimes(workload, rates, c, implementation), _Host(c, rates)
     head, embedding = layers.head(), layers.embedding()
     parts = [
@@ -114,9 +114,9 @@ def model_parts(
 def _launches(
     kind: LayerKind, c: Columns, workload: Workload, implementation: Implementation
 ) -> Floats | float:
-    """Return the operations that the host launches for a pass through a layer, as a multiple of a dense layer's.
+    """Return the operations that the host launches per pass through a layer, as a multiple of those for a dense layer.
 
-    They include the layer's share of the pipeline's schedule, and exclude what a CUDA graph replays.
+    They include the layer's share of the pipeline's schedule, and exclude the operations that a CUDA graph replays.
     """
     schedule = CHUNK_LAUNCHES * c["pp"] * c["vpp"] / workload.model.num_layers
     if not kind.moe:
@@ -128,7 +128,7 @@ def _launches(
 
 
 def _fully_recomputed_share(c: Columns, workload: Workload) -> Floats:
-    """Return the share of a middle rank's layers that full recompute repeats.
+    """Return the share of a middle pipeline rank's layers that full recomputation repeats; shape [rows].
 
     Method uniform repeats all layers; method block repeats `recompute_num_layers` of each chunk.
     """
@@ -138,7 +138,7 @@ def _fully_recomputed_share(c: Columns, workload: Workload) -> Floats:
 
 
 class _Host:
-    """The host that launches the operations of each layout's ranks."""
+    """The launches of operations by the host, and the time that the GPU waits for them, under each layout."""
 
     def __init__(self, c: Columns, rates: Rates) -> None:
         self._rates = rates
@@ -146,7 +146,8 @@ class _Host:
         # adds the kernels of its steps.
         self._collectives = 2 * (c["tp"] > 1) * (1 + c.on("sp")) + attention_step_kernels(c)
         self._launches_passes = ~graphs.whole_iteration(c) if graphs.captures(c).any() else None
-        """Rows in which the host launches the passes itself; None if it does in every row."""
+        """Mask of the layouts in which the host launches the operations of each pass; None if it does so in all
+        layouts. In the others, one CUDA graph has all passes."""
 
     def waits_ms(
         self,
@@ -156,11 +157,11 @@ class _Host:
         repeated_ms: Floats | float = 0.0,
         repeated_share: Floats | float = 0.0,
     ) -> Floats:
-        """Return the time that waiting for the host adds to a module's two passes.
+        """Return the time in ms that waiting for the host adds to a module's forward and backward pass together.
 
         Args:
-            module: The module.
-            launches: Operations that the host launches for it, as a multiple of a dense layer's.
+            module: The time of the module on the GPU.
+            launches: Operations that the host launches for the module, as a multiple of those for a dense layer.
             repeated_ms: Time of the forward passes that the backward pass repeats.
             repeated_share: The share of the module's operations that these forward passes repeat.
         """

@@ -1,4 +1,4 @@
-"""How long it takes to reduce gradients, update weights and gather parameters once per step, in milliseconds."""
+"""The time in ms to reduce gradients, update weights and gather parameters, once per step."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -22,19 +22,19 @@ gradient (fp32) and writes the parameter (16 bits)."""
 CLEAR_PASSES: Final = 2
 """Passes over the local gradients beside the update. Counted: one sets them to zero, one reads them for their norm."""
 TENSOR_LAUNCHES: Final = 40
-"""Operations that the host launches per tensor where nothing fuses the optimizer. Counted for torch on CPU:
-Adam, clipping and copies are 20 operations. Assumed: the Python around them takes the time of 20 more."""
+"""Operations that the host launches per weight tensor if the optimizer is not fused. Counted for torch on CPU: Adam,
+clipping and copies are 20 operations. Assumed: the Python around them takes the time of 20 more."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """Either the dense weights or the weights of routed experts, on the rank that holds the most: shape [rows]."""
+    """Either the weights outside routed experts or those in them, on the rank that has most of them: shape [rows]."""
 
     parameters: Floats
     replicas: ProcessGroups
-    """The ranks that hold these weights, and reduce their gradients."""
+    """The ranks with copies of these weights, which reduce their gradients."""
     split: fsdp.Shares
-    """The number of ranks over which each of weights, gradients and optimizer is split."""
+    """The number of ranks over which weights, gradients and optimizer state are split."""
 
 
 def optimizer_times(
@@ -46,11 +46,18 @@ def optimizer_times(
     pass_ms: Floats,
     num_microbatches: Ints,
 ) -> dict[str, Floats]:
-    """Return the parts of a step that follow its micro-batches, in milliseconds and by name, each of shape [rows].
+    """Return the times in ms of the parts of a step after its micro-batches, by name, each of shape [rows].
 
-    "dp_ms" is the time of reducing gradients and gathering parameters that nothing hides. "optimizer_ms" is the time of
-    updating the weights. Both are times of the rank that holds the most parameters. `pass_ms` is the time of the last
-    micro-batch on this rank, forward and backward.
+    "dp_ms" is the exposed time of reducing gradients and gathering parameters, which no computation hides.
+    "optimizer_ms" is the time of updating the weights. Both are times of the rank with the most parameters.
+
+    Args:
+        c: The layouts.
+        workload: The workload.
+        rates: Rates of the machine.
+        split: The parts of the model on each pipeline rank.
+        pass_ms: Time of one micro-batch on this rank, forward and backward, in ms.
+        num_microbatches: Micro-batches per step.
     """
     dense, routed = _weights(c, workload.model, rates, split)
     exposed_ms = _exposed_ms(dense, pass_ms, c, rates) + _exposed_ms(routed, pass_ms, c, rates)
@@ -79,14 +86,14 @@ def optimizer_times(
 
 
 def _update_ms(dense: _Weights, routed: _Weights, rates: Rates) -> Floats:
-    """Return the time in which the GPU updates the weights and clears the gradients."""
+    """Return the time in ms in which the GPU updates the weights and clears the gradients; shape [rows]."""
     updated = dense.parameters / dense.split.optimizer + routed.parameters / routed.split.optimizer
     gradients = dense.parameters / dense.split.gradients + routed.parameters / routed.split.gradients
     return rates.moved_ms(OPTIMIZER_BYTES * updated + CLEAR_PASSES * gradients * rates.gradient_bytes)
 
 
 def _weights(c: Columns, model: Model, rates: Rates, split: LayersByRank) -> tuple[_Weights, _Weights]:
-    """Return the dense weights and the weights of routed experts."""
+    """Return the weights outside routed experts, and the weights of routed experts."""
     world = rates.cluster.world_size
     tp, pp, cp, ep, etp = (c[name] for name in ("tp", "pp", "cp", "ep", "etp"))
     dense_replicas = process_groups(data_parallel_size(world, tp, pp, cp) * cp, tp, rates.cluster)
@@ -99,10 +106,10 @@ def _weights(c: Columns, model: Model, rates: Rates, split: LayersByRank) -> tup
 
 
 def _exposed_ms(weights: _Weights, pass_ms: Floats, c: Columns, rates: Rates) -> Floats:
-    """Return the exposed time of the collectives of these weights, in milliseconds.
+    """Return the exposed time in ms of the collectives of these weights: the part that the passes do not hide.
 
-    They reduce the gradients and, with the distributed optimizer, gather the weights. The part that runs beside the
-    passes is not exposed.
+    The collectives reduce the gradients and, with the distributed optimizer, gather the weights. `pass_ms` is the time
+    of one micro-batch, forward and backward.
     """
     held, group = weights.parameters, weights.replicas
     gradient_bytes = held * rates.gradient_bytes
@@ -124,7 +131,7 @@ def _exposed_ms(weights: _Weights, pass_ms: Floats, c: Columns, rates: Rates) ->
 
 
 def _held_tensors(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats, Floats]:
-    """Return the largest number of dense weight tensors, and of weight tensors of routed experts, on any rank.
+    """Return the largest number of weight tensors on any rank: first outside routed experts, then of routed experts.
 
     Counted in Megatron-Core: a layer has two norms, two weights of attention (five of multi-latent attention), two
     norms of queries and keys if there are any, and either two weights of an MLP or a router and two weights of a shared
@@ -142,7 +149,7 @@ def _held_tensors(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats
 
 
 def _held_parameters(model: Model, split: LayersByRank, c: Columns) -> tuple[Floats, Floats]:
-    """Return the largest number of dense parameters, and of parameters of routed experts, on any rank."""
+    """Return the largest number of parameters on any rank: first outside routed experts, then of routed experts."""
     tp = c["tp"]
     vocabulary = model.padded_vocab_size(1) * model.hidden_size / tp
     output_layers = np.minimum(split.heads, 1.0)

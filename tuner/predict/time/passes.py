@@ -1,4 +1,4 @@
-"""How the GPU's time in a forward or backward pass divides among kinds of work, for many layouts at once."""
+"""How the GPU's time in a forward or backward pass divides into kinds of work, for many layouts at once."""
 
 from dataclasses import dataclass, fields
 
@@ -10,46 +10,46 @@ from tuner.core.columns import Floats
 
 @dataclass(frozen=True, slots=True)
 class PassTime:
-    """The time of one pass through a module or a layer, by kind of work.
+    """The time of one pass through a module or a layer, by kind of work, in milliseconds.
 
-    Each part is an array of shape [rows], or a number that holds for all rows.
+    Each part is an array of shape [rows], or a number that is valid for all rows.
     """
 
     gemm_ms: Floats | float = 0.0
-    """Matrix products outside core attention."""
+    """Time of matrix products outside core attention."""
     attention_ms: Floats | float = 0.0
-    """Core attention."""
+    """Time of core attention."""
     elementwise_ms: Floats | float = 0.0
-    """Work that the rate of the GPU's memory bounds."""
+    """Time of work that the rate of the GPU's memory bounds."""
     tp_ms: Floats | float = 0.0
-    """Collectives of tensor and sequence parallelism that nothing hides."""
+    """Exposed time of collectives of tensor and sequence parallelism, which no computation hides."""
     cp_ms: Floats | float = 0.0
-    """Communication of context parallelism that nothing hides."""
+    """Exposed time of communication of context parallelism, which no computation hides."""
     ep_ms: Floats | float = 0.0
-    """Communication of expert parallelism that nothing hides."""
+    """Exposed time of communication of expert parallelism, which no computation hides."""
 
     def __add__(self, other: "PassTime") -> "PassTime":
         return PassTime(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
     def times(self, factor: Floats | float) -> "PassTime":
-        """Return the pass with every part multiplied by `factor`."""
+        """Return the times of the pass, each multiplied by `factor`."""
         return PassTime(*(getattr(self, part.name) * factor for part in fields(self)))
 
     def at(self, rows: NDArray[np.intp]) -> "PassTime":
-        """Return the pass with every part at the given rows."""
+        """Return the times of the pass in the given rows, in the given order."""
         values = (getattr(self, part.name) for part in fields(self))
         return PassTime(*(value[rows] if isinstance(value, np.ndarray) else value for value in values))
 
     @property
     def total_ms(self) -> Floats | float:
-        """The sum of all parts."""
+        """Return the sum of all parts, in ms."""
         total: Floats | float = sum(getattr(self, part.name) for part in fields(self))
         return total
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleTime:
-    """The time of a module in the forward and in the backward pass."""
+    """The time of a module in the forward pass and in the backward pass."""
 
     forward: PassTime = PassTime()
     backward: PassTime = PassTime()
@@ -59,13 +59,13 @@ class ModuleTime:
 
     @property
     def both(self) -> PassTime:
-        """Both passes together."""
+        """Return the time of both passes together."""
         return self.forward + self.backward
 
     def times(self, factor: Floats | float) -> "ModuleTime":
-        """Return the module with both passes multiplied by `factor`."""
+        """Return the times of both passes, each multiplied by `factor`."""
         return ModuleTime(self.forward.times(factor), self.backward.times(factor))
 
     def at(self, rows: NDArray[np.intp]) -> "ModuleTime":
-        """Return the module with both passes at the given rows."""
+        """Return the times of both passes in the given rows, in the given order."""
         return ModuleTime(self.forward.at(rows), self.backward.at(rows))

@@ -1,4 +1,4 @@
-"""Which pipeline rank is the slowest, how long the others wait for it, and the messages between the ranks."""
+"""The slowest pipeline rank, the bubble in which the other ranks wait, and the messages between pipeline ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +17,11 @@ from tuner.predict.time.rates import Rates
 
 @dataclass(frozen=True, slots=True)
 class PipelineTimes:
-    """The pipeline of every layout in one step; arrays have the shape [rows], and times are in milliseconds."""
+    """The times of the pipeline in one step, under each layout: arrays of shape [rows], in milliseconds."""
 
     counted: list[Floats]
-    """How many of each part of the model count towards the step time, in the order of the parts.
-
-    As many count as the slowest rank holds, or the mean over the ranks if the ranks share cores."""
+    """For each part of the model, in the order of `parts`: how many of its layers, heads or embeddings count towards
+    the step time. This is the number on the slowest rank, or the mean over the ranks if the ranks share cores."""
     slowest_ms: Floats
     """Time of one micro-batch on the slowest rank, forward and backward."""
     bubble_ms: Floats
@@ -32,7 +31,7 @@ class PipelineTimes:
 def pipeline_times(
     parts: Sequence[ModelPart], c: Columns, rates: Rates, num_microbatches: Ints
 ) -> PipelineTimes:
-    """Return the times of the pipeline of every layout in one step; `parts` are those of the model."""
+    """Return the times of the pipeline in one step, under each layout; `parts` are all parts of the model."""
     rank_ms = reduce(add, (part.on_rank * part.total_ms for part in parts))
     slowest = np.argmax(rank_ms, axis=0)
     slowest_ms = _at_rank(rank_ms, slowest)
@@ -58,7 +57,7 @@ def _at_rank(values: Floats, rank: NDArray[np.intp]) -> Floats:
 def _shared_bubble_ms(
     c: Columns, rates: Rates, *, mean_ms: Floats, slowest_ms: Floats, filled_ms: Floats
 ) -> Floats:
-    """Return the bubble of a pipeline whose ranks share cores.
+    """Return the bubble in ms of a pipeline whose ranks share cores; shape [rows].
 
     A rank that waits leaves its core to the others, so a step takes at least the mean work of the ranks. The bubble is
     the time beyond this work. It has two lower bounds, of which the larger is returned. First, cores idle at the start,
@@ -68,9 +67,9 @@ def _shared_bubble_ms(
     Args:
         c: The layouts.
         rates: How fast the ranks are.
-        mean_ms: Mean time that a rank works in a step.
-        slowest_ms: Time of one micro-batch on the slowest rank.
-        filled_ms: Time of a step in which no rank leaves its core to another.
+        mean_ms: Mean time that a rank works in a step, in ms.
+        slowest_ms: Time of one micro-batch on the slowest rank, in ms.
+        filled_ms: Time of a step in which no rank leaves its core to another, in ms.
     """
     cores = rates.cluster.world_size / rates.ranks_per_core
     ranks_per_stage = rates.cluster.world_size / c["pp"]
@@ -82,7 +81,7 @@ def _shared_bubble_ms(
 
 
 def messages_ms(c: Columns, workload: Workload, rates: Rates, num_microbatches: Ints) -> Floats:
-    """Return the time per step of those messages between pipeline ranks that no computation hides, in milliseconds.
+    """Return the exposed time in ms per step of messages between pipeline ranks: the part that no computation hides.
 
     A message carries activations or their gradients. Without overlap, the messages of every micro-batch and chunk
     count. With overlap, only the messages that fill the pipeline count.

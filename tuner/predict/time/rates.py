@@ -1,7 +1,7 @@
-"""How fast the ranks do one piece of work: a product, a copy, a collective, a launch. All times are in milliseconds.
+"""How fast the ranks do one piece of work (a product, a copy, a collective, a launch), in milliseconds.
 
-`Rates` answers from the figures that the cluster states. `MeasuredRates` answers from a calibration of the machine, and
-from the cluster's figures where the calibration does not reach.
+`Rates` computes times from the figures that the cluster states. `MeasuredRates` computes them from a calibration of the
+machine, and uses the cluster's figures for what was not measured.
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ TILE_ROWS: Final = 128
 """Rows of an output tile of a cuBLAS kernel. On average the last tile of each expert is half empty. Assumed: cuBLAS has
 kernels with other tiles too."""
 KERNEL_MS: Final = 3e-3
-"""Time per kernel in which the GPU is not full, since the kernel starts or ends. Assumed."""
+"""Time in ms per kernel during which the GPU is not full, since the kernel starts or ends. Assumed."""
 LAUNCH_MS: Final = 0.011
-"""Time that the host needs for one operation in eager PyTorch, averaged over kernel launches and views, if no
-calibration says otherwise. Chosen between 5 and 20 us to suit vTrain's published step times on A100s, which `python -m
+"""Time in ms that the host needs for one operation in eager PyTorch, averaged over kernel launches and views, if no
+calibration measured it. Chosen between 5 and 20 us to suit vTrain's published step times on A100s, which `python -m
 tests.bench.replay` compares with the predictions."""
 FLEX_EFFICIENCY: Final = 0.9
 """Share of a link's rate that DeepEP's dispatch and combine reach. Published for its normal kernels on H800 (README of
@@ -45,13 +45,15 @@ OPERAND_BYTES: Final[Mapping[Precision, float]] = {
     "mxfp8": 1.0,
     "nvfp4": 0.5,
 }
-"""Bytes of one element that a matrix product reads, by precision."""
+"""Bytes per element of the operands that a matrix product reads, by precision."""
 NARROW: Final = ("fp8", "mxfp8", "nvfp4")
-"""Precisions in which only matrix products compute; all other work is in bf16."""
+"""Precisions in which only matrix products are computed; all other work is in bf16."""
 
 
 class Rates:
-    """How fast the ranks are by the cluster's stated figures. Arrays broadcast; a row is a layout.
+    """How fast the ranks are by the cluster's stated figures: each method returns a time in ms.
+
+    Arguments and results are arrays that broadcast, with one value per layout.
 
     Raises:
         InputError: if the cluster states no peak for the workload's precision.
@@ -78,30 +80,34 @@ class Rates:
         narrow = workload.precision in NARROW and "bf16" in peaks
         self._attention_peak_tflops = peaks["bf16"] if narrow else peaks[workload.precision]
         self.host_runs_ahead = cluster.device == "cuda"
-        """Whether the host launches work while the device computes. On CPU each operation ends before the next
+        """Whether the host launches work while the device still computes. On CPU each operation ends before the next
         starts."""
         self.kernel_ms = KERNEL_MS if self.host_runs_ahead else 0.0
-        """Time per kernel in which the GPU is not full, since the kernel starts or ends; 0 on CPU."""
+        """Time in ms per kernel during which the GPU is not full, since the kernel starts or ends; 0 on CPU."""
         self.ranks_per_core = max(1.0, cluster.gpus_per_node / (cluster.cores or cluster.gpus_per_node))
-        """Ranks that share one core, at least 1. A rank that waits leaves its share of the core to the others."""
+        """Number of ranks that share one core, at least 1. A rank that waits leaves its share of the core to the
+        others."""
         self.launch_ms = LAUNCH_MS * self.ranks_per_core
-        """Time that the host needs for one operation."""
+        """Time in ms that the host needs for one operation."""
 
     def attention_ms(self, flops: Floats, efficiency: float) -> Floats:
-        """Return the time of attention, at `efficiency` times the rate of large matrix products."""
+        """Return the time in ms of attention with `flops` FLOPs.
+
+        Its rate is `efficiency` times the rate of large matrix products.
+        """
         return flops / (efficiency * GEMM_EFFICIENCY * self._attention_peak_tflops * 1e9)
 
     def fp32_ms(self, flops: Floats) -> Floats:
-        """Return the time of a matrix product that computes in fp32 in every precision of the workload."""
+        """Return the time in ms of a matrix product that is computed in fp32, whatever the workload's precision."""
         peaks = self.cluster.gpu.peak_tflops
         return flops / (GEMM_EFFICIENCY * peaks.get("fp32", peaks[self._precision]) * 1e9)
 
     def product_ms(
         self, rows: Floats, out: Floats | float, into: Floats | float, matrices: Floats | float = 1.0
     ) -> tuple[Floats, Floats]:
-        """Return the time of a product in the forward pass, and of its two products in the backward pass.
+        """Return the time in ms of a product in the forward pass, and of its two products in the backward pass.
 
-        The forward product is [rows, into] x [into, out]. `matrices` weights of that shape share the rows.
+        The forward product is [rows, into] x [into, out]. `matrices` weights of shape [into, out] share the rows.
 
         The time is the sum of the FLOPs at the rate of large products and of the bytes at the memory's rate: a kernel's
         prologue and epilogue do not hide in its main loop. Thin shapes are therefore slow without further constants.
@@ -121,11 +127,11 @@ class Rates:
     def _beside_products_ms(
         self, inputs: Floats, outputs: Floats, weights: Floats | float
     ) -> tuple[Floats, Floats]:
-        """Return the time, forward and backward, of the elementwise work that comes with matrix products.
+        """Return the time in ms, forward and backward, of the elementwise work that comes with matrix products.
 
         `inputs`, `outputs` and `weights` are numbers of elements. To become an operand in a narrow precision, a tensor
         is read in the wide precision and written twice in the narrow one, as it is and transposed. The backward pass
-        also adds the gradients of the weights to their sums.
+        also adds the gradients of the weights to the accumulated gradients.
         """
         narrow = self._operand_bytes < self.state_bytes
         cast_bytes = (self.state_bytes + 2 * self._operand_bytes) if narrow else 0.0
@@ -133,40 +139,44 @@ class Rates:
         return self.moved_ms(cast_bytes * inputs), self.moved_ms(cast_bytes * outputs + accumulated_bytes)
 
     def moved_ms(self, moved_bytes: Floats, operations: float = 1.0) -> Floats:
-        """Return the time of elementwise operations without their launches.
+        """Return the time in ms of elementwise operations without their launches.
 
-        `moved_bytes` is what all `operations` together read and write.
+        `moved_bytes` are the bytes that all `operations` operations together read and write.
         """
         return moved_bytes / self._bytes_per_ms
 
     def gather_ms(self, whole_bytes: Floats, group: ProcessGroups, kind: Collective = "all_gather") -> Floats:
-        """Return the time of an all-gather to, or a reduce-scatter from, a buffer of `whole_bytes` on every rank."""
+        """Return the time in ms of an all-gather or a reduce-scatter, as `kind` says.
+
+        `whole_bytes` are the bytes of the buffer that the all-gather fills, or that the reduce-scatter reads, on each
+        rank.
+        """
         return collectives.gather_ms(whole_bytes, group, self.cluster)
 
     def reduce_ms(self, whole_bytes: Floats, group: ProcessGroups) -> Floats:
-        """Return the time of an all-reduce of `whole_bytes`: a reduce-scatter and an all-gather."""
+        """Return the time in ms of an all-reduce of `whole_bytes`: a reduce-scatter and an all-gather."""
         return 2 * collectives.gather_ms(whole_bytes, group, self.cluster)
 
     def measured(self, kind: Collective) -> bool:
-        """Return whether the time of this kind of collective comes from a measurement."""
+        """Return whether the times of this kind of collective are measured; here they are not."""
         return False
 
     def exchange_ms(self, inside_bytes: Floats, across_bytes: Floats, group: ProcessGroups) -> Floats:
-        """Return the time of an all-to-all.
+        """Return the time in ms of an all-to-all.
 
         Each rank sends `inside_bytes` within its NVLink domain and `across_bytes` out of it.
         """
         return collectives.exchange_ms(inside_bytes, across_bytes, group, self.cluster)
 
     def send_ms(self, sent_bytes: Floats, group: ProcessGroups) -> Floats:
-        """Return the time in which every rank sends one message to its neighbour."""
+        """Return the time in ms in which every rank sends one message of `sent_bytes` to its neighbour."""
         return collectives.send_ms(sent_bytes, group, self.cluster)
 
 
 class MeasuredRates(Rates):
-    """How fast the ranks were measured to be, with all of them at work at once.
+    """How fast the ranks were measured to be while all of them worked at the same time: times in ms.
 
-    The cluster's figures stand in for what was not measured.
+    For what was not measured, the times follow from the cluster's stated figures.
     """
 
     def __init__(self, workload: Workload, cluster: Cluster, calibration: Calibration) -> None:
@@ -181,7 +191,11 @@ class MeasuredRates(Rates):
         return kind in self._calibration.collectives
 
     def attention_ms(self, flops: Floats, efficiency: float) -> Floats:
-        """See `Rates.attention_ms`; the rate is that of the largest measured product."""
+        """Return the time in ms of attention with `flops` FLOPs.
+
+        Its rate is `efficiency` times the rate of the largest measured product. If no product was measured in the
+        precision of attention, the rate follows from the cluster's stated figures.
+        """
         precision: Precision = "bf16" if self._precision in NARROW else self._precision
         if precision not in self._calibration.gemm:
             return super().attention_ms(flops, efficiency)
@@ -192,7 +206,12 @@ class MeasuredRates(Rates):
     def product_ms(
         self, rows: Floats, out: Floats | float, into: Floats | float, matrices: Floats | float = 1.0
     ) -> tuple[Floats, Floats]:
-        """See `Rates.product_ms`."""
+        """Return the time in ms of a product in the forward pass, and of its two products in the backward pass.
+
+        The time is measured if the calibration has products in the workload's precision. Otherwise it follows from the
+        cluster's stated figures. The forward product is [rows, into] x [into, out]. `matrices` weights of shape [into,
+        out] share the rows, and each has a product of its own.
+        """
         if self._precision not in self._calibration.gemm:
             return super().product_ms(rows, out, into, matrices)
         rows_each = rows / matrices
@@ -207,35 +226,52 @@ class MeasuredRates(Rates):
         return products_ms(rows_each, out, into) + forward_extra_ms, backward_ms + backward_extra_ms
 
     def moved_ms(self, moved_bytes: Floats, operations: float = 1.0) -> Floats:
-        """See `Rates.moved_ms`."""
+        """Return the measured time in ms of elementwise operations without their launches.
+
+        `moved_bytes` are the bytes that all `operations` operations together read and write.
+        """
         launch_ms = self._calibration.copy_ms(1)
         return operations * (self._calibration.copy_ms(moved_bytes / operations) - launch_ms)
 
     def gather_ms(self, whole_bytes: Floats, group: ProcessGroups, kind: Collective = "all_gather") -> Floats:
-        """See `Rates.gather_ms`."""
+        """Return the time in ms of an all-gather or a reduce-scatter, as `kind` says.
+
+        `whole_bytes` are the bytes of the buffer that the all-gather fills, or that the reduce-scatter reads, on each
+        rank. The time follows from the cluster's stated figures if the calibration does not cover the group.
+        """
         return self._measured_or(super().gather_ms(whole_bytes, group), kind, whole_bytes, group)
 
     def reduce_ms(self, whole_bytes: Floats, group: ProcessGroups) -> Floats:
-        """See `Rates.reduce_ms`."""
+        """Return the time in ms of an all-reduce of `whole_bytes`.
+
+        The time follows from the cluster's stated figures if the calibration does not cover the group.
+        """
         return self._measured_or(super().reduce_ms(whole_bytes, group), "all_reduce", whole_bytes, group)
 
     def exchange_ms(self, inside_bytes: Floats, across_bytes: Floats, group: ProcessGroups) -> Floats:
-        """See `Rates.exchange_ms`."""
+        """Return the time in ms of an all-to-all.
+
+        Each rank sends `inside_bytes` within its NVLink domain and `across_bytes` out of it. The time follows from the
+        cluster's stated figures if the calibration does not cover the group.
+        """
         # The whole buffer also holds the part that stays on the rank.
         whole_bytes = (inside_bytes + across_bytes) * group.size / np.maximum(group.size - 1, 1)
         stated_ms = super().exchange_ms(inside_bytes, across_bytes, group)
         return self._measured_or(stated_ms, "all_to_all", whole_bytes, group)
 
     def send_ms(self, sent_bytes: Floats, group: ProcessGroups) -> Floats:
-        """See `Rates.send_ms`."""
+        """Return the time in ms in which every rank sends one message of `sent_bytes` to its neighbour.
+
+        The time follows from the cluster's stated figures if the calibration does not cover the group.
+        """
         return self._measured_or(super().send_ms(sent_bytes, group), "send", sent_bytes, group)
 
     def _measured_or(
         self, stated_ms: Floats, kind: Collective, whole_bytes: Floats, group: ProcessGroups
     ) -> Floats:
-        """Return the measured time of a collective, or `stated_ms` where the measurement does not apply.
+        """Return the measured time in ms of a collective, or `stated_ms` in rows that the measurement does not cover.
 
-        A measurement applies to groups inside one NVLink domain that are no larger than the measured world.
+        A measurement covers groups inside one NVLink domain that are no larger than the measured world.
         """
         world = self._calibration.machine.world_size
         if kind not in self._calibration.collectives:

@@ -1,4 +1,4 @@
-"""How many layers of each kind the pipeline ranks of many layouts hold."""
+"""How many layers of each kind, heads and embeddings the pipeline ranks of many layouts have."""
 
 from dataclasses import dataclass
 
@@ -12,35 +12,41 @@ from tuner.core.workload import Model, Workload
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """A kind of layer: all layers of a kind cost the same."""
+    """A kind of layer; all layers of one kind take equally long."""
 
     moe: bool
     """Whether the layer has experts."""
     sliding: bool
-    """Whether attention sees a window of the sequence only."""
+    """Whether attention sees only a window of the sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayersByRank:
-    """What the pipeline ranks that differ from each other hold: arrays of shape [ranks, rows], with 3 ranks or more.
+    """The numbers of layers, heads and embeddings on the pipeline ranks of each layout: arrays of shape [ranks, rows].
 
-    The ranks of a layout are the first, a middle and the last one, as far as it has them; the remaining entries are 0.
-    If kinds of layers alternate, these ranks hold mean counts, which may be fractions. The ranks of a layout that
-    writes out its pipeline are all those that differ from each other, in no particular order, with exact counts.
+    The axis of ranks has at least 3 entries: the first, a middle and the last rank of a layout, since all middle ranks
+    are alike. The entries of ranks that a layout lacks are 0. If kinds of layers alternate, the numbers are means and
+    may be fractions. A layout that sets `pipeline_model_parallel_layout` has one entry for each distinct rank, in no
+    particular order, with exact numbers.
     """
 
     layers: dict[LayerKind, Floats]
-    """Layers of each kind. A layer of multi-token prediction counts as one more layer of the kind of the last layer."""
+    """Number of layers of each kind. A layer of multi-token prediction counts as one more layer of the last layer's
+    kind."""
     totals: dict[LayerKind, int]
-    """Layers of each kind in the whole model."""
+    """Number of layers of each kind in the whole model."""
     heads: Floats
-    """Output layers with their loss: one, and one more for each token predicted beyond the next."""
+    """Number of output layers with their loss. The rank that computes the loss has one, and one more for each layer of
+    multi-token prediction."""
     embeddings: Floats
-    """Embeddings."""
+    """Number of embeddings."""
 
 
 def layers_by_rank(workload: Workload, c: Columns) -> LayersByRank:
-    """Return what the pipeline ranks of layouts hold; the pipeline rules must accept the layouts."""
+    """Return how many layers, heads and embeddings the pipeline ranks of each layout have.
+
+    The pipeline rules must accept all layouts in `c`.
+    """
     split, pattern = partitions(c, workload), _pattern(workload.model)
     distinct = [_held(partition, workload.model, pattern) for partition in split.distinct]
     ranks = max(3, *(held.shape[1] for held in distinct))
@@ -57,7 +63,10 @@ def layers_by_rank(workload: Workload, c: Columns) -> LayersByRank:
 
 
 def _held(partition: Partition, model: Model, pattern: tuple[LayerKind, ...]) -> Floats:
-    """Return the layers of each kind, the heads and the embeddings of the ranks that differ: [kinds + 2, ranks]."""
+    """Return the numbers of layers of each kind, heads and embeddings on the distinct ranks of a partition.
+
+    The result has shape [kinds + 2, ranks]. `pattern` is the kind of every layer of the model.
+    """
     kinds = list(dict.fromkeys(pattern))
     # Entry i of each row is the number of layers of that kind among the first i layers of the model.
     before = np.array([np.cumsum([0, *(kind == other for other in pattern)]) for kind in kinds])
@@ -71,16 +80,20 @@ def _held(partition: Partition, model: Model, pattern: tuple[LayerKind, ...]) ->
 
 
 def _exact(partition: Partition, before: Ints) -> Floats:
-    """Return the decoder layers of each kind on every rank: [kinds, ranks]."""
+    """Return the number of decoder layers of each kind on every rank: [kinds, ranks].
+
+    `before[k, i]` is the number of layers of kind k among the first i layers of the model.
+    """
     layers: Floats = (before[:, partition.end] - before[:, partition.begin]).sum(axis=2).astype(np.float64)
     return layers
 
 
 def _mean(partition: Partition, before: Ints, pattern: tuple[LayerKind, ...]) -> Floats:
-    """Return the decoder layers of each kind on every rank, as a mean where kinds alternate: [kinds, ranks].
+    """Return the number of decoder layers of each kind on every rank, estimated by shares: [kinds, ranks].
 
-    Layers in front of the first one of the last kind (dense layers in front of those with experts) are in the first
-    chunk. All other chunks hold each kind by its share in the layers from there on.
+    Layers that come before all layers of the last layer's kind (dense layers before those with experts) are in the
+    first chunk. All other chunks have each kind in proportion to its share of the remaining layers. `before[k, i]` is
+    the number of layers of kind k among the first i layers of the model, and `pattern` is the kind of every layer.
     """
     leading = pattern.index(pattern[-1])
     share = (before[:, -1] - before[:, leading]) / (len(pattern) - leading)
@@ -92,7 +105,7 @@ def _mean(partition: Partition, before: Ints, pattern: tuple[LayerKind, ...]) ->
 
 
 def _pattern(model: Model) -> tuple[LayerKind, ...]:
-    """Return the kind of every layer, in order."""
+    """Return the kind of every decoder layer of the model, in order."""
     return tuple(
         LayerKind(moe, slides(model, number)) for number, moe in enumerate(model.moe_layer_pattern(), start=1)
     )

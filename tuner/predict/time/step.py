@@ -1,15 +1,14 @@
-"""The predicted time of one optimizer step of every layout, and the parts in which one layout spends it.
+"""The predicted time of one optimizer step of every layout, and the parts into which it divides.
 
 A step consists of `num_microbatches` passes of the slowest pipeline rank, the bubble while the pipeline fills and
-drains, the messages between its ranks, the collectives of gradients and parameters as far as nothing hides them, and
-the optimizer. On CPU, a rank that shares a core leaves it to other ranks while it waits, so the total work of the ranks
-counts.
+drains, the messages between pipeline ranks, the exposed collectives of gradients and parameters, and the optimizer. On
+CPU, a rank that shares a core leaves it to other ranks while it waits, so the total work of the ranks counts.
 
 Each constant has a meaning and one value for all models and clusters. Three were chosen, within what is plausible, to
 suit published step times as a whole: LAUNCH_MS and SCORE_PASSES suit vTrain's step times on A100s, and Transformer
-Engine's EXPERTS_LAUNCHES suits Megatron Bridge's step times of mixtures of experts. The other constants are measured,
-published, counted or assumed, as the docstring of each says. A calibration of the machine replaces what the cluster
-states (rates.py).
+Engine's EXPERTS_LAUNCHES suits Megatron Bridge's step times of models with experts. The other constants are measured,
+published, counted or assumed, as the docstring of each says. A calibration of the machine replaces the figures that the
+cluster states (rates.py).
 
 Sources: Narayanan et al., arXiv:2104.04473 (pipeline schedules); Korthikanti et al., arXiv:2205.05198 (sequence
 parallelism, recompute); Rajbhandari et al., arXiv:1910.02054 (sharded optimizer).
@@ -39,7 +38,7 @@ from tuner.predict.time.rates import MeasuredRates, Rates
 from tuner.predict.time.stages import layers_by_rank
 
 ROWS_AT_ONCE: Final = 32_768
-"""Rows that are predicted together. Chosen so that their arrays stay in the processor's cache."""
+"""Number of rows that are predicted together. Chosen so that their arrays stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,40 +49,41 @@ class StepTime:
     """
 
     gemm_ms: float
-    """Matrix products outside core attention."""
+    """Time of matrix products outside core attention."""
     attention_ms: float
-    """Core attention."""
+    """Time of core attention."""
     elementwise_ms: float
-    """Norms, residuals, activations, permutes, loss: work that the rate of the GPU's memory bounds."""
+    """Time of norms, residuals, activations, permutes and loss: work that the rate of the GPU's memory bounds."""
     host_ms: float
-    """What kernel launches add where the GPU waits for the host."""
+    """Time that waiting for the host to launch operations adds."""
     tp_ms: float
-    """Collectives of tensor and sequence parallelism that nothing hides."""
+    """Exposed time of collectives of tensor and sequence parallelism, which no computation hides."""
     cp_ms: float
-    """Communication of context parallelism that nothing hides."""
+    """Exposed time of communication of context parallelism, which no computation hides."""
     ep_ms: float
-    """Communication of expert parallelism that nothing hides."""
+    """Exposed time of communication of expert parallelism, which no computation hides."""
     recompute_ms: float
-    """Forward passes that the backward pass repeats, with their collectives."""
+    """Time of the forward passes that the backward pass repeats, with their collectives."""
     bubble_ms: float
-    """Waiting while the pipeline fills and drains."""
+    """Time of waiting while the pipeline fills and drains."""
     p2p_ms: float
-    """Messages between pipeline ranks that nothing hides."""
+    """Exposed time of messages between pipeline ranks, which no computation hides."""
     dp_ms: float
-    """Reduction of gradients and gathering of parameters, dense and of experts, that nothing hides."""
+    """Exposed time of reducing gradients and gathering parameters, of experts and all others, which no computation
+    hides."""
     optimizer_ms: float
-    """The update of the weights."""
+    """Time of updating the weights."""
     offload_ms: float
-    """Transfers of activations to the host's memory and back that nothing hides."""
+    """Exposed time of moving activations to the host's memory and back, which no computation hides."""
 
     @property
     def total_ms(self) -> float:
-        """Return the step time, in milliseconds."""
+        """Return the step time in ms."""
         return float(sum(getattr(self, part) for part in STEP_PARTS))
 
 
 STEP_PARTS: Final[tuple[str, ...]] = tuple(part.name for part in fields(StepTime))
-"""The names of the parts of a step."""
+"""The names of the parts of a step: the fields of StepTime."""
 
 
 def step_time_ms(
@@ -95,7 +95,7 @@ def step_time_ms(
 ) -> Floats:
     """Return the predicted step time in ms of every row of a table of layouts (one column per knob); shape [rows].
 
-    With a calibration of the machine, what it measured replaces what the cluster states.
+    With a calibration of the machine, measured times replace those that follow from the cluster's figures.
 
     Raises:
         InputError: if the cluster states no peak for the workload's precision.
@@ -116,9 +116,9 @@ def step_parts_ms(
     implementation: Implementation = "transformer_engine",
     calibration: Calibration | None = None,
 ) -> pd.DataFrame:
-    """Return the time of each part of the predicted step for a table: one column per part, one row per layout.
+    """Return the time in ms of each part of the predicted step for a table: one column per part, one row per layout.
 
-    The parts are those of `StepTime`; arguments and errors are those of `step_time_ms`.
+    The parts are the fields of `StepTime`; arguments and errors are those of `step_time_ms`.
     """
     rates = _rates(workload, cluster, calibration)
     return pd.DataFrame(_parts(Columns.of(table), workload, rates, implementation), index=table.index)
@@ -131,7 +131,10 @@ def step_breakdown(
     implementation: Implementation = "transformer_engine",
     calibration: Calibration | None = None,
 ) -> StepTime:
-    """Return the time of each part of one layout's predicted step; arguments and errors are those of `step_time_ms`."""
+    """Return the time in ms of each part of one layout's predicted step.
+
+    All arguments but the layout, and the errors, are those of `step_time_ms`.
+    """
     rates = _rates(workload, cluster, calibration)
     parts = _parts(Columns.single(layout), workload, rates, implementation)
     return StepTime(**{name: float(np.ravel(value)[0]) for name, value in parts.items()})
@@ -142,7 +145,7 @@ def _rates(workload: Workload, cluster: Cluster, calibration: Calibration | None
 
 
 def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Implementation) -> dict[str, Floats]:
-    """Return every part of the step by its name in STEP_PARTS, each of shape [rows]."""
+    """Return the time in ms of every part of the step, by its name in STEP_PARTS, each of shape [rows]."""
     split = layers_by_rank(workload, c)
     model = model_parts(split, c, workload, rates, implementation)
     dp = data_parallel_size(rates.cluster.world_size, c["tp"], c["pp"], c["cp"])
