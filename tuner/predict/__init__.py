@@ -1,4 +1,4 @@
 """Predictions of peak memory and step time for layouts, with or without a calibration of the machine.
 
-This room knows nothing of a sweep or its trials.
+This room must not import anything about sweeps or trials.
 """

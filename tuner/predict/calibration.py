@@ -1,9 +1,9 @@
-"""What a machine was measured to do, and how long work of any size takes on it. Nothing here reads a file or a clock.
+"""Times that were measured on a machine, and the interpolated time of work of any size. This module measures nothing.
 
-A `Calibration` holds tables of times at sizes that lie a fixed factor apart. Between two sizes it interpolates the
-logarithm of the time over the logarithm of the size, which is exact for any power law. Below the smallest size the time
-stays that of the smallest size, because only launches and latency are left. Beyond the largest size the time grows in
-proportion to the size, because the full rate is reached.
+A `Calibration` holds tables of times at a few sizes. Between two sizes it interpolates the logarithm of the time over
+the logarithm of the size, which is exact for any power law. Below the smallest size the time stays that of the smallest
+size, because only launches and latency are left. Beyond the largest size the time grows in proportion to the size,
+because the full rate is reached.
 """
 
 import hashlib
@@ -23,9 +23,11 @@ from tuner.core.columns import Floats
 from tuner.core.workload import Precision
 from tuner.errors import InputError
 from tuner.files import STRICT, to_data
+from tuner.printable import OneLine
 
 SCHEMA_VERSION: Final = 1
-"""Version of what is measured and how. A calibration of an older version is measured again."""
+"""Version of what the calibration program measures and how. A machine with a calibration of an older version is
+measured again."""
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
@@ -37,33 +39,33 @@ class Machine:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     device: Literal["cuda", "cpu"]
-    name: str
+    name: OneLine
     """Name of the GPU, or of the processor for device cpu."""
     count: int
     """Number of GPUs, or of the cores that the ranks share for device cpu."""
     world_size: int
     """Number of ranks that work at the same time."""
-    versions: Mapping[str, str]
+    versions: Mapping[OneLine, OneLine]
     """Versions by name: torch and Python; for device cuda also the driver, CUDA and NCCL."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when any field changes."""
+        """Return 16 hexadecimal digits that identify the machine: they change if any field changes."""
         text = json.dumps(to_data(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeTable:
-    """Times in ms at every combination of some sizes, along one or several axes."""
+    """Measured times in ms, one for every combination of the sizes along one or several axes."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     sizes: tuple[tuple[int, ...], ...]
-    """The sizes along each axis, ascending."""
+    """The ascending sizes along each axis, one tuple per axis."""
     ms: tuple[float, ...]
-    """The time of each combination of sizes; the last axis varies fastest."""
+    """The time in ms of each combination of sizes; the last axis varies fastest."""
 
     def __post_init__(self) -> None:
         for axis in self.sizes:
@@ -78,14 +80,17 @@ class TimeTable:
 
     @cached_property
     def _logarithms(self) -> tuple[list[Floats], Floats]:
-        """log2 of the sizes along each axis, and log2 of the times."""
+        """Return log2 of the sizes along each axis, and log2 of the times in ms."""
         axes = [np.log2(np.asarray(axis, dtype=np.float64)) for axis in self.sizes]
         return axes, np.log2(np.asarray(self.ms, dtype=np.float64))
 
     def at(self, *sizes: ArrayLike) -> Floats:
-        """Return the time in ms at one size per axis. Arrays of sizes broadcast to the shape of the result."""
+        """Return the interpolated time in ms of work with the given sizes, one argument per axis.
+
+        Arrays of sizes broadcast against each other to the shape of the result.
+        """
         axes, log_ms = self._logarithms
-        # The corners of the cell that holds the sizes: indices into `log_ms`, and their weights.
+        # The corners of the table's cell in which the sizes lie: indices into `log_ms`, and interpolation weights.
         corners: list[tuple[NDArray[np.intp], Floats]] = [(np.zeros((), np.intp), np.ones(()))]
         beyond = np.zeros(())
         for axis, measured_sizes, wanted in zip(axes, self.sizes, sizes, strict=True):
@@ -106,28 +111,30 @@ class TimeTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What one machine was measured to do while all of its ranks worked at once. Times are in ms.
+    """Times in ms that were measured on one machine while all of its ranks worked at the same time.
 
-    A time includes the launch of the operation where the launch takes longer than the operation.
+    If the host takes longer to launch an operation than the device takes to run it, the time is that of the launch.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     machine: Machine
-    measured_at: str
+    measured_at: OneLine
     """Time of the measurement: ISO 8601, UTC."""
     host_us: float
-    """Microseconds that the host needs to launch one eager operation of a module under autograd. On CPU, where an
-    operation has finished when it returns, the least that any operation costs."""
+    """Microseconds that the host needs to launch one eager operation of a module under autograd. On CPU an operation
+    runs during its launch, so this is the shortest time that any operation takes."""
     gemm: Mapping[Precision, TimeTable]
-    """Matrix products by precision; the axes are rows, out and into (see `gemm_ms`)."""
+    """Times of matrix products by precision; the three axes are the arguments `rows`, `out` and `into` of `gemm_ms`."""
     copy: TimeTable
-    """One elementwise operation; the axis is the sum of the bytes that it reads and writes."""
+    """Times of one elementwise operation; the axis is the sum of the bytes that it reads and writes."""
     collectives: Mapping[Collective, TimeTable] = field(default_factory=dict)
-    """Times of collectives by kind, in groups of neighbouring ranks, while all groups work at once; the axes are ranks
-    and bytes. Empty if the machine was measured with one rank."""
+    """Times of collectives by kind, in groups of neighbouring ranks, while all groups communicate at the same time. The
+    two axes are the number of ranks in a group and the bytes of the whole buffer (see `collective_ms`). Empty if the
+    machine was measured with one rank."""
     strided_collectives: Mapping[Collective, TimeTable] = field(default_factory=dict)
-    """Times of collectives by kind, as in `collectives`, but in groups whose ranks lie as far apart as they can."""
+    """Times of collectives by kind, as in `collectives`, but in groups whose ranks lie as far apart as they can: one
+    group has ranks 0, n, 2n, ... of a world that is divided into n groups."""
 
     def __post_init__(self) -> None:
         if not (isfinite(self.host_us) and self.host_us > 0):
@@ -143,44 +150,46 @@ class Calibration:
             raise ValueError("collectives and strided_collectives must be of the same kinds")
 
     def gemm_ms(self, rows: ArrayLike, out: ArrayLike, into: ArrayLike, precision: Precision) -> Floats:
-        """Return the time of the product of a [rows, into] matrix and an [into, out] matrix.
+        """Return the time in ms of the product of a [rows, into] matrix and an [into, out] matrix.
 
         In the backward pass the gradient of the input takes `gemm_ms(rows, into, out)`, and the gradient of the weights
         takes `gemm_ms(out, into, rows)`.
 
         Raises:
-            InputError: if the precision was not measured (`precision in calibration.gemm` tells).
+            InputError: if the calibration has no products in `precision`.
         """
         if precision not in self.gemm:
             raise InputError(
-                f"the calibration of {self.machine.name} has no products in {precision} "
+                f"the calibration of {self.machine.name} has no matrix products in {precision} "
                 f"(it has {', '.join(self.gemm)})"
             )
         return self.gemm[precision].at(rows, out, into)
 
     def copy_ms(self, moved_bytes: ArrayLike) -> Floats:
-        """Return the time of an elementwise operation whose reads and writes add up to `moved_bytes`."""
+        """Return the time in ms of an elementwise operation whose reads and writes add up to `moved_bytes`."""
         return self.copy.at(moved_bytes)
 
     def collective_ms(
         self, kind: Collective, whole_bytes: ArrayLike, ranks: ArrayLike, strided: bool = False
     ) -> Floats:
-        """Return the time of a collective in a group of so many ranks; 0 for one rank.
+        """Return the time in ms of one collective in a group of `ranks` ranks; 0 for one rank.
 
         Between two measured group sizes the time is interpolated. In a group larger than any measured one, the latency
         grows with the hops of a ring, n - 1, and the rest of the time grows with the share of the buffer that leaves a
-        rank, (n - 1) / n. A send does not depend on the size of the group.
+        rank, (n - 1) / n. The time of a send does not depend on the size of the group.
 
         Args:
             kind: The collective.
             whole_bytes: Bytes of the whole buffer, as nccl-tests counts it (doc/PERFORMANCE.md). For an all-reduce and
-                an all-to-all that is what each rank holds, for an all-gather the gathered buffer, for a reduce-scatter
-                the buffer before the scatter. For a send it is the message; each rank sends one and receives one.
-            ranks: Size of the group.
-            strided: Whether the ranks of a group lie far apart.
+                an all-to-all this is the buffer of each rank, for an all-gather the gathered buffer, for a
+                reduce-scatter the buffer before the scatter. For a send it is the message; each rank sends one and
+                receives one.
+            ranks: Number of ranks in the group.
+            strided: Whether the ranks of a group lie far apart (see `strided_collectives`) instead of next to each
+                other.
 
         Raises:
-            ValueError: if a group has several ranks and the machine was measured with one.
+            ValueError: if a group has several ranks but no time of `kind` was measured, as on a machine with one rank.
         """
         size = np.asarray(ranks, dtype=np.float64)
         if kind not in self.collectives:
@@ -203,7 +212,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationPlan:
-    """What the calibration program measures: its whole input."""
+    """The whole input of the calibration program: the machine, and the work and sizes that the program times on it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -211,24 +220,24 @@ class CalibrationPlan:
     precisions: tuple[Precision, ...]
     """Precisions of the matrix products."""
     gemm_sizes: tuple[int, ...]
-    """Sizes along each of the three axes of a matrix product."""
+    """Sizes along each of the three axes of a matrix product; every combination is timed."""
     copy_bytes: tuple[int, ...]
-    """Bytes that an elementwise operation reads and writes."""
+    """Sizes of the elementwise operation: the sum of the bytes that it reads and writes."""
     message_bytes: tuple[int, ...]
-    """Bytes of the buffer of a collective."""
+    """Sizes of the whole buffer of a collective, in bytes."""
     passes: int
-    """Readings per point; their median counts."""
+    """How many times each size is timed; the calibration holds the median of these times."""
     batch_s: float
-    """Seconds that the repetitions of one reading take at least."""
+    """Minimum duration of one timing in seconds: the work is repeated for at least this long, and the mean is taken."""
 
 
 _KIB: Final = 1024
 
 
 def plan_calibration(machine: Machine, precisions: tuple[Precision, ...]) -> CalibrationPlan:
-    """Return what to measure on a machine; the measurement takes about a minute."""
+    """Return the plan of a calibration of `machine`; the calibration takes about a minute."""
     if machine.device == "cpu":
-        # A time slice of the scheduler is about 4 ms. A batch spans many slices, since the ranks share their cores.
+        # The ranks share cores, and a time slice of the scheduler is about 4 ms: a timing spans many slices.
         return CalibrationPlan(
             machine=machine,
             precisions=precisions,

@@ -1,4 +1,7 @@
-"""Rows that need at least as much memory as a layout that ran out of it. They are pruned without a run."""
+"""Which rows provably need at least as much memory as a given layout.
+
+If that layout ran out of memory, these rows are pruned without running them.
+"""
 
 from typing import Final
 
@@ -15,10 +18,12 @@ from tuner.core.workload import Workload
 from tuner.predict.implementation import implementation_of
 
 MESSAGE_STATES: Final = 4
-"""Hidden states of one micro-batch that the messages of a pipeline without interleaving hold at most: input and
-gradient received, output and gradient sent. Counted in Megatron-Core's schedules.py."""
+"""Largest number of hidden states of one micro-batch that a stage holds for messages to its neighbours, in a pipeline
+without interleaving: the received input and gradient, and the sent output and gradient. Counted in Megatron-Core's
+schedules.py."""
 _RECOMPUTE: Final = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
-"""The knobs of recompute, which are compared together."""
+"""The knobs of recomputation. They are compared together: a row qualifies if all of them are equal to the layout's, or
+if its recomputation is off."""
 _IN_FLIGHT: Final = ("tp", "pp", "vpp", "cp", "micro_batch_size", "microbatch_group_size_per_vp_stage")
 """The knobs that decide how many micro-batches are in flight."""
 
@@ -26,25 +31,29 @@ _IN_FLIGHT: Final = ("tp", "pp", "vpp", "cp", "micro_batch_size", "microbatch_gr
 def needs_at_least_as_much_memory(
     table: pd.DataFrame, layout: Layout, workload: Workload, cluster: Cluster
 ) -> Bools:
-    """Return which rows provably need no less memory than `layout`; shape [rows]. A row equal to `layout` is among
-    them.
+    """Return a mask of the rows of `table` that provably need at least as much memory as `layout`; shape [rows].
 
     A row qualifies if each of the following knobs is equal to the layout's or differs in the stated direction, and all
-    other knobs are equal. Every tensor at the layout's peak then has a counterpart at least as large in the row.
+    other knobs are equal. Every tensor at the layout's peak then has a counterpart at least as large in the row. A row
+    equal to `layout` qualifies too.
 
-    - micro_batch_size is larger: min(pp, M) micro-batches of gbs/(dp*M) samples are in flight, which never shrinks as M
-      falls. Plain Torch also keeps tensors of a fixed size per micro-batch (see `_fills_the_pipeline`).
-    - recompute is off, if the layout has enough layers per stage (see `_may_drop_recompute`).
-    - use_distributed_optimizer is off, on CUDA: each rank then holds the whole state instead of a shard. On CPU the
-      knob must be equal: Gloo copies the gradients that it scatters, and the copy may outweigh the shards.
-    - nccl_nvls_enable is on: NCCL then takes its buffers in addition to everything else.
-    - cpu_offloading_num_layers is 0: the activations of every layer then stay. Two counts above 0 are not compared,
-      since their layers leave at different moments.
-    - pp is smaller: fewer stages hold more layers each, if `_merges_stages` proves it.
+    - micro_batch_size is larger: of M micro-batches with gbs/(dp*M) samples each, min(pp, M) are in flight, and the
+      samples in flight never become fewer as M falls. Plain Torch also saves tensors of a fixed size per micro-batch
+      (see `_fills_the_pipeline`).
+    - recompute_granularity is none, if the layout has enough layers per stage (see `_may_drop_recompute`).
+    - use_distributed_optimizer is off, on CUDA: each rank then holds the whole optimizer state instead of a shard. On
+      CPU this knob must be equal: Gloo copies the gradients that it scatters, and the copy may be larger than what
+      sharding saves.
+    - nccl_nvls_enable is on: NCCL then allocates buffers for NVLS in addition to everything else.
+    - cpu_offloading_num_layers is 0: the activations of every layer then stay on the GPU. Two counts above 0 are not
+      compared, since the activations are offloaded at different moments.
+    - pp is smaller: each of the fewer stages has more layers. `_merges_stages` returns the rows in which this is
+      proven.
 
-    Other knobs must be equal even if the direction is almost sure. FSDP gathers and scatters through buffers that the
-    weights of a small model do not outweigh. CUDA graphs and registered buffers have memory of their own kind.
-    Expandable segments usually reserve less memory, but this is not proven.
+    All other knobs must be equal, even those for which one value almost always needs more memory. Megatron-FSDP needs
+    buffers to gather and scatter in, which may be larger than what it saves on a small model. CUDA graphs and
+    registered buffers have memory of their own kind. Expandable segments usually reserve less memory, but this is not
+    proven.
     """
     mask = _differs_upwards(table, layout, _may_drop_recompute(layout, workload, cluster))
     if cluster.device == "cpu":
@@ -57,7 +66,11 @@ def needs_at_least_as_much_memory(
 
 
 def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -> Bools:
-    """Return the rows in which every knob but pp is equal to the layout's or differs in the stated direction."""
+    """Return a mask of the rows in which every knob but pp allows at least as much memory; shape [rows].
+
+    Each knob must be equal to the layout's or differ in the direction that `needs_at_least_as_much_memory` states.
+    `may_drop_recompute` says whether a row without recomputation qualifies, too.
+    """
     mask: Bools = np.ones(len(table), dtype=bool)
     same_or_no_recompute = np.ones(len(table), dtype=bool)
     for knob in KNOBS:
@@ -80,9 +93,9 @@ def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bo
 
 
 def _equal(table: pd.DataFrame, knob: str, value: object) -> Bools:
-    """Return the rows in which `knob` has the value `value`, as a mask of shape [rows].
+    """Return a mask of the rows in which `knob` has the value `value`; shape [rows].
 
-    A categorical column is compared by its codes instead of its texts.
+    A categorical column is compared by its codes instead of its texts, which is faster.
     """
     column = table[knob]
     values = column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
@@ -90,32 +103,33 @@ def _equal(table: pd.DataFrame, knob: str, value: object) -> Bools:
 
 
 def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows that have as many micro-batches as the pipeline can hold in flight, as a mask of shape [rows].
+    """Return a mask of the rows with at least as many micro-batches as the pipeline can have in flight; shape [rows].
 
-    Torch's attention keeps rotary tables and masks for each micro-batch, whose size does not depend on the number of
-    samples in it. If the micro-batches do not fill the pipeline, a layout with larger and therefore fewer micro-batches
-    keeps fewer of these tables.
+    With plain Torch, attention saves rotary tables and masks for each micro-batch in flight. Their size does not depend
+    on the number of samples in the micro-batch. If a row has fewer micro-batches than the pipeline can have in flight,
+    it saves fewer of these tables than a layout with smaller and therefore more micro-batches.
     """
     c = Columns.of(table[[*_IN_FLIGHT]])
     dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
     stated_group = c["microbatch_group_size_per_vp_stage"]
     microbatch_group = np.where(stated_group > 0, stated_group, c["pp"])
-    # An interleaved schedule has at most 2 * (pp - 1) + (vpp - 1) * group + 2 of its num_microbatches * vpp chunk
-    # passes in flight.
+    # An interleaved schedule has at most 2 * (pp - 1) + (vpp - 1) * microbatch_group + 2 of its
+    # num_microbatches * vpp passes through chunks in flight.
     most_in_flight = c["pp"] + np.where(c["vpp"] > 1, microbatch_group, 0)
     return num_microbatches(workload.global_batch_size, c["micro_batch_size"], dp) >= most_in_flight
 
 
 def _may_drop_recompute(layout: Layout, workload: Workload, cluster: Cluster) -> bool:
-    """Return whether a stage provably keeps no less without any recompute than with the layout's recompute.
+    """Return whether a stage of the layout provably needs no more memory than the same stage without recomputation.
 
-    Two kinds of recompute are not compared with each other. While layers are recomputed, a stage holds what these
-    layers keep, and besides that their inputs and the output that is made again: at most four hidden states per layer.
-    A layer keeps more than four: its input, the norm's output, the sum, the second norm's output, and all between. So a
-    stage with at least twice as many layers as are recomputed at once keeps more without recompute.
+    Two kinds of recomputation are not compared with each other. While some layers are recomputed, a stage holds their
+    activations, and in addition the inputs of recomputed layers and the outputs that are computed again: at most four
+    hidden states per layer. The activations of one layer are more than four hidden states: its input, the first norm's
+    output, the residual sum, the second norm's output, and all between. So a stage with at least twice as many layers
+    as are recomputed at once needs more memory without recomputation.
 
-    Torch's context-parallel attention is an exception: recomputed, it keeps its input instead of the gathered keys and
-    values, which may be more.
+    Plain Torch's context-parallel attention is an exception. With recomputation it saves its input, which may be larger
+    than the gathered keys and values that it saves without recomputation.
     """
     torch = implementation_of(cluster) == "torch"
     if torch and layout.recompute_granularity == "selective" and layout.cp > 1:
@@ -125,7 +139,7 @@ def _may_drop_recompute(layout: Layout, workload: Workload, cluster: Cluster) ->
 
 
 def _fewest_layers(layout: Layout, workload: Workload) -> int:
-    """Return a lower bound of the layers on the pipeline rank that has the fewest."""
+    """Return a lower bound of the number of layers on the pipeline rank that has the fewest layers."""
     if layout.pipeline_model_parallel_layout != "none":
         layers = decoders(layout.pipeline_model_parallel_layout).reshape(-1, layout.pp)
         return int(layers.sum(axis=0).min())
@@ -135,18 +149,20 @@ def _fewest_layers(layout: Layout, workload: Workload) -> int:
 
 
 def _merges_stages(table: pd.DataFrame, layout: Layout, workload: Workload, cluster: Cluster) -> Bools:
-    """Return the rows whose stages are k merged stages of the layout, and that provably keep no less.
+    """Return a mask of the rows whose fewer pipeline stages provably need at least as much memory; shape [rows].
 
-    The proof is for 1F1B over layers that are all alike. The layout has n layers per stage and M micro-batches of b
-    samples; its stage s keeps min(pp - s, M) * b samples of n layers. World size and global batch are given, so the
-    merged layout has pp/k stages of k*n layers, k*dp data-parallel ranks, and b' >= b samples per micro-batch with M' *
-    b' = M * b / k. Stage s lies in the merged stage s' = s // k, so that pp - s <= k * (pp/k - s'). The merged stage
-    keeps min(pp/k - s', M') * b' samples of k*n layers, which is no less.
+    Each stage of such a row consists of k = layout.pp / pp successive stages of the layout. The proof is for 1F1B over
+    layers that are all alike. The layout has n layers per stage and M micro-batches of b samples; its stage s saves the
+    activations of min(layout.pp - s, M) * b samples in n layers. World size and global batch size are fixed, so the row
+    has layout.pp/k stages of k*n layers, k*dp data-parallel ranks, and M' micro-batches of b' >= b samples with M'*b' =
+    M*b/k. Stage s lies in the merged stage s' = s // k, so that layout.pp - s <= k * (layout.pp/k - s'). The merged
+    stage saves the activations of min(layout.pp/k - s', M') * b' samples in k*n layers, which are no less.
 
-    One of these steps fails for virtual pipeline chunks, for uneven and written-out splits, for experts (whose tokens
-    follow the routing), for checkpoints of several layers, for multi-token prediction, and for FSDP (whose shards
-    shrink as dp grows). `_added_bytes` and `_taken_bytes` compare what merging adds to a stage and takes from it
-    besides activations.
+    One of these steps fails for virtual pipeline chunks, for uneven splits and those that
+    `pipeline_model_parallel_layout` writes out, for experts (whose tokens follow the routing), for checkpoints of
+    several layers, for multi-token prediction, and for Megatron-FSDP (whose shards shrink as dp grows). Besides
+    activations, merging must add at least as many bytes to a stage (`_added_bytes`) as it takes from it
+    (`_taken_bytes`).
     """
     model, pp = workload.model, table["pp"].to_numpy()
     uneven = (
@@ -172,7 +188,10 @@ def _merges_stages(table: pd.DataFrame, layout: Layout, workload: Workload, clus
 
 
 def _added_bytes(pp: Ints, layout: Layout, workload: Workload) -> Floats:
-    """Return the bytes of weights and gradients of the layers that a stage gains when only `pp` stages are left."""
+    """Return the bytes of weights and gradients that a stage gains with its additional layers; shape [rows].
+
+    A stage gains layers if the model is split into `pp` stages, one value per row, instead of `layout.pp`.
+    """
     model = workload.model
     sharded = attention(model).sharded + dense_mlp(model).sharded
     replicated = attention(model).replicated + dense_mlp(model).replicated + 2 * norm(model)
@@ -182,12 +201,13 @@ def _added_bytes(pp: Ints, layout: Layout, workload: Workload) -> Floats:
 
 
 def _taken_bytes(distributed: Bools, layout: Layout, workload: Workload, cluster: Cluster) -> Floats:
-    """Return an upper bound of the bytes that merging takes from the peak of a stage.
+    """Return an upper bound of the bytes, activations aside, by which merging lowers a stage's peak; shape [rows].
 
-    Merging removes the messages between stages that become one stage. It removes the gradient of the embedding, which
-    is made at a time when the merged stage has freed more layers. With a distributed optimizer it removes a part of the
-    shard of the vocabulary's state, since this shard shrinks as dp grows. The shards of the layers keep their size,
-    since k times the layers are split over k times the ranks.
+    `distributed` says which rows use the distributed optimizer. Merging removes the messages between stages that become
+    one stage. It removes the gradient of the embedding from the peak, since a merged stage has freed more layers when
+    this gradient is computed. With a distributed optimizer it removes a part of the embedding's optimizer state, since
+    its shard shrinks as dp grows. The shards of the layers keep their size, since k times the layers are split over k
+    times the ranks.
     """
     model, tp = workload.model, layout.tp
     weight_bytes = workload.weight_bytes

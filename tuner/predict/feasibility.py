@@ -1,4 +1,4 @@
-"""The probability that a layout fits into the GPU's memory, as predicted and as finished trials correct it."""
+"""The probability that a layout fits into the GPU's memory: first predicted, then corrected by ended trials."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,43 +17,46 @@ from tuner.predict.memory.overhead import UNCERTAINTY, beyond_allocated_gib, res
 from tuner.predict.memory.peak import peak_gib
 
 MIN_FIT: Final = 0.01
-"""Smallest probability of fitting with which a sweep launches a row. A choice."""
+"""Smallest probability of fitting into memory at which a sweep launches a row. Chosen."""
 SHARED_ERROR: Final = 0.03
 """Prior standard deviation of the error that all layouts of a workload share. The error is log(measured / predicted
 allocated memory). Assumed."""
 LAYOUT_ERROR: Final = 0.02
-"""Prior median of the standard deviation of a layout's own error. Measured with `python -m tests.bench.oracle_memory`
-on 200 layouts: the mean error was below 1%, the largest 4%."""
+"""Prior median of the standard deviation of a layout's own error, which is added to the shared error. Measured with
+`python -m tests.bench.oracle_memory` on 200 layouts: the mean error was below 1%, the largest 4%."""
 ROUTED_LAYOUT_ERROR: Final = 0.05
-"""`LAYOUT_ERROR` of a model whose router is free to load its experts unevenly (tuner/predict/routing.py). Assumed:
-which rank gets the most tokens is luck."""
+"""The value in place of `LAYOUT_ERROR` for a model whose router is free to load its experts unevenly
+(tuner/predict/routing.py). Assumed: which rank gets the most tokens is random."""
 LAYOUT_ERROR_FACTOR: Final = 2.0
-"""Factor by which the standard deviation of a layout's own error grows per prior standard deviation of its logarithm.
-Assumed."""
+"""The standard deviation of a layout's own error has a log-normal prior around its median; one prior standard deviation
+multiplies or divides it by this factor. Assumed."""
 TOTAL_ERROR: Final = 0.02
-"""Prior standard deviation of log(total / predicted total) on CUDA, beyond the uncertainty of what is held beside the
-allocated memory. It stands both for the error that all layouts share and for a layout's own. Assumed."""
+"""Prior standard deviation of log(total / predicted total memory) on CUDA, to which the uncertainty of the memory
+outside the allocator is added. The value is used twice: for the error that all layouts share, and for a layout's own
+error. Assumed."""
 LARGEST_TOTAL_ERROR: Final = 0.5
-"""Largest prior standard deviation of log(total / predicted total), a factor of 1.65 either way. It bounds the grid
-where a GPU has less memory than what is predicted beside the allocated memory. A choice."""
+"""Largest prior standard deviation of log(total / predicted total memory), a factor of 1.65 either way. It limits the
+size of the grid if most of a GPU's memory is predicted to be outside the allocator. Chosen."""
 
 _GRID_STEP: Final = 0.004
-"""Distance between two points of the posterior's grid, as a logarithm."""
+"""Distance between two neighbouring points of the posterior's grid, as a difference of logarithms."""
 _CURVE_ROOMS: Final = np.linspace(-0.7, 0.7, 401)
-"""Rooms, as logarithms, at which the probability to fit is computed (see `Feasibility._room`)."""
+"""Values of a row's room (see `Feasibility._room`) for which the probability of fitting is computed; it is interpolated
+for all others."""
 
 
 class Feasibility:
-    """The probability that each row of a table of valid layouts fits, corrected by the trials that `tell` gets.
+    """The probability that each row of a table of valid layouts fits into memory, given the trials passed to `tell`.
 
-    A layout fits if its total, allocated memory x reserved ratio + what is held beside it, is at most the GPU's memory.
-    Two errors are uncertain. The first is log(measured / predicted allocated memory): it is normal around an error that
-    all layouts share, with a standard deviation that all layouts share; both are unknown. The second, on CUDA only, is
-    log(total / predicted total), and all layouts share it. A grid holds their joint posterior, of shape [shared error,
-    standard deviation of the layout's own error, error of the total].
+    A layout fits if its total memory is at most the GPU's memory. The total is the allocated memory times the
+    allocator's reserved ratio, plus the memory outside the allocator. The prediction has two unknown errors. The first
+    is log(measured / predicted allocated memory). It is normally distributed; its mean is the error that all layouts
+    share, its standard deviation is that of a layout's own error, and both are equal for all layouts and unknown. The
+    second, on CUDA only, is log(total / predicted total), and all layouts share it. A grid holds the joint posterior,
+    of shape [shared error, standard deviation of a layout's own error, error of the total].
 
-    A finished trial gives the first error of its row, and shows that the row's total fit. A trial that ran out of
-    memory shows that the row's total did not fit. Nothing is drawn at random, and the order of the trials does not
+    A trial that completed gives the first error of its row, and shows that the row's total fits. A trial that ran out
+    of memory shows that the row's total does not fit. The result is deterministic, and the order of the trials does not
     matter.
     """
 
@@ -63,7 +66,8 @@ class Feasibility:
         beyond_gib = beyond_allocated_gib(table, workload, cluster)
         left_gib = np.maximum(memory_gib - beyond_gib, 1e-6 * memory_gib)
         self._room: Floats = np.log(left_gib / reserved_ratio(table, cluster) / self._predicted_gib)
-        """Largest log(measured / predicted allocated memory) with which each row fits, if the total has no error."""
+        """Largest log(measured / predicted allocated memory) at which each row fits, if its predicted total has no
+        error."""
         free_router = workload.model.is_moe and not workload.moe_router_force_load_balancing
         median_error = ROUTED_LAYOUT_ERROR if free_router else LAYOUT_ERROR
         error_deviations = np.linspace(-2.5, 3, 12)
@@ -82,10 +86,10 @@ class Feasibility:
         self._log_weight: Floats = -0.5 * (shared_prior + (error_deviations**2)[None, :, None]) + total_prior
 
     def tell(self, row: int, measured_gib: float | None) -> None:
-        """Learn from a finished trial of `row`.
+        """Update the posterior with a trial of `row` that completed or ran out of memory.
 
         Args:
-            row: The row of the table.
+            row: Position of the trial's layout in the table.
             measured_gib: The peak of allocated memory that the trial measured; None if it ran out of memory.
         """
         room = self._room[row]
@@ -103,11 +107,11 @@ class Feasibility:
         self._log_weight = self._log_weight + log_density + log_fits
 
     def probabilities(self) -> Floats:
-        """Return the probability that each row fits, of shape [rows]."""
+        """Return the probability that each row of the table fits into memory, given all trials so far; shape [rows]."""
         weight = np.exp(self._log_weight - self._log_weight.max())
         fits = np.zeros_like(_CURVE_ROOMS)
-        # The probability depends only on a row's room and on the sum of both errors. A curve over the room, computed
-        # once, costs less than the posterior at each row.
+        # The probability depends only on a row's room and on the sum of both errors. To interpolate curves over the
+        # room takes less time than to sum over the grid for each row.
         for number, curve in enumerate(self._curves):
             fits += curve.fits @ np.bincount(curve.index, weight[:, number].ravel())
         probability: Floats = np.interp(self._room, _CURVE_ROOMS, fits / weight.sum())
@@ -115,9 +119,10 @@ class Feasibility:
 
     @cached_property
     def _curves(self) -> tuple["_Curve", ...]:
-        """Return one curve per standard deviation of the layout's own error.
+        """Return the probability of fitting as a function of a row's room: a curve per standard deviation on the grid.
 
-        A trial changes only the weights with which `probabilities` adds up the curves.
+        The room is `_room`, and the standard deviation is that of a layout's own error. The curves do not depend on
+        trials, which change only the weights with which `probabilities` adds the curves up.
         """
         sums = np.broadcast_to(self._shared_errors + self._total_errors, self._log_weight.shape)
         deviations = np.hypot(self._layout_errors, self._own_total_error).ravel()
@@ -131,14 +136,21 @@ class Feasibility:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Curve:
-    """The probability to fit as a function of the room, for one standard deviation of the layout's own error."""
+    """The probability of fitting as a function of a row's room, for one standard deviation of a layout's own error.
+
+    The room is defined in `Feasibility._room`.
+    """
 
     index: NDArray[np.intp]
-    """Column of `fits` for each sum of both errors on the grid, flattened."""
+    """Column of `fits` for each pair of a shared error and an error of the total on the grid, flattened."""
     fits: Floats
-    """Probability to fit for each room and each distinct sum of both errors; shape [rooms, sums]."""
+    """Probability of fitting for each room in `_CURVE_ROOMS` and each distinct sum of the two errors; shape [rooms,
+    sums]."""
 
 
 def fit_probabilities(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Floats:
-    """Return the probability that each row of a table of valid layouts fits, before any trial; shape [rows]."""
+    """Return the predicted probability that each row of a table of valid layouts fits into memory, before any trial.
+
+    The result has shape [rows].
+    """
     return Feasibility(table, workload, cluster).probabilities()

@@ -1,4 +1,4 @@
-"""Megatron-FSDP and the distributed optimizer: how they split the model's state, and what their collectives cost.
+"""Megatron-FSDP and the distributed optimizer: how they split the model's state, and how long their collectives take.
 
 Sources: megatron/core/distributed/fsdp/src/megatron_fsdp (megatron_fsdp.py, param_and_grad_buffer.py) of Megatron-Core
 0.16; Rajbhandari et al., arXiv:1910.02054.
@@ -18,21 +18,23 @@ PREFETCHED_WEIGHTS: Final = 500_000_000
 """Number of weights that are gathered ahead of the layer that needs them. Published: megatron_fsdp.py,
 suggested_AG_prefetch_size."""
 UNITS_AT_ONCE: Final = 2
-"""Layers whose gradients are whole at once: one is filled while the one before is scattered. With double buffers, as
-many layers have whole weights. Published: megatron_fsdp.py, param_and_grad_buffer.py."""
+"""Number of layers whose unsplit gradients are in memory at the same time: one layer's gradients are computed while
+those of the layer before are scattered. With double buffers, the unsplit weights of as many layers are in memory.
+Published: megatron_fsdp.py, param_and_grad_buffer.py."""
 LEAST_BUCKET: Final = 40_000_000
-"""Smallest number of gradients that Megatron's DDP reduces together if layers are not units. Published:
-distributed_data_parallel.py, bucket_size."""
+"""Smallest number of gradients in a bucket, which Megatron's DDP reduces together; Megatron-FSDP has such buckets
+unless it splits the weights layer by layer. Published: distributed_data_parallel.py, bucket_size."""
 BUCKET_PER_RANK: Final = 1_000_000
-"""Smallest number of gradients per rank that Megatron's DDP reduces together. Published:
+"""Smallest number of gradients in a bucket of Megatron's DDP, per rank that reduces them. Published:
 distributed_data_parallel.py, bucket_size."""
 BACKWARD_SHARE: Final = 2 / 3
-"""Share of the backward pass in the time of a micro-batch; gradients travel beside it, and parameters travel beside the
-forward pass. It follows from the FLOPs: the backward pass has twice as many as the forward pass."""
+"""Share of the backward pass in the time of a micro-batch. Gradients are reduced during the backward pass, and
+parameters are gathered during the forward pass. It follows from the FLOPs: the backward pass has twice as many as the
+forward pass."""
 
 
 class Shares(NamedTuple):
-    """The number of ranks that each part of the model's state is split over, one value per layout."""
+    """The number of ranks over which each part of the model's state is split, one value per layout; 1 means unsplit."""
 
     weights: Ints
     gradients: Ints
@@ -40,10 +42,11 @@ class Shares(NamedTuple):
 
 
 def shares(c: Columns, ranks: Ints) -> Shares:
-    """Return the number of ranks over which each part of the state is split, for weights that `ranks` ranks share.
+    """Return the number of ranks over which weights, gradients and optimizer state are split.
 
-    Megatron-FSDP splits the parts that its sharding strategy names. Without Megatron-FSDP, the distributed optimizer
-    splits only the optimizer's state.
+    `ranks` is the number of ranks that would hold equal copies of these weights without splitting, one value per
+    layout. Megatron-FSDP splits the parts that its sharding strategy names. Without Megatron-FSDP, the distributed
+    optimizer splits only the optimizer state, and nothing else is split.
     """
     one = np.ones_like(ranks)
     fsdp, split_optimizer = c.on("use_megatron_fsdp"), c.on("use_distributed_optimizer")
@@ -58,17 +61,17 @@ def shares(c: Columns, ranks: Ints) -> Shares:
 
 
 def bucket(ranks: Ints) -> Ints:
-    """Return how many gradients are reduced together over `ranks` ranks."""
+    """Return the number of gradients in one bucket, which is reduced as a whole over `ranks` data parallel ranks."""
     return np.maximum(LEAST_BUCKET, BUCKET_PER_RANK * ranks)
 
 
 def gathers_weights(c: Columns) -> Bools:
-    """Return the rows where each rank holds only a part of the weights."""
+    """Return a mask of the layouts in which Megatron-FSDP splits the weights; shape [rows]."""
     return c.on("use_megatron_fsdp") & _strategy(c, "optim_grads_params")
 
 
 def scatters_gradients(c: Columns) -> Bools:
-    """Return the rows where each rank holds only a part of the gradients."""
+    """Return a mask of the layouts in which Megatron-FSDP splits the gradients; shape [rows]."""
     return c.on("use_megatron_fsdp") & _strategy(c, "optim_grads", "optim_grads_params")
 
 
@@ -86,19 +89,20 @@ def whole_bytes(
     table_weights: Floats,
     ranks: Ints,
 ) -> Floats:
-    """Return the bytes of the unsplit weights and gradients that each rank of a stage holds for a time.
+    """Return the bytes of unsplit weights and gradients that a rank of each stage needs temporarily; shape [stages].
 
-    Layers are gathered one at a time, and further weights are prefetched (`PREFETCHED_WEIGHTS`). The embedding and the
-    output layer are gathered by themselves. Registered buffers (nccl_ub) hold two layers each, for the whole run.
+    The result is 0 for what Megatron-FSDP does not split. Layers are gathered one at a time, and further weights are
+    prefetched (`PREFETCHED_WEIGHTS`). The embedding and the output layer are gathered by themselves. Registered buffers
+    (nccl_ub) have room for two layers each, during the whole run.
 
     Args:
         c: The layouts.
-        row: Index of the layout of each stage.
+        row: Index in `c` of the layout of each stage.
         workload: The workload.
-        layers: Layers of each stage.
-        layer_weights: Weights of these layers.
-        table_weights: Weights of the embedding or the output layer of each stage.
-        ranks: Ranks that share the weights, one value per layout.
+        layers: Number of layers of each stage.
+        layer_weights: Number of weights of these layers.
+        table_weights: Number of weights of the embedding or the output layer of each stage; 0 if it has neither.
+        ranks: Number of ranks over which the weights are split, one value per layout.
     """
     unit = layer_weights / np.maximum(layers, 1)
     split_weights, split_gradients = gathers_weights(c)[row], scatters_gradients(c)[row]
@@ -120,19 +124,20 @@ def exposed_ms(
     pass_ms: Floats,
     num_microbatches: Ints,
 ) -> Floats:
-    """Return the time per step of the collectives that nothing hides, by what Megatron-FSDP splits.
+    """Return the exposed time in ms per step of Megatron-FSDP's collectives: the part that no computation hides.
 
-    If it splits the weights, each micro-batch gathers them twice, forward and backward. If it splits the gradients,
-    each micro-batch scatters them. All other collectives run once per step. The collectives of a layer run beside the
-    passes of its neighbours; those of the first layer run beside nothing.
+    The result has shape [rows] and depends on what is split. If the weights are split, each micro-batch gathers them
+    twice, for the forward and for the backward pass. If the gradients are split, each micro-batch scatters them. All
+    other collectives run once per step. The collectives of a layer run during the computation of the layers next to it;
+    nothing hides those of the first layer.
 
     Args:
         c: The layouts.
         rates: Rates of the machine.
-        group: The ranks that share the weights.
-        weights: Weights of the rank.
-        layers: Layers of the rank.
-        pass_ms: Time of one micro-batch on the rank.
+        group: The ranks over which the weights are split.
+        weights: Number of weights of the rank.
+        layers: Number of layers of the rank.
+        pass_ms: Time of one micro-batch on the rank, forward and backward, in ms.
         num_microbatches: Micro-batches per step.
     """
     units = np.maximum(layers, 1.0)
@@ -150,7 +155,7 @@ def exposed_ms(
     forward_ms, backward_ms = (1 - BACKWARD_SHARE) * pass_ms, BACKWARD_SHARE * pass_ms
     split_weights, split_gradients = gathers_weights(c), scatters_gradients(c)
     both_passes = uncovered(gather_ms, forward_ms) + uncovered(gather_ms + scatter_ms, backward_ms)
-    # Megatron-FSDP overlaps the collectives of every micro-batch, whatever the switches say.
+    # Megatron-FSDP overlaps a reduce-scatter that every micro-batch has, even if overlap_grad_reduce is off.
     overlaps = split_gradients | c.on("overlap_grad_reduce")
     times = np.where(split_gradients, num_microbatches, 1)
     reducing = times * np.where(overlaps, uncovered(reduce_ms, backward_ms), reduce_ms)

@@ -1,4 +1,4 @@
-"""CUDA graphs: the launches that they save the host, and the memory that captured layers hold for the whole run.
+"""CUDA graphs: the launches that they save the host, and the memory that captured layers need for the whole run.
 
 Megatron captures the parts of a layer that `cuda_graph_scope` names as one graph per layer and micro-batch in flight,
 or the whole iteration as one graph (megatron/core/transformer/cuda_graphs.py, TECudaGraphHelper). Each pass through a
@@ -12,41 +12,44 @@ import numpy as np
 from tuner.core.columns import Bools, Columns, Floats, Ints
 
 REPLAY: Final = 0.06
-"""Launches of one replay of a graph, as a share of the launches of a dense layer's pass; a replay copies the inputs to
-where the graph reads them. Assumed: a replay takes about five launches, and the pass of a layer 80."""
+"""Time of the host for one replay of a graph, as a multiple of the time to launch a dense layer's pass; a replay copies
+the inputs to the addresses from which the graph reads. Assumed: a replay takes about five launches, and the pass of a
+layer 80."""
 HALF: Final = 0.5
-"""Share of a dense layer's launches that attention and its norm take. The MLP of a dense layer takes as many, and so do
-the router and the preparation of the dispatch in a layer with experts. Measured: counted with FORWARD_LAUNCHES
-(tuner/predict/time), which is 80."""
+"""Share of a dense layer's launches that belong to attention and its norm. The MLP of a dense layer has the other half.
+In a layer with experts, the router has as many launches as this MLP, and so has the preparation of the dispatch.
+Measured: counted with FORWARD_LAUNCHES (tuner/predict/time/model_parts.py), which is 80."""
 STATIC_STATES: Final = 2
-"""Hidden states that a captured layer holds per micro-batch in flight: the output of its graph, and the gradient that
-the graph receives. The input of the graph takes the place of what the layer keeps anyway. Assumed; for published
-layouts it gives what Megatron Bridge's guide (docs/training/cuda-graphs.md) says: a few GB, and more than 10 GB with a
+"""Hidden states that a captured layer needs per micro-batch in flight: the output of its graph, and the gradient that
+the graph receives. The input of the graph replaces the input that autograd saves anyway. Assumed; for published layouts
+it agrees with Megatron Bridge's guide (docs/training/cuda-graphs.md), which says a few GB, and more than 10 GB with a
 pipeline."""
 ITERATION_SHARE: Final = 0.06
-"""Memory that a graph of the whole iteration needs beside its activations, as a share of what these hold at the peak,
-since the memory of a graph is its own. Published: 153 GiB instead of 143 GiB in a Llama 3.1 70B
-(github.com/pytorch/torchtitan/pull/2050)."""
+"""Additional memory of a graph of the whole iteration, as a share of the activations at the peak: a graph has a memory
+pool of its own. Published: 153 GiB instead of 143 GiB in a Llama 3.1 70B (github.com/pytorch/torchtitan/pull/2050)."""
 
 
 def captures(c: Columns) -> Bools:
-    """Return the rows where any graph is captured."""
+    """Return a mask of the layouts that capture any CUDA graph; shape [rows]."""
     captured: Bools = ~c.among("cuda_graph_impl", "none")
     return captured
 
 
 def whole_iteration(c: Columns) -> Bools:
-    """Return the rows where one graph holds the whole forward and backward pass."""
+    """Return a mask of the layouts in which one CUDA graph has the whole forward and backward pass; shape [rows]."""
     return captures(c) & c.text("cuda_graph_scope", lambda scope: "full_iteration" in scope.split("+"))
 
 
 def launches(c: Columns, moe: bool, eager: Floats | float) -> Floats | float:
-    """Return the host's launches per pass through a layer, as a multiple of a dense layer's.
+    """Return how many operations the host launches per pass through a layer; one value per layout.
+
+    The number is a multiple of the operations of one pass through a dense layer without graphs. A replay of a graph
+    counts as a part of a launch (`REPLAY`).
 
     Args:
         c: The layouts.
         moe: Whether the layer has experts.
-        eager: The host's launches without graphs, as a multiple of a dense layer's.
+        eager: The number without graphs, as such a multiple.
     """
     graph = captures(c)
     if not graph.any():
@@ -58,7 +61,11 @@ def launches(c: Columns, moe: bool, eager: Floats | float) -> Floats | float:
 
 
 def _captured_launches(scope: str, moe: bool) -> float:
-    """Return the launches that a graph of a scope replaces, in launches of a dense layer's pass."""
+    """Return how many launches a CUDA graph of the given `cuda_graph_scope` replaces in one pass through a layer.
+
+    The number is a multiple of the launches of a dense layer's pass, or infinity if the graph replaces all launches.
+    `moe` says whether the layer has experts.
+    """
     parts = set(scope.split("+"))
     if parts & {"none", "full_iteration"}:
         return np.inf
@@ -68,13 +75,13 @@ def _captured_launches(scope: str, moe: bool) -> float:
 
 
 def static_bytes(c: Columns, row: Ints, layers: Floats, state: Floats, activations: Floats) -> Floats:
-    """Return the bytes that graphs hold on each stage beside what passes keep.
+    """Return the bytes that CUDA graphs need on each stage in addition to saved activations; shape [stages].
 
     Args:
         c: The layouts.
-        row: Index of the layout of each stage.
-        layers: Layers in flight on each stage, over all micro-batches.
-        state: Bytes of a hidden state, one value per layout.
+        row: Index in `c` of the layout of each stage.
+        layers: Layers in flight on each stage, summed over all micro-batches in flight.
+        state: Bytes of one hidden state, one value per layout.
         activations: Bytes of activations on each stage at its peak.
     """
     of_layers = STATIC_STATES * layers * state[row]

@@ -1,12 +1,12 @@
-"""The implementation of the layers that a trial runs, on which both predictions depend."""
+"""Which implementation of the layers a trial runs. The predictions of memory and of time depend on it."""
 
 from typing import Literal
 
 from tuner.core.cluster import Cluster
 
 Implementation = Literal["transformer_engine", "torch"]
-"""`transformer_engine` has Transformer Engine's fused layers. `torch` has Megatron's local modules, which keep
-attention scores and logits in memory."""
+"""`transformer_engine` has Transformer Engine's fused layers. `torch` has Megatron's local modules, which save
+attention scores and logits."""
 
 
 def implementation_of(cluster: Cluster) -> Implementation:

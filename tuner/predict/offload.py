@@ -1,9 +1,9 @@
-"""Activations that wait in host memory: what the GPU no longer keeps, and the transfers that nothing hides.
+"""Activations in host memory: the layers that the GPU no longer holds, and the time of transfers that nothing hides.
 
-Transformer Engine copies what the first `cpu_offloading_num_layers` layers keep to the host while later layers go
-forward, spread evenly over the pass, and copies it back before the backward pass of these layers
+While later layers run forward, Transformer Engine copies the saved activations of the first `cpu_offloading_num_layers`
+layers to the host, spread evenly over the forward pass. It copies them back before the backward pass of these layers
 (transformer_engine/pytorch/cpu_offload.py, AsyncDoubleBufferGroupOffloadHandler). Megatron allows this only without a
-pipeline and without recompute.
+pipeline and without recomputation.
 """
 
 from dataclasses import replace
@@ -21,11 +21,14 @@ from tuner.predict.memory.stages import DENSE, MOE, StagesInFlight
 
 HOST_GB_PER_S: Final = 50.0
 """Rate between a GPU and its host, in one direction. Assumed: 0.8 of the published 64 GB/s of PCIe 5.0 x16 (NVIDIA's
-data sheet of the H100: 128 GB/s for both directions). An A100 has half of it, a Grace host much more."""
+data sheet of the H100: 128 GB/s for both directions). An A100 has half of this rate, a Grace host much more."""
 
 
 def keep_on_device(stages: StagesInFlight, c: Columns, model: Model) -> StagesInFlight:
-    """Return the stages without their offloaded layers, of which one is always being copied and still counts."""
+    """Return `stages` without the offloaded layers in its counts of layers in flight.
+
+    One of the offloaded layers still counts, since one is always being copied.
+    """
     offloaded = c["cpu_offloading_num_layers"][stages.row]
     if not offloaded.any():
         return stages
@@ -43,7 +46,7 @@ def keep_on_device(stages: StagesInFlight, c: Columns, model: Model) -> StagesIn
 
 
 def _by_kind(model: Model, first: Ints) -> Ints:
-    """Return how many of the `first` layers of the model are dense and how many have experts, shape [rows, 2]."""
+    """Return how many of the first `first` layers of the model are dense and how many have experts; shape [rows, 2]."""
     moe = np.concatenate([[0], np.cumsum(model.moe_layer_pattern())])[first]
     return np.stack([first - moe, moe], axis=1)
 
@@ -51,9 +54,9 @@ def _by_kind(model: Model, first: Ints) -> Ints:
 def exposed_ms(
     c: Columns, workload: Workload, implementation: Implementation, forward_ms: Floats, backward_ms: Floats
 ) -> Floats:
-    """Return the time of the transfers of one micro-batch that its passes do not hide.
+    """Return the exposed time in ms of one micro-batch's transfers, which its passes do not hide; shape [rows].
 
-    `forward_ms` and `backward_ms` are the times of the passes of one micro-batch.
+    `forward_ms` and `backward_ms` are the times of the forward and the backward pass of one micro-batch.
     """
     offloaded = np.minimum(c["cpu_offloading_num_layers"], workload.model.num_layers)
     if not offloaded.any():

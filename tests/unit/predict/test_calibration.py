@@ -100,7 +100,7 @@ def test_many_sizes_are_looked_up_at_once_and_broadcast() -> None:
 
 
 def test_a_precision_without_measured_products_is_refused() -> None:
-    with pytest.raises(InputError, match=r"a core has no products in bf16 \(it has fp32\)"):
+    with pytest.raises(InputError, match=r"a core has no matrix products in bf16 \(it has fp32\)"):
         CALIBRATION.gemm_ms(16, 16, 16, "bf16")
 
 
