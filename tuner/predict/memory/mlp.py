@@ -12,7 +12,7 @@ from tuner.predict.memory.share import HalfLayer, RankShare
 
 
 def dense_mlp(share: RankShare) -> HalfLayer:
-    """Return the bytes of the residual sum after attention, the norm of this sum, and the dense MLP."""
+    """Return the bytes of the residual sum after attention, of its norm, and of the dense MLP that follows."""
     tokens_per_rank, hidden = share.tokens / share.tp, share.model.hidden_size
     width = tokens_per_rank * share.model.ffn_hidden_size
     inner, backward = _projections(share, width, hidden * share.model.ffn_hidden_size / share.tp)
@@ -30,9 +30,9 @@ def dense_mlp(share: RankShare) -> HalfLayer:
 
 
 def experts_mlp(share: RankShare) -> HalfLayer:
-    """Return the bytes of the residual sum after attention, the norm of this sum, and the mixture of experts.
+    """Return the bytes of the residual sum after attention, of its norm, and of the experts that follow.
 
-    The mixture consists of the router, the shared experts, the dispatch and the routed experts.
+    The experts include the router, the shared experts, the dispatch and the routed experts.
     """
     model = share.model
     assert model.num_moe_experts and model.moe_ffn_hidden_size and model.moe_router_topk

@@ -132,7 +132,7 @@ def _overlapped_reduction(
         stages: The stages.
         state: The state of the model on the stages.
         vocabulary: Rows of the embedding on a rank, one value per layout.
-        sizes: Bytes that one layer of each kind saves per micro-batch, shape [stages, 3 kinds].
+        sizes: Bytes that one layer of each kind saves per micro-batch, shape [stages, (DENSE, MOE, CHECKPOINTS)].
         full: Bytes that all micro-batches in flight save on each stage.
     """
     row = stages.row
@@ -151,9 +151,10 @@ def _overlapped_reduction(
 
 
 def _predicting(share: RankShare, stages: StagesInFlight, mtp: Floats) -> Floats:
-    """Return how many layers of multi-token prediction have saved activations on each stage, shape [stages, 3 kinds].
+    """Return how many layers of multi-token prediction have saved activations on each stage.
 
-    The counts are summed over all micro-batches whose loss is not computed yet.
+    The counts are summed over all micro-batches whose loss is not computed yet. The result has shape [stages, kinds];
+    the kinds are DENSE, MOE and CHECKPOINTS. `mtp` is the number of these layers on each stage.
     """
     kept = mtp * np.where(stages.last, 1, stages.last_chunk_in_flight)[:, None]
     # Multi-token prediction recomputes each of its layers under the uniform method, and none under the block method.
@@ -179,8 +180,8 @@ def _layer_transient(
         share: The rank's share.
         halves: Bytes of attention, of a dense MLP, and of an MLP with experts.
         stages: The stages.
-        in_flight: Layers in flight, with those of multi-token prediction, shape [stages, 3 kinds].
-        sizes: Bytes that one layer of each kind saves per micro-batch, shape [stages, 3 kinds].
+        in_flight: Layers in flight, with those of multi-token prediction, shape [stages, (DENSE, MOE, CHECKPOINTS)].
+        sizes: Bytes that one layer of each kind saves per micro-batch, shape [stages, (DENSE, MOE, CHECKPOINTS)].
     """
     row, (attention_half, *mlps) = stages.row, halves
     works = stages.working.sum(axis=1) > 0

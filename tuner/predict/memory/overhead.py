@@ -1,8 +1,8 @@
 """Memory of a GPU beyond allocated tensors: CUDA's context, NCCL's buffers, and blocks that the allocator cannot use.
 
-The constants are prior values, from figures that others measured. A sweep corrects the result by its trials that fit
-into memory (tuner/predict/feasibility.py). On CPU there is nothing beyond tensors: the program counts tensors, and the
-limit is on their sum.
+The constants are prior values, from figures that others measured. A sweep corrects the prediction by its own trials
+(tuner/predict/feasibility.py). On CPU there is nothing beyond tensors: the program counts tensors, and the limit is on
+their sum.
 """
 
 from typing import Final

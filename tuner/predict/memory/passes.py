@@ -32,7 +32,7 @@ class Passes:
     """Number of forward passes in a step: micro-batches times chunks."""
 
     def of_last_chunk(self) -> Ints:
-        """Return how many of the passes before the first backward pass go through the last chunk."""
+        """Return how many of the forward passes before the first backward pass go through the last chunk."""
         rounds, rest = np.divmod(self.before_backward, self.group * self.vpp)
         through_last: Ints = rounds * self.group + np.maximum(rest - (self.vpp - 1) * self.group, 0)
         return through_last
@@ -109,5 +109,5 @@ class KeptLayers:
         return np.where(more[:, None], later, first)
 
     def _first_chunks(self, chunks: Ints) -> Floats:
-        """Return how many layers one micro-batch saves activations of in the first `chunks` chunks of each stage."""
+        """Return how many layers in each stage's first `chunks` chunks have activations saved by one micro-batch."""
         return self._flat[self._start + chunks]

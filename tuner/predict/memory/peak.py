@@ -40,7 +40,7 @@ class StageMemory:
     rank: int
     """The pipeline rank of the stage."""
     moment: Moment
-    """The moment of the peak."""
+    """The moment of the peak, one of MOMENTS (tuner/predict/memory/moments.py)."""
     parameters_gib: float
     """Memory of weights, including quantised copies."""
     gradients_gib: float
@@ -73,7 +73,7 @@ class StageMemory:
 MEMORY_PARTS: tuple[str, ...] = tuple(
     field.name for field in fields(StageMemory) if field.name.endswith("_gib")
 )
-"""The fields of StageMemory that sum to the peak."""
+"""The names of the fields of StageMemory that sum to the peak."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,7 @@ class _StageBytes:
             yield part, getattr(self, part)
 
     def total(self) -> Floats:
-        """Return the bytes at the peak."""
+        """Return the bytes at the peak: the sum of all parts, shape [stages]."""
         return reduce(add, (part_bytes for _, part_bytes in self.parts()))
 
 

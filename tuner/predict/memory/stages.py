@@ -23,7 +23,7 @@ checkpoints, which are recomputed layers of which only the input is saved."""
 class StagesInFlight:
     """The stages of many layouts, one entry per stage, ordered by `row`.
 
-    The last axis of counts of layers has the kinds DENSE, MOE and CHECKPOINTS, unless stated otherwise.
+    In counts of layers, the last axis has the kinds DENSE, MOE and CHECKPOINTS, unless stated otherwise.
     """
 
     row: Ints
@@ -108,7 +108,8 @@ class _Contents:
     predicts: Bools
     """Whether a stage has the layers of multi-token prediction, shape [stages]."""
     kept: Floats
-    """Number of layers of each chunk with saved activations for one micro-batch, shape [stages, chunks, 3 kinds]."""
+    """Number of layers of each chunk with saved activations for one micro-batch, by kind (DENSE, MOE, CHECKPOINTS);
+    shape [stages, chunks, 3 kinds]."""
     layers: Floats
     """Number of layers of each stage, shape [stages, (DENSE, MOE)]."""
     working: Floats
@@ -184,7 +185,9 @@ def _earliest_of_equals(contents: _Contents) -> _Contents:
 
 
 def _kept(begin: Ints, end: Ints, moe: Ints, uniform: int, block: int) -> Floats:
-    """Return how many layers of each chunk have saved activations for one micro-batch, shape [ranks, chunks, 3 kinds].
+    """Return how many layers of each chunk have saved activations for one micro-batch.
+
+    The result has shape [ranks, chunks, kinds]; the kinds are DENSE, MOE and CHECKPOINTS.
 
     Args:
         begin: Index of the first layer of each chunk, shape [ranks, chunks].
