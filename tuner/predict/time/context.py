@@ -95,7 +95,9 @@ class ContextExchange:
         )
 
     def _ring_pass_ms(self, trips: int, attention_ms: Floats, sum_passes: int) -> Floats:
-        """Return the time in ms that the ring adds to one pass: exposed travel, and the sum of the steps' results.
+        """Return the time in ms that the ring adds to one pass: the travel that attention does not hide, and additions.
+
+        The additions sum up the results of the steps.
 
         Args:
             trips: How many times data of the size of keys and values go around the ring.

@@ -46,7 +46,7 @@ and the launches of the messages."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPart:
-    """All layers of one kind, all heads, or the embedding: how many each rank has, and the time of one of them.
+    """All layers of one kind, all heads, or the embedding: how many each rank has, and the time of a single one.
 
     Times are in milliseconds for one micro-batch, forward and backward together; arrays have the shape [rows].
     """
@@ -54,17 +54,17 @@ class ModelPart:
     on_rank: Floats
     """How many such layers, heads or embeddings each pipeline rank has, shape [ranks, rows] (see `LayersByRank`)."""
     in_model: Floats | int
-    """How many of them the whole model has."""
+    """How many such layers, heads or embeddings the whole model has."""
     useful: PassTime
-    """Time of the GPU for one of them, without recomputation."""
+    """Time of the GPU for a single layer, head or embedding, without recomputation."""
     recompute_ms: Floats | float
-    """Time of the forward passes that the backward pass of one of them repeats."""
+    """Time of the forward passes that the backward pass of a single layer repeats; 0 for heads and embedding."""
     host_ms: Floats
-    """Time that waiting for the host's launches adds to one of them."""
+    """Time that waiting for the host's launches adds to a single layer, head or embedding."""
 
     @property
     def total_ms(self) -> Floats:
-        """Return the time in ms of one such layer, head or embedding for one micro-batch."""
+        """Return the time in ms of a single layer, head or embedding for one micro-batch."""
         return self.useful.total_ms + self.recompute_ms + self.host_ms
 
 

@@ -48,11 +48,11 @@ class Operations:
         is_blackwell = "nvfp4" in rates.cluster.gpu.peak_tflops
         loses_order = (queues > 1) & np.bool_(not is_blackwell)
         self.ordered_overlap = np.where(loses_order, OUT_OF_ORDER, 1.0)
-        """Share of the hidden time that stays hidden in an overlap whose kernels must start in launch order. One
-        hardware queue preserves that order; several queues lose it, except on Blackwell."""
+        """Factor on the time that an overlap hides if its kernels must start in launch order. It is 1 with one hardware
+        queue, which preserves that order, and on Blackwell; otherwise it is OUT_OF_ORDER."""
         self.parallel_overlap = np.where(queues == 1, OUT_OF_ORDER, 1.0)
-        """Share of the hidden time that stays hidden in an overlap of independent streams. It needs several hardware
-        queues; with one queue the streams wait for each other."""
+        """Factor on the time that an overlap of independent streams hides. It is 1 with several hardware queues, and
+        OUT_OF_ORDER with one queue, in which the streams wait for each other."""
 
     def groups(self, size: Ints, stride: Ints | None = None) -> ProcessGroups:
         """Return groups of `size` ranks, whose numbers are `stride` (default 1) apart, as they lie on the cluster."""

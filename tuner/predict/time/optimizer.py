@@ -20,7 +20,8 @@ OPTIMIZER_BYTES: Final = 30
 """Bytes that Adam moves per parameter. Counted: it reads and writes the master weight and two moments (fp32), reads the
 gradient (fp32) and writes the parameter (16 bits)."""
 CLEAR_PASSES: Final = 2
-"""Passes over the local gradients beside the update. Counted: one sets them to zero, one reads them for their norm."""
+"""Passes over the local gradients in addition to that of the update. Counted: one sets them to zero, one reads them for
+their norm."""
 TENSOR_LAUNCHES: Final = 40
 """Operations that the host launches per weight tensor if the optimizer is not fused. Counted for torch on CPU: Adam,
 clipping and copies are 20 operations. Assumed: the Python around them takes the time of 20 more."""

@@ -22,11 +22,11 @@ class PassTime:
     elementwise_ms: Floats | float = 0.0
     """Time of work that the rate of the GPU's memory bounds."""
     tp_ms: Floats | float = 0.0
-    """Exposed time of collectives of tensor and sequence parallelism, which no computation hides."""
+    """Time of those collectives of tensor and sequence parallelism that no computation hides."""
     cp_ms: Floats | float = 0.0
-    """Exposed time of communication of context parallelism, which no computation hides."""
+    """Time of the communication of context parallelism that no computation hides."""
     ep_ms: Floats | float = 0.0
-    """Exposed time of communication of expert parallelism, which no computation hides."""
+    """Time of the communication of expert parallelism that no computation hides."""
 
     def __add__(self, other: "PassTime") -> "PassTime":
         return PassTime(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))

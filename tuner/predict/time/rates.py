@@ -51,7 +51,7 @@ NARROW: Final = ("fp8", "mxfp8", "nvfp4")
 
 
 class Rates:
-    """How fast the ranks are by the cluster's stated figures: each method returns a time in ms.
+    """How fast the ranks are by the cluster's stated figures. Methods whose names end in `_ms` return times in ms.
 
     Arguments and results are arrays that broadcast, with one value per layout.
 

@@ -57,24 +57,23 @@ class StepTime:
     host_ms: float
     """Time that waiting for the host to launch operations adds."""
     tp_ms: float
-    """Exposed time of collectives of tensor and sequence parallelism, which no computation hides."""
+    """Time of those collectives of tensor and sequence parallelism that no computation hides."""
     cp_ms: float
-    """Exposed time of communication of context parallelism, which no computation hides."""
+    """Time of the communication of context parallelism that no computation hides."""
     ep_ms: float
-    """Exposed time of communication of expert parallelism, which no computation hides."""
+    """Time of the communication of expert parallelism that no computation hides."""
     recompute_ms: float
     """Time of the forward passes that the backward pass repeats, with their collectives."""
     bubble_ms: float
     """Time of waiting while the pipeline fills and drains."""
     p2p_ms: float
-    """Exposed time of messages between pipeline ranks, which no computation hides."""
+    """Time of those messages between pipeline ranks that no computation hides."""
     dp_ms: float
-    """Exposed time of reducing gradients and gathering parameters, of experts and all others, which no computation
-    hides."""
+    """Time of reducing gradients and gathering parameters, as far as no computation hides it."""
     optimizer_ms: float
     """Time of updating the weights."""
     offload_ms: float
-    """Exposed time of moving activations to the host's memory and back, which no computation hides."""
+    """Time of moving activations to the host's memory and back, as far as no computation hides it."""
 
     @property
     def total_ms(self) -> float:
@@ -153,7 +152,7 @@ def _parts(c: Columns, workload: Workload, rates: Rates, implementation: Impleme
     pipeline = pipeline_times(model, c, rates, count)
 
     def over_step(values: Iterable[Floats | float]) -> Floats:
-        """Return the total per step of a time that each part of the model takes for one micro-batch."""
+        """Return a time in ms per step, given the time that each part of the model takes for one micro-batch."""
         return count * reduce(
             add, (number * value for number, value in zip(pipeline.counted, values, strict=True))
         )
