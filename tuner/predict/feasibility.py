@@ -119,10 +119,10 @@ class Feasibility:
 
     @cached_property
     def _curves(self) -> tuple["_Curve", ...]:
-        """Return the probability of fitting as a function of a row's room: a curve per standard deviation on the grid.
+        """Return the probability of fitting as a function of a row's room, as several curves.
 
-        The room is `_room`, and the standard deviation is that of a layout's own error. The curves do not depend on
-        trials, which change only the weights with which `probabilities` adds the curves up.
+        There is one curve per standard deviation of a layout's own error on the grid; the room is `_room`. The curves
+        do not depend on trials, which change only the weights with which `probabilities` adds the curves up.
         """
         sums = np.broadcast_to(self._shared_errors + self._total_errors, self._log_weight.shape)
         deviations = np.hypot(self._layout_errors, self._own_total_error).ravel()

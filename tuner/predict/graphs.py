@@ -36,7 +36,7 @@ def captures(c: Columns) -> Bools:
 
 
 def whole_iteration(c: Columns) -> Bools:
-    """Return a mask of the layouts in which one CUDA graph has the whole forward and backward pass; shape [rows]."""
+    """Return a mask of the layouts that capture the whole forward and backward pass as one CUDA graph; shape [rows]."""
     return captures(c) & c.text("cuda_graph_scope", lambda scope: "full_iteration" in scope.split("+"))
 
 
@@ -44,7 +44,7 @@ def launches(c: Columns, moe: bool, eager: Floats | float) -> Floats | float:
     """Return how many operations the host launches per pass through a layer; one value per layout.
 
     The number is a multiple of the operations of one pass through a dense layer without graphs. A replay of a graph
-    counts as a part of a launch (`REPLAY`).
+    counts as `REPLAY` of such a pass.
 
     Args:
         c: The layouts.

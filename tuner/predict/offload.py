@@ -54,7 +54,7 @@ def _by_kind(model: Model, first: Ints) -> Ints:
 def exposed_ms(
     c: Columns, workload: Workload, implementation: Implementation, forward_ms: Floats, backward_ms: Floats
 ) -> Floats:
-    """Return the exposed time in ms of one micro-batch's transfers, which its passes do not hide; shape [rows].
+    """Return the time in ms of those transfers of one micro-batch that its passes do not hide; shape [rows].
 
     `forward_ms` and `backward_ms` are the times of the forward and the backward pass of one micro-batch.
     """

@@ -33,7 +33,7 @@ def load_of_busiest(columns: Columns, workload: Workload) -> Load:
     be independent between layers. If the loads of E experts have the standard deviation v, the mean load of the n
     experts of a rank has the standard deviation v * sqrt((1 - n/E) / n * E / (E - 1)). The largest of m normal values
     is expected at the quantile (m - 3/8) / (m + 1/4) (G. Blom, Statistical Estimates and Transformed Beta-Variables,
-    1958). The load is limited, since a token goes to a rank at most once per expert there, and at most topk times.
+    1958). The load is limited, since a rank gets at most min(n, topk) copies of each token.
     """
     model, ep = workload.model, columns["ep"].astype(np.float64)
     if not model.num_moe_experts or not model.moe_router_topk or workload.moe_router_force_load_balancing:
