@@ -1,6 +1,5 @@
 """Load a model or a cluster: a built-in one by its name, or one from a user's own file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from tuner.core.cluster import Cluster
 from tuner.core.workload import Model
 from tuner.errors import InputError, did_you_mean
-from tuner.files import read_yaml
+from tuner.files import read_json_data, read_yaml
 from tuner.frameworks.huggingface.config import model_from_config
 
 ROOT = Path(__file__).parent
@@ -37,13 +36,7 @@ def load_model(name_or_path: str) -> Model:
     path = _find("models", name_or_path, ["a .yaml file", "a Hugging Face config.json"])
     if path.suffix != ".json":
         return read_yaml(Model, path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON: {error}") from None
-    return model_from_config(data, str(path))
+    return model_from_config(read_json_data(path), str(path))
 
 
 def load_cluster(name_or_path: str, nodes: int | None = None) -> Cluster:

@@ -3,11 +3,16 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from tuner.printable import printable
+
 
 class MegatuneError(Exception):
     """Base of all errors that are reported without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InputError(MegatuneError):

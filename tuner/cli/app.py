@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from tuner.cli import (
@@ -28,6 +27,7 @@ from tuner.cli import (
     trial,
     ui,
 )
+from tuner.cli.terminal import Terminal
 from tuner.errors import MegatuneError
 
 DESCRIPTION = """Find the fastest way to lay a Megatron training job over a cluster, by running it.
@@ -106,7 +106,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; every exception becomes a message on stderr."""
-    stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+    stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
     try:
         code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 
+from tuner.cli.terminal import Terminal
 from tuner.core.layout import Layout
 from tuner.errors import InputError
-from tuner.files import parse, refuse_links_out
+from tuner.files import parse, refuse_unsafe_entries
 from tuner.sweep.folder import SweepFolder
 
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file; `init` writes one.")]
@@ -38,8 +38,8 @@ OnCluster = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 # A table that is piped has no terminal's width to fit into.
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stdout = Terminal(highlight=False, width=None if sys.stdout.isatty() else 120)
+stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
 
 
 def results_folder(folder: Path) -> SweepFolder:
@@ -51,7 +51,7 @@ def results_folder(folder: Path) -> SweepFolder:
     candidate = folder if folder.exists() else Path("results") / folder
     if not candidate.is_dir():
         raise InputError(f"{folder}: there is no such results folder (nor {candidate})")
-    refuse_links_out(candidate)
+    refuse_unsafe_entries(candidate)
     return SweepFolder(candidate)
 
 

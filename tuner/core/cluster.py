@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from pydantic import ConfigDict
 
 from tuner.core.workload import Precision
 from tuner.errors import InputError
 from tuner.files import STRICT
+from tuner.printable import OneLine
+
+MOST_GPUS: Final = 1 << 20
+"""The most GPUs of a cluster. Assumed: no cluster comes near."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +21,7 @@ class Gpu:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: str
+    name: OneLine
     memory_gib: float
     """Memory that a process can allocate, in GiB (1024^3 bytes)."""
     peak_tflops: Mapping[Precision, float]
@@ -41,7 +45,7 @@ class Cluster:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: str
+    name: OneLine
     device: Literal["cuda", "cpu"] = "cuda"
     gpu: Gpu
     nodes: int = 1
@@ -56,13 +60,15 @@ class Cluster:
     fabric_bandwidth_gb_per_s: float
     """Bandwidth between NVLink domains."""
     fabric_latency_us: float
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[OneLine, OneLine] = field(default_factory=dict)
     """Source of each figure, by field name."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "nvlink_domain_gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.world_size > MOST_GPUS:
+            raise ValueError(f"nodes * gpus_per_node must be at most {MOST_GPUS:,}, not {self.world_size}")
         if self.cores is not None and (self.device == "cuda" or self.cores < 1):
             raise ValueError(
                 f"cores ({self.cores}) must be at least 1, and can be stated only for device cpu"

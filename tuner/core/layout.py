@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from tuner.files import STRICT
+from tuner.printable import OneLine
 
 RecomputeGranularity = Literal["none", "selective", "full"]
 RecomputeMethod = Literal["none", "uniform", "block"]
@@ -83,7 +84,7 @@ class Layout:
     )
     """Micro-batches that one model chunk of a rank processes before the rank turns to its next chunk; 0 is Megatron's
     default, pp."""
-    pipeline_model_parallel_layout: str = _knob(
+    pipeline_model_parallel_layout: OneLine = _knob(
         "none", "model.pipeline_model_parallel_layout", "--pipeline-model-parallel-layout", "stages"
     )
     """The layers in each of the pp * vpp chunks, in Megatron's letters (`Et*3|(t*4|)*14tmL`); with `none`, the knobs
@@ -95,7 +96,7 @@ class Layout:
     )
     recompute_method: RecomputeMethod = _knob("none", "model.recompute_method", "--recompute-method", "")
     recompute_num_layers: int = _knob(0, "model.recompute_num_layers", "--recompute-num-layers", "")
-    recompute_modules: str = _knob("none", "model.recompute_modules", "--recompute-modules", "")
+    recompute_modules: OneLine = _knob("none", "model.recompute_modules", "--recompute-modules", "")
     """The modules that selective recomputation recomputes, joined by `+` (`core_attn+layernorm`); `none` is Megatron's
     default, `DEFAULT_RECOMPUTE_MODULE`."""
 
@@ -129,7 +130,7 @@ class Layout:
     )
 
     cuda_graph_impl: CudaGraphImpl = _knob("none", "model.cuda_graph_impl", "--cuda-graph-impl", "graph")
-    cuda_graph_scope: str = _knob("none", "model.cuda_graph_modules", "--cuda-graph-modules", "scope")
+    cuda_graph_scope: OneLine = _knob("none", "model.cuda_graph_modules", "--cuda-graph-modules", "scope")
     """The parts of a layer that a CUDA graph captures, joined by `+` (`attn+moe_router`), or `full_iteration`; `none`
     is the whole layer. Megatron-Core 0.16 calls the field cuda_graph_scope."""
     use_megatron_fsdp: bool = _knob(False, "ddp.use_megatron_fsdp", "--use-megatron-fsdp", "fsdp")

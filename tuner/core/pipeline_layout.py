@@ -22,6 +22,9 @@ LETTERS: Final = (EMBEDDING, DECODER, MTP, LOSS)
 Chunk = tuple[str, ...]
 """The letters of one chunk."""
 
+_LONGEST: Final = 8192
+"""Characters of the longest text that is read. Assumed: no job has a thousand chunks that all differ."""
+
 _REPEATS: Final = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
 """Match repeated groups (`(tt|)*4`) and repeated letters (`t*3`), in the order in which Megatron unrolls them."""
 
@@ -38,9 +41,11 @@ def parse(text: str) -> tuple[Chunk, ...]:
     Raises:
         ValueError: if Megatron cannot read the text, or a repeat in it unrolls to more than MOST letters.
     """
+    if len(text) > _LONGEST:
+        raise ValueError(f"pipeline_model_parallel_layout: the text is longer than {_LONGEST:,} characters")
     unrolled = text.replace(",", "")
     for repeat in _REPEATS:
-        unrolled = repeat.sub(_unroll, unrolled)
+        unrolled = _unrolled(repeat, unrolled)
     if unknown := sorted({*unrolled} - {*LETTERS, "|"}):
         raise ValueError(
             f"pipeline_model_parallel_layout '{text}': {' '.join(unknown)} has no meaning there; the letters are "
@@ -119,15 +124,20 @@ def mtp_fault(text: str, pp: int) -> str | None:
     return None
 
 
-def _unroll(match: re.Match[str]) -> str:
-    """Return the repeated letter or group of a match, written out in full."""
-    group, times = match.group(1), int(match.group(2))
-    if len(group) * times > MOST:
-        raise ValueError(
-            f"pipeline_model_parallel_layout: '{match.group(0)}' unrolls to {len(group) * times} letters, more than "
-            f"{MOST}"
-        )
-    return group * times
+def _unrolled(repeat: re.Pattern[str], text: str) -> str:
+    """Return a text with the repeated letters or groups that a pattern of `_REPEATS` finds, written out in full.
+
+    Raises:
+        ValueError: if they are more letters than a job can have layers.
+    """
+    length = 0
+    for group, times in repeat.findall(text):
+        length += len(group) * int(times)
+        if length > MOST:
+            raise ValueError(
+                f"pipeline_model_parallel_layout: '{group}' repeated {times} times unrolls to more than {MOST} letters"
+            )
+    return repeat.sub(lambda match: match[1] * int(match[2]), text)
 
 
 def _shortened(chunk: Iterable[str]) -> Iterable[str]:

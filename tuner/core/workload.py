@@ -1,14 +1,32 @@
 """The model and the workload: what is trained, which a sweep never changes."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import ClassVar, Final, Literal
 
 from pydantic import ConfigDict
 
 from tuner.files import STRICT
+from tuner.printable import OneLine
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4"]
 """Precision of the matrix products in linear layers."""
+
+
+MOST_LAYERS: Final = 10_000
+"""The most layers of a model. Assumed: no model comes near, and predictions take time for each layer."""
+_MOST: Final = 1 << 30
+"""The largest other size of a model or a workload. Assumed: no job comes near, and products of a few sizes stay numbers
+that can be computed with."""
+
+
+def _check_sizes(owner: object, names: Iterable[str], least: int) -> None:
+    """Refuse sizes of a dataclass below `least` or above `_MOST`; a size that is None or a list is left alone."""
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, int) and not least <= value <= _MOST:
+            limit = f"at least {least}" if value < least else f"at most {_MOST:,}"
+            raise ValueError(f"{name} must be {limit}, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +39,7 @@ class Model:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: str
+    name: OneLine
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -94,9 +112,11 @@ class Model:
 
     def __post_init__(self) -> None:
         positive = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        for field in (*positive, "kv_channels", "vocab_size", "make_vocab_size_divisible_by"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        positive = (*positive, "kv_channels", "vocab_size", "make_vocab_size_divisible_by", "num_moe_experts")
+        _check_sizes(self, (*positive, "moe_layer_freq", "window_attn_skip_freq"), 1)
+        _check_sizes(self, (each.name for each in fields(self) if each.name != "rotary_base"), 0)
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers must be at most {MOST_LAYERS:,}, not {self.num_layers}")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -173,10 +193,7 @@ class Workload:
     record it."""
 
     def __post_init__(self) -> None:
-        if self.seq_length < 1 or self.global_batch_size < 1:
-            raise ValueError(
-                f"seq_length ({self.seq_length}) and global_batch_size ({self.global_batch_size}) must be at least 1"
-            )
+        _check_sizes(self, ("seq_length", "global_batch_size"), 1)
         if self.fp8_param and self.precision not in {"fp8", "mxfp8"}:
             raise ValueError(f"fp8_param needs precision fp8 or mxfp8, not {self.precision}")
         if self.moe_router_force_load_balancing and not self.model.is_moe:

@@ -15,6 +15,7 @@ from tuner.core.layout import KNOBS, Layout
 from tuner.core.workload import Model, Precision, Workload
 from tuner.errors import did_you_mean
 from tuner.files import STRICT
+from tuner.printable import OneLine
 from tuner.search.problem import Problem, SamplerName
 from tuner.space.domain import Domain, Value
 from tuner.trial.contract import Limits, Measurement
@@ -176,7 +177,7 @@ class SweepFile:
 class Sweep:
     """A resolved sweep: every name is looked up, every default is filled in. Results folders hold it as sweep.json."""
 
-    name: str
+    name: OneLine
     workload: Workload
     cluster: Cluster
     domain: Domain

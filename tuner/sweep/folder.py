@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import InputError
-from tuner.files import read_json, read_json_data, refuse_links_out, to_data, write_json
+from tuner.files import read_json, read_json_data, refuse_unsafe_entries, to_data, write_json
 from tuner.predict.calibration import Calibration, Machine
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.lock import hold
@@ -118,7 +118,7 @@ class SweepFolder:
                 f"{self.path}: the results folder cannot be written: {error.strerror or error}; "
                 "name another with --results"
             ) from None
-        refuse_links_out(self.path)
+        refuse_unsafe_entries(self.path)
 
     def _recorded_sweep(self) -> Any:
         """Return `sweep.json` as JSON data; None if there is none.

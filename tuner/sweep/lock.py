@@ -23,6 +23,7 @@ from pydantic import ConfigDict
 
 from tuner.errors import InputError
 from tuner.files import STRICT, parse, to_data
+from tuner.printable import OneLine
 
 _HELD_ERRORS = frozenset({errno.EAGAIN, errno.EACCES})
 """The error numbers that flock gives if another process holds the lock."""
@@ -40,10 +41,10 @@ class Holder:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    user: str
-    host: str
+    user: OneLine
+    host: OneLine
     pid: int
-    since: str
+    since: OneLine
     """When the process took the lock: ISO 8601, UTC."""
     started_s: float
     """When the process began, in seconds since the epoch; a later process with its id has another time."""

@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 
 from tuner.errors import InputError
 from tuner.files import STRICT, read_json, write_json
+from tuner.printable import OneLine
 from tuner.search.stopping import Certainty
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.progress import Progress, SearchPart
@@ -31,11 +32,11 @@ class RunningStatus:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     number: int
-    label: str
+    label: OneLine
     """The label of the layout."""
-    source: str
+    source: OneLine
     attempt: int
-    began_at: str
+    began_at: OneLine
     """When the attempt began: ISO 8601, UTC."""
     phase: Phase = "startup"
     step: int = 0
@@ -49,7 +50,7 @@ class BestStatus:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     number: int
-    label: str
+    label: OneLine
     step_time_ms: float
     tokens_per_s_per_gpu: float
 
@@ -64,7 +65,7 @@ class CertaintyStatus:
     """The share of the step time that `probability` refers to."""
     probability: float
     """The probability that no row left is faster by more than `within`."""
-    of: str
+    of: OneLine
     """The set that all rows make up, as in `Certainty.searched`."""
 
 
@@ -74,9 +75,9 @@ class Status:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    updated_at: str
+    updated_at: OneLine
     """When the file was written: ISO 8601, UTC."""
-    halt: str
+    halt: OneLine
     """Whether the sweep runs, is paused or stops: a value of `Halt`."""
     running: tuple[RunningStatus, ...]
     finished: int
@@ -88,7 +89,7 @@ class Status:
     used_gpu_hours: float
     left_s: float | None
     """Seconds until the first time limit of the budget; None if there is no time limit."""
-    deadline_at: str | None
+    deadline_at: OneLine | None
     """When the sweep is to end: ISO 8601, UTC; None without a deadline."""
     best: BestStatus | None
     certainty: CertaintyStatus | None
@@ -96,7 +97,7 @@ class Status:
     """The part of the search that is under way; None if the sweep has one part only."""
     request_taken: str | None = None
     """The id of the last request that the tuner took."""
-    ended: str | None = None
+    ended: OneLine | None = None
     """Why the sweep ended, in words; None while a tuner runs it, or if that tuner was killed."""
 
 

@@ -14,8 +14,10 @@ from pydantic import ConfigDict
 
 from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
+from tuner.core.pipeline_layout import parse as chunks_of_placement
 from tuner.core.workload import Workload
 from tuner.files import STRICT
+from tuner.printable import OneLine
 from tuner.trial.program import Program
 
 SCHEMA_VERSION = 1
@@ -107,7 +109,7 @@ class TrialSpec:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     schema_version: int = SCHEMA_VERSION
-    sweep: str
+    sweep: OneLine
     """Name of the sweep."""
     number: int
     """The trial's number in its sweep, from 0."""
@@ -126,6 +128,11 @@ class TrialSpec:
     """The trial may end as too slow once the lower end of its 95% interval, in ms, is above this; None never ends it
     early.
     """
+
+    def __post_init__(self) -> None:
+        placement = self.layout.pipeline_model_parallel_layout
+        if placement != "none":
+            chunks_of_placement(placement)  # raises ValueError if it cannot be read: nothing could run or predict it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +157,7 @@ class RankRecord:
 
     rank: int
     """The rank's number in the job, from 0."""
-    host: str
+    host: OneLine
     """Name of the rank's machine."""
     phase: Phase
     """The phase in which the rank ended."""
@@ -252,7 +259,7 @@ class Telemetry:
     """Lowest clock of any GPU's SMs, or of any of the CPU's cores, MHz."""
     temperature_c: float | None = None
     """Highest temperature of any GPU, degrees Celsius."""
-    throttle_reasons: tuple[str, ...] = ()
+    throttle_reasons: tuple[OneLine, ...] = ()
     """NVML's names of the reasons for throttling, without harmless ones (idle, clocks that an application set)."""
     foreign_memory_gib: float | None = None
     """Largest memory that processes outside the trial held on one of its GPUs, GiB."""
@@ -268,7 +275,7 @@ class TrialResult:
 
     schema_version: int = SCHEMA_VERSION
     outcome: Outcome
-    reason: str
+    reason: OneLine
     """One line: what happened, where, and what to do."""
     phase: Phase | None = None
     """The phase in which the job failed; None if it did not fail."""
@@ -280,16 +287,16 @@ class TrialResult:
     """A lower bound of the step time in ms, if the trial ended before it measured one."""
     telemetry: Telemetry | None = None
     """The state of the machine while the steps were timed; None if nothing was sampled."""
-    suspicions: tuple[str, ...] = ()
+    suspicions: tuple[OneLine, ...] = ()
     """Reasons not to trust the measurement, one line each: the machine was throttled or shared."""
     ranks: tuple[RankRecord, ...] = ()
     """The records of the ranks that left one."""
     durations: Durations = field(default_factory=Durations)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[OneLine, OneLine] = field(default_factory=dict)
     """Versions by name: torch, megatron-core, transformer-engine, CUDA, NCCL, driver, python, megatune."""
-    device_name: str = ""
+    device_name: OneLine = ""
     """Name of the GPU or CPU."""
-    finished_at: str = ""
+    finished_at: OneLine = ""
     """When the trial ended: ISO 8601, UTC."""
 
     def __post_init__(self) -> None:

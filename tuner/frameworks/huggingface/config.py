@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from tuner.core.workload import Model
+from tuner.core.workload import MOST_LAYERS, Model
 from tuner.errors import InputError
 from tuner.files import parse
 from tuner.frameworks.huggingface.dense import (
@@ -54,7 +54,8 @@ def model_from_config(data: object, source: str) -> Model:
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: is no Hugging Face config.json: holds no mapping")
-    family = str(next(iter(data.get("architectures") or ()), ""))
+    named = data.get("architectures")
+    family = str(named[0]) if isinstance(named, list) and named else ""
     if family in REFUSED:
         raise InputError(
             f"{source}: key 'architectures': cannot read {family}: {REFUSED[family]}, which tuner.core.workload.Model "
@@ -66,11 +67,17 @@ def model_from_config(data: object, source: str) -> Model:
             f"{', '.join(sorted(FAMILIES))}. State the model by hand, in a YAML file or inline as `model:`, "
             "with the fields of tuner.core.workload.Model"
         )
+    for part in (data, data.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, Mapping) else None
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise InputError(
+                f"{source}: key 'num_hidden_layers' must be at most {MOST_LAYERS:,}, not {layers}"
+            )
     try:
         fields = FAMILIES[family](data)
     except KeyError as error:
         raise InputError(f"{source}: missing key '{error.args[0]}', which {family} needs") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{source}: holds a value that {family} cannot have: {error}") from None
     except UnsupportedError as error:
         raise InputError(f"{source}: {error}; state the model by hand, in Model's own fields") from None

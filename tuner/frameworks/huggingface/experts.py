@@ -34,7 +34,7 @@ def qwen2_moe_fields(config: Config) -> Fields:
 
 def _qwen_experts(config: Config) -> Fields:
     """Return the fields of the experts of Qwen 2 and 3, which some layers lack."""
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    step, dense = config.get("decoder_sparse_step", 1), frozenset(config.get("mlp_only_layers") or ())
     pattern = [layer not in dense and (layer + 1) % step == 0 for layer in range(config["num_hidden_layers"])]
     return {
         **_experts(config, "num_experts", config["moe_intermediate_size"], pattern),
