@@ -1,7 +1,8 @@
 """Runs any command as a trial: `python -m launchers.programs.command SPEC.json FOLDER COMMAND...`.
 
-The command's output passes through, and the figures that the spec's expressions find in it are measured. A command
-without expressions writes `result.json` itself. The command may start any processes; the launcher ends them all.
+The command's output is passed on, and step times, losses and peak memory are read from it with the regular expressions
+of the spec. A command whose spec has no expressions writes `result.json` itself. The command may start any processes;
+the launcher ends them all.
 """
 
 import os
@@ -23,11 +24,14 @@ from tuner.trial.program import Command, LogFigures, MegatronLm, read_log
 
 
 class _TooFewStepsError(Exception):
-    """The command ended well, but its output lacks figures."""
+    """The command exited with code 0, but reported less than a measurement needs."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run the trial; return the exit code, which is the command's own if it failed."""
+    """Run the trial; return the exit code, which is the command's own if it failed.
+
+    `arguments` are the path of the spec, the trial's folder, and the command with its arguments.
+    """
     spec, folder = read_json(TrialSpec, Path(arguments[0])), TrialFolder(Path(arguments[1]))
     assert isinstance(spec.program, Command | MegatronLm), "the launcher runs this program for commands alone"
     monitor = Monitor(folder, 0, float(os.environ.get("MEGATUNE_STARTED_AT", time.time())))
@@ -42,7 +46,7 @@ def main(arguments: list[str]) -> int:
             os._exit(0)  # the launcher ends whatever still runs
         code = process.wait()
     if code:
-        if code < 0:  # the launcher learns of the signal by our own end
+        if code < 0:  # end this process by the same signal, so that the launcher sees it
             signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         return code
@@ -55,7 +59,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
-    """Yield the lines of the command's output, and pass them on as they come."""
+    """Yield the lines of the command's output, after each has been written to this process's own output."""
     assert process.stdout is not None
     for line in process.stdout:
         sys.stdout.buffer.write(line)
@@ -64,7 +68,7 @@ def _lines(process: "subprocess.Popen[bytes]") -> Iterator[str]:
 
 
 class _Log:
-    """The figures that the output has stated so far."""
+    """What the output has reported so far: step times, losses, gradient norms and peak memory."""
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, program: Command | MegatronLm) -> None:
         self.spec, self.monitor, self.patterns = spec, monitor, program.patterns
@@ -74,7 +78,11 @@ class _Log:
         self.peak: PeakGib = (None, None)
 
     def follow(self, lines: Iterator[str]) -> float | None:
-        """Read the output to its end; return a lower bound of the step time if it rules the trial out, else None."""
+        """Read the output to its end, or until the trial can be given up because it is too slow.
+
+        Returns:
+            A lower bound of the trial's step time in ms, if it exceeds what the spec allows; None if the output ended.
+        """
         for line in lines:
             figures = read_log(line, self.patterns)
             self._take(figures)
@@ -100,16 +108,17 @@ class _Log:
             self.monitor.finish_step()
 
     def conclude(self) -> None:
-        """Write the result, unless the command has written it.
+        """Write the result, unless the command writes it itself.
 
         Raises:
             NonFiniteLossError: if a loss is not finite.
-            _TooFewStepsError: if the output states too few steps or no peak memory.
+            _TooFewStepsError: if the output states too few steps or no peak memory, or the command wrote no result
+                itself.
         """
         if not self.patterns:
             if not self.monitor.folder.result.exists():
                 raise _TooFewStepsError(
-                    f"the command wrote no {self.monitor.folder.result.name}, and has no log"
+                    f"the command wrote no {self.monitor.folder.result.name}, and program.log names no figures"
                 )
             return
         if not all(map(isfinite, self.losses)):
@@ -118,8 +127,8 @@ class _Log:
         if len(self.times_ms) < needed or self.peak[0] is None:
             peak = "no peak memory" if self.peak[0] is None else "a peak memory"
             raise _TooFewStepsError(
-                f"the output tells {len(self.times_ms)} step times and {peak}; needed are {needed} "
-                "(measurement: warmup_steps + min_steps) and a peak"
+                f"the output states {len(self.times_ms)} step times and {peak}; needed are {needed} step times "
+                "(measurement: warmup_steps + min_steps) and a peak memory"
             )
         self.monitor.enter("teardown")
         steps = Steps(tuple(self.times_ms), tuple(self.losses), tuple(self.grad_norms))

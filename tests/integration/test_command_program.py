@@ -106,7 +106,7 @@ def test_a_trial_that_cannot_beat_the_best_ends_early_with_a_bound(tmp_path: Pat
     ("command", "reason"),
     [
         (Command(command=("echo", "done")), "wrote no result.json"),
-        (Command(command=("echo", "done"), log="megatron-lm"), "tells 0 step times and no peak memory"),
+        (Command(command=("echo", "done"), log="megatron-lm"), "states 0 step times and no peak memory"),
         (Command(command=("no-such-trainer",)), "no-such-trainer"),
         (
             Command(command=(sys.executable, "-c", "import os; os.kill(os.getpid(), 11)")),

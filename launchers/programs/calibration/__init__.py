@@ -1,1 +1,1 @@
-"""Measures what this machine does: products, copies, launches, and collectives in groups of its ranks."""
+"""Measures how fast this machine is: matrix products, copies, launches, and collectives in groups of its ranks."""

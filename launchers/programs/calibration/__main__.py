@@ -1,9 +1,10 @@
-"""Measures what this machine does: `torchrun ... -m launchers.programs.calibration PLAN.json CALIBRATION.json`.
+"""Measures how fast this machine is: `torchrun ... -m launchers.programs.calibration PLAN.json CALIBRATION.json`.
 
 Every rank does the same work at the same time, as in training, so that ranks which share cores or links slow each other
-down. A point is timed by a batch of repetitions that takes much longer than a slice of the scheduler or a tick of the
-clock. The slowest rank's time counts, and the median is taken over several passes. The calls are those of
-training; on CPU they go through the replacements of `harness.cpu` as well.
+down. Each piece of work is repeated in a batch that takes much longer than a time slice of the operating system's
+scheduler or a tick of the clock, and the batch is timed. The slowest rank's time counts, and the median is taken over
+several passes. The functions that do the work are those that training calls; on CPU they go through the replacements of
+`harness.cpu` as well.
 """
 
 import os
@@ -27,7 +28,10 @@ _TIMEOUT = timedelta(minutes=5)
 
 
 def main(arguments: list[str]) -> None:
-    """Measure as this rank; rank 0 writes the calibration."""
+    """Take part in the measurement as one rank; rank 0 writes the calibration.
+
+    `arguments` are the path of the plan and the path of the calibration.
+    """
     plan = read_json(CalibrationPlan, Path(arguments[0]))
     enable_cpu()
     device = torch.device(plan.machine.device)
@@ -45,7 +49,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(plan: CalibrationPlan, device: torch.device) -> Calibration:
-    """Measure everything that is planned; every rank returns an equal calibration."""
+    """Measure everything that `plan` names and return the calibration, which is the same on every rank."""
     host = PointTable((), [TimedPoint(partial(small_mlp, device), waits=False)])
     gemm = {precision: products(plan, precision, device) for precision in plan.precisions}
     copy = copies(plan, device)

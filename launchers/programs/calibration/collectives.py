@@ -13,13 +13,14 @@ from launchers.programs.calibration.points import PointTable, TimedPoint, Work
 from tuner.predict.calibration import CalibrationPlan, Collective
 
 Call = Callable[[dist.ProcessGroup, int, torch.device], Work]
-"""Makes the work of a collective in a group, with a given number of bytes in all, on a device."""
+"""A function of a process group, a number of bytes and a device. It returns the work to time: one collective in this
+group on a message of this size, which counts the bytes of all ranks together."""
 
 
 def collectives(
     plan: CalibrationPlan, device: torch.device
 ) -> tuple[dict[Collective, PointTable], dict[Collective, PointTable]]:
-    """Return the tables of every collective in groups of neighbours, and in strided groups.
+    """Return the table of each collective in groups of neighbouring ranks, and its table in strided groups.
 
     The group of the whole world counts as both, and its points are in both tables.
     """
@@ -44,12 +45,15 @@ def collectives(
 
 
 def group_sizes(world_size: int) -> tuple[int, ...]:
-    """Return the sizes, from 2, of the equal groups that a world divides into."""
+    """Return the group sizes, from 2, that divide the world size."""
     return tuple(size for size in range(2, world_size + 1) if world_size % size == 0)
 
 
 def groups_of(world_size: int, ranks: int, strided: bool) -> list[list[int]]:
-    """Divide the world into groups of `ranks` ranks: neighbours, or strided ones as far apart as they can be."""
+    """Return the ranks of the world, divided into groups of `ranks` ranks.
+
+    A group consists of neighbours, or, if `strided`, of ranks that are as far apart as possible.
+    """
     count = world_size // ranks
     if strided:
         return [list(range(first, world_size, count)) for first in range(count)]
@@ -57,7 +61,7 @@ def groups_of(world_size: int, ranks: int, strided: bool) -> list[list[int]]:
 
 
 def _group_of_this_rank(ranks: int, strided: bool) -> dist.ProcessGroup:
-    """Make all groups of `ranks` ranks, as every rank must; return this rank's group."""
+    """Create all groups of `ranks` ranks, as every rank must, and return the one that contains this rank."""
     world_size, mine = dist.get_world_size(), None
     for members in groups_of(world_size, ranks, strided):
         group = dist.new_group(members)
@@ -95,7 +99,10 @@ def _all_to_all(group: dist.ProcessGroup, whole_bytes: int, device: torch.device
 
 
 def _send(group: dist.ProcessGroup, whole_bytes: int, device: torch.device) -> Work:
-    """Return a send to the next rank and a receive from the one before, by the function of the pipeline schedule."""
+    """Return work that sends to the next rank of the group and receives from the previous one.
+
+    It calls the function that Megatron's pipeline schedule calls.
+    """
     whole, _ = _buffers(group, whole_bytes, device)
     received = torch.empty_like(whole)
     members = dist.get_process_group_ranks(group)

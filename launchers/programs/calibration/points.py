@@ -1,4 +1,4 @@
-"""Times one piece of work that all ranks do at once, and tables of such points."""
+"""Points, each of which times one piece of work that all ranks do at the same time, and tables of points."""
 
 import time
 from collections.abc import Callable
@@ -15,19 +15,23 @@ Work = Callable[[], object]
 
 @dataclass(slots=True, eq=False)
 class TimedPoint:
-    """One piece of work that all ranks do at once."""
+    """One piece of work that all ranks do at the same time, and its measured times."""
 
     make: Callable[[], Work]
-    """Makes the tensors of the work, and returns the work."""
+    """Creates the tensors of the work, and returns the function that does the work."""
     waits: bool = True
-    """Whether a reading ends when the device has finished the work; else it ends when the host has launched it."""
+    """Whether a reading ends when the device has finished the work; if not, it ends when the host has launched the
+    work."""
     repeats: int = 0
-    """How often the work is done in a batch that takes long enough; 0 until the first reading finds it."""
+    """How often the work is repeated in a batch; 0 until the first reading finds a number that takes long enough."""
     readings_ms: list[float] = field(default_factory=list)
-    """The slowest rank's time for the work, one per reading."""
+    """The slowest rank's time for doing the work once, in ms, one value per reading."""
 
     def read(self, batch_s: float, device: torch.device) -> None:
-        """Time a batch of at least `batch_s` seconds, on tensors that are made anew."""
+        """Take one reading: time a batch of repetitions on newly created tensors.
+
+        The first reading chooses the number of repetitions so that a batch takes at least `batch_s` seconds.
+        """
         work = self.make()
         work()
         repeats = self.repeats or 1
@@ -40,7 +44,10 @@ class TimedPoint:
         self.readings_ms.append(taken_s / repeats * 1000)
 
     def _batch_s(self, work: Work, repeats: int, device: torch.device) -> float:
-        """Return the slowest rank's time for `repeats` repeats, in seconds; it is equal on every rank."""
+        """Return the time in seconds that the slowest rank takes for doing the work `repeats` times.
+
+        Every rank returns the same time.
+        """
         torch.cuda.synchronize()
         dist.barrier()
         torch.cuda.synchronize()
@@ -56,14 +63,14 @@ class TimedPoint:
 
 @dataclass(frozen=True, slots=True)
 class PointTable:
-    """Points at every combination of some sizes."""
+    """One point for every combination of sizes, such as the rows and the widths of a matrix product."""
 
     sizes: tuple[tuple[int, ...], ...]
-    """The sizes along each axis."""
+    """The sizes along each axis of the table."""
     points: list[TimedPoint]
-    """One point per combination, with the last axis running fastest."""
+    """One point per combination, in the order in which the size along the last axis changes fastest."""
 
     @property
     def times(self) -> TimeTable:
-        """The median time of each point over the passes."""
+        """Return the median time of each point over its readings, in ms."""
         return TimeTable(sizes=self.sizes, ms=tuple(median(point.readings_ms) for point in self.points))

@@ -1,4 +1,4 @@
-"""The work of one rank that is timed: launches of small operations, products, and copies."""
+"""The work of one rank that is timed: launches of small operations, matrix products, and copies."""
 
 from functools import partial
 from itertools import product
@@ -12,11 +12,11 @@ from tuner.predict.calibration import CalibrationPlan
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MLP_OPERATIONS = 5
-"""How many operations `small_mlp` launches: its four modules and a sum."""
+"""Number of operations that `small_mlp` launches: its four modules and a sum."""
 
 
 def small_mlp(device: torch.device) -> Work:
-    """Return MLP_OPERATIONS whose arithmetic is negligible beside their launch: a forward pass that keeps its graph."""
+    """Return the forward pass, with autograd, of an MLP so small that only launching its operations takes time."""
     modules = nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)
     mlp = nn.Sequential(*modules).to(device)
     state = torch.ones(8, 8, device=device)
@@ -24,14 +24,17 @@ def small_mlp(device: torch.device) -> Work:
 
 
 def products(plan: CalibrationPlan, precision: Precision, device: torch.device) -> PointTable:
-    """Return the products of every shape (rows, output width, input width) that is planned."""
+    """Return a table of matrix products, one per planned shape (rows, output width, input width)."""
     sizes = (plan.gemm_sizes,) * 3
     points = [TimedPoint(partial(_product, shape, precision, device)) for shape in product(*sizes)]
     return PointTable(sizes, points)
 
 
 def _product(shape: tuple[int, int, int], precision: Precision, device: torch.device) -> Work:
-    """Return a linear layer's forward product of (rows, output width, input width), as the layer calls it."""
+    """Return the matrix product of a linear layer's forward pass, called as the layer calls it.
+
+    `shape` is (rows, output width, input width).
+    """
     rows, output_width, input_width = shape
     inputs = torch.randn(rows, input_width, device=device)
     weights = torch.randn(output_width, input_width, device=device)
@@ -45,12 +48,15 @@ def _product(shape: tuple[int, int, int], precision: Precision, device: torch.de
 
 
 def copies(plan: CalibrationPlan, device: torch.device) -> PointTable:
-    """Return the copies of every size that is planned."""
+    """Return a table of copies, one per planned number of bytes."""
     points = [TimedPoint(partial(_copy, moved_bytes, device)) for moved_bytes in plan.copy_bytes]
     return PointTable((plan.copy_bytes,), points)
 
 
 def _copy(moved_bytes: int, device: torch.device) -> Work:
-    """Return a copy that reads half of the bytes and writes the other half to a new tensor, as activations do."""
+    """Return a copy that reads half of the bytes and writes the other half, as activation functions do.
+
+    Each call writes to a new tensor.
+    """
     source = torch.ones(moved_bytes // 8, device=device)
     return lambda: source * 0.5

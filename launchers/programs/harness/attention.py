@@ -1,4 +1,4 @@
-"""Causal attention in plain Torch, with what Megatron's local attention lacks."""
+"""Causal attention in plain Torch, with features that Megatron's local attention lacks."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ from launchers.programs.harness.norms import current_device
 class TorchCoreAttention(torch.nn.Module):
     """Causal attention, also with context parallelism, a sliding window, learnable sinks, or capped scores.
 
-    Megatron cuts a sequence into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that the causal work is
-    even. Keys and values are gathered over the context parallel group (their gradients are summed and scattered
-    back); the mask follows the chunks.
+    Megatron cuts a sequence into 2*cp chunks and gives rank r the chunks r and 2*cp-1-r, so that every rank has equally
+    much causal attention to compute. Keys and values are gathered over the context-parallel group (in the backward
+    pass, their gradients are summed and scattered); the mask takes the positions of the chunks into account.
     """
 
     def __init__(
@@ -49,7 +49,10 @@ class TorchCoreAttention(torch.nn.Module):
             set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
-        """Attend: query [s, b, heads, d], key and value [s, b, groups, d or dv]; return [s, b, heads * dv]."""
+        """Return the output of attention, [s, b, heads * dv].
+
+        `query` is [s, b, heads, d]; `key` and `value` are [s, b, groups, d or dv].
+        """
         cp, rank, length = self.cp_group.size(), self.cp_group.rank(), query.shape[0]
         mask = None
         if cp > 1:
@@ -75,9 +78,10 @@ class TorchCoreAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend with capped scores by separate matrix products, since no fused attention caps scores.
+        """Return the output of attention with capped scores.
 
-        Takes query [b, heads, s, d], key and value [b, groups, keys, d or dv]; returns [b, heads, s, dv].
+        It uses separate matrix products, since no fused attention caps scores. It takes query [b, heads, s, d], key and
+        value [b, groups, keys, d or dv]; it returns [b, heads, s, dv].
         """
         assert self.softcap is not None and mask is not None
         (batch, heads, length, width), (groups, keys) = query.shape, key.shape[1:3]
@@ -92,7 +96,7 @@ class TorchCoreAttention(torch.nn.Module):
     def _with_sink(
         self, key: Tensor, value: Tensor, mask: Tensor | None, length: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Append one key that every query sees: its score is the head's sink, its value 0 (GPT-OSS).
+        """Append one key that every query attends to: its score is the head's sink, its value 0 (GPT-OSS).
 
         Returns keys, values and an additive mask, [heads, queries, keys + 1].
         """
@@ -108,12 +112,12 @@ class TorchCoreAttention(torch.nn.Module):
 
 
 def soft_capped(scores: Tensor, bound: float) -> Tensor:
-    """Return scores or logits capped softly to (-bound, bound) (Gemma 2: arXiv:2408.00118, section 2)."""
+    """Return scores or logits capped smoothly to (-bound, bound) by a tanh (Gemma 2: arXiv:2408.00118, section 2)."""
     return bound * torch.tanh(scores / bound)
 
 
 def chunk_positions(length: int, cp: int, rank: int, device: torch.device) -> Tensor:
-    """Return the positions of a rank's `length` tokens in the sequence: chunks `rank` and `2*cp-1-rank` of the 2*cp."""
+    """Return the positions in the sequence of a rank's `length` tokens: chunks `rank` and `2*cp-1-rank` of 2*cp."""
     if cp == 1:
         return torch.arange(length, device=device)
     chunk = torch.arange(length // 2, device=device)
@@ -121,7 +125,11 @@ def chunk_positions(length: int, cp: int, rank: int, device: torch.device) -> Te
 
 
 def attention_mask(queries: Tensor, keys: Tensor, window_size: tuple[int, int] | None) -> Tensor:
-    """Return which keys each query sees, [queries, keys]: those before it in its window (-1: all), and its own."""
+    """Return the mask [queries, keys] that is True if the query attends to the key.
+
+    A query attends to its own position and to the earlier ones in its window: those at most `window_size[0]` positions
+    before it, or all of them if this is -1 or there is no window. `queries` and `keys` are positions in the sequence.
+    """
     distance = queries[:, None] - keys[None, :]
     seen = distance >= 0
     if window_size is not None and window_size[0] >= 0:

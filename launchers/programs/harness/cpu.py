@@ -1,8 +1,8 @@
-"""Lets Megatron-Core train without CUDA; does nothing where CUDA is available.
+"""Lets Megatron-Core train without CUDA; does nothing if CUDA is available.
 
-Megatron names the device "cuda" in literals, streams, events and random states all over. `enable_cpu` replaces each of
-them by the CPU's equivalent, or by nothing where the CPU needs nothing, and gives Gloo what it lacks. No arithmetic is
-replaced.
+Megatron names the device "cuda" in many places: in literals, streams, events and random states. `enable_cpu` replaces
+each of them by the CPU's equivalent, or by nothing if the CPU needs nothing, and adapts Gloo (see gloo.py). No
+arithmetic is replaced.
 """
 
 from contextlib import nullcontext
@@ -41,19 +41,19 @@ class InertStream:
     synchronize = wait = wait_stream = wait_event = record = nothing
 
     def record_event(self, event: Any = None) -> "InertStream":
-        """Return an event that has happened."""
+        """Return an event: `event`, or this object in place of one. What it waits for has always happened."""
         return event or self
 
     def query(self) -> bool:
-        """Return True: everything has happened."""
+        """Return True, since everything that was launched has finished."""
         return True
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites the device "cuda" to the CPU in calls of Torch, and the CPU to "cuda" in what `Tensor.type` returns."""
+    """Replaces the device "cuda" by the CPU in calls of Torch, and reports CPU tensors as "cuda" in `Tensor.type`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func` with the CPU instead of CUDA."""
+        """Call `func` with the CPU as the device if it asks for CUDA."""
         if func is Tensor.cuda:
             return args[0]
         if func is Tensor.type and len(args) == 1:
@@ -69,7 +69,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def enable_cpu() -> None:
-    """Let Megatron-Core train on CPU in this process; do nothing where CUDA is available, or at a second call.
+    """Let Megatron-Core train on CPU in this process; do nothing if CUDA is available, or at a second call.
 
     Call it before the first Megatron object is built, on the thread that trains.
     """

@@ -12,8 +12,8 @@ from tuner.trial.contract import Failure, Outcome, RankRecord, TrialFolder, Tria
 from tuner.trial.outcomes import cause_of, outcome_of_failure
 
 _CAUSE_S = 1.0
-"""How long a rank that lost a connection waits before it ends: ten times what torchrun takes to see that a rank has
-ended (its monitor interval of 0.1 s)."""
+"""How long a rank that lost a connection waits before it ends, in seconds: ten times what torchrun takes to see that a
+rank has ended (its monitor interval of 0.1 s)."""
 
 
 class NonFiniteLossError(Exception):
@@ -21,10 +21,10 @@ class NonFiniteLossError(Exception):
 
 
 def report_failure(monitor: Monitor, error: Exception, peak: PeakGib = (None, None)) -> None:
-    """Report this rank's failure everywhere.
+    """Print this rank's failure, and write it to the rank's record and, if none is written yet, to the trial's result.
 
-    A full disk refuses every write, and must not keep the rank from ending. A rank that lost a connection waits a
-    moment, so that the launcher sees its peer end first: the peer's failure may be the cause.
+    If the disk is full, the writes fail, but the rank still ends. A rank that lost a connection waits a moment, so that
+    the launcher sees the other rank end first: that rank's failure may be the cause.
     """
     with suppress(OSError):
         traceback.print_exception(error)
@@ -52,7 +52,7 @@ def write_failed(monitor: Monitor, error: BaseException, peak: PeakGib = (None, 
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return what a rank records of the error that ended it."""
+    """Return the description of an error that ended a rank, for the rank's record."""
     return Failure(
         kind=_qualified_name(type(error)),
         message=str(error),

@@ -1,4 +1,4 @@
-"""Gives Gloo what it lacks: integer split sizes, collectives of uneven sizes, and tagged pipeline messages."""
+"""Adapts Gloo to Megatron's calls: NumPy split sizes, collectives of uneven sizes, and pipeline messages with tags."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -10,11 +10,11 @@ from megatron.core.pipeline_parallel import p2p_communication
 from torch import Tensor
 
 FORWARD, BACKWARD = 1, 2
-"""Message tags of pipeline sends: activations and gradients."""
+"""Tags of the messages between pipeline stages: FORWARD for activations, BACKWARD for gradients."""
 
 
 def complete_gloo() -> None:
-    """Replace the collectives and pipeline messages in this process that Gloo cannot do as Megatron calls them."""
+    """Replace, in this process, the collectives and pipeline messages that Gloo cannot do as Megatron calls them."""
     distributed: Any = dist
     distributed.all_to_all_single = _with_integer_splits(dist.all_to_all_single)
     distributed.all_gather = _with_uneven_gather(dist.all_gather)
@@ -33,7 +33,7 @@ def _exchange_with_neighbours(
     prev_pipeline_rank: int,
     next_pipeline_rank: int,
 ) -> dict[str, Any]:
-    """Start the sends and receives of a pipeline stage; return the requests by name.
+    """Start the sends and receives of a pipeline stage; return the requests by name, such as `send_prev`.
 
     The messages carry tags, since Gloo matches untagged ones by order alone: in a pipeline of two interleaved stages,
     each stage is both the previous and the next neighbour of the other.
@@ -52,7 +52,7 @@ def _exchange_with_neighbours(
 
 
 def _with_integer_splits(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap all-to-all to pass split sizes as Python integers, as Gloo wants them; Megatron passes NumPy's."""
+    """Return an all-to-all that converts split sizes to Python integers, as Gloo requires; Megatron passes NumPy's."""
 
     def integers(sizes: Any) -> list[int] | None:
         return None if sizes is None else [int(size) for size in sizes]
@@ -82,7 +82,7 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _with_uneven_gather(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap all-gather to pad the first dimension to the largest, since Gloo gathers equal sizes only."""
+    """Return an all-gather that pads the first dimension to the largest size, since Gloo needs equal sizes."""
 
     @wraps(collective)
     def wrapped(tensor_list: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ def _with_uneven_gather(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_uneven_scatter(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap reduce-scatter to pad the first dimension to the largest, since Gloo scatters equal sizes only."""
+    """Return a reduce-scatter that pads the first dimension to the largest size, since Gloo needs equal sizes."""
 
     @wraps(collective)
     def wrapped(output: Tensor, input_list: list[Tensor], *args: Any, **kwargs: Any) -> Any:

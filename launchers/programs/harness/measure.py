@@ -1,6 +1,7 @@
 """Decides when enough steps are timed, which of them count, and how certain their median is.
 
-All functions are pure. The times are the slowest rank's, which every rank knows, so that all ranks decide the same.
+All functions are pure. The times of a step are those of its slowest rank. Every rank knows these times, so all ranks
+decide the same.
 """
 
 from collections.abc import Sequence
@@ -11,28 +12,29 @@ from numpy.typing import NDArray
 from tuner.trial.contract import Measurement, TrialSpec
 
 _RESAMPLES = 1000
-"""How many bootstrap samples an interval is made from. Assumed: the ends of the interval then vary little."""
+"""Number of bootstrap samples from which an interval is computed. Assumed: the ends of the interval then vary
+little."""
 _CONFIDENCE = 0.95
 
 _NORMAL_QUARTILE = 0.6745
-"""The upper quartile of the standard normal distribution: a median of absolute deviations divided by it is a standard
-deviation."""
+"""The upper quartile of the standard normal distribution: a median of absolute deviations divided by it estimates the
+standard deviation."""
 _WARMUP_DEVIATIONS = 4.0
-"""A step that lies this many standard deviations above the later steps is warm-up. Measured: steady noise loses a step
-in 1 of 100 trials where it is normal, and in 3 of 100 where it is skewed (the simulation in
-tests/unit/launchers/programs/test_measure.py)."""
+"""A step that takes this many standard deviations longer than the later steps is warm-up. Measured: in trials whose
+step times are steady, a step is mistaken for warm-up in 1 of 100 trials if the noise is normal, and in 3 of 100 if it
+is skewed (the simulation in tests/unit/launchers/programs/test_measure.py)."""
 _OUTLIER_DEVIATIONS = 3.5
-"""A step that lies more standard deviations than this from the median is an outlier. Published: Iglewicz and Hoaglin,
-How to Detect and Handle Outliers, 1993."""
+"""A step whose time differs from the median by more standard deviations than this is an outlier. Published: Iglewicz
+and Hoaglin, How to Detect and Handle Outliers, 1993."""
 _LEAST_STEPS_TO_JUDGE = 3
 """The fewest steps whose spread is judged. Assumed: fewer steps have no spread to speak of."""
 
 
 def median_interval(times_ms: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Return the median and the ends of its bootstrap 95% interval.
+    """Return the median of `times_ms` and the lower and the upper end of its bootstrap 95% interval, all in ms.
 
     It uses the percentile method (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Equal times
-    and seed give the same interval on every rank.
+    and an equal random seed `seed` give the same interval on every rank.
 
     Raises:
         ValueError: if there are no times.
@@ -49,11 +51,11 @@ def median_interval(times_ms: Sequence[float], seed: int = 0) -> tuple[float, fl
 def warmup_end(times_ms: Sequence[float], tolerance: float) -> int:
     """Return how many of the first steps are still warm-up; never more than half of all steps.
 
-    A step is warm-up if it and every step before it lie above the median of the second half by 4 standard deviations
-    of the noise, and by `tolerance`, a share of that median below which a difference does not matter. The noise is
-    estimated from the median absolute difference of neighbouring steps, which a falling level or a few outliers
-    hardly change; so a single slow step is warm-up only if it is the first. MSER (White 1997), which cuts where the
-    mean of the remaining steps is most certain, was tried and cuts 4 of 10 steady sequences of 5 to 20 steps.
+    A step is warm-up if it and every step before it lie above the median of the second half of the steps by 4 standard
+    deviations of the noise, and also by `tolerance`, a share of that median below which a difference does not matter.
+    The noise is estimated from the median absolute difference of neighbouring steps, which a falling level or a few
+    outliers hardly change; so a single slow step is warm-up only if it is the first. MSER (White 1997), which cuts
+    where the mean of the remaining steps is most certain, was tried and cuts 4 of 10 steady sequences of 5 to 20 steps.
     """
     times = np.asarray(times_ms, dtype=np.float64)
     half = len(times) // 2
@@ -66,10 +68,10 @@ def warmup_end(times_ms: Sequence[float], tolerance: float) -> int:
 
 
 def outliers(times_ms: Sequence[float], tolerance: float) -> tuple[int, ...]:
-    """Return the indices of the outliers, the steps far from the median.
+    """Return the indices of the outliers: the steps whose times are far from the median.
 
-    Outliers differ from it by more than 3.5 standard deviations, estimated from the median absolute deviation, and by
-    more than `tolerance`, a share of the median.
+    They differ from it by more than 3.5 standard deviations, estimated from the median absolute deviation, and by more
+    than `tolerance`, a share of the median.
     """
     times: NDArray[np.float64] = np.asarray(times_ms, dtype=np.float64)
     if len(times) < _LEAST_STEPS_TO_JUDGE:
@@ -81,11 +83,12 @@ def outliers(times_ms: Sequence[float], tolerance: float) -> tuple[int, ...]:
 
 
 def measured_enough(times_ms: Sequence[float], measurement: Measurement) -> bool:
-    """Return whether to stop, from the times of all steps after the first `warmup_steps` steps.
+    """Return whether a trial has timed enough steps, so that it can end.
 
-    Steps that are found to be warm-up do not count, and at least `min_steps` must remain. The trial then ends
-    once the interval of the remaining steps is as narrow as asked for, or once `max_steps` steps were done,
-    further warm-up included.
+    `times_ms` are the times of all steps after the first `warmup_steps` steps. The first of them may still be warm-up
+    (`warmup_end`) and do not count; at least `min_steps` must remain. The trial can end once the 95% interval of the
+    remaining steps' median is as narrow as `target_relative_interval` asks, or once `max_steps` steps are done,
+    including further warm-up.
     """
     tolerance = measurement.target_relative_interval
     timed = times_ms[warmup_end(times_ms, tolerance) :]
@@ -98,15 +101,16 @@ def measured_enough(times_ms: Sequence[float], measurement: Measurement) -> bool
 
 
 def lower_bound_ms(times_ms: Sequence[float], measurement: Measurement) -> float | None:
-    """Return a value that the true median is hardly ever below, from the times after the first `warmup_steps` steps.
+    """Return a lower bound of the median step time in ms, which the true median is hardly ever below.
 
-    The bound lies twice as far below the median as the lower end of its interval. The interval is valid for a
-    single look. With a look after every step, its lower end lies above the true median in 2 of 10 trials, and the bound
-    in 6 of 100 (the simulation in tests/unit/launchers/programs/test_measure.py).
+    `times_ms` are the times of all steps after the first `warmup_steps` steps. The bound lies twice as far below their
+    median as the lower end of its 95% interval. The interval is valid for a single look. With a look after every step,
+    its lower end lies above the true median in 2 of 10 trials, and the bound in 6 of 100 (the simulation in
+    tests/unit/launchers/programs/test_measure.py).
 
     Returns:
-        The bound; None with fewer than 3 steps, or where the last step is the fastest so far, since the trial may
-        still be warming up.
+        The bound. It is None with fewer than 3 steps, or if the last step is the fastest so far, since the trial may
+            then still be warming up.
     """
     timed = times_ms[warmup_end(times_ms, measurement.target_relative_interval) :]
     if len(timed) < _LEAST_STEPS_TO_JUDGE or times_ms[-1] < min(times_ms[:-1]):
@@ -117,7 +121,10 @@ def lower_bound_ms(times_ms: Sequence[float], measurement: Measurement) -> float
 
 
 def slower_than_ms(times_ms: Sequence[float], spec: TrialSpec) -> float | None:
-    """Return the bound of `lower_bound_ms` where it is high enough to give the trial up; None otherwise."""
+    """Return a lower bound of the trial's step time in ms if it exceeds `spec.give_up_above_ms`, otherwise None.
+
+    If it does, the trial can be given up. `times_ms` are the times of all steps after the first `warmup_steps` steps.
+    """
     if spec.give_up_above_ms is None:
         return None
     bound_ms = lower_bound_ms(times_ms, spec.measurement)

@@ -1,4 +1,4 @@
-"""The peak memory of a rank: CUDA's allocator knows it; on CPU every tensor is accounted."""
+"""Measures the peak memory of a rank: CUDA's allocator reports it; on CPU the bytes of every tensor are counted."""
 
 import weakref
 from typing import Any
@@ -12,15 +12,15 @@ MIB = 1024**2
 
 
 class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, accounts the storage of every tensor that an operation returns, until the storage is freed.
+    """While active, counts the bytes of every tensor that an operation returns, until its storage is freed.
 
-    Enter it before the model is built, so that weights, gradient buffers and optimizer state are in the account, and
-    keep it until the end of the step after the one that creates Adam's state: that step holds the peak. It sees the
-    forward pass, the backward pass (which runs on the calling thread on CPU) and the optimizer; views share their
-    storage. It does not see what a kernel allocates inside itself, nor the buffers of Gloo.
+    Enter it before the model is built, so that weights, gradient buffers and optimizer state are counted, and leave it
+    after the step that follows the creation of Adam's state: that step has the peak. It sees the forward pass, the
+    backward pass (which runs on the calling thread on CPU) and the optimizer; views share their storage. It does not
+    see what a kernel allocates inside itself, nor the buffers of Gloo.
 
     Args:
-        limit_bytes: The capacity of the rank: more live bytes raise torch.OutOfMemoryError.
+        limit_bytes: The capacity of the rank. If more bytes are in use, torch.OutOfMemoryError is raised.
     """
 
     def __init__(self, limit_bytes: float) -> None:
@@ -29,12 +29,12 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
-        """Bytes of each storage in the account, by its address."""
+        """Bytes of each storage that is counted, by its address."""
 
     def __enter__(self) -> "TensorAccount":
-        """Begin to account.
+        """Begin to count.
 
-        The account also follows `resize_` of a storage, by which Megatron empties tensors that it will recompute, and
+        The count also follows `resize_` of a storage, by which Megatron empties tensors that it will recompute, and
         which does not pass through torch's dispatcher.
         """
         resize = torch.UntypedStorage.resize_
@@ -50,12 +50,12 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        """Stop accounting new storages; those in the account still leave it when they are freed."""
+        """Stop counting new storages; those that are counted are still subtracted when they are freed."""
         super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         del torch.UntypedStorage.resize_
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and account the tensors that it returned.
+        """Run the operation and count the tensors that it returned.
 
         Raises:
             torch.OutOfMemoryError: if the live tensors exceed the limit.
@@ -86,13 +86,16 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self.live_bytes - size
         return (
             f"CPU out of memory. Tried to allocate {size / MIB:.2f} MiB. The cluster states a capacity of "
-            f"{self.limit_bytes / GIB:.4f} GiB a rank, of which {(self.limit_bytes - before) / MIB:.2f} MiB "
+            f"{self.limit_bytes / GIB:.4f} GiB per rank, of which {(self.limit_bytes - before) / MIB:.2f} MiB "
             f"is free. Of the allocated memory {before / GIB:.4f} GiB is held by live tensors."
         )
 
 
 def peak_gib(account: TensorAccount | None) -> tuple[float, float | None]:
-    """Return this rank's peak of allocated, and of reserved memory (None on CPU), in GiB."""
+    """Return this rank's peak of allocated memory and its peak of reserved memory (None on CPU), in GiB.
+
+    `account` has counted the tensors on CPU; with None, CUDA's allocator is asked.
+    """
     if account is not None:
         return account.peak_bytes / GIB, None
     return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB

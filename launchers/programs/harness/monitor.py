@@ -1,4 +1,4 @@
-"""Tells where a rank is: its phase and step, the time spent in each phase, and rank 0's heartbeat file."""
+"""Tracks the progress of a rank: its phase and step, the time spent in each phase, and rank 0's heartbeat file."""
 
 import json
 import time
@@ -8,22 +8,22 @@ from tuner.trial.contract import Durations, Heartbeat, Phase, TrialFolder
 
 
 class Monitor:
-    """The phase, the step and the clock of one rank. Rank 0 shows them in the heartbeat file.
+    """The phase, the step and the clock of one rank. Rank 0 also writes phase and step to the heartbeat file.
 
     Args:
         folder: The trial's folder.
-        rank: This rank.
+        rank: This rank's number.
         started_at: When the launcher started the trial, in seconds since the epoch.
     """
 
     def __init__(self, folder: TrialFolder, rank: int, started_at: float) -> None:
         self.folder, self.rank, self.started_at = folder, rank, started_at
         self.phase: Phase = "startup"
-        """The phase of the trial, or the part of a step."""
+        """The current phase of the trial or, within a step, the current part of the step."""
         self.step = 0
-        """How many optimizer steps are finished."""
+        """Number of finished optimizer steps."""
         self._trial_phase: Phase = "startup"
-        """The phase of the trial, also during a part of a step."""
+        """The current phase of the trial, never a part of a step."""
         self._entered_at = started_at
         self._spent_s: dict[Phase, float] = {}
         self._beat()
@@ -35,11 +35,11 @@ class Monitor:
         self._beat()
 
     def enter_part(self, phase: Phase) -> None:
-        """Begin a part of a step; there are too many parts for a heartbeat each."""
+        """Begin a part of a step; no heartbeat is written, since there are too many parts."""
         self.phase = phase
 
     def finish_step(self) -> None:
-        """Count an optimizer step."""
+        """Count a finished optimizer step, and return to the phase of the trial."""
         self.step += 1
         self.phase = self._trial_phase
         self._beat()
@@ -57,7 +57,7 @@ class Monitor:
         )
 
     def _account(self) -> None:
-        """Add the time since the last account to the phase of the trial."""
+        """Add the time since the last call to the time spent in the trial's current phase."""
         now = time.time()
         self._spent_s[self._trial_phase] = self._spent_s.get(self._trial_phase, 0.0) + now - self._entered_at
         self._entered_at = now
@@ -69,4 +69,4 @@ class Monitor:
         temporary = path.with_name(".heartbeat.tmp")
         data = to_data(Heartbeat(phase=self.phase, step=self.step, time_s=time.time()))
         temporary.write_text(json.dumps(data), encoding="utf-8")
-        temporary.replace(path)  # without a sync: a heartbeat that is lost with the machine is no loss
+        temporary.replace(path)  # without fsync: if the machine crashes, its last heartbeat does not matter

@@ -27,7 +27,7 @@ class TorchNorm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise `hidden`, [..., hidden_size]."""
+        """Return `hidden`, [..., hidden_size], normalised over its last dimension."""
         if self.bias is None:
             return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         return layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
@@ -36,7 +36,7 @@ class TorchNorm(torch.nn.Module):
 class NormThenAdd(torch.nn.Module):
     """The second norm of a sandwich: normalises the output of attention or MLP, then adds it to the residual.
 
-    It replaces the module that adds bias and residual, and is called as Megatron's `get_bias_dropout_add` is.
+    It replaces the module that adds bias and residual, and has the interface of Megatron's `get_bias_dropout_add`.
     """
 
     def __init__(self, config: TransformerConfig, norm: Any) -> None:
@@ -44,7 +44,10 @@ class NormThenAdd(torch.nn.Module):
         self.norm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """Return the function that adds: it takes (output, bias or None), residual and dropout, and returns the sum."""
+        """Return a function that takes (output, bias or None), residual and dropout probability, and returns the sum.
+
+        `fused` says whether Megatron's fused addition is used.
+        """
         add = get_bias_dropout_add(training, fused)
 
         def normed_add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Any:
@@ -55,7 +58,7 @@ class NormThenAdd(torch.nn.Module):
 
 
 def current_device() -> torch.device:
-    """Return the device that this rank builds its parameters on."""
+    """Return the device on which this rank creates its parameters."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()

@@ -21,16 +21,17 @@ from tuner.files import read_json
 from tuner.trial.contract import RankRecord, TrialFolder, TrialSpec
 
 ACCOUNTED_STEPS: Final = 2
-"""How many steps are accounted on CPU: Adam's state comes with the first step, so the second holds the peak."""
+"""Number of steps whose tensors are counted on CPU: the first creates Adam's state, so the second has the peak."""
 
 Run = Callable[[TrialSpec, Monitor, TensorAccount | None], None]
-"""Trains and reports; every rank makes the same calls."""
+"""Trains what the spec says, and reports. The account counts tensors on CPU; it is None on CUDA. Every rank makes the
+same calls."""
 
 
 def run_rank(arguments: list[str], run: Run) -> int:
     """Run this rank's part of the trial, and report a failure; return the exit code.
 
-    `arguments` are the spec's file and the trial's folder.
+    `arguments` are the path of the spec and the trial's folder. `run` is the program's own part.
     """
     spec, folder = read_json(TrialSpec, Path(arguments[0])), TrialFolder(Path(arguments[1]))
     started_at = float(os.environ.get("MEGATUNE_STARTED_AT", time.time()))
@@ -46,16 +47,16 @@ def run_rank(arguments: list[str], run: Run) -> int:
 
 
 def end(code: int) -> None:
-    """Flush the output; if the exit code is not 0, end the process at once, whatever it waits for."""
+    """Flush the output; if the exit code is not 0, end the process at once, even if something is still pending."""
     with suppress(OSError):  # the disk may be full
         sys.stdout.flush()
         sys.stderr.flush()
-    if code:  # a collective may be pending for ever, and its destructor would wait for it
+    if code:  # a collective may be pending for ever, and a normal exit would wait for it
         os._exit(code)
 
 
 class TimedSteps:
-    """The steps of a trial: each is timed over all ranks, and its loss is checked."""
+    """The steps of a trial: times each one over all ranks, and checks its loss."""
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
         self.spec, self.monitor, self.account = spec, monitor, account
@@ -65,20 +66,20 @@ class TimedSteps:
         self._started_s = 0.0
 
     def begin(self) -> None:
-        """Begin a step on all ranks at once."""
+        """Begin a step on all ranks at the same time."""
         torch.cuda.synchronize()
         dist.barrier()
         self._started_s = time.perf_counter()
 
     def stop(self, device: torch.device) -> None:
-        """Keep the slowest rank's time of the step. Every rank then knows it, so that all decide the same."""
+        """End a step and store the slowest rank's time, on every rank, so that all ranks decide the same."""
         torch.cuda.synchronize()
         elapsed = torch.tensor(time.perf_counter() - self._started_s, dtype=torch.float64, device=device)
         dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
         self.times_ms.append(float(elapsed) * 1000)
 
     def keep(self, loss: float, grad_norm: float) -> None:
-        """Keep the step's loss and gradient norm.
+        """Count the step, and store its loss and gradient norm.
 
         Raises:
             NonFiniteLossError: on every rank, if the loss or the norm of the gradients is not finite.
@@ -91,17 +92,18 @@ class TimedSteps:
 
     @property
     def measured_ms(self) -> list[float]:
-        """The times of the steps after the first `warmup_steps` steps."""
+        """Return the times of the steps after the first `warmup_steps` steps, in ms."""
         return self.times_ms[self.spec.measurement.warmup_steps :]
 
     def slower_than_ms(self) -> float | None:
-        """Return a lower bound of the step time that rules the trial out; None where none does."""
+        """Return a lower bound of the trial's step time in ms if it exceeds what the spec allows, otherwise None."""
         return slower_than_ms(self.measured_ms, self.spec)
 
     def report(self, above_ms: float | None) -> None:
-        """Write the result while the ranks are still together.
+        """Collect the records of all ranks, and write the trial's result on rank 0; every rank must call it.
 
-        `above_ms` is the lower bound of the step time of a trial that was given up; None for one that completed.
+        `above_ms` is the lower bound of the step time in ms for which the trial was given up; None if the trial
+        completed.
         """
         self.monitor.enter("teardown")
         record = rank_record(self.monitor, peak_gib(self.account))
@@ -117,6 +119,9 @@ class TimedSteps:
 
 
 def _peak_so_far(account: TensorAccount | None) -> PeakGib:
-    """Return the peak up to a failure; both parts are None if the rank had not reached its device."""
+    """Return the peak of allocated and of reserved memory before a failure, in GiB.
+
+    Both are None if the rank had not initialised its device yet.
+    """
     has_device = account is not None or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return peak_gib(account) if has_device else (None, None)

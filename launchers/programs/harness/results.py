@@ -1,4 +1,4 @@
-"""Writes the result of a trial whose ranks lived to its end: what the timed steps amount to."""
+"""Writes the result of a trial whose ranks all reached its end, with what the timed steps show."""
 
 import platform
 import socket
@@ -16,7 +16,7 @@ from tuner.files import write_json
 from tuner.trial.contract import Failure, Metrics, Outcome, RankRecord, TrialResult, TrialSpec
 
 PeakGib = tuple[float | None, float | None]
-"""A rank's peak of allocated and of reserved memory in GiB; None where it is not known."""
+"""A rank's peak of allocated and of reserved memory in GiB; None if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Steps:
 
 
 def rank_record(monitor: Monitor, peak: PeakGib = (None, None), failure: Failure | None = None) -> RankRecord:
-    """Return what this rank reports."""
+    """Return the record of this rank: where it runs, how far it got, its peak memory, and its failure, if any."""
     return RankRecord(
         rank=monitor.rank,
         host=socket.gethostname(),
@@ -42,7 +42,7 @@ def rank_record(monitor: Monitor, peak: PeakGib = (None, None), failure: Failure
 
 
 def write_completed(spec: TrialSpec, monitor: Monitor, steps: Steps, records: Sequence[RankRecord]) -> None:
-    """Write the result of a trial that ran to its end; on rank 0 only."""
+    """Write the result of a trial that ran to its end; call it on rank 0 only."""
     metrics = metrics_of(spec, steps, records)
     reason = f"{metrics.step_time_ms:.1f} ms a step over {len(metrics.step_times_ms)} timed steps"
     write_result(monitor, TrialResult(outcome=Outcome.COMPLETED, reason=reason, metrics=metrics), records)
@@ -51,7 +51,10 @@ def write_completed(spec: TrialSpec, monitor: Monitor, steps: Steps, records: Se
 def write_too_slow(
     spec: TrialSpec, monitor: Monitor, slower_than_ms: float, records: Sequence[RankRecord]
 ) -> None:
-    """Write the result of a trial that cannot be as fast as asked for; on rank 0 only."""
+    """Write the result of a trial that was given up because it is too slow; call it on rank 0 only.
+
+    `slower_than_ms` is a lower bound of the trial's step time in ms, which exceeds `spec.give_up_above_ms`.
+    """
     timed = monitor.step - spec.measurement.warmup_steps
     reason = (
         f"slower than {slower_than_ms:.1f} ms a step, as {timed} timed steps say; "
@@ -64,7 +67,7 @@ def write_too_slow(
 
 
 def write_result(monitor: Monitor, result: TrialResult, records: Sequence[RankRecord]) -> None:
-    """Write a result, with the records, durations and versions that every result has."""
+    """Write a result, after adding the records of the ranks and the durations and versions that every result has."""
     result = replace(
         result,
         ranks=tuple(records),
@@ -77,7 +80,7 @@ def write_result(monitor: Monitor, result: TrialResult, records: Sequence[RankRe
 
 
 def metrics_of(spec: TrialSpec, steps: Steps, records: Sequence[RankRecord]) -> Metrics:
-    """Return what the timed steps and the ranks' peaks amount to."""
+    """Return the metrics of a completed trial, from its steps and the peak memory of its ranks."""
     workload, gpu = spec.workload, spec.cluster.gpu
     least, tolerance = spec.measurement.warmup_steps, spec.measurement.target_relative_interval
     first = least + warmup_end(steps.times_ms[least:], tolerance)
@@ -105,7 +108,7 @@ def metrics_of(spec: TrialSpec, steps: Steps, records: Sequence[RankRecord]) -> 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a measurement depends on; a package that is not installed is left out."""
+    """Return the versions of what a measurement depends on, by name; a package that is not installed is left out."""
     by_name = {"python": platform.python_version()}
     for package in ("torch", "megatron-core", "megatron-bridge", "transformer-engine", "megatune"):
         try:

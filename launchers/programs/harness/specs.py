@@ -1,9 +1,9 @@
-"""Chooses which module implements each part of a layer: Transformer Engine's where it is installed, else plain Torch.
+"""Chooses the module that implements each part of a layer: Transformer Engine's if it is installed, else plain Torch.
 
 Megatron's own local spec lacks things that a layout may ask for: its norm refuses sequence parallelism, its attention
-refuses context parallelism, and its latent attention shards the down projections, of which Transformer Engine keeps a
-copy on every rank. The modules of `norms` and `attention` replace these parts, on CPU and on CUDA alike. Neither spec
-has the capped scores and the second norms of Gemma, which are added to both.
+refuses context parallelism, and its latent attention shards the down projections, which Transformer Engine replicates
+on every rank. The modules of `norms` and `attention` replace these parts, on CPU and on CUDA alike. Neither spec has
+the capped scores and the second norms of Gemma, which are added to both.
 """
 
 from contextlib import nullcontext
@@ -69,7 +69,10 @@ def _plain_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transf
 def mtp_block_spec(
     config: TransformerConfig, decoder: TransformerBlockSubmodules, vp_stage: int | None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the specs of this chunk's multi-token-prediction layers; None where the chunk has none."""
+    """Return the specs of this chunk's layers of multi-token prediction; None if it has none.
+
+    `decoder` is the spec of the chunk's decoder layers.
+    """
     if not config.mtp_num_layers:
         return None
     # The chunk may hold no layer whose spec can be copied, so the spec of the model's last layer is made anew.
@@ -99,7 +102,7 @@ def _replace_with_torch(layer: Any) -> None:
 
 
 def _repair_megatron() -> None:
-    """Replace names of Transformer Engine that Megatron uses even where it is not installed, such as fp8's state."""
+    """Replace what Megatron uses of Transformer Engine even if it is not installed, such as the state of fp8."""
     moe_utils.te_general_gemm = None
     multi_latent_attention.HAVE_TE = False
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)

@@ -1,7 +1,7 @@
-"""Sets the initial weights from the seed and each weight's place in the model, whatever the layout is.
+"""Sets the initial weights from the random seed and each weight's place in the model, whatever the layout is.
 
-So every layout of a workload starts from the same model and, with the same data, goes through the same losses.
-Megatron's own initialisation draws from random states that differ by rank.
+So every layout of a workload starts from the same model and, with the same data, has the same losses. Megatron's own
+initialisation would not do, since it draws from random states that differ by rank.
 """
 
 import re
@@ -18,11 +18,12 @@ STD = 0.02
 """The standard deviation of a weight. Published: Megatron's default `init_method_std`."""
 
 _CHUNK_ELEMENTS = 1 << 22
-"""How many elements are hashed at a time: this bounds the temporaries to 32 MiB, less than any training step's."""
+"""Number of elements that are computed at a time: this bounds the temporary tensors to 32 MiB, less than those of any
+training step."""
 
 
 def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
-    """Set every parameter of this rank: matrices to uniform draws, biases and attention sinks to 0, norms to 1."""
+    """Set every parameter of this rank: matrices to uniform random values, biases and sinks to 0, norms to 1."""
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in global_parameters(chunk):
@@ -33,7 +34,10 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
 
 
 def global_parameters(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter of a chunk with its name in the whole model: layers and experts are numbered globally."""
+    """Yield each parameter of a chunk with its name in the whole model.
+
+    In this name, the layers and the experts are numbered over the whole model.
+    """
     layers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
     experts = chunk.config.num_moe_experts or 0
     ep_rank = parallel_state.get_expert_model_parallel_rank()
@@ -48,8 +52,8 @@ def global_parameters(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _source(name: str, chunk: GPTModel) -> str:
-    """Return the name that decides a parameter's values: its own, or the name of the parameter it is tied to."""
-    # The last stage has a copy of the embedding where the model ties it to the output layer.
+    """Return the name that determines a parameter's values: its own, or that of the parameter it is tied to."""
+    # If the model ties the embedding to the output layer, the last stage has a copy of the embedding.
     tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
     return "embedding.word_embeddings.weight" if tied else name
 
@@ -63,7 +67,10 @@ def _with_global_expert(name: str, first_expert: int) -> str:
 
 
 def _fill(parameter: Tensor, name: str, key: int, config: TransformerConfig) -> None:
-    """Fill this rank's shard of a matrix, [rows, columns], by each element's index in the whole matrix."""
+    """Fill this rank's shard of a matrix, [rows, columns].
+
+    The value of an element follows from its index in the whole matrix.
+    """
     halves = [parameter]
     if config.gated_linear_unit and re.search(r"linear_fc1\.weight\d*$", name):
         # A rank's gate and up projections are shards of two matrices, stacked.
@@ -83,7 +90,7 @@ def _fill(parameter: Tensor, name: str, key: int, config: TransformerConfig) -> 
 
 
 def _shard(parameter: Tensor, name: str) -> tuple[int, int]:
-    """Return which shard of the whole matrix this rank has, and how many there are."""
+    """Return the index of this rank's shard of the whole matrix, and the number of shards."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 0, 1
     if ".experts." in name:
@@ -98,7 +105,10 @@ def _shard(parameter: Tensor, name: str) -> tuple[int, int]:
 
 
 def uniform(index: Tensor, key: int) -> Tensor:
-    """Hash int64 indices to uniform fp32 values of mean 0 and standard deviation STD (SplitMix64's finaliser)."""
+    """Return fp32 values that are uniform hashes of int64 indices, with mean 0 and standard deviation STD.
+
+    The hash is SplitMix64's finaliser; `key` makes the values of two parameters differ.
+    """
     value = index + key
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         value = (value ^ (value >> shift)) * factor

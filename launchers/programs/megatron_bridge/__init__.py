@@ -1,1 +1,1 @@
-"""Trains a recipe of Megatron Bridge under the layout of a trial, by Bridge's own `pretrain`; and reads recipes."""
+"""Trains a recipe of Megatron Bridge with the layout of a trial, by Bridge's own `pretrain`; and reads recipes."""

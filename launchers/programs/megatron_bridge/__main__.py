@@ -10,7 +10,10 @@ from tuner.trial.contract import TrialSpec
 
 
 def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
-    """Train the recipe. Megatron is imported only now, since it looks for Transformer Engine while it is imported."""
+    """Train the recipe.
+
+    Megatron is imported only after Transformer Engine is hidden, since it looks for Transformer Engine when imported.
+    """
     hide_transformer_engine()
     from launchers.programs.megatron_bridge import train
 

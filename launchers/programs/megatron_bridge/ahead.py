@@ -1,4 +1,4 @@
-"""Imports, once for the forked ranks of many trials, what they share: Bridge on CPU, torch alone on CUDA.
+"""Importing this module imports, once, what the forked ranks of many trials share: Bridge on CPU, only torch on CUDA.
 
 A fork cannot use CUDA once the process that it was forked from has used it, and packages that Bridge imports may do so.
 """

@@ -1,4 +1,4 @@
-"""Lets Megatron Bridge train without CUDA; does nothing where CUDA is available.
+"""Lets Megatron Bridge train without CUDA; does nothing if CUDA is available.
 
 Call `hide_transformer_engine` before anything of Megatron is imported, and `enable_cpu` before anything is built.
 """
@@ -27,13 +27,13 @@ _FUSED = (
     "moe_router_fusion",
     "moe_grouped_gemm",
 )
-"""The fields of the model's config that ask for kernels of CUDA."""
+"""The fields of the model's config that ask for CUDA kernels."""
 
 
 def hide_transformer_engine() -> None:
-    """Make Megatron-Core believe that Transformer Engine is not installed, since even its optimizer needs CUDA.
+    """Let Megatron-Core's imports of Transformer Engine fail, as if it were not installed, since it needs CUDA.
 
-    Bridge itself imports Transformer Engine in passing, and its imports still succeed.
+    Imports of Transformer Engine by Bridge itself still succeed.
     """
     if torch.cuda.is_available():
         return
@@ -50,7 +50,7 @@ def hide_transformer_engine() -> None:
 
 
 def enable_cpu() -> None:
-    """Let Bridge train on CPU in this process."""
+    """Let Bridge train on CPU in this process; do nothing if CUDA is available."""
     if torch.cuda.is_available():
         return
     from megatron.bridge.training import setup
@@ -65,7 +65,7 @@ def enable_cpu() -> None:
 
 
 def suit_cpu(config: Any, model: Model) -> None:
-    """Replace a recipe's choices that need CUDA: its kernels, and an optimizer whose state has fewer bits."""
+    """Replace what needs CUDA in a recipe's config: fused kernels, and optimizer state below fp32 precision."""
     from launchers.programs.harness.specs import decoder_block_spec
 
     config.dist.distributed_backend = "gloo"
@@ -78,7 +78,7 @@ def suit_cpu(config: Any, model: Model) -> None:
 
 
 def _on_no_device(barrier: Any) -> Any:
-    """Wrap the barrier to drop `device_ids`, which Gloo refuses."""
+    """Return the barrier without its argument `device_ids`, which Gloo refuses."""
 
     @functools.wraps(barrier)
     def wrapped(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Finds the recipes that a request asks for: Bridge's own, or those of Python files and folders."""
+"""Finds the recipes that a request asks for: Bridge's own, or those in Python files and folders."""
 
 import importlib
 import importlib.util
@@ -32,7 +32,7 @@ def recipes_of(request: RecipeRequest) -> Iterator[tuple[str, Callable[[], Any]]
 
 
 def _recipes_at(path: Path, function_name: str | None) -> list[tuple[str, Callable[..., Any]]]:
-    """Return the names and functions of the recipes in a file or a folder; if a name is given, only that function."""
+    """Return the names and functions of the recipes in a file or a folder; if a function is named, only this one."""
     modules = list(_modules_at(path))
     recipes = [recipe for module in modules for recipe in _own_recipes(module)]
     if function_name is not None:
@@ -47,7 +47,7 @@ def _recipes_at(path: Path, function_name: str | None) -> list[tuple[str, Callab
 
 
 def _only_function(module: ModuleType, path: Path) -> tuple[str, Any]:
-    """Return the name and the function of a file that has only one, whatever return type its annotations state."""
+    """Return the name and the function of a file that has only one, whatever return type it is annotated with."""
     functions = own_functions(module)
     if len(functions) != 1:
         raise InputError(
@@ -58,7 +58,7 @@ def _only_function(module: ModuleType, path: Path) -> tuple[str, Any]:
 
 
 def _all_of(modules: Iterable[ModuleType]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the recipes that modules define, each name once: a few are both library and perf recipes."""
+    """Yield the recipes that modules define, each name once, since a few are both library and perf recipes."""
     seen_names = set()
     for module in modules:
         for name, function in _own_recipes(module):
@@ -85,7 +85,7 @@ def _is_recipe(name: str, function: Callable[..., Any]) -> bool:
 
 
 def _modules_at(path: Path) -> Iterator[ModuleType]:
-    """Yield a Python file, or each Python file of a folder, as a module.
+    """Import a Python file, or each Python file of a folder, and yield the modules.
 
     A file in a checkout of Bridge is imported under its name in the package.
     """
@@ -104,7 +104,7 @@ def _modules_at(path: Path) -> Iterator[ModuleType]:
 
 
 def root_of_bridge(path: Path) -> Path | None:
-    """Return the folder that holds the package megatron.bridge around a path; None where the path is in no checkout."""
+    """Return the folder that contains the package megatron.bridge around a path; None if the path is in no checkout."""
     folders = (path.resolve(), *path.resolve().parents)
     return next(
         (f.parent.parent for f in folders if f.name == "bridge" and f.parent.name == "megatron"), None

@@ -20,7 +20,7 @@ PACKAGES: Final = ("megatron.bridge.recipes", "megatron.bridge.perf_recipes")
 
 
 def load_config(program: BridgeRecipe) -> Any:
-    """Build the ConfigContainer of a recipe, unchanged.
+    """Return the ConfigContainer that a recipe's function builds, unchanged.
 
     Raises:
         InputError: if there is no such recipe, or what its function returns is no config.
@@ -34,13 +34,15 @@ def load_config(program: BridgeRecipe) -> Any:
     if not hasattr(config, "model") or not hasattr(config, "train"):
         raise InputError(
             f"key 'program.recipe': {program.recipe}: {function.__name__} returns {type(config).__name__}, "
-            "no ConfigContainer"
+            "which is not a ConfigContainer"
         )
     return config
 
 
 def named(name: str) -> Callable[..., Any]:
-    """Return a recipe function of Bridge by its name or an alias; only modules whose text has the name are imported.
+    """Return a recipe function of Bridge by its name or an alias.
+
+    Only modules whose text contains the name are imported.
 
     Raises:
         InputError: if there is none.
@@ -62,7 +64,7 @@ def named(name: str) -> Callable[..., Any]:
 
 
 def module_names(containing: str = "") -> Iterator[str]:
-    """Yield the names of Bridge's modules that may hold recipes and whose text contains a word."""
+    """Yield the names of Bridge's modules that may define recipes and whose text contains `containing`."""
     for package in PACKAGES:
         for entry in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             origin = spec.origin if (spec := importlib.util.find_spec(entry.name)) else None
@@ -80,7 +82,7 @@ def own_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 class _Recorded(InspectLoader):
-    """Loads a recipe's file from the text that it had when the trial was launched."""
+    """Loads a recipe's file from the text that the file had when the trial was launched."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -90,7 +92,7 @@ class _Recorded(InspectLoader):
 
 
 def _of_file(program: BridgeRecipe) -> Callable[..., Any]:
-    """Return the function that the program names in its Python file, or the only recipe of that file."""
+    """Return the function that the program names in its Python file; if it names none, the file's only recipe."""
     path = Path(program.recipe)
     spec = importlib.util.spec_from_loader(
         f"recipe_{path.stem}", _Recorded(with_file_text(program).text), origin=str(path)

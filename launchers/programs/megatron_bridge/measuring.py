@@ -20,12 +20,13 @@ _LOSS = "lm loss"
 
 
 class Measuring(Callback):  # type: ignore[misc]
-    """Times every step, checks its loss, and ends the training once enough is known.
+    """Times every step, checks its loss, and ends the training once enough steps are timed or the trial is too slow.
 
     Args:
         spec: The trial.
-        monitor: Follows where this rank is.
-        account: Accounts the tensors on CPU. It is entered here, since it must end within the training.
+        monitor: Tracks the phase and the step of this rank.
+        account: Counts the bytes of tensors on CPU; None on CUDA. It is entered here, since it must be left during the
+            training.
     """
 
     def __init__(self, spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
@@ -35,20 +36,24 @@ class Measuring(Callback):  # type: ignore[misc]
         if account is not None:
             self.accounting.enter_context(account)
         self.above_ms: float | None = None
-        """The lower bound of the step time for which the trial was given up."""
+        """The lower bound of the step time, in ms, for which the trial was given up; None if it was not."""
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """Begin to warm up: the model is built."""
+        """Enter the warm-up, now that the model is built."""
         optimizer: Any = context.optimizer
         optimizer.step = _announced(optimizer.step, lambda: self.monitor.enter_part("optimizer"))
         self.monitor.enter("warmup")
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        """Begin a step on all ranks at once."""
+        """Begin a step on all ranks at the same time."""
         self.steps.begin()
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Keep the step, and end the training once enough is known; raises NonFiniteLossError as `keep` does."""
+        """Store the step, and end the training once enough is known.
+
+        Raises:
+            NonFiniteLossError: on every rank, if the loss or the norm of the gradients is not finite.
+        """
         device: Any = torch.cuda.current_device()
         self.steps.stop(device)
         self.steps.keep(_shared_loss(context, device), float(context.grad_norm or 0.0))
@@ -57,7 +62,7 @@ class Measuring(Callback):  # type: ignore[misc]
             context.state.cfg.train.train_iters = context.state.train_state.step + 1
 
     def on_train_end(self, context: CallbackContext) -> None:
-        """Report while the ranks are still together."""
+        """Write the result while all ranks still run."""
         self.steps.report(self.above_ms)
 
     def _enter_phase(self) -> None:
@@ -78,7 +83,7 @@ class Measuring(Callback):  # type: ignore[misc]
 
 
 def _shared_loss(context: CallbackContext, device: Any) -> float:
-    """Return the step's loss on every rank, though only the last pipeline stage has it; NaN where no rank has it."""
+    """Return the step's loss on every rank, though only the last pipeline stage has it; NaN if no rank has it."""
     local_loss = (context.loss_dict or {}).get(_LOSS)
     sum_and_count = torch.zeros(2, dtype=torch.float64, device=device)
     if local_loss is not None:
@@ -89,7 +94,7 @@ def _shared_loss(context: CallbackContext, device: Any) -> float:
 
 
 def _announced(step: Callable[..., Any], announce: Callable[[], None]) -> Callable[..., Any]:
-    """Return a function that calls `announce`, and then does `step`."""
+    """Return a function that calls `announce` and then `step`."""
 
     def announced(*args: Any, **kwargs: Any) -> Any:
         announce()

@@ -1,7 +1,8 @@
 """Reads recipes of Megatron Bridge: `python -m launchers.programs.megatron_bridge.read_recipes REQUEST OUT`.
 
-REQUEST is a JSON file of a `RecipeRequest`; OUT gets one JSON line of `RecipeFacts` per recipe. Each recipe is built by
-its own function and resolved as `pretrain` would, for its number of GPUs; no GPU is needed here.
+REQUEST is a JSON file of a `RecipeRequest`; to the file OUT, one JSON line of `RecipeFacts` per recipe is appended.
+Each recipe is built by its own function, for its number of GPUs, and then resolved as `pretrain` would do it, which
+sets the values that a recipe leaves open. No GPU is needed here.
 """
 
 import inspect
@@ -26,7 +27,10 @@ from tuner.frameworks.megatron_bridge.values import values_of
 
 
 def main(arguments: list[str]) -> int:
-    """Read the recipes that a request asks for; return the exit code."""
+    """Read the recipes that a request asks for, and write their facts; return the exit code.
+
+    `arguments` are the paths REQUEST and OUT.
+    """
     request, out = read_json(RecipeRequest, Path(arguments[0])), Path(arguments[1])
     for path in map(Path, request.paths):
         if (root := root_of_bridge(path)) is not None:
@@ -40,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read(name: str, function: Callable[[], Any], request: RecipeRequest) -> RecipeFacts:
-    """Build and resolve one recipe; return its facts, or the error that Bridge raised."""
+    """Build and resolve one recipe; return its facts, including the error if Bridge raised one."""
     world = named_world(name)
     gpus, gpu = request.gpus or (world[0] if world else 0), world[1] if world else request.gpu
     facts: dict[str, Any] = {
@@ -74,11 +78,11 @@ def _megatron_core_version() -> str:
 
 
 def _resolved(config: Any) -> Any:
-    """Return the config as Bridge's run_recipe.py and `pretrain` leave it before anything is built."""
+    """Return the config after Bridge's run_recipe.py and `pretrain` would have changed it, before anything is built."""
     from megatron.bridge.training.config import runtime_config_update
 
     if not hasattr(config, "train") or not hasattr(config, "model"):
-        raise TypeError(f"the function returns {type(config).__name__}, no ConfigContainer")
+        raise TypeError(f"the function returns {type(config).__name__}, which is not a ConfigContainer")
     dataset = getattr(config, "dataset", None)
     if (length := getattr(dataset, "seq_length", None)) is not None and hasattr(config.model, "seq_length"):
         config.model.seq_length = length
@@ -93,7 +97,10 @@ def _resolved(config: Any) -> Any:
 
 
 def _split_layers(config: Any) -> None:
-    """Let Megatron split the layers over all stages, as it does when each rank begins to build its own."""
+    """Let Megatron compute the layers of all stages, so that it raises its error if it refuses the layers.
+
+    In a job, each rank does this for its own stage when it begins to build the model.
+    """
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     model = config.model

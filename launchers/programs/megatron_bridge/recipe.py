@@ -1,7 +1,7 @@
-"""Turns a recipe's config into that of a trial: applies the layout, keeps the training, and turns the rest off.
+"""Turns a recipe's config into that of a trial: applies the layout, and turns off what is no part of the training.
 
-Configs go in and out, and nothing is started. The settings that make a trial short are those of Bridge's own benchmark
-recipes (megatron/bridge/perf_recipes/_common.py); others keep a second trial from finding the files of the first.
+Nothing is started here. The settings that make a trial short are those of Bridge's own benchmark recipes
+(megatron/bridge/perf_recipes/_common.py); further settings keep a trial from reading the files of an earlier one.
 """
 
 import math
@@ -35,7 +35,7 @@ _LOGGERS = (
     "comet_api_key",
     "comet_tags",
 )
-"""LoggerConfig's fields that say where Bridge logs to."""
+"""LoggerConfig's fields that say where Bridge writes its logs."""
 
 
 def prepare(config: Any, spec: TrialSpec, folder: Path) -> Any:
@@ -58,11 +58,11 @@ def prepare(config: Any, spec: TrialSpec, folder: Path) -> Any:
 def check(resolved: Any, spec: TrialSpec) -> None:
     """Refuse a config, resolved by Bridge, that has another layout or workload than the spec.
 
-    Bridge skips a key that it does not know, or a value that it cannot convert, with a warning: only reading the
-    config back shows it.
+    Bridge skips a key that it does not know, or a value that it cannot convert, with a warning: only reading the config
+    back shows it.
 
     Raises:
-        ValueError: naming each field, the wanted value and the present one.
+        ValueError: names each field that differs, with the wanted value and the value found.
     """
     values = values_of(resolved)
     differences = [
@@ -81,13 +81,13 @@ def check(resolved: Any, spec: TrialSpec) -> None:
 
 
 def steps_at_most(spec: TrialSpec) -> int:
-    """Return how many optimizer steps a trial may need (see `measure.measured_enough`)."""
+    """Return the largest number of optimizer steps that a trial may need (see `measure.measured_enough`)."""
     measurement = spec.measurement
     return measurement.warmup_steps + max(measurement.max_steps, 2 * measurement.min_steps)
 
 
 def _shorten(config: Any, spec: TrialSpec, folder: Path) -> None:
-    """Let the config train few steps on random tokens, without checkpoints, evaluation or loggers."""
+    """Change the config so that it trains few steps on random tokens, without checkpoints, evaluation or loggers."""
     steps = steps_at_most(spec)
     _keep_schedule(config, steps, spec.workload.global_batch_size)
     config.model.seq_length = config.dataset.seq_length
@@ -116,7 +116,7 @@ def _shorten(config: Any, spec: TrialSpec, folder: Path) -> None:
 
 
 def _keep_schedule(config: Any, steps: int, global_batch_size: int) -> None:
-    """Let the training end after a few steps of the recipe's own schedule."""
+    """Let the training end after `steps` steps, but keep the learning-rate schedule of the recipe's full training."""
     train, scheduler = config.train, config.scheduler
     if train.train_samples is not None:
         scheduler.lr_decay_samples = scheduler.lr_decay_samples or train.train_samples
@@ -128,7 +128,7 @@ def _keep_schedule(config: Any, steps: int, global_batch_size: int) -> None:
 
 
 def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
-    """Train on random tokens from the recipe's vocabulary, in place of its data: no files or tokenizer are needed."""
+    """Replace the recipe's data by random tokens from its vocabulary, which need no files and no tokenizer."""
     from megatron.bridge.training.config import GPTDatasetConfig
 
     dataset = config.dataset
@@ -147,7 +147,7 @@ def _use_mock_data(config: Any, spec: TrialSpec, folder: Path) -> None:
 
 
 def _layouts_variables(spec: TrialSpec) -> set[str]:
-    """Return the names of variables that the launcher sets by the layout; the recipe's values suit its own layout."""
+    """Return the names of the environment variables that the launcher sets for the layout, instead of the recipe."""
     knobs = {
         knob.metadata["megatron"].partition(".")[2]
         for knob in fields(Layout)

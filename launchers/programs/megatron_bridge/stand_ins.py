@@ -1,4 +1,4 @@
-"""Replaces what Bridge asks of its surroundings while a recipe is read: a job, its GPUs, and Hugging Face's hub."""
+"""Stand-ins for what Bridge expects around it while a recipe is read: a job, its GPUs, and Hugging Face's hub."""
 
 import importlib
 import json
@@ -10,12 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 _KNOWN_TYPES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
-"""Model types whose class comes as code from the network, and the type of equal shape that transformers has."""
+"""For model types whose class would be downloaded as code: the type of the same architecture that transformers
+includes."""
 
 
 @contextmanager
 def in_job(gpus: int, gpu: str) -> Iterator[None]:
-    """Put this process into a job of `gpus` GPUs of the kind `gpu`, and restore its environment at the end."""
+    """Make this process look like rank 0 of a job of `gpus` GPUs of the kind `gpu`.
+
+    At the end, the process has its former environment again.
+    """
     import torch
 
     cuda: Any = torch.cuda
@@ -34,12 +38,15 @@ def in_job(gpus: int, gpu: str) -> Iterator[None]:
 
 
 def _generation(gpu: str) -> int:
-    """Return the major compute capability of a GPU by its name: Ampere 8, Hopper 9, later ones 10."""
+    """Return the major compute capability of a GPU by its name: 8 for Ampere, 9 for Hopper, 10 for later ones."""
     return 8 if gpu.startswith("a") else 9 if gpu.startswith("h") else 10
 
 
 def read_configs_of(folder: Path) -> None:
-    """Let Bridge read `MODEL--ID_config.json` or `MODEL/ID/config.json` in a folder instead of asking the network."""
+    """Let Bridge read the Hugging Face configs of models from files in `folder` instead of the network.
+
+    For the model `ORGANISATION/NAME`, the file is `ORGANISATION/NAME/config.json` or `ORGANISATION--NAME_config.json`.
+    """
     from megatron.bridge import AutoBridge
 
     def from_hf_pretrained(model: str, **_: Any) -> Any:

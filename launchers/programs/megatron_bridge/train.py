@@ -1,4 +1,4 @@
-"""Trains a recipe under the layout of a trial. Call `hide_transformer_engine` before importing this module."""
+"""Trains a recipe with the layout of a trial. Call `hide_transformer_engine` before importing this module."""
 
 import copy
 from importlib.util import find_spec
@@ -22,10 +22,10 @@ from tuner.trial.program import BridgeRecipe
 
 
 def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
-    """Train the recipe under the layout. Every rank makes the same calls.
+    """Train the recipe with the layout of the trial. Every rank makes the same calls.
 
     Raises:
-        ValueError: if there is no such recipe, or it does not become what the spec says.
+        ValueError: if there is no such recipe, or its config does not get the layout and the workload of the spec.
     """
     enable_cpu()
     _use_compiled_helpers()
@@ -37,10 +37,10 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
 
 
 def _trial_config(spec: TrialSpec, folder: TrialFolder) -> Any:
-    """Return the recipe's config under the layout, after Bridge has confirmed what it will train.
+    """Return the recipe's config with the trial's layout, after Bridge has confirmed what it will train.
 
     Raises:
-        ValueError: for anything wrong with the recipe, which is the same on every machine.
+        ValueError: for anything wrong with the recipe, which is wrong on every machine.
         OSError: if a file, or the network, cannot be read.
     """
     assert isinstance(spec.program, BridgeRecipe), "the launcher runs this program for recipes alone"
@@ -59,7 +59,10 @@ def _trial_config(spec: TrialSpec, folder: TrialFolder) -> Any:
 
 
 def _start_alike(config: Any, seed: int) -> None:
-    """Give every layout the same first weights: Bridge draws them by rank, so losses of two layouts would differ."""
+    """Give every layout the same initial weights.
+
+    Bridge's own initial weights depend on the rank, so the losses of two layouts would differ.
+    """
 
     def set_weights(chunks: Any) -> Any:
         initialize_weights(chunks, seed)
@@ -69,7 +72,7 @@ def _start_alike(config: Any, seed: int) -> None:
 
 
 def _use_compiled_helpers() -> None:
-    """Keep Bridge from compiling Megatron-Core's dataset helpers at each start where a wheel brings them compiled.
+    """Keep Bridge from compiling Megatron-Core's dataset helpers at each start if the wheel includes them compiled.
 
     Compiling needs a makefile, which a wheel lacks.
     """

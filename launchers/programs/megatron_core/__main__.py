@@ -19,12 +19,15 @@ from tuner.trial.contract import TrialSpec
 
 
 def main(arguments: list[str]) -> int:
-    """Run this rank's part of the trial; return the exit code."""
+    """Run this rank's part of the trial; return the exit code.
+
+    `arguments` are the path of the spec and the trial's folder.
+    """
     return run_rank(arguments, run)
 
 
 def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> None:
-    """Build, warm up, measure and report. Every rank makes the same calls."""
+    """Build the model, warm up, time steps and report. Every rank makes the same calls."""
     with _process_group(spec) as device:
         steps = TimedSteps(spec, monitor, account)
         with account or nullcontext():
@@ -45,7 +48,10 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
 
 
 def _measured(job: TrainingJob, steps: TimedSteps) -> float | None:
-    """Do steps until enough are timed; return a lower bound of the step time if it rules the trial out, else None."""
+    """Do steps until enough are timed and return None, or until the trial can be given up because it is too slow.
+
+    In this case, return a lower bound of its step time in ms.
+    """
     while not measured_enough(steps.measured_ms, steps.spec.measurement):
         if (above_ms := steps.slower_than_ms()) is not None:
             return above_ms
@@ -62,7 +68,7 @@ def _step(job: TrainingJob, steps: TimedSteps) -> None:
 
 @contextmanager
 def _process_group(spec: TrialSpec) -> Iterator[torch.device]:
-    """Take this rank's device and join the other ranks; leave them at the end, unless there was an error.
+    """Choose this rank's device and join the other ranks; leave them at the end, unless there was an error.
 
     Raises:
         ValueError: if the launcher started another number of ranks than the cluster has GPUs.

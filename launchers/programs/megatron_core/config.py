@@ -36,7 +36,8 @@ QUANTIZED: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4"},
     }
 )
-"""TransformerConfig's fields by precision; the weights are bf16 (Bridge: training/mixed_precision.py)."""
+"""The fields of TransformerConfig that each 8-bit or 4-bit precision sets; the weights are bf16 (Bridge:
+training/mixed_precision.py)."""
 
 _MODEL_FIELDS = (
     "num_layers",
@@ -80,11 +81,11 @@ _CUDA_KNOBS = (
     "cpu_offloading_num_layers",
     "nccl_ub",
 )
-"""Knobs that need Transformer Engine or NCCL."""
+"""Knobs that need Transformer Engine or NCCL, and so CUDA."""
 
 
 def have_transformer_engine(device: str) -> bool:
-    """Return whether Transformer Engine's layers are used: on CUDA, where it is installed."""
+    """Return whether Transformer Engine's layers are used: on CUDA, if it is installed."""
     return device == "cuda" and find_spec("transformer_engine") is not None
 
 
@@ -94,11 +95,11 @@ def parameter_dtype(precision: Precision) -> torch.dtype:
 
 
 def leave_uninitialised(weight: Tensor) -> None:
-    """Leave a weight as it is, instead of Megatron's initialisation."""
+    """Do nothing; it takes the place of Megatron's initialisation of a weight."""
 
 
 def transformer_config(workload: Workload, layout: Layout, device: str) -> TransformerConfig:
-    """Return Megatron's configuration of the model under this layout, of the class that its attention needs.
+    """Return Megatron's configuration of the model with this layout, of the class that the model's attention needs.
 
     `device` is "cuda" or "cpu".
 
@@ -144,7 +145,7 @@ def _refuse_unsupported(workload: Workload, layout: Layout, device: str) -> None
         # Megatron treats weights as experts' only if ep is above 1: `expert_parallel` in layers.py and in
         # extensions/transformer_engine.py.
         raise ValueError(
-            f"with ep 1 Megatron reduces the experts' gradients like dense ones, which is wrong where etp "
+            f"with ep 1 Megatron reduces the experts' gradients like dense ones, which is wrong if etp "
             f"({layout.etp}) is not tp ({layout.tp}): set etp to tp, or ep above 1"
         )
 
@@ -218,7 +219,7 @@ def _parallel(layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _given(value: str) -> str | None:
-    """Return the value, or None where the layout says "none"."""
+    """Return the value, or None if the layout has "none"."""
     return None if value == "none" else value
 
 

@@ -1,4 +1,4 @@
-"""Makes mock tokens: a sample follows from the seed and its number, so any layout trains on the same batches."""
+"""Makes mock tokens: a sample follows from the random seed and its number, so any layout trains on the same batches."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ Batch = dict[str, Tensor]
 
 
 def sample(seed: int, number: int, seq_length: int, vocab_size: int) -> Tensor:
-    """Return the `seq_length + 1` token ids of global sample `number`."""
+    """Return the `seq_length + 1` token ids of the sample with this number, counted over the whole training."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     return torch.randint(vocab_size, (seq_length + 1,), generator=generator)
 
@@ -30,7 +30,7 @@ def micro_batches(
     cp_rank: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches of step `step`: its share of the samples, and its part of each sequence."""
+    """Yield this rank's micro-batches of the step `step`: its share of the samples, and its part of each sequence."""
     positions = chunk_positions(workload.seq_length // layout.cp, layout.cp, cp_rank, torch.device("cpu"))
     size = layout.micro_batch_size
     for number in range(num_microbatches(workload.global_batch_size, size, dp)):

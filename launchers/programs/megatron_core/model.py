@@ -1,4 +1,4 @@
-"""Builds the process grids and this rank's part of the model with Megatron-Core."""
+"""Sets up Megatron-Core's process groups, and builds this rank's part of the model."""
 
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ def initialize_grids(workload: Workload, layout: Layout, config: TransformerConf
     """Set up Megatron's process groups and random states; the default process group must exist.
 
     Raises:
-        RuntimeError: by Megatron, if the world size is not a multiple of the sizes of the grids.
+        RuntimeError: by Megatron, if the world size is not a multiple of tp*pp*cp or of pp*ep*etp.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -39,9 +39,10 @@ def initialize_grids(workload: Workload, layout: Layout, config: TransformerConf
 
 
 def _embedding_ranks(workload: Workload, config: TransformerConfig, pp_ranks: list[int]) -> list[int]:
-    """Return the ranks of a pipeline that hold the word embedding, as Megatron-LM's pretrain_gpt.py chooses them.
+    """Return the ranks of a pipeline that have the word embedding, as Megatron-LM's pretrain_gpt.py chooses them.
 
-    Megatron's default is the first and the last rank, but multi-token prediction has its own copy and may lie between.
+    Megatron's default is the first and the last rank, but multi-token prediction has its own copy of the embedding and
+    may be on a rank between them.
     """
     ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, config)}
     if workload.model.share_embeddings_and_output_weights:
@@ -86,7 +87,7 @@ def _cap_logits(bound: float, layer: torch.nn.Module, inputs: Any, output: tuple
 def wrap_for_training(
     chunks: list[GPTModel], workload: Workload, layout: Layout, device: torch.device
 ) -> list[DistributedDataParallel]:
-    """Bring the chunks to device and precision, and wrap them in Megatron's DistributedDataParallel."""
+    """Move the chunks to the device, convert them to their precision, and wrap them in DistributedDataParallel."""
     wrapped = []
     for number, chunk in enumerate(chunks):
         config, module = chunk.config, chunk.to(device)

@@ -1,9 +1,9 @@
 """Runs one rank of a job without the others: `python -m launchers.programs.megatron_core.probe SPEC RANK RECORD`.
 
 It runs two steps of the trial's own job in a process group whose other ranks do not exist. Without CUDA the
-floating-point tensors are fake (they have a shape and a size, and no memory), and each is accounted. So any rank of any
-world takes seconds, and its account equals to the byte the account of that rank in a Gloo job. With CUDA the
-tensors and the allocator are real. SPEC and RECORD are JSON files.
+floating-point tensors are fake (they have a shape and a size, but no memory), and the bytes of each are counted. So a
+rank takes seconds, however large the job is, and its peak equals that of the same rank in a Gloo job to the byte. With
+CUDA the tensors and the allocator are real. SPEC and RECORD are JSON files.
 """
 
 import socket
@@ -38,10 +38,10 @@ from tuner.files import read_json, write_json
 from tuner.trial.contract import Phase, RankRecord, TrialSpec
 
 STEPS = 2
-"""How many steps are run: Adam's state comes with the first, so the second holds the peak."""
+"""Number of steps that are run: the first creates Adam's state, so the second has the peak."""
 ROUNDS = 3
-"""How often the pipeline, or its largest micro-batch group of interleaving, is filled. With so many rounds, no stage
-has its last forward pass in flight at its first backward pass."""
+"""How often the micro-batches of a step fill the pipeline, or a micro-batch group if it is larger. With so many rounds,
+no stage has its last forward pass in flight at its first backward pass."""
 SEED = 1234
 
 _aten = torch.ops.aten
@@ -50,8 +50,8 @@ _aten = torch.ops.aten
 class FakeFloats(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, makes floating-point tensors and all that follows from them fake; integers and masks are real.
 
-    The real tensors are small, and hold the values that shapes depend on: tokens, and which expert takes which token.
-    A fake tensor has no value: where a number is asked for, it is 1.
+    The real tensors are small, and have the values that shapes depend on: tokens, and which expert takes which token. A
+    fake tensor has no value; if a number is asked for, it is 1.
     """
 
     def __init__(self) -> None:
@@ -86,10 +86,10 @@ def _emptied(args: Any) -> list[Any]:
 
 
 class _TensorsOfFakes(TorchFunctionMode):
-    """Lets torch.tensor take fake tensors as numbers, as it takes real ones."""
+    """Lets torch.tensor accept fake tensors as numbers, as it accepts real ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, with 1 instead of each fake tensor that torch.tensor would take."""
+        """Call `func`; if it is torch.tensor, replace each fake tensor in its arguments by 1."""
         if func is torch.tensor:
             args = tree_map_only(FakeTensor, lambda tensor: 1.0, args)
         return func(*args, **(kwargs or {}))
@@ -105,18 +105,18 @@ def probe(
     as_gloo: bool = True,
     enter: Callable[[Phase], None] = lambda phase: None,
 ) -> tuple[float, float | None]:
-    """Return the peak of allocated, and of reserved memory (None without CUDA), of one rank in GiB.
+    """Return one rank's peak of allocated memory and its peak of reserved memory (None without CUDA), in GiB.
 
     Routing is balanced: the experts take equally many tokens of a micro-batch, give or take one.
 
     Args:
-        workload: The model and its training contract.
+        workload: The workload.
         layout: The layout.
-        world_size: How many ranks the job has.
+        world_size: Number of ranks of the job.
         rank: The rank to run.
         device: What `prepare` returned, which must be called first.
-        as_gloo: Whether to count the copies that Gloo makes, where tensors are fake.
-        enter: Is called when a part of a step begins, with that part.
+        as_gloo: Whether to count the copies that Gloo makes. It has no effect if `device` is a GPU.
+        enter: A function that is called with each part of a step when it begins.
 
     Raises:
         ValueError, AssertionError, RuntimeError: if Megatron refuses the layout.
@@ -144,7 +144,10 @@ def probe(
 
 
 def _filling(workload: Workload, layout: Layout, world_size: int) -> Workload:
-    """Return the workload with the micro-batches that fill the pipeline; any more would repeat the steady state."""
+    """Return the workload with only as many micro-batches per step as fill the pipeline ROUNDS times.
+
+    Any more would repeat the steady state.
+    """
     dp = data_parallel_size(world_size, layout.tp, layout.pp, layout.cp)
     samples = layout.micro_batch_size * dp
     micro_batches = ROUNDS * max(layout.pp, layout.microbatch_group_size_per_vp_stage)
@@ -163,7 +166,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _alone(rank: int, world_size: int) -> Iterator[None]:
-    """Be the only rank of a process group that claims `world_size` ranks: its collectives return at once."""
+    """Join a fake process group of `world_size` ranks as its only process: its collectives return at once."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
@@ -174,7 +177,7 @@ def _alone(rank: int, world_size: int) -> Iterator[None]:
 
 
 def _balanced(route: Any) -> Any:
-    """Return the router's forward pass with the tokens given to the experts in turn."""
+    """Return the router's forward pass `route`, changed to assign the tokens to the experts in turn."""
 
     def routed(router: TopKRouter, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         probabilities, chosen = route(router, *args, **kwargs)
@@ -187,7 +190,7 @@ def _balanced(route: Any) -> Any:
 
 
 def _on_a_copy(reduce_scatter: Any) -> Any:
-    """Return a reduce-scatter that first copies its input, as Gloo does to flatten it."""
+    """Return a reduce-scatter that first copies its input, as Gloo does in order to flatten it."""
 
     def reduced(output: Tensor, whole: Tensor, **options: Any) -> Any:
         whole.clone()
@@ -197,15 +200,19 @@ def _on_a_copy(reduce_scatter: Any) -> Any:
 
 
 def _convert(weight: Tensor, converted: Tensor) -> None:
-    """Set a weight's data, as `Module.to` does for real weights.
+    """Set a weight's data to `converted`, as `Module.to` does for real weights.
 
-    `Module.to` would swap a fake weight, which Torch refuses while Torch itself holds a reference to the weight.
+    `Module.to` would swap a fake weight with the converted one, which Torch refuses while it holds a reference to the
+    weight.
     """
     weight.data = converted.data
 
 
 def main(arguments: list[str]) -> int:
-    """Probe and write the record; return 1 if the rank failed, else 0."""
+    """Probe one rank and write its record; return 1 if the rank failed, else 0.
+
+    `arguments` are SPEC, RANK and RECORD.
+    """
     spec, rank = read_json(TrialSpec, Path(arguments[0])), int(arguments[1])
     phases: list[Phase] = ["build"]
     peak: tuple[float | None, float | None] = (None, None)
@@ -238,7 +245,7 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(cluster: Cluster) -> torch.device | None:
-    """Patch this process for good so that it can probe; return the GPU, or None where tensors will be fake."""
+    """Patch this process for good so that it can probe; return the GPU, or None if tensors will be fake."""
     warnings.filterwarnings("ignore")
     enable_cpu()
     torch.set_num_threads(1)

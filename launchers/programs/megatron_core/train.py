@@ -25,11 +25,11 @@ class TrainingJob:
     """One rank of a training job. The default process group must exist; every rank makes the same calls.
 
     Args:
-        workload: The model and its training contract.
+        workload: The workload.
         layout: The layout.
-        seed: The seed of weights and tokens.
+        seed: The random seed of weights and tokens.
         device: This rank's device.
-        enter: Is called when a part of a step begins, with that part.
+        enter: A function that is called with each part of a step when it begins.
 
     Raises:
         ValueError, AssertionError, RuntimeError: if Megatron refuses the layout.
@@ -86,20 +86,23 @@ class TrainingJob:
         return total, float(grad_norm or 0.0)
 
     def mean_loss(self, local_sum: Tensor) -> float:
-        """Return the step's mean loss per token, equal on every rank, from the sum that this rank's `step` returned."""
+        """Return the step's mean loss per token, the same on every rank.
+
+        `local_sum` is the sum that `step` returned on this rank.
+        """
         # The tensor parallel ranks of the last stage hold the same tokens, so each counts for 1/tp.
         total = local_sum.double() / self.layout.tp
         dist.all_reduce(total)
         return float(total) / self.workload.tokens_per_step
 
     def close(self) -> None:
-        """Free the process groups, so that another job may follow in this process."""
+        """Destroy Megatron's process groups, so that another job may follow in this process."""
         parallel_state.destroy_model_parallel()
 
     def _check_batch(self) -> None:
         samples, per_step = self.workload.global_batch_size, self.layout.micro_batch_size * self.dp
         if samples % per_step:
-            # These are the words of Megatron's own calculator (num_microbatches_calculator.py).
+            # This is the message of Megatron's own calculator (num_microbatches_calculator.py).
             raise ValueError(
                 f"global batch size ({samples}) is not divisible by micro batch size "
                 f"({self.layout.micro_batch_size}) times data parallel size ({self.dp})"
@@ -153,9 +156,9 @@ class TrainingJob:
 
 
 def _summed_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum of a micro-batch's losses, the number of its tokens, and the sum again to be reported.
+    """Return the sum of a micro-batch's losses, the number of its tokens, and the sum again, detached, for the report.
 
-    Megatron divides the first by the number of tokens and by the number of micro-batches.
+    Megatron divides the first sum by the number of tokens and by the number of micro-batches.
     """
     total = losses.float().sum()
     tokens = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
