@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 
 from tests.replay import ReplayLauncher, claim, sweep_of
-from tests.trials import completed_row, failed_row, write_trial
+from tests.trials import completed_row, failed_row, spec_of, write_trial
 from tests.unit.cli.commands import refused, write_results
 from tuner.cli.app import run
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import read_json, read_json_data, read_json_lines, read_text, read_yaml_data
+from tuner.frameworks.megatron_bridge.override import bridge_words
 from tuner.printable import one_line
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import TrialResult
+from tuner.trial.program import BridgeRecipe
 
 READING_COMMANDS = ("show", "show --json", "export", "explain", "sync")
 HIDDEN = {
@@ -172,6 +174,28 @@ def test_deep_or_endless_json_is_an_input_error(
     path = SweepFolder(night).trial(0).result
     path.write_text(text)
     assert "result.json" in refused(capsys, "show", str(night))
+
+
+@pytest.mark.parametrize(
+    ("knob", "text"),
+    [
+        ("pipeline_model_parallel_layout", "${oc.env:HF_TOKEN}"),
+        ("recompute_modules", "core_attn+${oc.env:HF_TOKEN}"),
+        ("recompute_modules", "core_attn],++train.train_iters=[1"),
+        ("cuda_graph_scope", 'attn",++model.x="y'),
+    ],
+)
+def test_resolver_syntax_never_gets_into_an_override(knob: str, text: str) -> None:
+    layout = replace(Layout(recompute_granularity="selective", cuda_graph_impl="local"), **{knob: text})
+    spec = spec_of(0, Layout())
+    object.__setattr__(spec, "layout", layout)  # a spec that is read refuses some of these texts itself
+    with pytest.raises(InputError, match="cannot become an override"):
+        bridge_words(spec)
+
+
+def test_resolver_syntax_never_gets_into_the_arguments_of_a_recipe() -> None:
+    with pytest.raises(ValueError, match="without"):
+        BridgeRecipe(recipe="llama3_8b", arguments={"path": "${oc.env:HF_TOKEN}"})
 
 
 HUGE_NUMBERS: list[tuple[str, Callable[[Any], None]]] = [

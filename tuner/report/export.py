@@ -19,6 +19,7 @@ from tuner.frameworks.megatron_bridge.override import (
 )
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_arguments
 from tuner.frameworks.megatron_lm.override import megatron_lm_override, megatron_lm_usage
+from tuner.printable import one_line, printable
 from tuner.trial.contract import TrialSpec
 from tuner.trial.program import MegatronLm, Program
 
@@ -68,7 +69,7 @@ def export(
     header = _evidence(spec, figures, rerun_command)
     if format is Format.MEGATRON_LM:
         lines = [*header, *_environment_block(environment), *megatron_lm_usage(spec, recipe_layout)]
-        return _comments(lines) + megatron_lm_override(spec, recipe_layout)
+        return _comments(lines) + printable(megatron_lm_override(spec, recipe_layout))
     if format is Format.BRIDGE_PYTHON:
         return _comments(header) + bridge_python(changes, environment)
     lines = [*header, *_environment_block(environment)]
@@ -117,8 +118,7 @@ def _environment_block(environment: Mapping[str, str]) -> list[str]:
 
 def _comments(lines: Iterable[str]) -> str:
     # A line break in a name, of any kind, must not turn the rest of the name into code.
-    clean = ("".join(letter if letter.isprintable() else " " for letter in line) for line in lines)
-    return "".join(f"# {line}\n" for line in clean)
+    return "".join(f"# {one_line(line)}\n" for line in lines)
 
 
 def _json(

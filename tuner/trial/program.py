@@ -132,6 +132,11 @@ class BridgeRecipe:
     text: str = ""
     """The content of the Python file when the trial was launched, which the trial and its replays run; empty before."""
 
+    def __post_init__(self) -> None:
+        for name, value in self.arguments.items():
+            if isinstance(value, str) and "${" in value:  # OmegaConf would resolve it in the recipe's config
+                raise ValueError(f"arguments.{name}: '{value}': state the value itself, without ${{...}}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronLm:
@@ -198,7 +203,7 @@ def _check_pattern(name: str, pattern: str) -> None:
         )
     try:
         groups = re.compile(pattern).groups
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"log.{name}: '{pattern}' is no regular expression: {error}") from None
     if groups != 1:
         raise ValueError(f"log.{name}: '{pattern}' has {groups} groups; exactly one must hold the number")

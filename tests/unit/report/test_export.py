@@ -233,8 +233,8 @@ def test_a_graph_of_the_whole_step_is_written_as_an_implementation() -> None:
 
 
 def test_a_placement_of_layers_is_quoted_for_hydra() -> None:
-    text = _export(Format.BRIDGE_CLI, Layout(pp=4, pipeline_model_parallel_layout="Et|t*2|(t|)tmL"))
-    assert '++model.pipeline_model_parallel_layout="Et|t*2|(t|)tmL"' in _words(text)
+    text = _export(Format.BRIDGE_CLI, Layout(pp=4, pipeline_model_parallel_layout="Et|t*2|(t|)*1tmL"))
+    assert '++model.pipeline_model_parallel_layout="Et|t*2|(t|)*1tmL"' in _words(text)
 
 
 @settings(deadline=None)

@@ -7,9 +7,14 @@ from typing import Any, Final
 import yaml
 
 from tuner.core.layout import Layout
+from tuner.errors import InputError
 from tuner.frameworks.megatron_bridge.settings import COMM_OVERLAP, bridge_changes
 from tuner.frameworks.megatron_fields import expert_metadata
 from tuner.trial.contract import TrialSpec
+
+_PLAIN: Final = re.compile(r"[\w.+|*(),-]*", re.ASCII)
+"""The characters of a text that may become an override: those of names, of joined names and of placements. Hydra and
+OmegaConf give a meaning to others; `${oc.env:NAME}` reads a variable of the environment."""
 
 _COMM_OVERLAP_CLASS: Final = "megatron.bridge.training.comm_overlap.CommOverlapConfig"
 
@@ -20,12 +25,21 @@ def bridge_overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str,
     Args:
         spec: The specification of the trial.
         recipe_layout: The layout that the recipe has; None sets every field that selects a layout.
+
+    Raises:
+        InputError: if a text of the layout holds a character that has a meaning to Hydra or OmegaConf.
     """
     changes = bridge_changes(spec.layout, recipe_layout)
     if recipe_layout is None and not spec.workload.model.is_moe:
         changes = {path: value for path, value in changes.items() if path not in expert_metadata("megatron")}
     # Bridge's benchmark recipes scale the global batch with dp, which would change the training.
     changes["train.global_batch_size"] = spec.workload.global_batch_size
+    for path, value in changes.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not _PLAIN.fullmatch(text):
+                raise InputError(
+                    f"{path}: '{text}' cannot become an override: it may hold letters, digits and . + | * ( ) , - alone"
+                )
     return changes
 
 
