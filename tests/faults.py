@@ -54,7 +54,7 @@ def spec_for(program: str, limits: Limits = LIMITS) -> TrialSpec:
     return replace(spec_of(0, Layout(), cluster=CPU), program=program, limits=limits)
 
 
-_KILLED, _RANK_1 = "which nobody here sent", "rank 1 ended with exit code"
+_KILLED, _RANK_1 = "which megatune did not send", "rank 1 ended with exit code"
 FAULTS = (
     Fault("exits_1", Outcome.INFRASTRUCTURE, f"{_RANK_1} 1", rank=1),
     Fault("exits_3", Outcome.INFRASTRUCTURE, f"{_RANK_1} 3", rank=1),

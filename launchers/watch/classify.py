@@ -1,9 +1,9 @@
 """Decides how a trial ended, from its evidence alone.
 
-torchrun exits with 1 whatever happened, so its exit code says little. The records of the program and its ranks come
-first, then the signal that the first failing rank died of, then the text of the logs; the kernel's counters tell
-whether a kill was for memory. One failing rank makes its peers fail too: their communication errors are consequences,
-and so are the signals by which torchrun ends them.
+torchrun exits with 1 whatever happened, so its exit code says little. The records of the program and its ranks count
+first, then the signal that ended the first failing rank, then the text of the logs; the kernel's counters tell whether
+a process was killed for memory. One failing rank makes the other ranks fail too: their communication errors are
+consequences, and so are the signals by which torchrun ends them.
 """
 
 import re
@@ -25,13 +25,13 @@ from tuner.trial.contract import Outcome, Phase
 from tuner.trial.outcomes import cause_of, outcome_of_failure
 
 _FULL_BYTES = 64 << 10
-"""A disk with less free space than this counts as full. Assumed. A result alone needs a few KiB."""
+"""A disk with less free space than this counts as full. Assumed: a result alone needs a few KiB."""
 _REASON_CHARACTERS = 400
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """How a trial ended: the outcome, why in one line, and where."""
+    """How a trial ended: the outcome, the reason in one line, and, if known, the phase and the rank."""
 
     outcome: Outcome
     reason: str
@@ -40,7 +40,7 @@ class Judgement:
 
 
 def classify(evidence: JobEvidence) -> Judgement:
-    """Decide how the trial ended, by the first rule that recognises the evidence."""
+    """Return how the trial ended, as the first function of `_RULES` that recognises the evidence judges it."""
     judgements = (rule(evidence) for rule in _RULES)
     judgement = next(filter(None, judgements), None) or _unexplained(evidence)
     return replace(judgement, reason=" ".join(judgement.reason.split())[:_REASON_CHARACTERS])
@@ -71,7 +71,10 @@ def _clean_end(evidence: JobEvidence) -> Judgement | None:
 
 
 def _recorded_failure(evidence: JobEvidence) -> Judgement | None:
-    """Judge by what the program recorded, unless it is a lost connection: another rank's failure may be its cause."""
+    """Judge by the failure that a rank or the program recorded.
+
+    A recorded loss of a connection is left out here, since the failure of another rank may be its cause.
+    """
     judgements = (_rank_record(evidence), _program_result(evidence))
     return next((each for each in judgements if each and each.outcome is not Outcome.COMMUNICATION), None)
 
@@ -100,7 +103,10 @@ def _stopped(evidence: JobEvidence) -> Judgement | None:
 
 
 def _signal(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the signal that the first failed rank, or the first process, died of, unless we sent it."""
+    """Judge by the signal that ended the first failed rank, or the job's first process.
+
+    Signals that torchrun or megatune sends are left out.
+    """
     rank, code = _first_exit(evidence)
     if code >= 0 or -code == SIGTERM or (evidence.ending is not None and -code == SIGKILL):
         return None
@@ -113,7 +119,7 @@ def _signal(evidence: JobEvidence) -> Judgement | None:
             if line := first_line(evidence.tails.get(rank, ""), pattern):
                 return Judgement(outcome, f"died in {phase}: {line}", phase, rank)
     name = Signals(-code).name if -code in {*Signals} else f"signal {-code}"
-    reason = f"{who} died in {phase} of {name}, which nobody here sent"
+    reason = f"{who} died in {phase} of {name}, which megatune did not send"
     return Judgement(Outcome.INFRASTRUCTURE, reason, phase, rank)
 
 
@@ -137,7 +143,7 @@ def _program_result(evidence: JobEvidence) -> Judgement | None:
 
 
 def _limit(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the limit for which the launcher ended the job."""
+    """Judge by the time limit for which the launcher ended the job."""
     phase, limits = evidence.phase, evidence.limits
     if evidence.ending == "startup":
         reason = f"no optimizer step within {limits.startup_s:g} s (limits.startup_s); last seen in {phase}"
@@ -174,7 +180,7 @@ def _full_disk(evidence: JobEvidence, message: str, rank: int | None) -> Judgeme
 
 
 def _traceback(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the last exception that a rank printed without living to record it, for instance an import error."""
+    """Judge by the last exception that a rank printed but did not record, for instance an import error."""
     for rank in evidence.ranks_by_failure():
         if exception := last_exception(evidence.tails[rank]):
             outcome, reason = outcome_of_failure(*exception, evidence.phase, evidence.step)
@@ -191,7 +197,7 @@ def _communication_text(evidence: JobEvidence) -> Judgement | None:
 
 
 def _text(evidence: JobEvidence, pattern: re.Pattern[str], outcome: Outcome) -> Judgement | None:
-    """Judge by the first line of a log that the pattern is found in."""
+    """Judge that the trial ended with `outcome` if a line of a log matches the pattern; this line is the reason."""
     for rank in evidence.ranks_by_failure():
         if line := first_line(evidence.tails[rank], pattern):
             return Judgement(outcome, line, evidence.phase, rank)
@@ -212,7 +218,7 @@ def _unexplained(evidence: JobEvidence) -> Judgement:
     reason = f"{end}: {_who(rank)} ended with exit code {code} in {evidence.phase}"
     output = evidence.launcher_tail if rank is None else evidence.tails.get(rank, "")
     if code and (lines := output.strip().splitlines()):
-        reason += f"; its last words: {lines[-1]}"
+        reason += f"; the last line of its output: {lines[-1]}"
     return Judgement(Outcome.INFRASTRUCTURE, reason, evidence.phase, rank)
 
 
@@ -231,4 +237,4 @@ _RULES: tuple[Callable[[JobEvidence], Judgement | None], ...] = (
     _traceback,
     _communication_text,
 )
-"""The rules, the most trustworthy first: the module's docstring says why."""
+"""Functions that judge by one part of the evidence, the most trustworthy first; the module's docstring says why."""

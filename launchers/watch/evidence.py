@@ -1,4 +1,4 @@
-"""What is left of a job after its last process has ended: the evidence that its outcome is decided from."""
+"""The evidence from which the outcome of a job is decided: what is left of it after its last process has ended."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,7 +15,7 @@ from tuner.trial.contract import Heartbeat, Limits, Phase, RankRecord, TrialFold
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobEvidence:
-    """What a launcher saw of a job, and what the job left in its folder."""
+    """What a launcher saw of a job, and what the job left in the trial's folder."""
 
     limits: Limits
     folder: Path = Path()
@@ -25,15 +25,16 @@ class JobEvidence:
     ending: Ending | None = None
     """Why the launcher ended the job; None if it ended by itself."""
     ended_at_s: float = float("inf")
-    """When the launcher ended the job, in seconds since the epoch; later failures are consequences of this end."""
+    """When the launcher ended the job, in seconds since the epoch; failures after this time are its consequences."""
     silence_s: float = float("inf")
-    """How long the job was allowed to be silent when it was ended: limits.step_s, or less if its steps were known."""
+    """How long, in seconds, the job could go without a heartbeat: limits.step_s, or less if the times of its steps were
+    known."""
     survivors: tuple[int, ...] = ()
     """Ids of the processes that even SIGKILL did not end."""
     free_bytes: float = float("inf")
-    """Free space on the folder's disk at the end."""
+    """Free space in bytes on the disk of the trial's folder after the job."""
     held_gpus: tuple[str, ...] = ()
-    """One line for each GPU that is fuller than before the job."""
+    """One line of text for each GPU that has more memory in use than before the job."""
     result: TrialResult | None = None
     """The result that the program wrote."""
     result_at_s: float = 0.0
@@ -45,24 +46,24 @@ class JobEvidence:
     heartbeat: Heartbeat | None = None
     """The last heartbeat that was seen."""
     slower_than_ms: float | None = None
-    """A lower bound of the step time; None where no step was seen."""
+    """A lower bound of the step time in ms; None if no finished step was seen."""
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     """Exit code of each failed rank, in the order of failure."""
     tails: Mapping[int, str] = field(default_factory=dict)
-    """The end of each rank's output."""
+    """The end of each rank's output, by rank."""
     launcher_tail: str = ""
     """The end of the output of the job's first process."""
     host_oom_kills: int = 0
-    """How many processes the kernel killed for memory while the job ran."""
+    """Number of processes that the kernel killed for lack of memory while the job ran."""
 
     @property
     def phase(self) -> Phase:
-        """The phase of the last heartbeat."""
+        """Return the phase in the last heartbeat, or `startup` if none was seen."""
         return self.heartbeat.phase if self.heartbeat else "startup"
 
     @property
     def step(self) -> int:
-        """How many optimizer steps were finished at the last heartbeat."""
+        """Return how many optimizer steps were finished at the last heartbeat."""
         return self.heartbeat.step if self.heartbeat else 0
 
     def ranks_by_failure(self) -> list[int]:
@@ -72,12 +73,12 @@ class JobEvidence:
 
 
 def launcher_log(folder: TrialFolder) -> Path:
-    """Return the file that takes the output of the job's first process."""
+    """Return the path of the file to which the output of the job's first process goes."""
     return folder.log / "torchrun.log"
 
 
 def rank_logs(folder: TrialFolder) -> dict[int, list[Path]]:
-    """Return the output files by rank: in torchrun's own folder, there is a folder named after each rank."""
+    """Return the paths of the output files of each rank; torchrun writes them to a folder named after the rank."""
     logs_by_rank: dict[int, list[Path]] = {}
     for path in sorted(folder.log.glob("*/attempt_0/*/std*.log")):
         logs_by_rank.setdefault(int(path.parent.name), []).append(path)
@@ -85,7 +86,10 @@ def rank_logs(folder: TrialFolder) -> dict[int, list[Path]]:
 
 
 def with_files(evidence: JobEvidence, folder: TrialFolder, world_size: int) -> JobEvidence:
-    """Add what the ranks and torchrun wrote into the folder; a torn or missing file is left out."""
+    """Return the evidence with what the ranks and torchrun wrote into the folder added.
+
+    A missing or incomplete file is left out.
+    """
     records = []
     for rank in range(world_size):
         with suppress(InputError):
@@ -110,6 +114,6 @@ def with_files(evidence: JobEvidence, folder: TrialFolder, world_size: int) -> J
 
 
 def as_single_rank(evidence: JobEvidence) -> JobEvidence:
-    """Return a command's evidence: the command counts as rank 0, since we start no torchrun above it."""
+    """Return the evidence of a command's job with the command as rank 0, since there is no torchrun above it."""
     exit_codes = {0: evidence.exit_code} if evidence.exit_code else {}
     return replace(evidence, exit_codes=exit_codes, tails={0: evidence.launcher_tail}, launcher_tail="")

@@ -1,6 +1,6 @@
 """Tells whether GPUs are as free after a trial as before it.
 
-It asks the driver and never torch, which would take memory of a GPU itself.
+It asks the driver and never torch, which would itself use memory of a GPU.
 """
 
 import threading
@@ -11,26 +11,27 @@ from typing import Any
 import pynvml
 
 RELEASE_S = 30.0
-"""How long the driver may take to give back what ended processes held. Assumed."""
+"""How long the driver may take to free the memory of ended processes, in seconds. Assumed."""
 TOLERANCE_GIB = 0.25
-"""How much fuller a GPU may be after a job than before it. Assumed: more than the driver's own state takes."""
+"""How much more memory of a GPU may be in use after a job than before it. Assumed: more than the driver's own state
+takes."""
 _GIB = 1024**3
 _POLL_S = 0.5
 _ANSWER_S = 10.0
-"""How long the driver may take to answer. Assumed."""
+"""How long the driver may take to answer, in seconds. Assumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSelection:
-    """The GPUs of a job: the first `count` of those that it sees."""
+    """The GPUs of a job: the first `count` of those that are visible to it."""
 
     count: int
     """The number of GPUs; 0 on CPU."""
     visible_devices: str | None = None
-    """The job's CUDA_VISIBLE_DEVICES; None where it is not set, and the job sees every GPU."""
+    """The job's CUDA_VISIBLE_DEVICES; None if it is not set, so that the job sees every GPU."""
 
     def names(self) -> list[str]:
-        """Return the index or the identifier of each GPU; NVML must be initialised."""
+        """Return the index or the identifier of each GPU as a text; NVML must be initialised."""
         return visible(self.visible_devices, pynvml.nvmlDeviceGetCount())[: self.count]
 
 
@@ -44,7 +45,7 @@ class GpuUse:
 
 
 def gpus_in_use(selection: GpuSelection) -> tuple[GpuUse, ...]:
-    """Ask the driver for the use of each selected GPU; empty where the driver does not answer."""
+    """Return the memory use of each selected GPU, as the driver reports it; empty if the driver does not answer."""
     answers: list[tuple[GpuUse, ...]] = []
     if selection.count:  # in a thread, since the driver may wait for a broken GPU for ever
         thread = threading.Thread(target=lambda: answers.append(_ask(selection)), daemon=True)
@@ -69,7 +70,11 @@ def _ask(selection: GpuSelection) -> tuple[GpuUse, ...]:
 def wait_for_release(
     selection: GpuSelection, before: tuple[GpuUse, ...], limit_s: float = RELEASE_S
 ) -> tuple[str, ...]:
-    """Wait until the GPUs are as free as they were; return one line for each that is still fuller after `limit_s`."""
+    """Wait until the GPUs are as free as in `before`, for at most about `limit_s` seconds.
+
+    Returns:
+        One line of text for each GPU that still has more memory in use at the limit; empty if all are free.
+    """
     deadline_s = time.monotonic() + limit_s
     while before and (held := still_held(before, gpus_in_use(selection))):
         if time.monotonic() > deadline_s:
@@ -79,7 +84,10 @@ def wait_for_release(
 
 
 def still_held(before: tuple[GpuUse, ...], now: tuple[GpuUse, ...]) -> tuple[str, ...]:
-    """Return one line for each GPU that is fuller than it was: by how much, and whose processes are there."""
+    """Return one line of text for each GPU that has more memory in use than in `before`.
+
+    The line says how much, and names the processes there.
+    """
     if len(now) < len(before):
         return (f"the driver answers for {len(now)} GPUs, before the trial for {len(before)}",)
     return tuple(
@@ -91,14 +99,17 @@ def still_held(before: tuple[GpuUse, ...], now: tuple[GpuUse, ...]) -> tuple[str
 
 
 def visible(visible_devices: str | None, count: int) -> list[str]:
-    """Return the indices or identifiers in CUDA_VISIBLE_DEVICES in its order; every index where it is not set."""
+    """Return the indices or identifiers that CUDA_VISIBLE_DEVICES names, in its order; if it is not set, all indices.
+
+    `count` is the number of GPUs of the machine.
+    """
     if visible_devices is None:
         return [str(index) for index in range(count)]
     return [name for part in visible_devices.split(",") if (name := part.strip())]
 
 
 def handle_of(name: str) -> Any:
-    """Return NVML's handle of a GPU that `visible` names."""
+    """Return NVML's handle of a GPU, given by an index or identifier that `visible` returned."""
     if name.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(name))
     return pynvml.nvmlDeviceGetHandleByUUID(name)

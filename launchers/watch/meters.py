@@ -26,7 +26,7 @@ _THROTTLE_REASONS: Mapping[str, int] = {
     "HwThermalSlowdown": 0x40,
     "HwPowerBrakeSlowdown": 0x80,
 }
-"""Bits of NVML's nvmlClocksEventReasons, by name. Published: nvml.h. Reasons that are no trouble are left out: an idle
+"""Bits of NVML's nvmlClocksEventReasons, by name. Published: nvml.h. Reasons that are harmless are left out: an idle
 GPU, clocks that a user set, and a display's clocks."""
 
 T = TypeVar("T")
@@ -34,10 +34,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuReading:
-    """One reading of a GPU; a field is None where the driver does not say."""
+    """One reading of a GPU; a field is None if the driver does not report it."""
 
     clock_mhz: float | None
-    """SM clock."""
+    """Clock of the streaming multiprocessors (SM)."""
     power_w: float | None
     energy_j: float | None
     """Energy used since the driver was loaded."""
@@ -45,7 +45,7 @@ class GpuReading:
     throttle_reasons: tuple[str, ...]
     """NVML's names of the reasons for which the clock is lowered."""
     foreign_memory_gib: float | None
-    """Memory that processes other than the trial's hold."""
+    """GPU memory used by processes that do not belong to the trial; None if it cannot be told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +55,16 @@ class CpuReading:
     clock_mhz: float | None
     """Mean clock of the cores."""
     busy_s: float
-    """Busy time of all the cores together since the machine started, with the time that a virtual machine's host took
-    away."""
+    """Busy time of all the cores together since the machine started, in seconds, including steal time, which the host
+    of a virtual machine takes away."""
     own_s: float | None
-    """CPU time of the trial's processes and of the tuner with its children; None outside the timed steps, and once one
-    of them has ended."""
+    """CPU time, in seconds, of the trial's processes and of the tuner with its children; None outside the timed steps,
+    and once one of these processes has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One look at the machine."""
+    """What was read of the machine at one moment."""
 
     time_s: float
     """Seconds since the epoch."""
@@ -73,30 +73,30 @@ class Sample:
     gpus: tuple[GpuReading, ...] = ()
     """One reading for each GPU of the trial."""
     cpu: CpuReading | None = None
-    """The reading of the cores where the trial has no GPUs."""
+    """The reading of the cores; None if the trial has GPUs."""
 
 
 class Meter(Protocol):
     """Reads the machine."""
 
     def read(self, phase: Phase) -> Sample:
-        """Look at the machine once, while the trial is in `phase`."""
+        """Read the machine once, while the trial is in `phase`."""
 
 
 class OwnProcesses:
     """Tells the trial's processes and the tuner's from all others.
 
-    A trial's processes carry the trial's folder as a marker in their environment. A forked rank shows the marker of the
-    process that it was forked from: the sweep's folder, which holds the trial's.
+    The environment of a trial's processes has a marker, the path of the trial's folder. A forked rank shows the marker
+    of the process that it was forked from: the sweep's folder, which contains the trial's.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._is_own: dict[int, bool] = {}
-        """Whether a process is the trial's or the tuner, by its id, for those that were asked about before."""
+        """For the ids of processes that were asked about before: whether the process is the trial's or the tuner."""
 
     def holds(self, pid: int) -> bool:
-        """Return whether a process is the trial's or the tuner itself."""
+        """Return whether the process with this id is one of the trial's or the tuner itself."""
         if pid not in self._is_own:
             self._is_own[pid] = pid == os.getpid() or self._is_marked(pid)
         return self._is_own[pid]
@@ -128,7 +128,7 @@ class CpuMeter:
         self._processes: list[psutil.Process] = []
 
     def read(self, phase: Phase) -> Sample:
-        """See Meter."""
+        """Read the cores once, while the trial is in `phase`."""
         if phase == "measure" and not self._processes:
             # All ranks run now. They are looked up once, because that reads every process of the machine.
             self._processes = self._own_processes.processes()
@@ -166,18 +166,18 @@ class GpuMeter:
         self._own_processes = own_processes
 
     def read(self, phase: Phase) -> Sample:
-        """See Meter."""
+        """Read the trial's GPUs once, while the trial is in `phase`."""
         readings = tuple(read_gpu(pynvml, handle, self._own_processes.holds) for handle in self._handles)
         return Sample(time_s=time.time(), phase=phase, gpus=readings)
 
 
 def read_gpu(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> GpuReading:
-    """Read one GPU.
+    """Return one reading of a GPU.
 
     Args:
         nvml: The module pynvml, or an object with its functions.
         handle: NVML's handle of the GPU.
-        is_own: Tells whether the process of an id is the trial's.
+        is_own: Returns whether the process with this id belongs to the trial.
     """
 
     def answer_of(ask: Callable[..., T], *arguments: Any) -> T | None:
@@ -200,9 +200,9 @@ def read_gpu(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> GpuReadin
 
 
 def _foreign_gib(processes: Sequence[Any], is_own: Callable[[int], bool]) -> float | None:
-    """Return what processes other than the trial's hold; None where none of the trial's is among them.
+    """Return the GPU memory in GiB of processes that do not belong to the trial; None if no process belongs to it.
 
-    In that case no rank uses the GPU yet, or a container hides the ranks' process ids, and a rank would count as
+    In that case no rank uses the GPU yet, or a container hides the ranks' process ids, so that a rank would count as
     foreign.
     """
     foreign = [process for process in processes if not is_own(process.pid)]

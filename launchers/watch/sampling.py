@@ -1,4 +1,4 @@
-"""Samples the machine in a thread beside a trial, into the trial's folder."""
+"""Samples the machine in a thread while a trial runs, and writes the samples to the trial's folder."""
 
 import json
 import threading
@@ -15,25 +15,26 @@ from tuner.files import to_data
 from tuner.trial.contract import Phase, TrialFolder
 
 MOST_SAMPLES = 2000
-"""How many samples a trial's time limit is divided into, so that their file stays below 2 MB."""
+"""Outside the timed steps, two samples are at least the trial's time limit / MOST_SAMPLES apart, so that their file
+stays below 2 MB."""
 MOST_SHARE = 0.01
-"""The share of a core that sampling may take. Assumed: too little to change a step time."""
+"""The share of a core's time that sampling may take. Assumed: too little to change a step time."""
 _SPARSE_S, _DENSE_S = 1.0, 0.1
-"""The least seconds between two samples: outside the timed steps, and at their beginning."""
+"""The least time between two samples, in seconds: outside the timed steps, and at the beginning of the timed steps."""
 _DENSE_SHARE = 0.05
-"""During the timed steps, the next sample comes after this share of the time since they began."""
+"""During the timed steps, the next sample follows after this share of the time since they began."""
 _TICK_S = 0.1
 _END_S = 2.0
-"""How long the thread gets to end; a thread that waits for a broken GPU is left behind."""
+"""How long the thread may take to end, in seconds; a thread that waits for a broken GPU is left running."""
 
 
 class Sampler:
-    """Samples in a thread of its own, since NVML may wait for a broken GPU for ever.
+    """Samples the machine in a thread of its own, since NVML may wait for a broken GPU for ever.
 
     Args:
-        folder: The trial's folder, where the samples are kept.
-        gpus: The GPUs of the trial; where it has none, the CPU is sampled.
-        trial_s: The trial's time limit.
+        folder: The trial's folder, to which the samples are written.
+        gpus: The GPUs of the trial; if it has none, the CPU is sampled.
+        trial_s: The trial's time limit in seconds.
         phase: Returns the phase that the trial is in.
     """
 
@@ -51,7 +52,7 @@ class Sampler:
         self._thread.start()
 
     def end(self) -> tuple[Sample, ...]:
-        """Stop sampling, and return the samples; may be called again."""
+        """Stop sampling, and return all samples; it may be called again."""
         self._over.set()
         self._thread.join(_END_S)
         return tuple(self._samples)
@@ -89,13 +90,13 @@ class Sampler:
 
 
 def pause_s(phase: Phase, since_s: float, cost_s: float, sparse_s: float) -> float:
-    """Return the seconds until the next sample.
+    """Return the time until the next sample, in seconds.
 
     Args:
-        phase: The trial's phase: the timed steps are sampled finely at first.
-        since_s: The time since the phase began.
-        cost_s: The CPU time of the last sample: sampling takes at most MOST_SHARE of a core.
-        sparse_s: The time between two samples outside the timed steps.
+        phase: The trial's phase; during the timed steps, samples are more frequent at first.
+        since_s: The time since the phase began, in seconds.
+        cost_s: The CPU time of the last sample, in seconds: sampling takes at most MOST_SHARE of a core.
+        sparse_s: The time between two samples outside the timed steps, in seconds.
     """
     fine_s = max(_DENSE_S, _DENSE_SHARE * since_s)
     wanted_s = min(fine_s, sparse_s) if phase == "measure" else sparse_s

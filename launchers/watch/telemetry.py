@@ -7,23 +7,25 @@ from launchers.watch.meters import Sample
 from tuner.trial.contract import Telemetry
 
 LEAST_WINDOW_S = 0.5
-"""Load and power are averaged over at least this time: the kernel counts a process's time in ticks of 10 ms."""
+"""Load and power are averaged over at least this time, in seconds: the kernel counts a process's time in ticks of 10
+ms."""
 FOREIGN_MEMORY_GIB = 0.1
-"""The memory of a GPU that other processes may hold. Assumed: less than the smallest CUDA context, so that one foreign
-process on a GPU shows, and more than an MPS server holds."""
+"""How much memory of a GPU other processes may use before the trial counts as disturbed. Assumed: less than the
+smallest CUDA context, so that one other process on a GPU is noticed, and more than an MPS server uses."""
 FOREIGN_LOAD = 0.1
-"""The share of the cores that other processes may keep busy. Assumed: the ranks claim all cores, so that what others
-take is missing, and the daemons and kernel threads of an otherwise idle machine take less than a tenth of this."""
+"""The share of the cores that other processes may keep busy before the trial counts as disturbed. Assumed: the ranks
+need all cores, so they lack what other processes take, and the daemons and kernel threads of an otherwise idle machine
+take less than a tenth of this."""
 
 _USUAL_REASONS = frozenset({"SwPowerCap", "SyncBoost"})
-"""Throttle reasons that are no trouble: a sound machine runs large matrix products at its power limit, and
-SyncBoost (GPUs that boost together) is a setting."""
+"""Throttle reasons that are harmless: a healthy machine runs large matrix products at its power limit, and SyncBoost
+(GPUs that boost together) is a setting."""
 
 
 def summarise(samples: Sequence[Sample], tokens_per_s: float | None) -> Telemetry | None:
-    """Return what the samples of the timed steps amount to; None where no sample fell among them.
+    """Return the telemetry of a trial, summed up from the samples during its timed steps; None without such samples.
 
-    `tokens_per_s` is the rate of all GPUs together of a completed trial, None for any other.
+    `tokens_per_s` is the throughput of all GPUs together if the trial completed, otherwise None.
     """
     timed = [sample for sample in samples if sample.phase == "measure"]
     if not timed:
@@ -48,7 +50,10 @@ def summarise(samples: Sequence[Sample], tokens_per_s: float | None) -> Telemetr
 
 
 def suspicions(telemetry: Telemetry, cores: int) -> tuple[str, ...]:
-    """Return why the measurement is not to be trusted, one line per reason; the trial shares `cores` cores."""
+    """Return why the measurement is not to be trusted, one line of text per reason; empty if there is no reason.
+
+    `cores` is the number of cores that the ranks of the trial share.
+    """
     reasons = []
     if throttling := [name for name in telemetry.throttle_reasons if name not in _USUAL_REASONS]:
         heat = "" if telemetry.temperature_c is None else f", at up to {telemetry.temperature_c:.0f} °C"
@@ -68,9 +73,9 @@ def _stated(values: Iterable[float | None]) -> list[float]:
 
 
 def _power_w(timed: Sequence[Sample]) -> float | None:
-    """Return the mean power of all GPUs together; None if one GPU does not report its power.
+    """Return the mean power of all GPUs together in W; None if a GPU does not report its power.
 
-    It follows from the energy counters where every GPU has one, else from the power readings, which lag by up to a
+    It is computed from the energy counters if every GPU has one, else from the power readings, which lag by up to a
     second.
     """
     first_gpus, last_gpus = timed[0].gpus, timed[-1].gpus
@@ -90,7 +95,7 @@ def _power_w(timed: Sequence[Sample]) -> float | None:
 
 
 def _foreign_load(timed: Sequence[Sample]) -> float | None:
-    """Return how many cores other processes kept busy on average; None where the samples span too little time."""
+    """Return how many cores other processes kept busy on average; None if the samples span too little time."""
     readings = [
         (sample.time_s, sample.cpu.busy_s, sample.cpu.own_s)
         for sample in timed

@@ -15,8 +15,8 @@ from tuner.files import read_json
 from tuner.trial.contract import Heartbeat, TrialFolder
 
 _POLL_S = 0.1
-"""The time between two looks at a job. Assumed: short against the shortest step that is worth a heartbeat, and far
-above the cost of one look."""
+"""The time between two looks at a job, in seconds. Assumed: shorter than any step that deserves a heartbeat, and far
+longer than one look takes."""
 _LOG_LIMIT_BYTES = 64 << 20
 """The size above which a job's output is cut. Assumed: more than a job of many ranks writes in a trial, and little on
 the smallest disk in use."""
@@ -24,16 +24,16 @@ the smallest disk in use."""
 
 @dataclass(slots=True)
 class JobWatcher:
-    """Watches one job."""
+    """Watches one running job."""
 
     folder: TrialFolder
     limits: LimitWatch
     on_heartbeat: Callable[[Heartbeat], None] | None
     _cut_tails: dict[Path, bytes] = field(default_factory=dict, init=False)
-    """The tail that each cut file had when it was last cut."""
+    """For each output file that was cut because it was too large: the tail that it had when it was last cut."""
 
     def until_end(self, job: RunningJob, stop: threading.Event) -> Ending | None:
-        """Block until the job ends by itself, or there is a reason to end it; return that reason, or None."""
+        """Block until the job ends by itself, or there is a reason to end it; return this reason, or else None."""
         while not job.ended():
             self._take_heartbeat()
             if ending := self.limits.passed(time.monotonic()):
@@ -45,7 +45,10 @@ class JobWatcher:
         return None
 
     def close_gaps(self) -> None:
-        """Rewrite the cut files without gaps, once nobody writes them; first cut files that grew too large since."""
+        """Rewrite each output file that was cut as its head and its newest output, without the hole that cutting left.
+
+        Call it once no process writes the files. Files that have become too large by then are cut first.
+        """
         self._bound_logs()
         for path, earlier_tail in self._cut_tails.items():
             logs.close_gap(path, earlier_tail)

@@ -142,7 +142,7 @@ def test_a_kill_by_the_kernel_is_out_of_memory_and_another_is_not() -> None:
     assert classify(replace(killed, host_oom_kills=1)).outcome is Outcome.OOM
     judgement = classify(killed)
     assert (judgement.outcome, judgement.rank) == (Outcome.INFRASTRUCTURE, 1)
-    assert "SIGKILL, which nobody here sent" in judgement.reason
+    assert "SIGKILL, which megatune did not send" in judgement.reason
 
 
 @pytest.mark.parametrize("other", [-9, -15, 1])
