@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from launchers.processes import MARKER, python_path
+from launchers.processes import LOOPBACK, MARKER, python_path
 from tuner.core.environment import cuda_environment
 from tuner.core.layout import KNOBS, data_parallel_size, num_microbatches
 from tuner.errors import InputError, did_you_mean
@@ -105,7 +105,7 @@ def job_environment(
         "PYTHONPATH": os.pathsep.join(python_path()),
         "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": str(max(1, cores // cluster.world_size) if on_cpu else 1),
-        "GLOO_SOCKET_IFNAME": "lo",
+        **LOOPBACK,
         # How long torchrun waits for its ranks after SIGTERM; once a rank has failed, it waits 30 s whatever is set.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
     }

@@ -1,6 +1,7 @@
 """Processes and who owns them: how a job's processes are started, found and ended, and what they inherit."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,6 +20,12 @@ MARKER = "MEGATUNE_TRIAL"
 
 STARTED_AT = "MEGATUNE_STARTED_AT"
 """The environment variable that tells a program when its launcher began, in seconds since the epoch."""
+
+TORCHRUN = ("-m", "launchers.local.agent")
+"""What follows `python` on the command line of torchrun with a rendezvous that listens on loopback alone."""
+
+LOOPBACK: Mapping[str, str] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""The variables by which Gloo and NCCL listen on loopback alone. Both would choose the first network interface."""
 
 _FOREIGN_VARIABLES = ("TORCHELASTIC_", "PET_")
 """Prefixes of variables that a torchrun which started the tuner has set; our torchrun would take them as its own."""
@@ -44,21 +51,20 @@ def inherited_environment() -> dict[str, str]:
 
 
 def loopback_torchrun(ranks: int, name: str, log: Path) -> tuple[str, ...]:
-    """Return the words that start `ranks` ranks on this machine under torchrun, up to the program's own words.
+    """Return the command line that starts `ranks` ranks on this machine under torchrun, up to the program's name.
 
     Args:
         ranks: How many processes to start.
-        name: The rendezvous's name. Its port is chosen by the kernel, on loopback.
+        name: The rendezvous's id, which torchrun's log names.
         log: The folder of the ranks' output.
     """
     return (
         sys.executable,
-        "-m",
-        "torch.distributed.run",
+        *TORCHRUN,
         "--nnodes=1",
         f"--nproc-per-node={ranks}",
         "--max-restarts=0",
-        "--rdzv-backend=c10d",
+        "--rdzv-backend=loopback",
         "--rdzv-endpoint=127.0.0.1:0",
         f"--rdzv-id={name}",
         "--local-addr=127.0.0.1",
@@ -118,52 +124,71 @@ class RunningJob(Protocol):
 class ColdJob:
     """A job that starts as a new process and imports everything anew.
 
-    Its processes are found in three ways: as descendants of the first, as members of its process group, and by the
-    marker. The marker also finds those that changed their session after their parent died.
+    The process is a guard (`launchers.guard`), which runs the command and ends it if this process dies. The job's
+    processes are found in three ways: as descendants of the guard, as members of its process group, and by the marker.
     """
 
     def __init__(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> None:
-        """Start `argv` in `folder`, in a session of its own, with its output appended to `output`; raises OSError."""
+        """Start `argv` in `folder`, in a session of its own, with its output appended to `output`; raises OSError.
+
+        `env` must hold the marker, and a PYTHONPATH that starts with the entries of `python_path`.
+        """
         self._marker = env[MARKER]
         with output.open("ab") as file:
-            self._process = subprocess.Popen(
-                argv,
+            self._guard = subprocess.Popen(
+                (sys.executable, "-m", "launchers.guard", *argv),
                 cwd=folder,
                 env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
                 start_new_session=True,
             )
+        self._exit_code: int | None = None
+        self._has_ended = False
 
     def ended(self) -> bool:
-        """Return whether the first process has ended. It stays unreaped, so that no other process gets its id."""
-        if self._process.returncode is not None:
-            return True
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        """Return whether the command has ended."""
+        assert self._guard.stdout is not None
+        if not self._has_ended and select.select([self._guard.stdout], [], [], 0)[0]:
+            line = self._guard.stdout.readline()
+            self._has_ended = True
+            # A guard that was killed has said nothing.
+            self._exit_code = int(line) if line else self._guard.wait()
+        return self._has_ended
 
     def end(self, grace_s: float) -> tuple[int, ...]:
-        """See RunningJob; the first process is reaped."""
+        """See RunningJob. The guard is ended last, since it is what ends the job if this process dies meanwhile."""
         survivors = end_processes(self._running, grace_s)
-        if self.ended():
-            self._process.wait()
+        self.ended()
+        self._guard.kill()
+        self._guard.wait()
+        for pipe in (self._guard.stdin, self._guard.stdout):
+            assert pipe is not None
+            pipe.close()
         return tuple(process.pid for process in survivors)
 
     @property
     def exit_code(self) -> int | None:
         """See RunningJob."""
-        return self._process.returncode
+        return self._exit_code
 
     def _running(self) -> list[psutil.Process]:
-        root = self._process.pid
-        if self._process.returncode is not None:
+        """Return the job's running processes without the guard."""
+        guard = self._guard.pid
+        if self._guard.returncode is not None:
             return marked_processes(self._marker)
         descendants: set[psutil.Process] = set()
         with suppress(psutil.Error):
-            descendants.update(psutil.Process(root).children(recursive=True))
+            descendants.update(psutil.Process(guard).children(recursive=True))
         return _other_processes(
             lambda process: (
-                process in descendants or os.getpgid(process.pid) == root or _is_marked(process, self._marker)
+                process.pid != guard
+                and (
+                    process in descendants
+                    or os.getpgid(process.pid) == guard
+                    or _is_marked(process, self._marker)
+                )
             )
         )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launchers.processes import MARKER, STARTED_AT, ColdJob, RunningJob, end_processes, is_running
+from launchers.processes import MARKER, STARTED_AT, TORCHRUN, ColdJob, RunningJob, end_processes, is_running
 
 if TYPE_CHECKING:  # importing it would import torch into the tuner
     from launchers.local.fork_server import ForkAnswer, ForkRequest
@@ -29,7 +29,6 @@ the program may run it."""
 _TORCH = "torch._dynamo"
 """A module that imports all of torch: the logging of a failing rank would import it, which takes seconds each time."""
 
-_TORCHRUN = ("-m", "torch.distributed.run")
 _READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "NVTE_")
 """Prefixes of variables that no import reads, so that a fork may still set them."""
 _END_S = 10.0
@@ -77,14 +76,14 @@ class Preload:
         Raises:
             OSError: if nothing can be started.
         """
-        if argv[1 : 1 + len(_TORCHRUN)] != _TORCHRUN:
+        if argv[1 : 1 + len(TORCHRUN)] != TORCHRUN:
             return ColdJob(argv, env, folder, output)
-        module = argv[argv.index("-m", 1 + len(_TORCHRUN)) + 1]
+        module = argv[argv.index("-m", 1 + len(TORCHRUN)) + 1]
         early = {name: value for name, value in env.items() if not name.startswith(_READ_LATE)}
         with self._lock:
             server = self._idle_server(module, early, output)
             server.is_busy = True
-        arguments = argv[1 + len(_TORCHRUN) :]
+        arguments = argv[1 + len(TORCHRUN) :]
         return ForkedJob(
             server, {"argv": [*arguments], "env": dict(env), "folder": str(folder), "output": str(output)}
         )

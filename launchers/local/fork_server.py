@@ -19,20 +19,14 @@ import runpy
 import select
 import signal
 import sys
-import time
 import traceback
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypedDict
 
-import psutil
-
-from launchers.processes import is_running
+from launchers.guard import adopt_orphans, end_descendants, reap, wait_for_end
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-"""Options of prctl, from linux/prctl.h."""
-_POLL_MS = 500
+"""An option of prctl, from linux/prctl.h."""
 
 
 class ForkRequest(TypedDict):
@@ -62,35 +56,35 @@ def main(module: str) -> int:
     # Neither the jobs nor a chatty import may write into the answers.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    # A process that outlives its parent in a job becomes a child of this one, where it is found and ended.
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    adopt_orphans()
+    _die_with_parent(signal.SIGKILL)
     if _has_ended(requests.fileno()):  # the client died before the line above
         return 0
-    importlib.import_module("torch.distributed.run")
+    importlib.import_module("launchers.local.agent")
     importlib.import_module(module)
-    _prctl(_PR_SET_PDEATHSIG, 0)  # from here on its jobs must be ended with it
+    _die_with_parent(0)  # from here on its jobs must be ended with it
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page it touches
     _answer(answers, {"event": "ready", "value": os.getpid()})
     while line := requests.readline():
-        _reap()
+        reap()
         pid = os.fork()
         if not pid:
             requests.close()
             os.close(answers)
             _become_job(json.loads(line))
         _answer(answers, {"event": "started", "value": pid})
-        code = _exit_code(pid, requests.fileno())
+        code = wait_for_end(pid, requests.fileno())  # nothing is asked for while a job runs
         if code is None:
             break
         _answer(answers, {"event": "ended", "value": code})
-    _end_descendants()
+    end_descendants()
     return 0
 
 
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+def _die_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when the thread that started it dies; 0 for none."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _has_ended(requests: int) -> bool:
@@ -101,43 +95,6 @@ def _has_ended(requests: int) -> bool:
 
 def _answer(answers: int, answer: ForkAnswer) -> None:
     os.write(answers, json.dumps(answer).encode() + b"\n")
-
-
-def _exit_code(pid: int, requests: int) -> int | None:
-    """Wait for a job; return its exit code, or None if the input ended first."""
-    ended = os.pidfd_open(pid)
-    try:
-        poll = select.poll()
-        poll.register(ended, select.POLLIN)
-        poll.register(requests, select.POLLIN)
-        while True:
-            ready = {descriptor for descriptor, _ in poll.poll(_POLL_MS)}
-            if ended in ready:
-                return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if requests in ready:  # nothing is asked for while a job runs, so the input has ended
-                return None
-    finally:
-        os.close(ended)
-
-
-def _reap() -> None:
-    """Reap the orphans of earlier jobs."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return
-
-
-def _end_descendants() -> None:
-    # This repeats, since a process may be forked while the others are ended.
-    while running := [
-        process for process in psutil.Process().children(recursive=True) if is_running(process)
-    ]:
-        for process in running:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        time.sleep(0.01)
 
 
 def _become_job(request: ForkRequest) -> NoReturn:
@@ -167,6 +124,9 @@ def _run(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    from launchers.local.agent import register_loopback
+
+    register_loopback()
     arguments: Any = torchrun.parse_args(argv)  # type: ignore[no-untyped-call]
     config, _, _ = torchrun.config_from_args(arguments)
     launch = elastic_launch(replace(config, start_method="fork"), _be_rank)

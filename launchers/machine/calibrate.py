@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launchers.machine.identity import this_machine
-from launchers.processes import MARKER, ColdJob, inherited_environment, loopback_torchrun, python_path
+from launchers.processes import (
+    LOOPBACK,
+    MARKER,
+    ColdJob,
+    inherited_environment,
+    loopback_torchrun,
+    python_path,
+)
 from launchers.watch import logs
 from launchers.watch.log_text import failed_ranks
 from tuner.core.cluster import Cluster
@@ -138,13 +145,13 @@ def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: fl
 
 
 def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
-    """Return the variables of the job, as a trial on this machine has them: threads per rank, and Gloo on loopback."""
+    """Return the job's environment variables, which a trial on this machine has too: threads, network interfaces."""
     on_cpu = machine.device == "cpu"
     env = {
         MARKER: str(folder),
         "PYTHONPATH": os.pathsep.join(python_path()),
         "OMP_NUM_THREADS": str(max(1, machine.count // machine.world_size) if on_cpu else 1),
-        "GLOO_SOCKET_IFNAME": "lo",
+        **LOOPBACK,
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(_GRACE_S)),
     }
     return env | {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else env

@@ -1,15 +1,41 @@
-"""Checks that ranks on this machine can find each other."""
+"""The store through which the ranks on this machine find each other."""
+
+import socket
+from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but in no __all__
 
+LOOPBACK_ADDRESS = "127.0.0.1"
+_TIMEOUT = timedelta(minutes=15)
+"""How long a process waits for a value in the store. Assumed: the limits of a trial end it earlier."""
+
+
+def loopback_store() -> TCPStore:
+    """Return a store that listens on loopback alone, on a port that the kernel chooses.
+
+    Raises:
+        OSError: if nothing can listen on loopback.
+    """
+    listener = socket.create_server((LOOPBACK_ADDRESS, 0), backlog=socket.SOMAXCONN)
+    port = int(listener.getsockname()[1])
+    # The store itself would listen on every network interface. It takes over the socket and closes it.
+    return TCPStore(
+        LOOPBACK_ADDRESS,
+        port,
+        is_master=True,
+        timeout=_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
 
 def check_store() -> int:
-    """Write to a rendezvous store on loopback and read the value back; return the store's port.
+    """Write to a store and read the value back; return the store's port.
 
     Raises:
         OSError: if the store does not answer, or answers something else.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = loopback_store()
     store.set("megatune", "here")
     if store.get("megatune") != b"here":
         raise OSError("the rendezvous store returned another value than was written to it")

@@ -1,0 +1,98 @@
+"""Runs a command for a process that may be killed: `python -m launchers.guard COMMAND...`.
+
+A killed process cannot end what it started, but the kernel closes its end of every pipe. The guard's standard input
+is such a pipe: when it ends, the guard ends the command and everything that the command started. The guard adopts
+processes whose parent dies, so it also finds those that moved to a session of their own.
+
+The command writes to the guard's standard error. The guard's standard output gets one line, the command's exit code
+(negative for a signal); then the guard waits for the end of its input.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import psutil
+
+from launchers.processes import end_processes, is_running
+
+ORPHAN_GRACE_S = 2.0
+"""The time between SIGTERM and SIGKILL for a job whose tuner has died. Assumed: the next tuner may need the GPUs."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+"""An option of prctl, from linux/prctl.h."""
+_POLL_MS = 500
+
+
+def main(command: list[str]) -> int:
+    """Run the command as the module says; return 0."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    adopt_orphans()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # The command gets these signals itself. A handler is not inherited, as SIG_IGN would be.
+        signal.signal(number, lambda *_: None)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    code = wait_for_end(process.pid, 0)
+    if code is not None:
+        with suppress(BrokenPipeError):
+            os.write(answers, b"%d\n" % code)
+        while os.read(0, 1):
+            pass
+    end_descendants()
+    os._exit(0)  # Popen does not know that the command was reaped
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of each descendant whose own parent dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def wait_for_end(pid: int, pipe: int) -> int | None:
+    """Wait for a child process and reap it.
+
+    Args:
+        pid: The child's process id.
+        pipe: A file descriptor to which nobody writes meanwhile.
+
+    Returns:
+        The exit code, negative for a signal; None if the pipe ended first.
+    """
+    end = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        poll.register(pipe, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll(_POLL_MS)}
+            if end in ready:
+                return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if pipe in ready:
+                return None
+    finally:
+        os.close(end)
+
+
+def end_descendants() -> None:
+    """End all processes below this one, and reap those that are its children."""
+    end_processes(_descendants, ORPHAN_GRACE_S)
+    reap()
+
+
+def reap() -> None:
+    """Reap the children that have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _descendants() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if is_running(process)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
