@@ -28,9 +28,18 @@ class NothingFeasibleError(MegatuneError):
 
 
 class CircuitBreakerError(MegatuneError):
-    """The sweep stopped itself, because the machine keeps failing, not the layouts. Exit code 4."""
+    """The work stopped, because the machine fails, not the layouts. Exit code 4."""
 
     exit_code = 4
+
+
+def machine_at_fault(error: OSError) -> str:
+    """Return the message for an error that the operating system gave: what failed, and what to do."""
+    place = "" if error.filename is None else f"{error.filename}: "
+    return (
+        f"{place}{error.strerror or error}: the machine or a file on it is at fault; mend that, and run the same "
+        "command again (`megatune --debug ...` shows where it happened)"
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

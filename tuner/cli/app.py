@@ -27,13 +27,14 @@ from tuner.cli import (
     trial,
     ui,
 )
+from tuner.cli.streams import use_lasting_streams
 from tuner.cli.terminal import Terminal
-from tuner.errors import MegatuneError
+from tuner.errors import CircuitBreakerError, MegatuneError, machine_at_fault
 
 DESCRIPTION = """Find the fastest way to lay a Megatron training job over a cluster, by running it.
 
 Exit codes: 0 a best layout was measured (or the command did its work), 1 an error of megatune itself, 2 bad input, \
-3 nothing feasible ran, 4 stopped after repeated failures of the machine, 130 interrupted with everything kept.
+3 nothing feasible ran, 4 stopped because the machine fails (a full disk, say), 130 interrupted with everything kept.
 """
 
 # The base class of the errors of a command line, ClickException. Newer typers carry their own copy of click, and typer
@@ -101,7 +102,11 @@ app = _application()
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    # What a sweep prints is in its results folder too; other commands print what they were asked for.
+    use_lasting_streams(stdout_must_arrive=command != "sweep")
+    sys.exit(run(arguments))
 
 
 def run(arguments: list[str]) -> int:
@@ -109,6 +114,7 @@ def run(arguments: list[str]) -> int:
     stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
     try:
         code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except SystemExit as ended:
         # typer exits by itself after it has answered the shell's completion, or installed or shown its script.
@@ -123,6 +129,11 @@ def run(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        stderr.print(f"[bold red]error:[/] {escape(machine_at_fault(error))}")
+        return CircuitBreakerError.exit_code
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -37,8 +37,8 @@ OnCluster = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
-# A table that is piped has no terminal's width to fit into.
-stdout = Terminal(highlight=False, width=None if sys.stdout.isatty() else 120)
+# A table that is piped has no terminal's width to fit into. Python has no stdout if the shell closed it.
+stdout = Terminal(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 120)
 stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
 
 
