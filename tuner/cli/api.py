@@ -94,7 +94,8 @@ def run(
     prepared = prepare(Loaded(sweep, grid_space(sweep.problem)), source)
     sinks: Sequence[Sink] = () if observer is None else (observer,)
     folder = SweepFolder(Path(results) / sweep.name)
-    return run_sweep(sweep, prepared, folder, stop=stop or threading.Event(), sinks=sinks)
+    deadline = folder.read_deadline()
+    return run_sweep(sweep, prepared, folder, stop=stop or threading.Event(), sinks=sinks, deadline=deadline)
 
 
 def answer(results: str | Path) -> Answer | None:

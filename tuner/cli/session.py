@@ -1,5 +1,6 @@
 """Running a sweep on this machine: puts launchers, MLflow and the controller together, for commands and for Python."""
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from tuner.files import write_json, write_text
 from tuner.report.summary import summary, time_shares
 from tuner.sweep.budget import Stop, is_finished
 from tuner.sweep.configuration import Sweep
+from tuner.sweep.deadline import KeptDeadline
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.finished import FinishedTrial
 
@@ -59,7 +61,7 @@ def run_sweep(
     stop: threading.Event,
     sinks: Sequence["Sink"] = (),
     cold: bool = False,
-    deadline_s: float | None = None,
+    deadline: KeptDeadline | None = None,
     commands: Callable[[Stop], Mapping[str, str]] = lambda reason: {},
     on_start: Callable[[SweepStart], None] = lambda start: None,
     on_end: Callable[[SweepEnd], None] = lambda end: None,
@@ -73,13 +75,16 @@ def run_sweep(
         stop: Set to end the running trials and the sweep.
         sinks: The sinks that are told, besides MLflow, Optuna's study and the status file.
         cold: Start each trial's processes anew, instead of forking them from a loaded process.
-        deadline_s: When the last trial should have ended, in seconds since the epoch.
+        deadline: When the last trial should have ended. The folder keeps it; None leaves a kept one as it is, and
+            ignores it.
         commands: Returns the commands that the summary names, by purpose, for the reason why the sweep ended.
         on_start: Called once the folder is claimed and read, before the first trial.
         on_end: Called when the last trial has ended, before MLflow is given time to take the rest.
 
     Raises:
         InputError: if the machine cannot run the sweep, or the folder cannot be used.
+        OSError: if the folder cannot be written at the start, as on a full disk. Once the sweep runs, that counts as a
+            failure of the machine, and trials are tried again.
     """
     from launchers.local.fork_client import Preload
     from launchers.local.torchrun import TorchrunLauncher
@@ -91,10 +96,12 @@ def run_sweep(
 
     check_machine(sweep.cluster)
     with (
-        folder.claimed(sweep, measuring_machine(sweep.cluster)),
+        folder.claimed(sweep, measuring_machine(sweep.cluster)) as check_claim,
         Preload(folder.path) as preload,
         Tracker.open(folder.path, sweep.tracking.uri) as tracker,
     ):
+        if deadline is not None and folder.read_deadline() != deadline:
+            write_json(folder.deadline, deadline)
         end_marked(str(folder.path.absolute()), grace_s=10.0)  # what a killed tuner left running
         launcher = TorchrunLauncher() if cold else TorchrunLauncher(start=preload.start)
         with ThreadRunner(launcher, stop) as runner:
@@ -105,14 +112,15 @@ def run_sweep(
                 runner=runner,
                 stop=stop,
                 sinks=(tracker, *sinks),
-                deadline_s=deadline_s,
+                deadline_s=None if deadline is None else deadline.instant.timestamp(),
+                check_claim=check_claim,
             )
             calibration = controller.search.calibration
             on_start(SweepStart(trials=len(controller.state.ended), calibration=calibration))
             reason = controller.run()
         end = _end(controller, reason)
         text = summary(end.trials, sweep.name, end.sentence, commands(reason), end.shares)
-        write_text(folder.path / "summary.md", text)
+        _write_summary(folder, text)
         on_end(end)
         tracker.finish(text, _MLFLOW_STATUS.get(reason.name, "FINISHED"))
     return end
@@ -127,6 +135,7 @@ def _controller(
     stop: threading.Event,
     sinks: Sequence["Sink"],
     deadline_s: float | None,
+    check_claim: Callable[[], None],
 ) -> "Controller":
     """Return the controller of a claimed folder, which also keeps Optuna's study and the status file."""
     from tuner.sweep.controller import resumed
@@ -144,7 +153,19 @@ def _controller(
         sinks=(StudyProjection(folder.study, sweep.name), status, *sinks),
         calibration=_calibration(sweep, folder),
         deadline_s=deadline_s,
+        check_claim=check_claim,
     )
+
+
+def _write_summary(folder: SweepFolder, text: str) -> None:
+    """Write the summary; a failure is only a warning, since the summary can be read elsewhere."""
+    path = folder.path / "summary.md"
+    try:
+        write_text(path, text)
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "%s: cannot be written (%s); `megatune show` says the same", path, error
+        )
 
 
 def end_sentence(reason: Stop, certainty: "Certainty | None", confidence: float) -> str:
@@ -157,6 +178,8 @@ def _end(controller: "Controller", reason: Stop) -> SweepEnd:
     progress, trials = controller.progress(), controller.state.ended
     sentence = end_sentence(reason, progress.certainty, controller.sweep.budget.confidence)
     note = controller.finals_note()
+    if reason is Stop.BREAKER:
+        note = f"The last one: {controller.state.last_failure}."
     return SweepEnd(
         reason=reason,
         trials=trials,

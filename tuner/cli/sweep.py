@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +22,8 @@ from tuner.cli.signals import stop_on_signals
 from tuner.errors import CircuitBreakerError, InputError, NothingFeasibleError
 from tuner.files import make_folder, write_new_text
 from tuner.report.terminal import terminal_table
-from tuner.sweep.budget import Stop, deadline_of, is_finished
+from tuner.sweep.budget import Stop, is_finished
+from tuner.sweep.deadline import KeptDeadline, chosen_deadline, next_day
 from tuner.sweep.folder import SweepFolder
 from tuner.sweep.state import FAILURES_TO_STOP
 
@@ -48,7 +49,10 @@ def sweep(
     ] = False,
     deadline: Annotated[
         str | None,
-        typer.Option(help="End by then, finals included: 07:00 (the next one), or 2026-03-01T07:00."),
+        typer.Option(
+            help="End by then, finals included: 07:00 (the next one), or 2026-03-01T07:00. It holds until you give "
+            "another one."
+        ),
     ] = None,
     budget_gpu_hours: Annotated[
         float | None, typer.Option(help="GPU-hours that all trials may take, instead of the file's.")
@@ -62,12 +66,12 @@ def sweep(
     from tuner.sweep.specs import trial_spec
 
     sweep_file = _recipes_file(sweep_file, recipe, gpus, cluster, results)
-    until = None if deadline is None else deadline_of(deadline, datetime.now())
     loaded = _load(sweep_file, recipe is not None)
     loaded = replace(loaded, sweep=_limited(loaded.sweep, budget_gpu_hours, max_trials))
     config = loaded.sweep
     prepared = prepare(loaded, sweep_file)
     folder = SweepFolder(results / config.name)
+    until = chosen_deadline(deadline, folder.read_deadline(), datetime.now(UTC))
     # `plan` also refuses what this launcher cannot run, before anything is written.
     first = TorchrunLauncher().plan(trial_spec(config, 0, 1, prepared.queue[0].layout), folder.trial(0))
     if dry_run:
@@ -112,7 +116,7 @@ def _run(
     prepared: Prepared,
     folder: SweepFolder,
     sweep_file: Path,
-    deadline: datetime | None,
+    deadline: KeptDeadline | None,
     *,
     cold: bool,
 ) -> int:
@@ -126,7 +130,7 @@ def _run(
         _print_end(end, folder, f"{config.name}: {end.sentence}", commands(end.reason))
 
     def commands(reason: Stop) -> dict[str, str]:
-        return _next_commands(folder, sweep_file, is_finished(reason))
+        return _next_commands(folder, sweep_file, reason, deadline)
 
     with stop_on_signals() as stop, observer:
         end = run_sweep(
@@ -136,7 +140,7 @@ def _run(
             stop=stop,
             sinks=(observer,),
             cold=cold,
-            deadline_s=None if deadline is None else deadline.timestamp(),
+            deadline=deadline,
             commands=commands,
             on_start=announce,
             on_end=show_end,
@@ -145,7 +149,7 @@ def _run(
 
 
 def _print_start(
-    config: "Sweep", prepared: Prepared, folder: SweepFolder, start: SweepStart, deadline: datetime | None
+    config: "Sweep", prepared: Prepared, folder: SweepFolder, start: SweepStart, deadline: KeptDeadline | None
 ) -> None:
     parts = [
         f"{config.name}: {len(prepared.table):,} layouts to choose from"
@@ -156,8 +160,10 @@ def _print_start(
     if start.calibration is not None:
         parts.append(f"step times predicted from the calibration of {start.calibration.measured_at}")
     if deadline is not None:
-        parts.append(f"to end by {deadline:%Y-%m-%d %H:%M}")
+        parts.append(f"to end by {deadline}")
     stderr.print(", ".join(parts), markup=False)
+    if deadline is not None and deadline.has_passed(datetime.now(UTC)):
+        stderr.print("The deadline of this sweep has passed, so no further trial begins.")
 
 
 def _limited(config: "Sweep", gpu_hours: float | None, trials: int | None) -> "Sweep":
@@ -195,21 +201,32 @@ def _exit_code(end: SweepEnd, folder: SweepFolder) -> int:
     return 0
 
 
-def _next_commands(folder: SweepFolder, sweep_file: Path, is_finished: bool) -> dict[str, str]:
-    path = shlex.quote(str(folder.path))
+def _again(folder: SweepFolder, sweep_file: Path) -> str:
+    """The command that goes on with a sweep."""
     again = f"megatune sweep {shlex.quote(str(sweep_file))}"
     if folder.path.parent != Path("results"):
         again += f" --results {shlex.quote(str(folder.path.parent))}"
-    if not is_finished:
+    return again
+
+
+def _next_commands(
+    folder: SweepFolder, sweep_file: Path, reason: Stop, deadline: KeptDeadline | None
+) -> dict[str, str]:
+    path, again = shlex.quote(str(folder.path)), _again(folder, sweep_file)
+    if not is_finished(reason):
         return {
             "Everything measured is kept; go on with": again,
             "What is measured so far": f"megatune show {path}",
         }
+    purpose = "Go on with more trials (raise budget.trials, or lower budget.min_gain, first)"
+    if reason is Stop.DEADLINE and deadline is not None:
+        purpose = "Go on until another deadline"
+        again += f" --deadline {next_day(deadline, datetime.now(UTC))}"
     return {
         "The override, ready to paste": f"megatune export {path}",
         "Every trial": f"megatune show {path}",
         "Compare the trials in MLflow": f"megatune ui {path}",
-        "Go on with more trials (raise budget.trials, or lower budget.min_gain, first)": again,
+        purpose: again,
     }
 
 

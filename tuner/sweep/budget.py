@@ -1,9 +1,7 @@
 """Keeps account of the budget of a sweep: what is used, what the finals need, and when the sweep stops. Pure."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, time, timedelta
 from enum import Enum
 from math import inf
 from typing import Final
@@ -17,7 +15,6 @@ from tuner.analysis.finals import (
     trials_to_repeat,
 )
 from tuner.analysis.runs import finals_of
-from tuner.errors import InputError
 from tuner.sweep.configuration import Budget
 from tuner.sweep.state import FAILURES_TO_STOP
 from tuner.trial.finished import FinishedTrial
@@ -62,8 +59,8 @@ class Deadline:
 
     @property
     def whole_s(self) -> float:
-        """Seconds from `began_s` to the deadline."""
-        return self.deadline_s - self.began_s
+        """Seconds from `began_s` to the deadline; 0 if it had passed by then."""
+        return max(0.0, self.deadline_s - self.began_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,30 +215,3 @@ def shrunk(wanted: FinalsPlan, plan: FinalsPlan, finalists: int) -> str | None:
     if not plan.finalists:
         return f"No finals: {asked}, nor do fewer."
     return f"Smaller finals: {asked}; {plan.finalists} and the baseline run {plan.runs} times each."
-
-
-def deadline_of(text: str, now: datetime) -> datetime:
-    """Return the deadline that a text states, in local time without a zone.
-
-    Args:
-        text: a time of day as `07:00`, which means its next occurrence, or an ISO date and time.
-        now: the time now, in local time without a zone.
-
-    Raises:
-        InputError: if the text is neither, or its date and time have passed.
-    """
-    with suppress(ValueError):
-        time_of_day = time.fromisoformat(text)
-        if time_of_day.tzinfo is None:
-            today = datetime.combine(now.date(), time_of_day)
-            return today if today > now else today + timedelta(days=1)
-    try:
-        wanted = datetime.fromisoformat(text)
-    except ValueError:
-        raise InputError(
-            f"--deadline {text}: is neither a time of day as 07:00 nor a date and time as 2026-03-01T07:00"
-        ) from None
-    local = wanted.astimezone().replace(tzinfo=None)
-    if local <= now:
-        raise InputError(f"--deadline {text}: has passed, it is {now:%Y-%m-%dT%H:%M}")
-    return local

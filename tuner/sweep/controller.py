@@ -1,7 +1,9 @@
 """The loop of a sweep: asks the policy, has the runner act, and keeps state, searcher and sinks in step."""
 
+import errno
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Event as Flag
 from typing import Final, Protocol, assert_never
@@ -16,6 +18,7 @@ from tuner.sweep.folder import SweepFolder
 from tuner.sweep.policy import Finish, Launch, Policy, Queued, Refine, Wait
 from tuner.sweep.progress import Progress, progress_of
 from tuner.sweep.requests import take_request
+from tuner.sweep.reserve import make_room
 from tuner.sweep.restore import restored
 from tuner.sweep.runner import AttemptEnded, Beat, Runner
 from tuner.sweep.searcher import Search, Searcher
@@ -23,9 +26,11 @@ from tuner.sweep.sinks import Sink, Snapshot
 from tuner.sweep.specs import finished_trial, trial_spec
 from tuner.sweep.state import (
     AttemptFailed,
+    BeginFailed,
     Halt,
     HaltAsked,
     RefinementBegan,
+    RunningTrial,
     SweepState,
     TimeRanOut,
     TrialBegan,
@@ -33,9 +38,17 @@ from tuner.sweep.state import (
     advanced,
     is_over,
 )
+from tuner.trial.finished import FinishedTrial
 
 _POLL_S: Final = 0.2
 """Seconds between two checks for a signal or a request."""
+
+RETRY_S: Final = 10.0
+"""Seconds from a failure of the machine to the next attempt. Assumed: a disk that fills up for a moment, or a GPU that
+is given back late, has recovered by then."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Clock(Protocol):
@@ -55,6 +68,7 @@ class Controller:
     Attributes:
         stop: Set from outside, by a signal: the running trials are ended and run again on resume.
         state: The state of the sweep; at first the state that its folder holds (`restored`).
+        check_claim: Raises OSError if the results folder is no longer the one that this tuner has claimed.
     """
 
     sweep: Sweep
@@ -66,11 +80,14 @@ class Controller:
     stop: Flag
     sinks: Sequence[Sink] = ()
     clock: Clock = time
+    check_claim: Callable[[], None] = lambda: None
     searcher: Searcher = field(init=False)
     _own_s: float = field(default=0.0, init=False)
     """Seconds without a trial in flight, between the first trial of this run and the last."""
     _first_s: float = field(default=0.0, init=False)
     _last_s: float = field(default=0.0, init=False)
+    _unwritten: list[FinishedTrial] = field(default_factory=list, init=False)
+    """Finished trials whose result could not be written, as on a full disk."""
 
     def __post_init__(self) -> None:
         self.searcher = self.search.searcher(self.state)
@@ -94,8 +111,7 @@ class Controller:
                 case Wait():
                     self._wait()
                 case Finish(reason):
-                    for sink in self.sinks:
-                        sink.closed(reason.value)
+                    self._close(reason)
                     return reason
                 case _:
                     assert_never(action)
@@ -125,8 +141,12 @@ class Controller:
 
     def _launch(self, launch: Launch) -> None:
         trial, folder = launch.trial, self.folder.trial(launch.trial.number)
-        make_folder(folder.path)
-        write_json(folder.source, trial.source)
+        try:
+            self._write_results()
+            self._make_folder(trial)
+        except OSError as error:
+            self._begin_failed(trial, error)
+            return
         is_first_in_flight = not self.state.running
         self.state = advanced(self.state, TrialBegan(trial))
         self.searcher.take(trial.number, trial.layout, trial.source.source)
@@ -139,6 +159,53 @@ class Controller:
             self._first_s = self._first_s or now_s
         spec = trial_spec(self.sweep, trial.number, trial.attempt, trial.layout, launch.give_up_above_ms)
         self.runner.submit(spec, folder)
+
+    def _make_folder(self, trial: RunningTrial) -> None:
+        """Make the folder of a trial that begins; raises OSError.
+
+        The folders above it are not made: a results folder that somebody deleted lacks the earlier trials.
+        """
+        self.check_claim()
+        if not self.folder.trials.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(self.folder.trials))
+        folder = self.folder.trial(trial.number)
+        make_folder(folder.path)
+        write_json(folder.source, trial.source)
+
+    def _write_results(self) -> None:
+        """Write the results that the launcher could not write, as on a full disk; raises OSError."""
+        while self._unwritten:
+            path = self.folder.trial(self._unwritten[0].number).result
+            if not path.exists():
+                write_json(path, self._unwritten[0].result)
+            self._unwritten.pop(0)
+
+    def _begin_failed(self, trial: RunningTrial, error: OSError) -> None:
+        reason = f"trial {trial.number} cannot begin in {self.folder.path}: {error}"
+        self.state = advanced(self.state, BeginFailed(reason))
+        _log.warning(
+            "%s; %s", reason, "the sweep stops" if self.state.is_broken else f"tried again in {RETRY_S:g} s"
+        )
+        self._after_failure()
+
+    def _after_failure(self) -> None:
+        """Give the machine time to recover, or end all trials if it has failed too often."""
+        if self.state.is_broken:
+            self.runner.stop_all()
+        else:
+            self.stop.wait(RETRY_S)
+
+    def _close(self, reason: Stop) -> None:
+        make_room(self.folder.path)
+        try:
+            self._write_results()
+        except OSError as error:
+            numbers = ", ".join(f"t{trial.number:04d}" for trial in self._unwritten)
+            _log.warning(
+                "the result of %s cannot be written (%s): it is measured again on resume", numbers, error
+            )
+        for sink in self.sinks:
+            sink.closed(reason.value)
 
     def _wait(self) -> None:
         """Wait until an attempt has ended or somebody has asked for something: nothing else changes the next action."""
@@ -161,10 +228,13 @@ class Controller:
         trial = self.state.running_trial(event.number)
         if not is_over(event.result, trial.attempt):
             self.state = advanced(self.state, AttemptFailed(event.number, event.result))
-            if self.state.is_broken or self.state.halt is Halt.STOPPING:
+            if self.state.halt is Halt.STOPPING:
                 self.runner.stop_all()
+            elif self.state.failures:
+                self._after_failure()
             return
         finished = finished_trial(self.sweep, trial, event.result)
+        self._unwritten.append(finished)
         before, pruned = self.state, self.searcher.pruned
         self.state = advanced(before, TrialEnded(finished))
         self.searcher = self.search.after(self.searcher, before, self.state, finished)
@@ -200,6 +270,7 @@ def resumed(
     calibration: Calibration | None = None,
     deadline_s: float | None = None,
     clock: Clock = time,
+    check_claim: Callable[[], None] = lambda: None,
 ) -> Controller:
     """Return a controller that continues from the state in the results folder, which the caller must have claimed.
 
@@ -214,6 +285,7 @@ def resumed(
         calibration: The machine's calibration, for predicted step times.
         deadline_s: When the last trial should have ended, in seconds since the epoch.
         clock: Tells the time.
+        check_claim: Raises OSError if the results folder is no longer the one that the caller has claimed.
 
     Raises:
         InputError: if a file of the folder cannot be read, or a trial in it is of another sweep.
@@ -235,4 +307,5 @@ def resumed(
         stop=stop,
         sinks=sinks,
         clock=clock,
+        check_claim=check_claim,
     )

@@ -1,17 +1,23 @@
 """The results folder of a sweep: its paths, and the checks that it belongs to one sweep and one machine."""
 
+import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tuner.errors import InputError
 from tuner.files import read_json, read_json_data, refuse_unsafe_entries, to_data, write_json
 from tuner.predict.calibration import Calibration, Machine
 from tuner.sweep.configuration import Sweep
+from tuner.sweep.deadline import KeptDeadline
+from tuner.sweep.journal import refuse_foreign_journal
 from tuner.sweep.lock import hold
+from tuner.sweep.reserve import reserved
+from tuner.sweep.tracking_uri import refuse_password
 from tuner.trial.contract import TrialFolder
 from tuner.trial.finished import trial_folder
 
@@ -20,6 +26,9 @@ IDENTITY = ("workload", "cluster", "program", "seed")
 
 _UNFIT = frozenset("?%{}")
 """Characters that a results folder's path must not hold: SQLAlchemy interprets ? and %, and Optuna formats braces."""
+
+_DISK_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+"""The error numbers of a disk that is full or fails; any other one says that a user named an unfit folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,11 @@ class SweepFolder:
     def study(self) -> Path:
         """The SQLite file of the Optuna study."""
         return self.path / "study.db"
+
+    @property
+    def tracking_store(self) -> Path:
+        """The SQLite file of MLflow, if the sweep is tracked in its own folder."""
+        return self.path / "mlflow.db"
 
     @property
     def machine(self) -> Path:
@@ -62,6 +76,19 @@ class SweepFolder:
         return self.path / "status.json"
 
     @property
+    def deadline(self) -> Path:
+        """The file of the KeptDeadline, which holds until the user gives another; absent without one."""
+        return self.path / "deadline.json"
+
+    def read_deadline(self) -> KeptDeadline | None:
+        """Return the KeptDeadline; None if there is none.
+
+        Raises:
+            InputError: if the file cannot be read.
+        """
+        return read_json(KeptDeadline, self.deadline) if self.deadline.exists() else None
+
+    @property
     def request(self) -> Path:
         """The file with a user's request to the running tuner; absent if there is none."""
         return self.path / "request.json"
@@ -81,19 +108,24 @@ class SweepFolder:
         return trial_folder(self.path, number)
 
     @contextmanager
-    def claimed(self, sweep: Sweep, machine: Machine | None = None) -> Iterator[None]:
+    def claimed(self, sweep: Sweep, machine: Machine | None = None) -> Iterator[Callable[[], None]]:
         """Hold the folder for the tuner that runs this sweep; the kernel releases it however the process ends.
+
+        While it is held, room is kept for the end of the sweep (`tuner.sweep.reserve`). Gives a function that raises
+        OSError if the folder was deleted, or made anew, since then.
 
         Args:
             sweep: the sweep that the folder holds or will hold.
             machine: what the trials run on; None if it is unknown, in which case it is not compared.
 
         Raises:
-            InputError: if the folder cannot be written, if another tuner holds it, or if it holds results of another
+            InputError: if the folder may not be written, if another tuner holds it, or if it holds results of another
                 sweep or of trials on other hardware or software. Neither `sweep.json` nor `machine.json` changes then.
+            OSError: if a file of the folder cannot be written, as on a full disk.
         """
+        refuse_password(sweep.tracking.uri, "key 'tracking.uri'")  # sweep.json must hold none
         self._create()
-        with hold(self.lock):
+        with hold(self.lock) as check_claim:
             self._refuse_other_sweep(sweep)
             self._refuse_other_machine(machine)
             if machine is not None and self._recorded_machine() != machine:
@@ -101,7 +133,8 @@ class SweepFolder:
             if self._recorded_sweep() != to_data(sweep):
                 write_json(self.identity, sweep)
             self.request.unlink(missing_ok=True)  # a request that is here now was for a tuner that has ended
-            yield
+            with reserved(self.path):
+                yield check_claim
 
     def _create(self) -> None:
         if unfit := sorted(_UNFIT & set(str(self.path.absolute()))):
@@ -112,13 +145,21 @@ class SweepFolder:
         try:
             self.trials.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
-                raise PermissionError(None, "no permission to write")
+                raise PermissionError(errno.EACCES, "no permission to write")
         except OSError as error:
+            if error.errno in _DISK_ERRORS:
+                raise
             raise InputError(
                 f"{self.path}: the results folder cannot be written: {error.strerror or error}; "
                 "name another with --results"
             ) from None
+        if not self.identity.exists():
+            # Commands, plans and logs of trials may hold secrets. The user can open the folder to others later.
+            with suppress(PermissionError):  # the folder belongs to somebody else
+                self.path.chmod(stat.S_IMODE(self.path.stat().st_mode) & ~0o077)
         refuse_unsafe_entries(self.path)
+        for database in (self.study, self.tracking_store):
+            refuse_foreign_journal(database)
 
     def _recorded_sweep(self) -> Any:
         """Return `sweep.json` as JSON data; None if there is none.

@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TextIO
 
@@ -74,13 +75,17 @@ def refusal(holder: Holder, host: str, *, has_flock: bool, is_shared: bool, is_a
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
+def hold(path: Path) -> Iterator[Callable[[], None]]:
     """Hold a lock file, and write into it which process holds it.
 
     On a file system without flock, two processes that start at the same instant may both hold it.
 
+    Gives a function that raises OSError if the file at `path` is gone, or is another one by now: its folder was
+    deleted, and perhaps made anew by another tuner.
+
     Raises:
         InputError: if another process holds it, or a process of another host may.
+        OSError: if the file cannot be opened, locked or written.
     """
     with path.open("a+", encoding="utf-8") as file:
         has_flock = _flock(file, path)
@@ -98,9 +103,11 @@ def hold(path: Path) -> Iterator[None]:
             _log.warning("the last tuner (%s) was killed: this one takes its place", holder)
         _write(file, json.dumps(to_data(here)) + "\n")
         try:
-            yield
+            yield partial(_check_same, file, path)
         finally:
-            _write(file, "")
+            # A file that still names this process counts as free once the process has ended.
+            with suppress(OSError):
+                _write(file, "")
 
 
 def holder_of(path: Path) -> Holder | None:
@@ -144,6 +151,12 @@ def _flock(file: TextIO, path: Path) -> bool:
             f"`megatune show {path.parent}` says how far it is"
         ) from None
     return True
+
+
+def _check_same(file: TextIO, path: Path) -> None:
+    """Raise OSError if an open file is not the one at `path`."""
+    if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        raise OSError(errno.ESTALE, "the folder was deleted and made anew", str(path.parent))
 
 
 def _read(file: TextIO) -> Holder | None:

@@ -144,7 +144,10 @@ class Policy:
         return shrunk(ledger.wanted, plan, len(eligible_finalists(state.ended)))
 
     def _again(self, state: SweepState, now_s: float) -> Action:
-        """Run the first waiting trial. A second attempt follows a failed first one at once, even beyond the budget."""
+        """Run the first waiting trial.
+
+        A second attempt follows a failed first one at once, even beyond the budget, but never after the deadline.
+        """
         trial = state.waiting[0]
         if _runs_alone(trial) and state.running:
             return Wait()
@@ -157,7 +160,8 @@ class Policy:
             ),
             give_up_above_ms(state.ended, trial.source),
         )
-        if trial.attempts_spent:
+        has_passed = self.deadline_s is not None and self.deadline_s <= now_s
+        if trial.attempts_spent and not has_passed:
             return launch
         return self._within_budget(state, launch, None, now_s)
 

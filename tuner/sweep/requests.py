@@ -5,6 +5,7 @@ The command writes request.json; the tuner takes it within a second, removes it,
 
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
 
@@ -50,12 +51,16 @@ def ask(folder: SweepFolder, wish: Wish) -> SweepRequest:
 
 
 def take_request(folder: SweepFolder) -> SweepRequest | None:
-    """Read and remove the request, if there is one; a file that cannot be read is removed."""
-    if not folder.request.exists():
-        return None
+    """Read and remove the request, if there is one; a file that cannot be read is removed.
+
+    A request that cannot be removed is not taken, or it would be taken again and again.
+    """
+    request = None
     try:
-        return read_json(SweepRequest, folder.request)
-    except InputError:
+        if folder.request.exists():
+            with suppress(InputError):
+                request = read_json(SweepRequest, folder.request)
+            folder.request.unlink()
+    except OSError:
         return None
-    finally:
-        folder.request.unlink(missing_ok=True)
+    return request

@@ -64,6 +64,8 @@ class SweepState:
     """Whether the deadline has ended the search. The search stays ended, even if the finals go faster than expected."""
     failures: int = 0
     """Infrastructure failures in a row."""
+    last_failure: str = ""
+    """What the last infrastructure failure was."""
     halt: Halt = Halt.NONE
 
     @property
@@ -116,6 +118,13 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class BeginFailed:
+    """No trial can begin, since the results folder cannot be written; it counts as an infrastructure failure."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RefinementBegan:
     """The grid is searched; from now on the other knobs vary around these trials."""
 
@@ -134,7 +143,7 @@ class HaltAsked:
     halt: Halt
 
 
-Event = TrialBegan | TrialEnded | AttemptFailed | RefinementBegan | TimeRanOut | HaltAsked
+Event = TrialBegan | TrialEnded | AttemptFailed | BeginFailed | RefinementBegan | TimeRanOut | HaltAsked
 
 
 def advanced(state: SweepState, event: Event) -> SweepState:
@@ -145,11 +154,13 @@ def advanced(state: SweepState, event: Event) -> SweepState:
             return replace(state, waiting=waiting, running=(*state.running, trial))
         case TrialEnded(trial):
             return replace(
-                _without_running(state, trial.number, trial.result.outcome),
+                _without_running(state, trial.number, trial.result),
                 ended=tuple(sorted((*state.ended, trial), key=lambda other: other.number)),
             )
         case AttemptFailed(number, result):
             return _attempt_failed(state, state.running_trial(number), result)
+        case BeginFailed(reason):
+            return replace(state, failures=state.failures + 1, last_failure=reason)
         case RefinementBegan(centres):
             return replace(state, centres=centres)
         case TimeRanOut():
@@ -178,12 +189,13 @@ def attempts_spent(attempt: int, result: TrialResult | None) -> int | None:
     return attempt if result.outcome in RETRIED and attempt == 1 else None
 
 
-def _without_running(state: SweepState, number: int, outcome: Outcome) -> SweepState:
-    is_failure = outcome is Outcome.INFRASTRUCTURE
+def _without_running(state: SweepState, number: int, result: TrialResult) -> SweepState:
+    is_failure = result.outcome is Outcome.INFRASTRUCTURE
     return replace(
         state,
         running=tuple(other for other in state.running if other.number != number),
         failures=state.failures + 1 if is_failure else 0,
+        last_failure=result.reason if is_failure else state.last_failure,
     )
 
 
@@ -196,7 +208,7 @@ def _attempt_failed(state: SweepState, trial: RunningTrial, result: TrialResult)
         attempts_spent=trial.attempt - 1 if is_interrupted else trial.attempt,
     )
     state = replace(
-        _without_running(state, trial.number, result.outcome),
+        _without_running(state, trial.number, result),
         waiting=tuple(sorted((*state.waiting, again), key=lambda other: other.number)),
         lost_s=state.lost_s + result.durations.total_s,
     )

@@ -40,6 +40,7 @@ def test_a_machine_that_keeps_failing_ends_the_sweep_with_code_4_and_the_same_co
     launcher = ReplayLauncher(script={1: [Outcome.INFRASTRUCTURE] * 3})
     monkeypatch.setattr("launchers.local.torchrun.TorchrunLauncher", lambda **_: launcher)
     monkeypatch.setattr("launchers.tracking.Tracker.open", lambda *_: LoggedTracker())
+    monkeypatch.setattr("tuner.sweep.controller.RETRY_S", 0.0)
     command = ["sweep", write(tmp_path / "sweep.yaml", SWEEP), "--results", str(results)]
     assert run(command) == 4
     out, err = capsys.readouterr()

@@ -1,8 +1,7 @@
-"""A sweep keeps its limits to within one trial, keeps a share for its finals, and reads a deadline correctly."""
+"""A sweep keeps its limits to within one trial, and keeps a share for its finals."""
 
 from bisect import bisect_left
 from dataclasses import replace
-from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -13,12 +12,10 @@ from hypothesis import strategies as st
 from tests.trials import completed_row
 from tuner.analysis.finals import FinalsPlan
 from tuner.core.layout import Layout
-from tuner.errors import InputError
-from tuner.sweep.budget import Deadline, Ledger, Stop, deadline_of, shrunk
+from tuner.sweep.budget import Deadline, Ledger, Stop, shrunk
 from tuner.sweep.configuration import Budget
 from tuner.trial.finished import FinishedTrial
 
-NOW = datetime(2026, 3, 1, 22, 30)
 TRIAL_S = 15.0
 """Wall clock in seconds of a completed trial of tests.trials."""
 
@@ -142,33 +139,6 @@ def test_smaller_finals_are_reported() -> None:
     assert sentence is not None and "3 finalists and the baseline 3 times each do not fit" in sentence
     none = shrunk(FinalsPlan(3, 3), FinalsPlan(0, 0), 9)
     assert none is not None and none.startswith("No finals")
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("07:00", datetime(2026, 3, 2, 7, 0)),
-        ("23:15", datetime(2026, 3, 1, 23, 15)),
-        ("22:30", datetime(2026, 3, 2, 22, 30)),
-        ("2026-03-01T22:31", datetime(2026, 3, 1, 22, 31)),
-        ("2026-03-03 06:00", datetime(2026, 3, 3, 6, 0)),
-    ],
-)
-def test_a_deadline_is_the_next_time_of_day_or_a_date_and_time(text: str, wanted: datetime) -> None:
-    assert deadline_of(text, NOW) == wanted
-
-
-def test_a_deadline_with_a_zone_is_converted_to_local_time() -> None:
-    wanted = datetime(2026, 3, 2, 7, 0).astimezone()
-    assert deadline_of(wanted.isoformat(), NOW) == datetime(2026, 3, 2, 7, 0)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("soon", "is neither a time of day"), ("2026-03-01T22:30", "has passed")]
-)
-def test_a_deadline_that_cannot_be_met_or_read_is_refused(text: str, message: str) -> None:
-    with pytest.raises(InputError, match=f"--deadline {text}: {message}"):
-        deadline_of(text, NOW)
 
 
 @pytest.mark.parametrize("key", ["finalists", "final_runs", "canary_every"])

@@ -1,0 +1,59 @@
+"""Disks for tests: small ones that can be filled, and folders that become read-only."""
+
+import itertools
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+_BLOCK = b"\0" * 4096
+
+
+@contextmanager
+def small_disk(folder: Path, size: str = "8m", names: int = 2000) -> Iterator[None]:
+    """Mount a small disk on an empty folder; skip the test where that is forbidden.
+
+    Args:
+        folder: the folder.
+        size: how many bytes the disk holds, as tmpfs takes it.
+        names: how many files and folders it holds.
+    """
+    _mount("-t", "tmpfs", "-o", f"size={size},nr_inodes={names}", "tmpfs", str(folder))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Make a folder read-only, for root as well; skip the test where that is forbidden."""
+    _mount("--bind", str(folder), str(folder))
+    try:
+        _mount("-o", "remount,bind,ro", str(folder))
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Fill the disk of a folder to its last byte."""
+    with suppress(OSError), (folder / "filler").open("ab", buffering=0) as file:
+        while True:
+            file.write(_BLOCK)
+
+
+def fill_names(folder: Path) -> None:
+    """Make files on the disk of a folder until it takes no further one."""
+    (folder / "fillers").mkdir()
+    with suppress(OSError):
+        for number in itertools.count():
+            (folder / "fillers" / str(number)).touch()
+
+
+def _mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
