@@ -44,7 +44,8 @@ def layer_norms(model: Model) -> int:
 def attention(model: Model) -> Parameters:
     """Return the numbers of parameters of one layer's attention.
 
-    The latent down-projections, the norms inside attention and the bias of the output projection are replicated.
+    The latent down-projections, the norms inside attention and the output projection's bias are replicated on all tp
+    ranks.
     """
     return _latent_attention(model) if model.multi_latent_attention else _grouped_attention(model)
 

@@ -104,9 +104,9 @@ def _written(text: str, pp: int) -> Partition:
 
 
 def _spread(key: Ints, mtp_num_layers: int) -> Partition:
-    """Return the partition of a layout without a text, in which all chunks of a rank have equally many slots.
+    """Return the partition of a layout that does not state `pipeline_model_parallel_layout`.
 
-    `key` has the eight numbers of the layout that `_keys` returns.
+    `key` has the eight numbers of the layout that `_keys` returns. All chunks of a rank have equally many slots.
     """
     _, pp, vpp, first, middle, last, embedding, loss = key.tolist()
     layers = np.full((pp, vpp), middle // vpp)

@@ -17,7 +17,7 @@ def _keys_and_values_differ(model: Model) -> bool:
 
 
 def _a2a_gives_whole_heads(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return a mask of the rows where `cp_comm_type` a2a, if used, gives every rank whole heads and query groups."""
+    """Return a mask of the rows where `cp_comm_type` is not a2a, or gives every rank whole heads and query groups."""
     ranks = columns["tp"] * columns["cp"]
     whole_heads = workload.model.num_attention_heads % ranks == 0
     whole_groups = workload.model.num_query_groups % ranks == 0

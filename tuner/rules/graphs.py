@@ -85,7 +85,8 @@ def _mlp_part_has_dense_layers(columns: Columns, workload: Workload, cluster: Cl
 def _whole_layers_route_on_gpu(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
     """Return a mask of the rows where CUDA graphs capture no whole MoE layers, or the dispatcher is HybridEP.
 
-    The shapes of the experts' inputs follow the routing, which only HybridEP keeps on the GPU.
+    A graph needs inputs of fixed shape, but those of the experts follow the routing, which only HybridEP keeps on the
+    GPU.
     """
     if not has_moe_layers(workload.model):
         return True

@@ -34,7 +34,7 @@ def _experts_with_tp_have_sp(columns: Columns, workload: Workload, cluster: Clus
 
 
 def _flex_has_expert_ranks(columns: Columns) -> Bools:
-    """Return a mask of the rows where ep * etp is above 1 if the flex dispatcher is used."""
+    """Return a mask of the rows where the dispatcher is not flex, or ep * etp is above 1."""
     return implies(columns.among("moe_token_dispatcher_type", "flex"), columns["ep"] * columns["etp"] > 1)
 
 

@@ -1,6 +1,6 @@
 """Rules for the plain knobs that divide the layers among pipeline stages and chunks.
 
-The plain knobs are all that do so except the text `pipeline_model_parallel_layout` (see tuner/rules/placement.py).
+The plain knobs are all that do so except `pipeline_model_parallel_layout`, which tuner/rules/placement.py judges.
 """
 
 import numpy as np
@@ -41,10 +41,10 @@ def _even_split_is_whole(columns: Columns, workload: Workload, cluster: Cluster)
 
 
 def _rest_fits_stages(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    """Return a mask of the rows where the layers that are left for the other stages divide evenly among them.
+    """Return a mask of the rows where the stages without a stated number of layers can share the other layers evenly.
 
-    This concerns rows that state the layers of the first or last stage. Each other stage must get at least one layer;
-    if there is no other stage, no layer may be left. All other rows are accepted.
+    This concerns rows that state the layers of the first or last stage; all other rows are accepted. Each stage must
+    get at least one layer; if both stages of a pipeline are stated, no layer may be left.
     """
     rest, stages = workload.model.num_layers - columns[FIRST] - columns[LAST], unstated_stages(columns)
     spread = (stages > 0) & (rest > 0) & (rest % np.maximum(stages, 1) == 0)

@@ -28,11 +28,12 @@ def places_layers(text: str) -> bool:
 
 
 def plain_split(text: str, pp: int) -> Mapping[str, int | bool] | None:
-    """Return the plain knobs that divide the layers as the text does with `pp` ranks, or None if plain knobs can't.
+    """Return the knobs with which a layout divides the layers as `text` does over `pp` ranks, or None if no knobs can.
 
-    The plain knobs are the ones that state the layers of the first and last stage or account for the embedding and the
-    loss; they give every chunk of a rank the same number of slots, and the same to every rank between the first and the
-    last. Knobs at their default are left out, so an even split gives an empty mapping.
+    `text` is a value of `pipeline_model_parallel_layout`. The knobs are those that state the layers of the first and
+    last stage, or that count the embedding and the loss as a layer each. They give all chunks of a rank equally many
+    layers (those counted included), and all ranks between the first and the last, too. Knobs at their default are left
+    out, so an even split gives an empty mapping.
     """
     chunks = parse(text)
     if len(chunks) % pp or any(MTP in chunk for chunk in chunks[:-1]):
@@ -42,7 +43,7 @@ def plain_split(text: str, pp: int) -> Mapping[str, int | bool] | None:
         if len({layers[0] + embedding, *layers[1:-1], layers[-1] + loss}) == 1:
             return _without_defaults({EMBEDDING_ACCOUNTED: embedding, LOSS_ACCOUNTED: loss})
     ranks = [set(layers[rank::pp]) for rank in range(pp)]
-    # 0 is the default of a stated stage, so no knob spells a rank without layers.
+    # The value 0 leaves a stage unstated, so no knob can state a rank without layers.
     if any(len(rank) > 1 for rank in ranks) or len(set(map(frozenset, ranks[1:-1]))) > 1 or {0} in ranks:
         return None
     (first, *middle, last) = (sum(layers[rank::pp]) for rank in range(pp))

@@ -150,7 +150,10 @@ def _mtp_recomputes_single_layers(columns: Columns, workload: Workload, cluster:
 
 
 def _plain_chunks(layout: Layout, workload: Workload) -> tuple[int, int, int]:
-    """Return the number of layers in the first, in a middle and in the last chunk, as the plain knobs divide them."""
+    """Return the number of layers in the model's first chunk, in a middle chunk and in its last chunk.
+
+    It applies to a layout that does not state `pipeline_model_parallel_layout`.
+    """
     first, middle, last = (int(layers[0]) for layers in chunk_layers(Columns.single(layout), workload))
     return first, middle, last
 

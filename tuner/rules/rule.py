@@ -51,7 +51,7 @@ class Rule:
     message: Explanation
     """Returns the message for a layout that breaks the rule."""
     source: str
-    """The code that refuses, as a path inside Megatron-LM's repository unless the text names another place."""
+    """The code that refuses a layout, as a path inside Megatron-LM's repository unless the text names another place."""
     gone_in: str = ""
     """The first release of Megatron-Core known to accept layouts that break the rule, such as `0.19`; empty if the
     newest release still refuses them."""
@@ -113,6 +113,6 @@ def implies(premise: Bools | bool, conclusion: Bools | bool) -> Bools:
 
 
 def not_all(*conditions: Bools) -> Bools:
-    """Return a mask of the rows where a condition is false: the form of a rule whose conditions exclude each other."""
+    """Return a mask of the rows where at least one condition is false, as for conditions that exclude each other."""
     all_hold: Bools = reduce(np.logical_and, conditions)
     return ~all_hold

@@ -22,17 +22,17 @@ parameters)."""
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One layout that the guide recommends."""
+    """One layout that the parallelism guide recommends."""
 
     layout: Layout
     """The recommended layout; it may break rules of megatune (`tuner.rules`)."""
     source: str
-    """The section and the row of the guide that lead to the layout; if the sequence length changed it, also a `+` and
-    the row for that length."""
+    """The section and the row of the parallelism guide that lead to the layout; if the sequence length changed it, also
+    a `+` and the row for that length."""
 
 
 def advice_for(workload: Workload, cluster: Cluster, guide: Guide) -> Iterator[Advice]:
-    """Yield the layouts that the guide recommends, best first.
+    """Yield the layouts that the parallelism guide recommends, best first.
 
     For a dense model they come from these tables of the guide: the row for the model's size, with every combination of
     the sizes in the row's ranges; the neighbouring row, if the model's size is close to the end of its row; the
@@ -62,10 +62,10 @@ def sizes_of(size_range: Range) -> tuple[int, ...]:
 
 
 def _completed(base: Advice, cp: int, sequence: SequenceRow, workload: Workload, guide: Guide) -> Advice:
-    """Return `base` with the given `cp`, sequence parallelism, virtual stages and selective recomputation.
+    """Return a layout `base` of the guide, with `cp`, sequence parallelism, virtual stages and recomputation set.
 
-    The row that the base comes from leaves these open. Sequence parallelism depends on the sequence length, and
-    selective recomputation saves memory.
+    The row that the layout comes from leaves these open. Sequence parallelism depends on the sequence length; selective
+    recomputation is chosen because it saves memory.
     """
     layout = base.layout
     # Megatron refuses to train experts with TP but without SP, whatever the sequence length.
@@ -140,7 +140,7 @@ def _from_recipe(recipe: Recipe, guide: Guide) -> Advice:
 
 
 def _from_network(by_size: Layout, cluster: Cluster, guide: Guide) -> Advice:
-    """Return the layout recommended for the cluster's network.
+    """Return the layout that the parallelism guide recommends for the cluster's network.
 
     If the guide leaves PP open, PP is that of `by_size`, but at least 2.
     """
@@ -156,16 +156,16 @@ def _from_network(by_size: Layout, cluster: Cluster, guide: Guide) -> Advice:
 
 
 def _ends_near(row: DenseRow, billions: float) -> bool:
-    """Return whether a model of `billions` * 10^9 parameters belongs to the row, or nearly so.
+    """Return whether a model with `billions` * 10^9 parameters is in the row's range of sizes, or close to it.
 
-    Both ends of the row's range of sizes are widened by ROUNDED_SIZE.
+    Both ends of the range are widened by ROUNDED_SIZE.
     """
     low, high = row.parameters_billions
     return low * (1 - ROUNDED_SIZE) <= billions <= high * (1 + ROUNDED_SIZE)
 
 
 def _by_size(row: DenseRow, billions: float) -> Layout:
-    """Return the layout that takes from each of the row's ranges the size at the model's place in the row.
+    """Return the layout that takes, from each range of sizes in the row, the size at the model's place.
 
     The model's place is 0 if its size (`billions`, in 10^9 parameters) is the row's lowest, and 1 if it is the highest;
     between them it is measured on a log scale.

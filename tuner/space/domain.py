@@ -17,7 +17,8 @@ Value = bool | int | str
 Domain = Mapping[str, tuple[Value, ...]]
 """The candidate values of each knob.
 
-A knob that isn't named keeps its default, except overlap_p2p_comm, which then takes both values, as vpp requires.
+A knob that isn't named keeps its default, except overlap_p2p_comm, which then takes both values, since the right one
+depends on vpp.
 """
 
 FEWEST_CUDA_TOKENS = 2048

@@ -24,7 +24,7 @@ class DenseRow:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
-    """The row's first cell in the guide, which also names the row in a seed's source."""
+    """The first cell of the row in the guide, which also names the row in a seed's source."""
     parameters_billions: tuple[float, float]
     """Numbers of parameters of the row's models, in 10^9: at least the first, and less than the second."""
     gpus: Range
@@ -41,7 +41,7 @@ class MoeRow:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
-    """The row's first cell in the guide, which also names the row in a seed's source."""
+    """The first cell of the row in the guide, which also names the row in a seed's source."""
     model: str
     """The name of the built-in model that the row is about."""
     total_billions: float
@@ -58,14 +58,14 @@ class MoeRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pattern:
-    """A rule of thumb that the guide draws from the rows for mixtures of experts."""
+    """A rule of thumb that the parallelism guide derives from its rows for mixtures of experts."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     id: str
     """The pattern's name in kebab-case."""
     text: str
-    """The pattern in words."""
+    """The pattern as a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,7 @@ class SequenceRow:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
-    """The row's first cell in the guide, which also names the row in a seed's source."""
+    """The first cell of the row in the guide, which also names the row in a seed's source."""
     from_tokens: int
     """Length of the shortest sequences of the row, in tokens; the row ends where the next row begins."""
     sp: bool
@@ -102,7 +102,7 @@ class SequenceRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A combination of several kinds of parallelism that the guide writes out in full."""
+    """A combination of several kinds of parallelism that the parallelism guide writes out in full."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -121,7 +121,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MinimumGpus:
-    """The guide's example of the smallest number of GPUs on which a layout fits."""
+    """The parallelism guide's example of the smallest number of GPUs on which a layout fits."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -138,7 +138,7 @@ class MinimumGpus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """The guide's example of a layout on a number of GPUs, with the data-parallel sizes that result."""
+    """The parallelism guide's example of a layout on a number of GPUs, with the data-parallel sizes that result."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -169,7 +169,7 @@ class MemoryParts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryExample:
-    """The guide's worked example of a model's memory."""
+    """The parallelism guide's worked example of a model's memory."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -187,14 +187,14 @@ class MemoryExample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pitfall:
-    """A mistake that the guide warns of."""
+    """A mistake that the parallelism guide warns of."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     number: int
     """The pitfall's number in the guide."""
     text: str
-    """The warning in words."""
+    """The warning as a sentence."""
     rules: tuple[str, ...]
     """Ids of the rules (`tuner.rules.validity.RULES`) that refuse the mistake; empty if the guide only advises."""
 
@@ -226,7 +226,7 @@ class Guide:
     memory: MemoryExample
     pitfalls: tuple[Pitfall, ...]
     virtual_stages: int
-    """Model chunks per pipeline rank in a layout that the guide recommends with a pipeline."""
+    """Model chunks per pipeline rank in every layout with more than one pipeline rank that the guide recommends."""
 
 
 @cache

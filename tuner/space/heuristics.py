@@ -1,4 +1,4 @@
-"""Seeds: the rows of the table of layouts that are nearest to what the published guide recommends."""
+"""Seeds: the rows of the table of layouts nearest to what the parallelism guide (tuner/space/guide.py) recommends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ from tuner.space.guide import read_guide
 from tuner.space.table import layout_at
 
 GRID_WEIGHTS: Mapping[str, float] = {"tp": 2.0, "pp": 1.0, "cp": 1.0, "ep": 1.0, "etp": 4.0}
-"""Weight of a doubling or halving of each parallel size in the distance between two layouts. Assumed: the guide scales
-by PP, EP and CP, sizes TP by the model and the NVLink domain, and hardly ever uses ETP."""
+"""Weight of a doubling or halving of each parallel size in the distance between two layouts. Assumed: the parallelism
+guide scales by PP, EP and CP, sizes TP by the model and the NVLink domain, and hardly ever uses ETP."""
 
 SHAPE_SIZES = ("vpp", "micro_batch_size")
-"""The knobs with integer values, other than parallel sizes, that a recommended layout sets."""
+"""The knobs with integer values, other than parallel sizes, that a layout of the parallelism guide sets."""
 SHAPE_CHOICES = ("sp", "recompute_granularity")
-"""The other knobs that a recommended layout sets."""
+"""The knobs without integer values that a layout of the parallelism guide sets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +36,8 @@ class Seed:
     row: int
     """The row's label in the table's index."""
     source: str
-    """The section and the row of the guide that lead to the layout; if the sequence length changed it, also a `+` and
-    the row for that length.
+    """The section and the row of the parallelism guide that lead to the layout; if the sequence length changed it, also
+    a `+` and the row for that length.
 
     Several sources that lead to one layout are joined by `; `. A source is marked `(moved)` if the layout that it
     recommends is not in the table, and this layout is the nearest.
@@ -48,7 +48,7 @@ class Seed:
 
 
 def seeds(workload: Workload, cluster: Cluster, table: pd.DataFrame) -> tuple[Seed, ...]:
-    """Return the rows of `table` nearest to the layouts that the guide recommends, best first, without repetitions.
+    """Return the rows of `table` nearest to the layouts that the parallelism guide recommends, best first, each once.
 
     `table` has one column per knob (`KNOBS`) and one valid layout per row. If it lacks a recommended layout, the seed's
     note says so. An empty table gives no seeds. The order is that of `advice_for`.
@@ -76,16 +76,17 @@ def seeds(workload: Workload, cluster: Cluster, table: pd.DataFrame) -> tuple[Se
 def _nearest(columns: Columns, grids: pd.DataFrame, off_default: NDArray[np.float64], wanted: Layout) -> int:
     """Return the position in the table of the layout nearest to `wanted`.
 
-    First the parallel sizes count: their distances in doublings, squared, weighted by GRID_WEIGHTS and summed. Squares
-    spread a difference over several sizes instead of putting it on one. Among equal layouts it counts whether the
-    layout interleaves as `wanted` does, then the difference in SHAPE_SIZES and SHAPE_CHOICES, and then how few other
-    knobs differ from their default. Between equal parallel sizes, fewer pipeline stages win, then less TP, CP and EP.
+    The parallel sizes count first: their distances in doublings, squared, weighted by GRID_WEIGHTS and summed. Squares
+    spread a difference over several sizes instead of putting it on one. Among equally near sizes, fewer pipeline stages
+    win, then less TP, CP and EP. Of the layouts with the nearest sizes, the nearest is the one that interleaves or not
+    as `wanted` does, then the one with the smallest difference in SHAPE_SIZES and SHAPE_CHOICES, then the one with the
+    fewest other knobs that differ from their default.
 
     Args:
         columns: The columns of the table.
         grids: Every combination of parallel sizes in the table once, one column per name in GRID_WEIGHTS.
         off_default: The result of `_off_default`.
-        wanted: The layout that the guide recommends.
+        wanted: The layout that the parallelism guide recommends.
     """
     apart = np.zeros(len(grids))
     for name, weight in GRID_WEIGHTS.items():
@@ -118,7 +119,10 @@ def _differs(columns: Columns, knob: str, value: bool | int | str) -> Bools:
 
 
 def _off_default(columns: Columns, rows: int) -> NDArray[np.float64]:
-    """Return how many of the knobs that no recommended layout sets differ from their default, one number per row."""
+    """Return how many knobs that no layout of the guide sets differ from their default, one number per row.
+
+    A stated number of layers in the first stage counts as 1.5 knobs.
+    """
     asked = {*GRID_WEIGHTS, *SHAPE_SIZES, *SHAPE_CHOICES}
     count = np.zeros(rows)
     for knob in KNOBS:
@@ -129,12 +133,12 @@ def _off_default(columns: Columns, rows: int) -> NDArray[np.float64]:
 
 
 def _moved_knobs(wanted: Layout, layout: Layout) -> frozenset[str]:
-    """Return the knobs that the guide's rows set and in which the two layouts differ."""
+    """Return the knobs in which two layouts differ, out of the parallel sizes and sequence parallelism."""
     return frozenset(name for name in (*GRID_WEIGHTS, "sp") if getattr(wanted, name) != getattr(layout, name))
 
 
 def _note(wanted: Layout, layout: Layout, moved: frozenset[str], workload: Workload, cluster: Cluster) -> str:
-    """Return how `layout` differs from `wanted`, the rule that is the reason, and whether it lacks virtual stages."""
+    """Return a text for `Seed.note`: how `layout` differs from `wanted`, why, and whether it lacks virtual stages."""
     # The guide asks for virtual stages where they fit, and names no number.
     lacks_virtual_stages = wanted.vpp > 1 and layout.pp > 1 and layout.vpp == 1
     flat = f"no virtual stages fit pp={layout.pp} here" if lacks_virtual_stages else ""

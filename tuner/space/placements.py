@@ -1,4 +1,4 @@
-"""Texts of `pipeline_model_parallel_layout` worth trying: balanced ones that the plain knobs can't express."""
+"""Texts of `pipeline_model_parallel_layout` worth trying: balanced ones that no other knobs can express."""
 
 from collections.abc import Iterable
 from itertools import islice, product
@@ -12,11 +12,11 @@ MOST_TEXTS = 127
 
 
 def layer_placements(workload: Workload, pp: int, vpp: int) -> tuple[str, ...]:
-    """Return at most two texts for a pipeline of `pp` ranks with `vpp` chunks each.
+    """Return at most two texts of `pipeline_model_parallel_layout` for `pp` ranks with `vpp` chunks each.
 
     Both divide the layers so that the fullest chunk has as few as possible. The loss counts as a layer, and so does
     every layer of multi-token prediction; the last chunk has all of these. The embedding counts as a layer in one of
-    the texts only. A text that the plain knobs can express is left out.
+    the texts only. A text that other knobs can express is left out.
     """
     chunks, mtp_layers = pp * vpp, workload.model.mtp_num_layers or 0
     texts: dict[str, None] = {}
@@ -29,7 +29,7 @@ def layer_placements(workload: Workload, pp: int, vpp: int) -> tuple[str, ...]:
 
 
 def placements_of(workload: Workload, pp_sizes: Iterable[int], vpp_sizes: Iterable[int]) -> tuple[str, ...]:
-    """Return "none" and the texts for every pipeline of these sizes, those with the fewest chunks first.
+    """Return "none" and the texts of `layer_placements` for every pipeline of these sizes, the fewest chunks first.
 
     At most MOST_TEXTS values are returned.
     """
@@ -41,11 +41,10 @@ def placements_of(workload: Workload, pp_sizes: Iterable[int], vpp_sizes: Iterab
 
 
 def _balanced_layers(layers: int, chunks: int, first_slots: int, last_slots: int) -> tuple[int, ...]:
-    """Return the number of layers of each chunk.
+    """Return the number of layers of each chunk, as evenly divided as possible.
 
-    Each layer is added to the chunk with the fewest slots so far; among several such chunks, to the first.
-    `first_slots` and `last_slots` are the numbers of slots that other parts than layers fill in the first and the last
-    chunk.
+    Each layer is added to the chunk that is least full so far; among several such chunks, to the first. At the start,
+    the first and the last chunk count as holding `first_slots` and `last_slots` layers, for their other parts.
     """
     other_slots = [0] * chunks
     other_slots[0] += first_slots
