@@ -71,16 +71,16 @@ def _clean_end(evidence: JobEvidence) -> Judgement | None:
 
 
 def _recorded_failure(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the failure that a rank or the program recorded.
+    """Return the judgement by the failure that a rank or the program recorded, or None.
 
-    A recorded loss of a connection is left out here, since the failure of another rank may be its cause.
+    A recorded loss of a connection gives None here, since the failure of another rank may be its cause.
     """
     judgements = (_rank_record(evidence), _program_result(evidence))
     return next((each for each in judgements if each and each.outcome is not Outcome.COMMUNICATION), None)
 
 
 def _rank_record(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the first failure that a rank recorded before the launcher ended the job."""
+    """Return the judgement by the first failure that a rank recorded before the launcher ended the job, or None."""
     in_time = [
         record
         for record in evidence.records
@@ -103,9 +103,9 @@ def _stopped(evidence: JobEvidence) -> Judgement | None:
 
 
 def _signal(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the signal that ended the first failed rank, or the job's first process.
+    """Return the judgement by the signal that ended the first failed rank or the job's first process, or None.
 
-    Signals that torchrun or megatune sends are left out.
+    A signal that torchrun or megatune sent gives None.
     """
     rank, code = _first_exit(evidence)
     if code >= 0 or -code == SIGTERM or (evidence.ending is not None and -code == SIGKILL):
@@ -124,7 +124,11 @@ def _signal(evidence: JobEvidence) -> Judgement | None:
 
 
 def _first_exit(evidence: JobEvidence) -> tuple[int | None, int]:
-    """Return the first rank that failed, or None for the job's first process, and its exit code."""
+    """Return the first rank that failed and its exit code.
+
+    If no rank is known to have failed, return None and the exit code of the job's first process, or None and 0 if the
+    launcher ended the job.
+    """
     if evidence.exit_codes:
         return next(iter(evidence.exit_codes.items()))
     return None, (evidence.exit_code or 0) if evidence.ending is None else 0
@@ -135,7 +139,7 @@ def _who(rank: int | None) -> str:
 
 
 def _program_result(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the failure that the program reported before the launcher ended the job."""
+    """Return the judgement by the failure that the program reported before the launcher ended the job, or None."""
     result = evidence.result
     if result is None or result.outcome is Outcome.COMPLETED or evidence.result_at_s >= evidence.ended_at_s:
         return None
@@ -143,7 +147,7 @@ def _program_result(evidence: JobEvidence) -> Judgement | None:
 
 
 def _limit(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the time limit for which the launcher ended the job."""
+    """Return the judgement by the time limit for which the launcher ended the job, or None."""
     phase, limits = evidence.phase, evidence.limits
     if evidence.ending == "startup":
         reason = f"no optimizer step within {limits.startup_s:g} s (limits.startup_s); last seen in {phase}"
@@ -169,7 +173,7 @@ def _disk(evidence: JobEvidence) -> Judgement | None:
     judgement = _text(evidence, FULL_DISK, Outcome.INFRASTRUCTURE)
     if judgement:
         return _full_disk(evidence, judgement.reason, judgement.rank)
-    if evidence.free_bytes < _FULL_BYTES:  # on a full disk the logs cannot say so
+    if evidence.free_bytes < _FULL_BYTES:  # on a full disk, nothing more can be written to the logs
         return _full_disk(evidence, f"{evidence.free_bytes / 1024:.0f} KiB are free", None)
     return None
 
@@ -180,7 +184,10 @@ def _full_disk(evidence: JobEvidence, message: str, rank: int | None) -> Judgeme
 
 
 def _traceback(evidence: JobEvidence) -> Judgement | None:
-    """Judge by the last exception that a rank printed but did not record, for instance an import error."""
+    """Return the judgement by the last exception that a rank printed but did not record, or None.
+
+    An example is an import error.
+    """
     for rank in evidence.ranks_by_failure():
         if exception := last_exception(evidence.tails[rank]):
             outcome, reason = outcome_of_failure(*exception, evidence.phase, evidence.step)
@@ -197,7 +204,7 @@ def _communication_text(evidence: JobEvidence) -> Judgement | None:
 
 
 def _text(evidence: JobEvidence, pattern: re.Pattern[str], outcome: Outcome) -> Judgement | None:
-    """Judge that the trial ended with `outcome` if a line of a log matches the pattern; this line is the reason."""
+    """Return a judgement with `outcome` and the first log line that `pattern` matches as its reason, or None."""
     for rank in evidence.ranks_by_failure():
         if line := first_line(evidence.tails[rank], pattern):
             return Judgement(outcome, line, evidence.phase, rank)

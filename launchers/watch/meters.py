@@ -114,7 +114,7 @@ class OwnProcesses:
     def _is_marked(self, pid: int) -> bool:
         try:
             marker = psutil.Process(pid).environ().get(MARKER)
-        except (psutil.Error, OSError):  # another user's, or ended, or outside our container
+        except (psutil.Error, OSError):  # it belongs to another user, has ended, or is outside our container
             return False
         return marker is not None and self._folder.is_relative_to(marker)
 
@@ -148,7 +148,7 @@ class CpuMeter:
             for process in self._processes:
                 times = process.cpu_times()
                 total_s += times.user + times.system
-        except psutil.Error:  # it has ended, and its count is gone
+        except psutil.Error:  # a process has ended, and its CPU time can no longer be read
             return None
         return total_s
 
@@ -183,7 +183,7 @@ def read_gpu(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> GpuReadin
     def answer_of(ask: Callable[..., T], *arguments: Any) -> T | None:
         try:
             return ask(handle, *arguments)
-        except nvml.NVMLError:  # this GPU, a slice of one, or this driver does not have it
+        except nvml.NVMLError:  # the GPU, a slice of one, or the driver does not report this
             return None
 
     milliwatts = answer_of(nvml.nvmlDeviceGetPowerUsage)

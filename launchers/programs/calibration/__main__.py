@@ -55,7 +55,7 @@ def measure(plan: CalibrationPlan, device: torch.device) -> Calibration:
     copy = copies(plan, device)
     near, apart = collectives(plan, device)
     tables = (host, *gemm.values(), copy, *near.values(), *apart.values())
-    points = dict.fromkeys(point for table in tables for point in table.points)  # some are in two tables
+    points = dict.fromkeys(point for table in tables for point in table.points)  # each point once
     # Each pass reads every point once, so that a disturbance of a second spoils one reading of a point, not all.
     for _ in range(plan.passes):
         for point in points:

@@ -37,7 +37,7 @@ class TimedPoint:
         repeats = self.repeats or 1
         taken_s = self._batch_s(work, repeats, device)
         while not self.repeats and taken_s < batch_s:
-            # The number grows at most tenfold at once: the first few repeats may have been interrupted, or cold.
+            # The number grows at most tenfold at once: the first few repeats may have been slow by chance or cold.
             repeats *= min(max(2, round(batch_s / taken_s)), 10)
             taken_s = self._batch_s(work, repeats, device)
         self.repeats = repeats

@@ -41,7 +41,7 @@ class InertStream:
     synchronize = wait = wait_stream = wait_event = record = nothing
 
     def record_event(self, event: Any = None) -> "InertStream":
-        """Return an event: `event`, or this object in place of one. What it waits for has always happened."""
+        """Return `event`, or this object as an event. On CPU, the work before an event has always finished."""
         return event or self
 
     def query(self) -> bool:

@@ -27,7 +27,7 @@ _OUTLIER_DEVIATIONS = 3.5
 """A step whose time differs from the median by more standard deviations than this is an outlier. Published: Iglewicz
 and Hoaglin, How to Detect and Handle Outliers, 1993."""
 _LEAST_STEPS_TO_JUDGE = 3
-"""The fewest steps whose spread is judged. Assumed: fewer steps have no spread to speak of."""
+"""The fewest steps whose spread is judged. Assumed: the spread of fewer steps means little."""
 
 
 def median_interval(times_ms: Sequence[float], seed: int = 0) -> tuple[float, float, float]:

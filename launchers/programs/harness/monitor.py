@@ -45,7 +45,7 @@ class Monitor:
         self._beat()
 
     def durations(self) -> Durations:
-        """Return the time spent in each phase up to now."""
+        """Return the time spent in each phase up to now, in seconds."""
         self._account()
         spent_s = self._spent_s
         return Durations(

@@ -31,7 +31,7 @@ _FUSED = (
 
 
 def hide_transformer_engine() -> None:
-    """Let Megatron-Core's imports of Transformer Engine fail, as if it were not installed, since it needs CUDA.
+    """Make Megatron-Core's imports of Transformer Engine fail, as if it were not installed, since it needs CUDA.
 
     Imports of Transformer Engine by Bridge itself still succeed.
     """

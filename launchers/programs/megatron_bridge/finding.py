@@ -58,7 +58,10 @@ def _only_function(module: ModuleType, path: Path) -> tuple[str, Any]:
 
 
 def _all_of(modules: Iterable[ModuleType]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the recipes that modules define, each name once, since a few are both library and perf recipes."""
+    """Yield the name and the function of each recipe that `modules` define, each name once.
+
+    A few names are defined twice, as a library recipe and as a perf recipe.
+    """
     seen_names = set()
     for module in modules:
         for name, function in _own_recipes(module):
@@ -68,7 +71,10 @@ def _all_of(modules: Iterable[ModuleType]) -> Iterator[tuple[str, Callable[[], A
 
 
 def _own_recipes(module: ModuleType) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the recipes that a module itself defines: functions that need no arguments and return a config."""
+    """Yield the name and the function of each recipe that a module itself defines.
+
+    A recipe is a function that needs no arguments and returns a config.
+    """
     for name, function in own_functions(module).items():
         if _is_recipe(name, function):
             yield name, function

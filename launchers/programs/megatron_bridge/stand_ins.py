@@ -16,10 +16,7 @@ includes."""
 
 @contextmanager
 def in_job(gpus: int, gpu: str) -> Iterator[None]:
-    """Make this process look like rank 0 of a job of `gpus` GPUs of the kind `gpu`.
-
-    At the end, the process has its former environment again.
-    """
+    """Within the context, make this process look like rank 0 of a job of `gpus` GPUs of the kind `gpu`."""
     import torch
 
     cuda: Any = torch.cuda

@@ -30,7 +30,7 @@ def run(spec: TrialSpec, monitor: Monitor, account: TensorAccount | None) -> Non
     enable_cpu()
     _use_compiled_helpers()
     config = _trial_config(spec, monitor.folder)
-    if not spec.workload.fp8_param:  # such weights cannot be set to plain numbers
+    if not spec.workload.fp8_param:  # weights in fp8 cannot be set to given numbers
         _start_alike(config, spec.seed)
     monitor.enter("build")
     pretrain(config, _announcing(monitor), callbacks=[Measuring(spec, monitor, account)])
@@ -48,7 +48,7 @@ def _trial_config(spec: TrialSpec, folder: TrialFolder) -> Any:
         config = prepare(load_config(spec.program), spec, folder.path)
         if spec.cluster.device == "cpu":
             suit_cpu(config, spec.workload.model)
-        resolved = copy.deepcopy(config)  # Bridge resolves in place, and will again
+        resolved = copy.deepcopy(config)  # Bridge resolves a config in place, and `pretrain` will do so again
         runtime_config_update(resolved)
         check(resolved, spec)
     except (OSError, ValueError):

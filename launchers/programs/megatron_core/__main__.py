@@ -68,7 +68,9 @@ def _step(job: TrainingJob, steps: TimedSteps) -> None:
 
 @contextmanager
 def _process_group(spec: TrialSpec) -> Iterator[torch.device]:
-    """Choose this rank's device and join the other ranks; leave them at the end, unless there was an error.
+    """Join the other ranks of the trial for the time of the context, and yield this rank's device.
+
+    After an error the process group is not destroyed.
 
     Raises:
         ValueError: if the launcher started another number of ranks than the cluster has GPUs.

@@ -166,7 +166,10 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _alone(rank: int, world_size: int) -> Iterator[None]:
-    """Join a fake process group of `world_size` ranks as its only process: its collectives return at once."""
+    """Within the context, be the only process of a fake process group of `world_size` ranks.
+
+    Its collectives return at once.
+    """
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
@@ -245,7 +248,11 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(cluster: Cluster) -> torch.device | None:
-    """Patch this process for good so that it can probe; return the GPU, or None if tensors will be fake."""
+    """Patch this process permanently, so that `probe` can run in it.
+
+    Returns:
+        The GPU to use; None if the tensors will be fake.
+    """
     warnings.filterwarnings("ignore")
     enable_cpu()
     torch.set_num_threads(1)
