@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -11,15 +12,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pandas as pd
 
 from tuner.sweep.sinks import Sink, Snapshot
+from tuner.sweep.tracking_uri import without_password
 from tuner.tracking import spool
 from tuner.tracking.follow import GAVE_UP
 from tuner.tracking.spool import Status as Status
 from tuner.tracking.spool import SweepClosing
-from tuner.tracking.uri import check_uri, default_uri, without_password
+from tuner.tracking.uri import check_uri, chosen_uri
 from tuner.trial.finished import FinishedTrial
 
 _log = logging.getLogger(__name__)
@@ -27,27 +30,38 @@ _log = logging.getLogger(__name__)
 FINISH_S = 20.0
 """How long the end of a sweep waits until MLflow holds everything. Assumed: short against a sweep."""
 
+STARTS_AFTER_S = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0, 600.0)
+"""The waits before the starts of the process, in s: it is started again if it is killed or crashes, but no more often
+than this. Assumed: half an hour in all."""
+
+_SINGLE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Variables of the process: it computes nothing, and each thread of a library for linear algebra takes memory."""
+
 
 class Tracker(Sink):
     """Keeps MLflow in step with the trial folders while a sweep runs, through a process of its own.
 
     It is a process and no thread, so that importing MLflow and writing to it takes none of the tuner's own time, and a
-    server that never answers can be left at any moment. The process ends with the tuner, however the tuner ends. No
-    method waits, except `finish` for at most FINISH_S, and none raises for what MLflow does. Use it as a context
-    manager.
+    server that never answers can be left at any moment. The process ends with the tuner, however the tuner ends, and is
+    started again if it ends too early. No method waits, except `finish` for at most FINISH_S, and none raises for what
+    MLflow does. Use it as a context manager.
     """
 
-    def __init__(self, process: "subprocess.Popen[str]", results: Path, uri: str) -> None:
+    def __init__(self, results: Path, uri: str, sync: str) -> None:
         """Use `Tracker.open`."""
         self.uri = without_password(uri)
         """The tracking URI without its password, to be shown."""
-        self.process_id = process.pid
-        self._process, self._results = process, results
+        self._results, self._secret_uri, self._sync = results, uri, sync
         self._finished: set[int] = set()
         self._logged: set[int] = set()
-        self._trouble, self._is_closing = "", False
-        self._reader = threading.Thread(target=self._listen, daemon=True)
-        self._reader.start()
+        self._trouble = ""
+        self._process: subprocess.Popen[str] | None = None
+        self._is_complete = self._is_closing = False
+        self._starting = threading.Lock()
+        self._is_urgent = threading.Event()
+        """Set at the sweep's end, which does not leave a process that has ended alone for a while."""
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+        self._supervisor.start()
 
     @classmethod
     def open(cls, results: Path, uri: str | None) -> "Tracker":
@@ -55,27 +69,22 @@ class Tracker(Sink):
 
         Args:
             results: The sweep's folder, which holds its sweep.json.
-            uri: An MLflow tracking URI; None takes the default one.
+            uri: The MLflow tracking URI that the user's sweep file states; None takes the default one.
 
         Raises:
             InputError: if no MLflow store takes the URI.
         """
-        chosen = uri or default_uri(results)
+        chosen = chosen_uri(results, uri)
         check_uri(chosen)
         spool.note_start(results)
-        with (results / "mlflow.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tuner.tracking.follow", str(results)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                # Ctrl-C must reach the tuner alone: the end of the sweep is still to be logged.
-                start_new_session=True,
-                # A URI may hold a password, and every user of the machine can read a process's arguments.
-                env=os.environ | {"MLFLOW_TRACKING_URI": chosen},
-            )
-        return cls(process, results, chosen)
+        _log_file(results).unlink(missing_ok=True)
+        sync = ["megatune", "sync", str(results), *(() if uri is None else ("--uri", uri))]
+        return cls(results, chosen, shlex.join(sync))
+
+    @property
+    def process_id(self) -> int | None:
+        """The id of the process, which may have ended; None before its first start."""
+        return self._process.pid if self._process else None
 
     def __enter__(self) -> "Tracker":
         return self
@@ -106,53 +115,101 @@ class Tracker(Sink):
         except OSError as error:
             self._trouble = f"the sweep's end cannot be noted: {error}"
         else:
+            self._is_urgent.set()
             self._wake()
             # The process ends by itself once MLflow holds everything.
-            self._reader.join(FINISH_S / 10)
-            if self._reader.is_alive():
+            self._supervisor.join(FINISH_S / 10)
+            if self._supervisor.is_alive():
                 _log.warning("logging the rest to MLflow at %s, for at most %g s", self.uri, FINISH_S)
-                self._reader.join(FINISH_S * 0.9)
+                self._supervisor.join(FINISH_S * 0.9)
         self.close()
         missing = len(self._finished - self._logged)
-        if missing or self._process.returncode != 0:
+        if missing or not self._is_complete:
             subject = f"{missing} of {len(self._finished)} trials are" if missing else "the sweep's end is"
             _log.warning(
                 "%s not known to be in MLflow at %s (%s); `%s` logs what is missing",
                 subject,
                 self.uri,
                 self._trouble or f"it took longer than {FINISH_S:g} s",
-                f"megatune sync {shlex.quote(str(self._results))}",
+                self._sync,
             )
 
     def close(self) -> None:
         """End the process, whatever it is doing; the next process to log replaces an MLflow run that is cut short."""
-        self._is_closing = True
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        if self._process.stdin:
-            with suppress(OSError):
-                self._process.stdin.close()
+        with self._starting:
+            self._is_closing = True
+        self._is_urgent.set()
+        if self._process:
+            self._process.kill()
+        self._supervisor.join()
 
     def _wake(self) -> None:
-        assert self._process.stdin is not None
-        # A process that has ended was reported by `_listen`.
-        with suppress(OSError):
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
+        """Tell the process that there is something new. One that starts later looks by itself."""
+        process = self._process
+        if process is not None:
+            assert process.stdin is not None
+            # `_supervise` reports a process that has ended.
+            with suppress(OSError, ValueError):
+                process.stdin.write("\n")
+                process.stdin.flush()
 
-    def _listen(self) -> None:
-        """Read the process's answers until it ends."""
-        assert self._process.stdout is not None
-        with self._process.stdout as answers:
+    def _supervise(self) -> None:
+        """Keep the process running until MLflow holds everything or the tracker is closed."""
+        for wait_s in STARTS_AFTER_S:
+            self._is_urgent.wait(wait_s)
+            try:
+                code = self._run()
+            except (
+                OSError
+            ) as error:  # the machine has no room for another process, or the disk none for its log
+                end = f"cannot be started: {error}"
+            else:
+                self._is_complete = code == 0
+                if code is None or code in (0, GAVE_UP) or self._is_closing:
+                    return
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                end = f"ended with {how}, see {_log_file(self._results)}"
+            self._warn(f"its process {end}")
+        _log.warning(
+            "the process that logs to MLflow has ended %d times and is not started again; `%s` logs what is missing",
+            len(STARTS_AFTER_S),
+            self._sync,
+        )
+
+    def _run(self) -> int | None:
+        """Run the process to its end and return its exit code; None if the tracker is closed, and none was started."""
+        with self._starting:
+            if self._is_closing:
+                return None
+            process = self._process = self._start()
+        assert process.stdin is not None and process.stdout is not None
+        with process.stdout as answers:
             for line in answers:
-                answer = json.loads(line)
-                self._logged |= set(answer["logged"])
-                if answer["trouble"] is not None:
-                    self._warn(answer["trouble"])
-        code = self._process.wait()
-        if code not in (0, GAVE_UP) and not self._is_closing:
-            self._warn(f"its process ended with exit code {code}, see {self._results / 'mlflow.log'}")
+                with suppress(ValueError):  # a process that is killed may leave half a line
+                    self._take(json.loads(line))
+        code = process.wait()
+        with suppress(OSError):
+            process.stdin.close()
+        return code
+
+    def _start(self) -> "subprocess.Popen[str]":
+        with open(_log_file(self._results), "ab", opener=_private) as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tuner.tracking.follow", str(self._results)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                # Ctrl-C must reach the tuner alone: the end of the sweep is still to be logged.
+                start_new_session=True,
+                # A URI may hold a password, and every user of the machine can read a process's arguments.
+                env=os.environ | _SINGLE_THREAD | {"MLFLOW_TRACKING_URI": self._secret_uri},
+            )
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        self._logged |= set(answer["logged"])
+        if answer["trouble"] is not None:
+            self._warn(answer["trouble"])
 
     def _warn(self, trouble: str) -> None:
         """Log a warning where trouble begins or ends; an empty text is no trouble."""
@@ -165,3 +222,13 @@ class Tracker(Sink):
         elif self._trouble and not trouble:
             _log.warning("MLflow at %s answers again", self.uri)
         self._trouble = trouble
+
+
+def _log_file(results: Path) -> Path:
+    """The file with the errors of MLflow."""
+    return results / "mlflow.log"
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that only this user may read."""
+    return os.open(path, flags, 0o600)

@@ -1,6 +1,7 @@
 """Messages about data that does not fit a dataclass, in one line per key, for the person who wrote the data."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -112,10 +113,10 @@ def _line(cls: type[Any], location: tuple[str, ...], problems: Sequence[Problem]
 
 
 def _shown(value: object) -> str:
-    """Return a value in at most 60 characters."""
+    """Return a value in at most 60 characters, without what follows `://` in it: a URI may hold a password."""
     if value is None:
         return "empty"
-    text = json.dumps(value, default=str)
+    text = re.sub(r'://[^\s"]+', "://...", json.dumps(value, default=str))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -1,5 +1,6 @@
 """MLflow is a faithful view of the trial folders: it holds each trial once, whatever fails, and delays no sweep."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -10,12 +11,15 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -28,12 +32,13 @@ from tuner.cli.app import run as megatune
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.sweep.folder import SweepFolder
+from tuner.tracking import memory
 from tuner.tracking.connection import MLFLOW_ENVIRONMENT, connect, open_runs
 from tuner.tracking.logs import LOG_TAIL_BYTES
 from tuner.tracking.names import BEST_METRICS, PARAMETERS, RECORD, RUN_TAGS, SWEEP_TAGS, TRIAL_TAGS
 from tuner.tracking.runs import MlflowRuns
 from tuner.tracking.spool import Entry, Spool, SweepClosing, note_end, note_start
-from tuner.tracking.uri import default_uri
+from tuner.tracking.uri import chosen_uri
 from tuner.tracking.values import config_hash, trial_metrics
 from tuner.trial.contract import Outcome
 from tuner.trial.finished import FinishedTrial
@@ -370,20 +375,16 @@ def test_the_evidence_lies_beside_the_run(results: Path, shared: str, tmp_path: 
     assert tail.endswith(b"xend")
 
 
-def test_a_password_stays_out_of_what_others_may_read(
-    folder: Path, shared: str, capfd: pytest.CaptureFixture[str]
+def test_a_password_that_an_older_folder_holds_is_not_logged(
+    results: Path, shared: str, tmp_path: Path
 ) -> None:
-    secret = f"postgresql://me:secret@127.0.0.1:{_free_port()}/x"
-    results = folder / "night"
-    claim(SweepFolder(results), sweep_of(tracking={"uri": secret}))
+    identity = SweepFolder(results).identity
+    data = json.loads(identity.read_text())
+    data["tracking"]["uri"] = "postgresql://me:secret@host/x"
+    identity.write_text(json.dumps(data))
     runs = _log(results, shared)
-    path = _client(shared).download_artifacts(runs.run_id, "sweep.json", str(folder))
-    assert "secret" not in Path(path).read_text()
-    assert "me:***@127.0.0.1" in Path(path).read_text()
-    assert megatune(["sync", str(results)]) == 2
-    message = capfd.readouterr().err
-    assert "secret" not in message
-    assert secret.replace("secret", "***") in message
+    path = Path(_client(shared).download_artifacts(runs.run_id, "sweep.json", str(tmp_path)))
+    assert json.loads(path.read_text())["tracking"]["uri"] == "postgresql://me@host/x"
 
 
 def test_without_a_uri_the_view_lies_in_the_results(first: _First) -> None:
@@ -400,7 +401,7 @@ def test_the_variable_names_the_server_unless_the_sweep_or_the_command_does(
     results: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
-    assert default_uri(results) == database
+    assert chosen_uri(results, None) == database
     assert megatune(["sync", str(results)]) == 0
     _assert_every_trial_is_there_once(results, database)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{_free_port()}")
@@ -426,7 +427,7 @@ def test_a_uri_that_no_store_takes_is_refused_at_once(results: Path, uri: str) -
     with pytest.raises(InputError) as caught:
         Tracker.open(results, uri)
     assert time.monotonic() - begun_s < AT_ONCE_S
-    assert uri.replace("secret", "***") in str(caught.value)
+    assert uri.replace("me:secret@", "") in str(caught.value)
     assert "MLFLOW_TRACKING_URI" in str(caught.value)
 
 
@@ -538,7 +539,7 @@ def test_a_server_that_dies_amid_a_sweep_costs_nothing_and_gets_everything_later
     assert time.monotonic() - begun_s < tracking.FINISH_S + AT_ONCE_S
     assert caplog.text.count("cannot be used now") == 1
     assert f"4 of 5 trials are not known to be in MLflow at {server.uri}" in caplog.text
-    assert f"`megatune sync {results}` logs what is missing" in caplog.text
+    assert f"`megatune sync {results} --uri {server.uri}` logs what is missing" in caplog.text
     assert megatune(["sync", str(results), "--uri", server.uri]) == 2
     assert "0 of 5 trials" in capfd.readouterr().err
     server.start()
@@ -608,6 +609,7 @@ def test_a_full_disk_costs_nothing_and_gets_everything_once_there_is_room(
     tracker.opened(snapshot_of(NIGHT), pd.DataFrame())
     _wait_until(lambda: (results / "sweep_id").exists() and sorted(_whole(results, database)) == NUMBERS)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert tracker.process_id is not None
     resource.prlimit(tracker.process_id, resource.RLIMIT_FSIZE, (4096, most))
     again = replace(completed_row(3, 70.0), layout=NIGHT[3].layout)
     _log_trial(tracker, results, again)
@@ -622,7 +624,10 @@ TUNER = """
 import sys, time
 from pathlib import Path
 from launchers.tracking import Tracker
-print(Tracker.open(Path(sys.argv[1]), sys.argv[2]).process_id, flush=True)
+tracker = Tracker.open(Path(sys.argv[1]), sys.argv[2])
+while tracker.process_id is None:
+    time.sleep(0.01)
+print(tracker.process_id, flush=True)
 time.sleep(60)
 """
 
@@ -643,6 +648,120 @@ def test_the_logging_process_does_not_outlive_a_killed_tuner(results: Path) -> N
             tuner.kill()
             tuner.communicate()
             _wait_until(lambda: not _lives(logger), timeout_s=5)
+
+
+def test_a_logging_process_that_is_killed_is_started_again_and_logs_everything(
+    folder: Path, database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "STARTS_AFTER_S", (0.0, 0.1))
+    results = _night(folder / "night", NIGHT[:1])
+    tracker = Tracker.open(results, database)
+    tracker.opened(snapshot_of(NIGHT[:1]), pd.DataFrame())
+    _wait_until(lambda: (results / "sweep_id").exists() and 0 in _whole(results, database))
+    killed = _kill(tracker)
+    for trial in NIGHT[1:]:
+        _log_trial(tracker, results, trial)
+    _wait_until(lambda: tracker.process_id != killed and sorted(_whole(results, database)) == NUMBERS)
+    tracker.finish("the end", "FINISHED")
+    assert "its process ended with SIGKILL" in caplog.text
+    assert "not known to be in MLflow" not in caplog.text
+    _assert_every_trial_is_there_once(results, database)
+
+
+def test_a_logging_process_that_ends_again_and_again_is_given_up_and_reported(
+    results: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "STARTS_AFTER_S", (0.0, 0.0, 0.1))
+    tracker = Tracker.open(results, f"http://127.0.0.1:{_free_port()}")
+    tracker.opened(snapshot_of(NIGHT), pd.DataFrame())
+    killed = set[int]()
+    while len(killed) < 3:
+        _wait_until(lambda: tracker.process_id not in {None, *killed})
+        killed.add(_kill(tracker))
+    _wait_until(lambda: "has ended 3 times and is not started again" in caplog.text)
+    for trial in NIGHT:
+        _log_trial(tracker, results, trial)
+    tracker.finish("the end", "FINISHED")
+    assert tracker.process_id in killed
+    assert "5 of 5 trials are not known to be in MLflow" in caplog.text
+
+
+def test_the_end_of_a_sweep_does_not_wait_for_the_next_start(
+    results: Path, database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "STARTS_AFTER_S", (0.0, 1000.0))
+    tracker = Tracker.open(results, database)
+    tracker.opened(snapshot_of(NIGHT), pd.DataFrame())
+    _wait_until(lambda: tracker.process_id is not None)
+    _kill(tracker)
+    _wait_until(lambda: "its process ended with SIGKILL" in caplog.text)
+    tracker.finish("the end", "FINISHED")
+    assert "not known to be in MLflow" not in caplog.text
+    _assert_every_trial_is_there_once(results, database)
+
+
+def _kill(tracker: Tracker) -> int:
+    """Kill the logging process, and return its id."""
+    process_id = tracker.process_id
+    assert process_id is not None
+    os.kill(process_id, signal.SIGKILL)
+    return process_id
+
+
+def test_an_answer_without_an_end_takes_a_bounded_part_of_the_memory(
+    results: Path, endless: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker.open(results, endless)
+    tracker.opened(snapshot_of(NIGHT), pd.DataFrame())
+    peak_gib = 0.0
+
+    def has_reported() -> bool:
+        nonlocal peak_gib
+        if tracker.process_id is not None:
+            with suppress(psutil.NoSuchProcess):
+                peak_gib = max(peak_gib, psutil.Process(tracker.process_id).memory_info().rss / 2**30)
+        return "cannot be used now" in caplog.text
+
+    _wait_until(has_reported, lambda: caplog.text, timeout_s=250)
+    tracker.close()
+    assert f"it needs more than {memory.GROWTH_GIB:g} GiB of memory" in caplog.text
+    assert 0.5 < peak_gib < memory.GROWTH_GIB + 0.3
+
+
+def test_sync_ends_at_an_answer_without_an_end(
+    results: Path, endless: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "GROWTH_GIB", 0.25)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    assert megatune(["sync", str(results), "--uri", endless]) == 2
+    assert "of memory, as for an answer without an end" in capfd.readouterr().err
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+@pytest.fixture
+def endless() -> Iterator[str]:
+    """The URI of a server whose answers never end."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"100000\r\n" + b"x" * 2**20 + b"\r\n"
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(head)
+            while True:
+                connection.sendall(chunk)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve)
+        server.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        server.join()
 
 
 def _lives(process_id: int) -> bool:

@@ -261,7 +261,7 @@ def test_the_server_that_megatune_starts_listens_to_this_machine_alone(
 ) -> None:
     started: list[list[str]] = []
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
+    monkeypatch.setattr(os, "execve", lambda path, arguments, environment: started.append(arguments))
     assert run(["ui", str(night), "--port", "5001"]) == 0
     (command,) = started
     assert command[command.index("--host") + 1] == "127.0.0.1"

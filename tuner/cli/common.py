@@ -35,6 +35,13 @@ OnCluster = Annotated[
     str,
     typer.Option("--cluster", help="For --recipe: a built-in cluster or its YAML; `detect` is this machine."),
 ]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--uri",
+        help="The MLflow tracking URI, without a password; by default MLFLOW_TRACKING_URI, or SQLite in the folder.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 # A table that is piped has no terminal's width to fit into. Python has no stdout if the shell closed it.

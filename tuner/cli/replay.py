@@ -73,21 +73,25 @@ def _fetch(run_id: str, uri: str | None, into: Path) -> Path:
     """Download the spec and the result of a trial from its MLflow run into the folder `into`, and return the folder.
 
     Raises:
-        InputError: if no MLflow is known, or it has no such run.
+        InputError: if no MLflow is known, its URI on the command line holds a password, or it has no such run.
     """
+    from tuner.sweep.tracking_uri import refuse_password
     from tuner.tracking.connection import connect
+    from tuner.tracking.memory import bounded_memory
     from tuner.tracking.uri import reason
 
+    refuse_password(uri, "--uri")
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if chosen is None:
         raise InputError(
             f"{run_id}: there is no such folder; if it is the id of an MLflow run, name its tracking URI with --uri"
         )
     try:
-        client = connect(chosen)
         into.mkdir()
-        for name in ("spec.json", "result.json"):
-            client.download_artifacts(run_id, name, str(into))
+        with bounded_memory():
+            client = connect(chosen)
+            for name in ("spec.json", "result.json"):
+                client.download_artifacts(run_id, name, str(into))
     # A wrong URI, or a server that is down, raises errors of SQLAlchemy, of requests and of imports as well.
     except Exception as error:
         raise InputError(

@@ -1,33 +1,26 @@
 """megatune sync: logs the trials of a sweep that MLflow lacks."""
 
-from typing import Annotated
-
-import typer
-
-from tuner.cli.common import ResultsFolder, results_folder, stderr
+from tuner.cli.common import ResultsFolder, TrackingUri, results_folder, stderr
 from tuner.errors import InputError
 
 
-def sync(
-    results: ResultsFolder,
-    uri: Annotated[
-        str | None,
-        typer.Option("--uri", help="The MLflow tracking URI; by default that of the sweep."),
-    ] = None,
-) -> None:
+def sync(results: ResultsFolder, uri: TrackingUri = None) -> None:
     """Log to MLflow the trials of a running or finished sweep that it lacks; it keeps those it holds as they are."""
+    from tuner.sweep.tracking_uri import without_password
     from tuner.tracking.connection import open_runs
+    from tuner.tracking.memory import bounded_memory
     from tuner.tracking.spool import Entry, Spool
-    from tuner.tracking.uri import check_uri, default_uri, reason, without_password
+    from tuner.tracking.uri import check_uri, reason, trusted_uri
 
     folder = results_folder(results)
-    chosen = uri or folder.sweep().tracking.uri or default_uri(folder.path)
+    chosen = trusted_uri(folder, uri)
     shown = without_password(chosen)
     check_uri(chosen)
     spool, logged = Spool(folder.path), list[Entry]()
 
     try:
-        open_runs(folder, chosen).catch_up(spool, logged.append)
+        with bounded_memory():
+            open_runs(folder, chosen).catch_up(spool, logged.append)
     # A wrong URI, or a server that is down, raises errors of SQLAlchemy, of requests and of imports as well.
     except Exception as error:
         raise InputError(

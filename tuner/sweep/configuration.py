@@ -104,7 +104,9 @@ class Tracking:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     uri: str | None = None
-    """An MLflow tracking URI. None takes MLFLOW_TRACKING_URI, or without it a SQLite file beside the results."""
+    """An MLflow tracking URI without a password. None takes MLFLOW_TRACKING_URI, or without it a SQLite file beside the
+    results.
+    """
     experiment: str | None = None
     """Name of the MLflow experiment; None names it megatune/<model>/<cluster>."""
 

@@ -22,6 +22,7 @@ from tuner.frameworks.megatron_lm.trial_command import resolved_program
 from tuner.rules.validity import active_rules, gone_rules
 from tuner.space.domain import REFINED, Domain, default_domain, search_domain
 from tuner.sweep.configuration import ClusterChoice, Sweep, SweepFile, WorkloadChoice
+from tuner.sweep.tracking_uri import refuse_password
 from tuner.trial.program import BUILT_IN, NOT_BUILT_IN, BridgeRecipe, MegatronLm, Program, program_name
 
 ReadRecipe = Callable[[BridgeRecipe, Cluster], RecipeFacts]
@@ -84,6 +85,7 @@ def resolve(
 
 
 def _resolve(file: SweepFile, folder: Path, detect: Callable[[], Cluster], read_recipe: ReadRecipe) -> Sweep:
+    refuse_password(file.tracking.uri, "key 'tracking.uri'")
     program, cluster = _program(file.program, folder), _cluster(file.cluster, folder, detect)
     training = _training(file, program, cluster, folder, read_recipe)
     domain = _domain(file, training.workload, cluster)

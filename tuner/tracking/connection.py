@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tuner.sweep.folder import SweepFolder
+from tuner.tracking.own_store import is_own_store, refuse_places_outside
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +39,13 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def open_runs(folder: SweepFolder, uri: str) -> "MlflowRuns":
-    """Open the MLflow runs of a sweep as `MlflowRuns.open` does; raises the errors of that method."""
+    """Open the MLflow runs of a sweep as `MlflowRuns.open` does; raises the errors of that method.
+
+    Raises:
+        InputError: if the store is the folder's own, and keeps files outside the folder.
+    """
+    if is_own_store(folder.path, uri):
+        refuse_places_outside(folder)
     client = connect(uri)
     from tuner.tracking.runs import MlflowRuns
 

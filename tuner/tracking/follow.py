@@ -2,8 +2,8 @@
 
 A line on its stdin says that there is something new in the folder. The end of its stdin, which also comes when the
 tuner dies, ends it at once. Each line of its stdout is JSON: the numbers of the trials that MLflow is now known to hold
-(`logged`), and what keeps the others out (`trouble`, null if nothing is said about it). The process ends by itself once
-MLflow holds the sweep's end, or has refused it (exit code GAVE_UP).
+(`logged`), and what keeps the others out (`trouble`, null if nothing is said about it). Its stderr is mlflow.log. The
+process ends by itself once MLflow holds the sweep's end, or has refused it (exit code GAVE_UP).
 """
 
 import json
@@ -12,14 +12,16 @@ import sys
 import threading
 import time
 import traceback
+from io import TextIOBase
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TextIO
 
 from tuner.sweep.folder import SweepFolder
 from tuner.tracking.connection import open_runs
+from tuner.tracking.memory import bounded_memory
 from tuner.tracking.spool import Entry, Spool
-from tuner.tracking.uri import reason, without_password
+from tuner.tracking.uri import reason, without_secrets
 
 if TYPE_CHECKING:
     from tuner.tracking.runs import MlflowRuns
@@ -32,6 +34,24 @@ FIRST_RETRY_S = 30.0
 
 LAST_RETRY_S = 600.0
 """The longest that MLflow is left alone; the time doubles from FIRST_RETRY_S with each failure. Assumed."""
+
+MAX_LOGGED = 20_000
+"""The largest number of characters that are logged at once: the error of a server quotes its answer. Assumed."""
+
+
+class Log(TextIOBase):
+    """Writes to a text file without the secrets of a tracking URI, and at most MAX_LOGGED characters at once."""
+
+    def __init__(self, file: TextIO, uri: str) -> None:
+        super().__init__()
+        self._file, self._uri = file, uri
+
+    def write(self, text: str) -> int:
+        """Write a text, as it may be kept."""
+        kept = without_secrets(text, self._uri)
+        self._file.write(kept if len(kept) <= MAX_LOGGED else f"{kept[:MAX_LOGGED]} ...\n")
+        self._file.flush()
+        return len(text)
 
 
 class Follower:
@@ -57,8 +77,7 @@ class Follower:
         # A store, a server or a full disk may raise anything. The next look opens MLflow again.
         except Exception as error:
             self._runs, has_ended, trouble = None, False, reason(error, self._uri)
-            # The tuner has made mlflow.log this process's stderr.
-            sys.stderr.write(traceback.format_exc().replace(self._uri, without_password(self._uri)))
+            sys.stderr.write(traceback.format_exc())
         self._answer([], trouble)
         return has_ended, trouble
 
@@ -109,7 +128,14 @@ def main() -> None:
     threading.Thread(target=_listen, args=(news,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints goes to stderr, so that stdout holds answers only
-    follower = Follower(Path(sys.argv[1]), os.environ["MLFLOW_TRACKING_URI"], answers)
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    sys.stdout = sys.stderr = Log(sys.stderr, uri)
+    with bounded_memory():
+        _follow(Follower(Path(sys.argv[1]), uri, answers), news)
+
+
+def _follow(follower: Follower, news: "SimpleQueue[str]") -> None:
+    """Log whatever is new until MLflow holds the sweep's end; ends the process with GAVE_UP if MLflow refuses that."""
     retry_s = FIRST_RETRY_S
     while True:
         is_last_look = follower.spool.end() is not None

@@ -5,6 +5,8 @@ Import this module through `tuner.tracking.connection`, which prepares the proce
 
 import errno
 import fcntl
+import json
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from tuner.files import read_json
 from tuner.sweep.folder import SweepFolder
 from tuner.tracking.logs import log_tails
 from tuner.tracking.names import BEST_METRICS, KIND, RECORD, TRIAL
+from tuner.tracking.own_store import artifact_folder, is_own_store
 from tuner.tracking.spool import Entry, Spool, Status, SweepClosing
 from tuner.tracking.sweep_run import common_tags, ensure_experiment, ensure_sweep_run, public_sweep
 from tuner.tracking.uri import reason
@@ -71,10 +74,12 @@ class MlflowRuns:
             tags = common_tags(results, sweep.name)
             experiment_id = ensure_experiment(client, uri, sweep.experiment, results)
             run_id = ensure_sweep_run(client, experiment_id, sweep.name, {**tags, KIND: "sweep"})
-            client.log_dict(run_id, public_sweep(sweep), "sweep.json")
-        return cls(
-            client=client, uri=uri, results=results, experiment_id=experiment_id, run_id=run_id, tags=tags
-        )
+            runs = cls(
+                client=client, uri=uri, results=results, experiment_id=experiment_id, run_id=run_id, tags=tags
+            )
+            text = json.dumps(public_sweep(sweep), indent=2)
+            runs._log_artifacts(client.get_run(run_id), {"sweep.json": text.encode()})
+        return runs
 
     def catch_up(self, spool: Spool, on_logged: Callable[[Entry], None]) -> bool:
         """Log every finished trial that MLflow lacks or holds with another record, and the sweep's end.
@@ -148,23 +153,31 @@ class MlflowRuns:
         metrics = [Metric(point.name, point.value, end_ms, point.step) for point in trial_metrics(result)]
         params = [Param(name, value) for name, value in trial_parameters(spec).items()]
         self.client.log_batch(run.info.run_id, metrics=metrics, params=params)
-        self._log_artifacts(run.info.run_id, result, folder)
+        self._log_artifacts(run, _files(result, folder))
         if result.metrics is not None:
             self._log_best(trial, trials)
         self.client.set_terminated(run.info.run_id, _status(result.outcome), end_ms)
         # The record comes last: an MLflow run that carries it is complete.
         self.client.set_tag(run.info.run_id, RECORD, entry.record)
 
-    def _log_artifacts(self, run_id: str, result: TrialResult, folder: TrialFolder) -> None:
+    def _log_artifacts(self, run: Run, files: Mapping[str, bytes]) -> None:
+        """Store files, by their paths among the artifacts, with an MLflow run.
+
+        Raises:
+            InputError: if the folder's own store would put them outside the folder, as a trigger in it can.
+        """
         with tempfile.TemporaryDirectory() as name:
-            copy = Path(name)
-            for path in (folder.spec, folder.plan, folder.source, folder.result):
-                if path.exists():
-                    (copy / path.name).write_bytes(path.read_bytes())
-            for relative, tail in log_tails(folder, result.rank).items():
-                (copy / relative).parent.mkdir(parents=True, exist_ok=True)
-                (copy / relative).write_bytes(tail)
-            self.client.log_artifacts(run_id, name)
+            for relative, content in files.items():
+                path = Path(name, relative)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            if is_own_store(self.results, self.uri):
+                # MLflow would ask its store once more where the files belong.
+                shutil.copytree(
+                    name, artifact_folder(self.results, run.info.artifact_uri), dirs_exist_ok=True
+                )
+            else:
+                self.client.log_artifacts(run.info.run_id, name)
 
     def _log_best(self, trial: FinishedTrial, trials: Sequence[FinishedTrial]) -> None:
         # Only trials up to this number count, so that a trial that is logged again gives the same point.
@@ -181,13 +194,14 @@ class MlflowRuns:
 
     def _set_status(self, end: SweepClosing | None) -> None:
         """Set the status of the sweep's MLflow run to its end, or to running; write nothing if it is set already."""
-        info = self.client.get_run(self.run_id).info
+        run = self.client.get_run(self.run_id)
+        info = run.info
         if end is None:
             if info.status != "RUNNING":
                 self.client.update_run(self.run_id, status="RUNNING")
         elif (info.status, info.end_time) != (end.status, end.ended_ms):
             self.client.set_tag(self.run_id, "mlflow.note.content", clip(end.summary))
-            self.client.log_text(self.run_id, end.summary, "summary.md")
+            self._log_artifacts(run, {"summary.md": end.summary.encode()})
             self.client.set_terminated(self.run_id, end.status, end.ended_ms)
 
 
@@ -205,6 +219,12 @@ def _turn(results: Path) -> Iterator[None]:
             if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
                 raise
         yield
+
+
+def _files(result: TrialResult, folder: TrialFolder) -> dict[str, bytes]:
+    """The files that MLflow keeps of a trial, by their paths among its artifacts."""
+    records = [path for path in (folder.spec, folder.plan, folder.source, folder.result) if path.exists()]
+    return {path.name: path.read_bytes() for path in records} | log_tails(folder, result.rank)
 
 
 def _status(outcome: Outcome) -> Status:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import RunTag
@@ -17,11 +16,8 @@ from mlflow.utils.git_utils import get_git_commit
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
 from tuner.sweep.configuration import Sweep
+from tuner.sweep.tracking_uri import DATABASES, scheme_of, without_password
 from tuner.tracking.names import KIND, SWEEP, SWEEP_ID
-from tuner.tracking.uri import without_password
-
-_DATABASES = frozenset({"sqlite", "postgresql", "mysql", "mssql"})
-"""URI schemes of stores without a server, which keep no artifacts themselves."""
 
 
 def common_tags(results: Path, sweep_name: str) -> dict[str, str]:
@@ -54,8 +50,7 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str, results: Path) 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # Without a server MLflow would put artifacts under the working directory of the process that logs first.
-        has_no_server = urlsplit(uri).scheme.split("+")[0] in _DATABASES
-        location = (results / "mlartifacts").as_uri() if has_no_server else None
+        location = (results / "mlartifacts").as_uri() if scheme_of(uri) in DATABASES else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:
