@@ -87,7 +87,7 @@ def _branch_place(problem: Problem, data: object) -> int | None:
     """Return the index in a problem's location of the name of a union's branch, which is not a key of the data."""
     location = problem["loc"]
     for place, part in enumerate(location):
-        is_index = isinstance(data, list) and isinstance(part, int)
+        is_index = isinstance(data, list) and isinstance(part, int) and part < len(data)
         if is_index or (isinstance(data, dict) and part in data):
             data = data[part]  # type: ignore[index]  # a list or a dict, by the line above
         elif problem["type"] in _MISSING and place == len(location) - 1:

@@ -186,7 +186,8 @@ def test_deep_or_endless_json_is_an_input_error(
     ],
 )
 def test_resolver_syntax_never_gets_into_an_override(knob: str, text: str) -> None:
-    layout = replace(Layout(recompute_granularity="selective", cuda_graph_impl="local"), **{knob: text})
+    layout = Layout(recompute_granularity="selective", cuda_graph_impl="local")
+    object.__setattr__(layout, knob, text)
     spec = spec_of(0, Layout())
     object.__setattr__(spec, "layout", layout)  # a spec that is read refuses some of these texts itself
     with pytest.raises(InputError, match="cannot become an override"):

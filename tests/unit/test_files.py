@@ -251,3 +251,12 @@ def test_a_torn_last_line_is_ignored_and_does_not_spoil_a_later_one(
         assert read_json_lines(path) == before
         append_json_line(path, {"number": "new"})
         assert read_json_lines(path) == [*before, {"number": "new"}]
+
+
+def test_a_list_that_is_too_short_is_refused_with_the_place_that_is_missing() -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Window:
+        size: tuple[int, int]
+
+    with pytest.raises(InputError, match=r"size\.1"):
+        parse(Window, {"size": [1]}, "a.yaml")

@@ -12,7 +12,7 @@ from tuner.cli.lint_findings import Finding, finding_data, print_findings
 from tuner.cli.planning import detect, read_recipe
 from tuner.core.cluster import Cluster, with_gpus
 from tuner.errors import InputError
-from tuner.files import read_yaml_data
+from tuner.files import read_text, read_yaml_data
 from tuner.frameworks.megatron_bridge.facts import RecipeFacts, RecipeRequest
 from tuner.frameworks.megatron_bridge.saved_config import saved_facts
 from tuner.frameworks.megatron_lm.command import read_command
@@ -176,11 +176,7 @@ def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | N
             sweep.baseline, sweep.workload, sweep.cluster, is_resolved=is_resolved, lifted=sweep.lifted
         )
         return _finding(path, sweep.cluster, verdict)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    command = read_command(text, str(path), gpus, vocab_size)
+    command = read_command(read_text(path), str(path), gpus, vocab_size)
     gpus_of_command = with_gpus(load_cluster(cluster or DEFAULT_CLUSTER), command.world_size)
     verdict = judge(command.layout, command.workload, gpus_of_command)
     return _finding(path, gpus_of_command, verdict, command.unjudged)

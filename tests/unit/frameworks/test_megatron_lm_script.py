@@ -54,7 +54,7 @@ def test_a_scripts_command_is_taken_out_with_its_variables_and_arrays_filled_in(
         ("torchrun pretrain_gpt.py --num-layers 2 --data-path <(ls)", "only a shell could tell"),
         ("A=(1 2\ntorchrun pretrain_gpt.py --num-layers 2", "is not closed: A=\\(1 2"),
         ("torchrun pretrain_gpt.py --num-layers 2 --name 'night", "is not closed"),
-        ("A=aa\n" + "A=$A$A\n" * 60, "more than 131,072 characters"),
+        ("A=aa\n" + "A=$A$A\n" * 60, "more than 4,194,304 characters"),
         ("torchrun pretrain_gpt.py --num-layers " + "${A:-" * 99 + "2" + "}" * 99, "more than 50 deep"),
     ],
 )

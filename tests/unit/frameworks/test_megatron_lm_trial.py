@@ -170,5 +170,5 @@ def test_a_workload_may_be_stated_if_only_a_run_could_tell_it(tmp_path: Path) ->
 
 
 def test_a_missing_script_is_refused_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"sweep.yaml: key 'program.megatron_lm': .*train.sh cannot be read"):
+    with pytest.raises(InputError, match=r"sweep.yaml: key 'program.megatron_lm': .*train.sh: cannot be read"):
         _sweep(tmp_path, ["train.sh"])

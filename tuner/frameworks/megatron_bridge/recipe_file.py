@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.errors import InputError
+from tuner.files import read_text
 from tuner.trial.program import BridgeRecipe
 
 
@@ -16,6 +17,6 @@ def with_file_text(program: BridgeRecipe) -> BridgeRecipe:
     if program.text or not program.recipe.endswith(".py"):
         return program
     try:
-        return replace(program, text=Path(program.recipe).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"key 'program.recipe': {program.recipe} cannot be read: {error}") from None
+        return replace(program, text=read_text(Path(program.recipe)))
+    except InputError as error:
+        raise InputError(f"key 'program.recipe': {error}") from None

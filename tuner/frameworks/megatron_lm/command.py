@@ -37,6 +37,11 @@ _UNJUDGED: Final = frozenset(
 """Arguments that change memory, speed or validity in ways that no rule of ours knows."""
 
 
+_MOST_ARGUMENTS: Final = 5_000
+"""Arguments of the longest command that is read. Assumed: Megatron-LM knows about a thousand, and argparse's time grows
+with the square of their number."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandLine:
     """The workload of a Megatron-LM command, its layout and its number of GPUs."""
@@ -65,6 +70,8 @@ def read_command(
     """
     command = training_command(text, source)
     try:
+        if sum(word.startswith("-") for word in command.words) > _MOST_ARGUMENTS:
+            raise ValueError(f"its command has more than {_MOST_ARGUMENTS:,} arguments")
         arguments, other_words = argument_parser().parse_known_args(command.words)
         if (
             arguments.num_layers is None
@@ -79,6 +86,8 @@ def read_command(
         workload = workload_of(arguments, layout, world, source=source, vocab_size=vocab_size)
     except (ArgumentError, ValueError, SyntaxError) as error:
         raise InputError(f"{source}: {error}") from None
+    except ArithmeticError as error:
+        raise InputError(f"{source}: a number among the arguments is 0 or too large: {error}") from None
     return CommandLine(workload=workload, layout=layout, world_size=world, unjudged=_unjudged(other_words))
 
 

@@ -16,7 +16,12 @@ def read_pattern(text: str) -> int | list[int]:
     Raises:
         ValueError: if the text is neither (SyntaxError if it is no expression).
     """
-    return _value(ast.parse(text, mode="eval").body)
+    if len(text) > 4 * _LONGEST:
+        raise ValueError(f"--moe-layer-freq: is longer than {4 * _LONGEST:,} characters")
+    try:
+        return _value(ast.parse(text, mode="eval").body)
+    except (RecursionError, MemoryError):  # how Python refuses an expression that is nested too deeply
+        raise ValueError("--moe-layer-freq: is nested too deeply") from None
 
 
 def _value(node: ast.expr) -> int | list[int]:
@@ -29,7 +34,7 @@ def _value(node: ast.expr) -> int | list[int]:
                 return [value for value in values if isinstance(value, int)]
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             first, second = _value(left), _value(right)
-            if isinstance(first, list) and isinstance(second, list):
+            if isinstance(first, list) and isinstance(second, list) and len(first) + len(second) <= _LONGEST:
                 return first + second
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             first, second = _value(left), _value(right)
@@ -37,4 +42,7 @@ def _value(node: ast.expr) -> int | list[int]:
                 first, second = second, first
             if isinstance(first, list) and isinstance(second, int) and len(first) * second <= _LONGEST:
                 return first * second
-    raise ValueError(f"--moe-layer-freq: cannot read {ast.unparse(node)!r}: lists of 0 and 1, + and * only")
+    raise ValueError(
+        f"--moe-layer-freq: cannot read {ast.unparse(node)[:100]!r}: only + and * of lists with 0 and 1, of at most "
+        f"{_LONGEST:,} layers"
+    )

@@ -5,10 +5,11 @@ Every reader of a script takes the command from here: lint, the configuration of
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Final
 
 from tuner.errors import InputError
-from tuner.frameworks.megatron_lm.expansion import Values, assigned, expanded
+from tuner.frameworks.megatron_lm.expansion import Expander
 from tuner.frameworks.megatron_lm.shell import ArrayAssignment, Assignment, Piece, Statement, Word, statements
 
 _LEADING_WORDS: Final = frozenset({"if", "then", "elif", "else", "while", "until", "do", "{", "!", "time"})
@@ -85,17 +86,18 @@ def _trains(words: tuple[str, ...]) -> bool:
 
 def _read(text: str, source: str) -> tuple[list[ScriptCommand], ScriptCommand]:
     """Return the commands of a text in their order, and the elements of all its arrays as if they were one command."""
-    values: dict[str, str | tuple[str, ...]] = {}
+    expander = Expander()
     try:
-        commands = [command for statement in statements(text) if (command := _command(statement, values))]
+        commands = [command for statement in statements(text) if (command := _command(statement, expander))]
+        variables = expander.texts()
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
-    elements = tuple(part for value in values.values() if isinstance(value, tuple) for part in value)
-    return commands, ScriptCommand(words=elements, variables=_texts(values))
+    arrays = (value for value in expander.values.values() if isinstance(value, tuple))
+    return commands, ScriptCommand(words=tuple(chain.from_iterable(arrays)), variables=variables)
 
 
-def _command(statement: Statement, values: dict[str, str | tuple[str, ...]]) -> ScriptCommand | None:
-    """Return the command of a statement; None if the statement only assigns, which changes `values`."""
+def _command(statement: Statement, expander: Expander) -> ScriptCommand | None:
+    """Return the command of a statement; None if the statement only assigns, which changes the values."""
     items = list(statement)
     while items and _reserved_word(items[0]) in _LEADING_WORDS:
         del items[0]
@@ -103,14 +105,15 @@ def _command(statement: Statement, values: dict[str, str | tuple[str, ...]]) -> 
     if first == len(items) or _reserved_word(items[0]) in _DECLARING_WORDS:
         for item in items:
             if not isinstance(item, tuple):
-                values[item.name] = assigned(item, values)
+                expander.values[item.name] = expander.assigned(item)
         return None
-    own_values = {item.name: assigned(item, values) for item in items[:first] if not isinstance(item, tuple)}
-    words = tuple(part for item in items[first:] for part in expanded(_word(item), values))
+    own_values = {item.name: expander.assigned(item) for item in items[:first] if not isinstance(item, tuple)}
+    own_texts = {name: value for name, value in own_values.items() if isinstance(value, str)}
+    words = tuple(part for item in items[first:] for part in expander.expanded(_word(item)))
     command = ScriptCommand(words=words)
     launcher = words[: len(words) - len(command.program)]
     stated = {match[1]: match[2] for word in launcher if (match := _VARIABLE.fullmatch(word))}
-    return replace(command, variables=_texts(values) | _texts(own_values) | stated)
+    return replace(command, variables=expander.texts() | own_texts | stated)
 
 
 def _reserved_word(item: Word | Assignment | ArrayAssignment) -> str:
@@ -126,16 +129,18 @@ def _word(item: Word | Assignment | ArrayAssignment) -> Word:
     return item if isinstance(item, tuple) else ()
 
 
-def _texts(values: Values) -> dict[str, str]:
-    return {name: value for name, value in values.items() if isinstance(value, str)}
-
-
 def _continued(commands: list[ScriptCommand]) -> list[ScriptCommand]:
     """Return the commands, each with the arguments of the lines after it that begin with an argument."""
-    joined: list[ScriptCommand] = []
+    groups: list[list[ScriptCommand]] = []
     for command in commands:
-        if joined and command.words[:1] and command.words[0].startswith("--"):
-            joined[-1] = ScriptCommand(words=joined[-1].words + command.words, variables=command.variables)
+        if groups and command.words[:1] and command.words[0].startswith("--"):
+            groups[-1].append(command)
         else:
-            joined.append(command)
-    return joined
+            groups.append([command])
+    return [
+        ScriptCommand(
+            words=tuple(chain.from_iterable(command.words for command in group)),
+            variables=group[-1].variables,
+        )
+        for group in groups
+    ]

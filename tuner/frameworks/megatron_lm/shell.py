@@ -6,6 +6,7 @@ Control structures are ignored: every branch of an `if` counts.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final
 
 _CLOSERS: Final[Mapping[str, str]] = {"(": ")", "{": "}", "'": "'", '"': '"', "`": "`"}
@@ -145,11 +146,9 @@ def _word(text: str, start: int) -> tuple[Word, int]:
 def _rejoined(pieces: list[Piece]) -> Word:
     """Return the pieces with unquoted neighbours joined, so that `$` and the name after it are in one piece."""
     word: list[Piece] = []
-    for piece in pieces:
-        if word and not word[-1].quote and not piece.quote:
-            word[-1] = Piece(word[-1].text + piece.text, "")
-        else:
-            word.append(piece)
+    for is_quoted, neighbours in groupby(pieces, key=lambda piece: bool(piece.quote)):
+        run = list(neighbours)
+        word += run if is_quoted else [Piece("".join(piece.text for piece in run), "")]
     return tuple(word)
 
 

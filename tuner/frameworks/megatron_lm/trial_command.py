@@ -11,6 +11,7 @@ from typing import Final
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.errors import InputError
+from tuner.files import read_text
 from tuner.frameworks.megatron_lm.arguments import megatron_lm_words
 from tuner.frameworks.megatron_lm.script import script_words
 from tuner.trial.program import MegatronLm
@@ -131,15 +132,14 @@ def _joined(arguments: Iterable[_Argument]) -> Iterator[str]:
 def _script_and_arguments(words: Sequence[str]) -> tuple[list[str], list[_Argument]]:
     """Return the words before the first flag, and the arguments; `--flag=value` becomes a flag with one value."""
     first = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
-    arguments: list[_Argument] = []
+    arguments: list[tuple[str, list[str]]] = []
     for word in words[first:]:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            arguments.append((flag, (value,) if equals else ()))
+            arguments.append((flag, [value] if equals else []))
         else:
-            flag, values = arguments[-1]
-            arguments[-1] = (flag, (*values, word))
-    return list(words[:first]), arguments
+            arguments[-1][1].append(word)
+    return list(words[:first]), [(flag, tuple(values)) for flag, values in arguments]
 
 
 def _is_of_a_training(flag: str) -> bool:
@@ -191,8 +191,8 @@ def resolved_program(program: MegatronLm, folder: Path) -> MegatronLm:
     if len(words) == 1 and words[0].endswith(".sh"):
         path = folder / words[0]
         try:
-            words = script_words(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"key 'program.megatron_lm': {path} cannot be read: {error}") from None
+            words = script_words(read_text(path), str(path))
+        except InputError as error:
+            raise InputError(f"key 'program.megatron_lm': {error}") from None
     script = folder / words[0]
     return MegatronLm(megatron_lm=(str(script.absolute()) if script.is_file() else words[0], *words[1:]))
