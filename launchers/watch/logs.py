@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from tuner.files import regular
+
 KEPT_BYTES = 1 << 20
 """How much is kept of the start of a file that is cut, and how much of its end."""
 
@@ -14,7 +16,9 @@ def bound(folder: Path, limit_bytes: int) -> dict[Path, bytes]:
     Returns:
         The tail that each cut file had. `close_gap` takes it once the file's writer is gone.
     """
-    sizes = {path: path.stat().st_blocks * 512 for path in folder.rglob("*.log")}
+    # A link may lead to a file that is no log, and a pipe would wait for its reader.
+    paths = (path for path in folder.rglob("*.log") if path.is_file() and not path.is_symlink())
+    sizes = {path: path.stat().st_blocks * 512 for path in paths}
     if sum(sizes.values()) <= limit_bytes:
         return {}
     return {path: _cut(path) for path, size in sizes.items() if size > KEPT_BYTES}
@@ -46,7 +50,7 @@ def close_gap(path: Path, earlier_tail: bytes) -> None:
 def tail(path: Path, size_bytes: int = 1 << 16) -> str:
     """Return the end of a file as text, whatever bytes it holds; empty if there is no such file."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             file.seek(max(0, file.seek(0, 2) - size_bytes))
             return file.read().replace(b"\0", b"").decode(errors="replace")
     except OSError:

@@ -111,9 +111,9 @@ class Model:
     """Number of layers of multi-token prediction, which follow the last decoder layer; None without them."""
 
     def __post_init__(self) -> None:
-        positive = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        positive = (*positive, "kv_channels", "vocab_size", "make_vocab_size_divisible_by", "num_moe_experts")
-        _check_sizes(self, (*positive, "moe_layer_freq", "window_attn_skip_freq"), 1)
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        other_sizes = ("kv_channels", "vocab_size", "make_vocab_size_divisible_by", "num_moe_experts")
+        _check_sizes(self, (*sizes, *other_sizes, "moe_layer_freq", "window_attn_skip_freq"), 1)
         _check_sizes(self, (each.name for each in fields(self) if each.name != "rotary_base"), 0)
         if self.num_layers > MOST_LAYERS:
             raise ValueError(f"num_layers must be at most {MOST_LAYERS:,}, not {self.num_layers}")

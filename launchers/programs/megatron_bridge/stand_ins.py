@@ -1,13 +1,14 @@
 """Stand-ins for what Bridge expects around it while a recipe is read: a job, its GPUs, and Hugging Face's hub."""
 
 import importlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from tuner.files import read_json_data
 
 _KNOWN_TYPES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 """For model types whose class would be downloaded as code: the type of the same architecture that transformers
@@ -52,7 +53,7 @@ def read_configs_of(folder: Path) -> None:
         path = next((candidate for candidate in candidates if candidate.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"no config.json of {name} in {folder}")
-        return AutoBridge.from_hf_config(_hugging_face_config(json.loads(path.read_text("utf-8")), name))
+        return AutoBridge.from_hf_config(_hugging_face_config(read_json_data(path), name))
 
     AutoBridge.from_hf_pretrained = staticmethod(from_hf_pretrained)
 

@@ -1,5 +1,6 @@
 """A job's logs are bounded in size and can be read from their end."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,18 @@ def test_the_tail_of_a_binary_or_a_missing_file_can_be_read(tmp_path: Path) -> N
     (tmp_path / "a.log").write_bytes(b"\xff\xfe broken")
     assert logs.tail(tmp_path / "a.log").endswith(" broken")
     assert logs.tail(tmp_path / "missing.log") == ""
+
+
+def test_a_link_among_the_logs_does_not_cut_the_file_that_it_leads_to(tmp_path: Path) -> None:
+    folder, thesis = tmp_path / "log", tmp_path / "thesis.txt"
+    folder.mkdir()
+    thesis.write_bytes(b"x" * (3 * logs.KEPT_BYTES))
+    (folder / "rank0.log").symlink_to(thesis)
+    assert logs.bound(folder, 1000) == {}
+    assert thesis.stat().st_size == 3 * logs.KEPT_BYTES
+
+
+def test_a_pipe_in_place_of_a_log_has_no_tail(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rank0.log")
+    assert logs.tail(tmp_path / "rank0.log") == ""
+    assert logs.bound(tmp_path, 0) == {}
