@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 
 from launchers.processes import LOOPBACK, MARKER, python_path
-from tuner.core.environment import cuda_environment
+from tuner.core.environment import allocator_environment, cuda_environment
 from tuner.core.layout import KNOBS, data_parallel_size, num_microbatches
 from tuner.errors import InputError, did_you_mean
 from tuner.frameworks.megatron_bridge.override import bridge_words
@@ -87,7 +87,13 @@ def filled_command(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
 
 
 def job_environment(
-    spec: TrialSpec, folder: TrialFolder, place: Place, *, cores: int, grace_s: float
+    spec: TrialSpec,
+    folder: TrialFolder,
+    place: Place,
+    inherited: Mapping[str, str],
+    *,
+    cores: int,
+    grace_s: float,
 ) -> dict[str, str]:
     """Return the variables that are set on top of the inherited environment.
 
@@ -95,6 +101,7 @@ def job_environment(
         spec: The trial.
         folder: Its folder, which marks the job's processes.
         place: The GPUs that it runs on.
+        inherited: The environment that the job inherits.
         cores: CPU cores of a node that the ranks share.
         grace_s: The time that the ranks get between SIGTERM and SIGKILL.
     """
@@ -109,8 +116,9 @@ def job_environment(
         # How long torchrun waits for its ranks after SIGTERM; once a rank has failed, it waits 30 s whatever is set.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
     }
-    if on_cpu:
-        return env
+    if on_cpu:  # A rank that saw a GPU would use it, and hold its memory.
+        return env | {"CUDA_VISIBLE_DEVICES": ""}
     if place.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
-    return env | cuda_environment(spec.layout, cluster, complete=isinstance(spec.program, BridgeRecipe))
+    cuda = cuda_environment(spec.layout, cluster, complete=isinstance(spec.program, BridgeRecipe))
+    return env | cuda | allocator_environment(spec.layout, inherited)

@@ -1,11 +1,12 @@
 """Starts jobs warm: as forks of a process that has imported their program, so that they need not import it again."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
@@ -19,6 +20,8 @@ from launchers.processes import MARKER, STARTED_AT, TORCHRUN, ColdJob, RunningJo
 if TYPE_CHECKING:  # importing it would import torch into the tuner
     from launchers.local.fork_server import ForkAnswer, ForkRequest
 
+_log = logging.getLogger(__name__)
+
 IMPORTED: Mapping[str, str] = {
     "launchers.programs.megatron_core": "launchers.programs.megatron_core.__main__",
     "launchers.programs.megatron_bridge": "launchers.programs.megatron_bridge.ahead",
@@ -29,7 +32,7 @@ the program may run it."""
 _TORCH = "torch._dynamo"
 """A module that imports all of torch: the logging of a failing rank would import it, which takes seconds each time."""
 
-_READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_", "NVTE_")
+_READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_")
 """Prefixes of variables that no import reads, so that a fork may still set them."""
 _END_S = 10.0
 """How long a server may take to report the end of an ended job. Assumed."""
@@ -52,6 +55,8 @@ class Preload:
         self._servers: list[_Server] = []
         self._most_jobs = 0
         """The most jobs that ran at once so far."""
+        self._unforkable: set[str] = set()
+        """The modules whose import used CUDA, so that their jobs start cold."""
 
     def __enter__(self) -> "Preload":
         return self
@@ -79,14 +84,31 @@ class Preload:
         if argv[1 : 1 + len(TORCHRUN)] != TORCHRUN:
             return ColdJob(argv, env, folder, output)
         module = argv[argv.index("-m", 1 + len(TORCHRUN)) + 1]
+        if module in self._unforkable:
+            return ColdJob(argv, env, folder, output)
         early = {name: value for name, value in env.items() if not name.startswith(_READ_LATE)}
         with self._lock:
             server = self._idle_server(module, early, output)
             server.is_busy = True
         arguments = argv[1 + len(TORCHRUN) :]
-        return ForkedJob(
-            server, {"argv": [*arguments], "env": dict(env), "folder": str(folder), "output": str(output)}
-        )
+
+        def start_cold() -> ColdJob:
+            if module not in self._unforkable:
+                _log.warning(
+                    "%s uses CUDA while it is imported, so trials cannot be forked from a loaded process: each starts "
+                    "anew, which takes seconds longer",
+                    module,
+                )
+            self._unforkable.add(module)
+            return ColdJob(argv, env, folder, output)
+
+        request: ForkRequest = {
+            "argv": [*arguments],
+            "env": dict(env),
+            "folder": str(folder),
+            "output": str(output),
+        }
+        return ForkedJob(server, request, start_cold)
 
     def _idle_server(self, module: str, env: dict[str, str], output: Path) -> "_Server":
         """Return an idle server of this program and environment, or a new one, which may replace an idle other one."""
@@ -162,14 +184,15 @@ class _Server:
 
 
 class ForkedJob:
-    """A job whose processes are forks below a server."""
+    """A job whose processes are forks below a server, or a cold job if the server cannot fork."""
 
-    def __init__(self, server: _Server, request: "ForkRequest") -> None:
-        self._server = server
+    def __init__(self, server: _Server, request: "ForkRequest", start_cold: Callable[[], ColdJob]) -> None:
+        self._server, self._start_cold = server, start_cold
+        self._cold: ColdJob | None = None
         self._started = self._ended = False
         self._survivors: tuple[int, ...] | None = None
         """What `end` returned; None before it was called."""
-        self.exit_code: int | None = None
+        self._exit_code: int | None = None
         with suppress(BrokenPipeError):  # the server has died, which its answers tell
             server.ask(request)
 
@@ -180,7 +203,12 @@ class ForkedJob:
                 self._take(self._server.answers.get_nowait())
             except Empty:
                 break
-        return self._ended
+        return self._cold.ended() if self._cold else self._ended
+
+    @property
+    def exit_code(self) -> int | None:
+        """See RunningJob."""
+        return self._cold.exit_code if self._cold else self._exit_code
 
     def end(self, grace_s: float) -> tuple[int, ...]:
         """See RunningJob. A second call does nothing, since the server may have another job by then."""
@@ -189,20 +217,26 @@ class ForkedJob:
         self.ended()
         if not self._started and not self._ended:
             self._server.close()
-        survivors = end_processes(self._server.jobs, grace_s)
+        survivors = end_processes(self._server.jobs, grace_s) if self._cold is None else []
         with suppress(Empty):
             while not self._ended:
                 self._take(self._server.answers.get(timeout=_END_S))
         if not self._ended:  # its late answer would pass for that of the next job
             self._server.close()
         self._survivors = tuple(process.pid for process in survivors)
-        self._server.is_busy = False
+        if self._cold is None:
+            self._server.is_busy = False
+        else:
+            self._survivors += self._cold.end(grace_s)
         return self._survivors
 
     def _take(self, answer: "ForkAnswer | None") -> None:
         if answer is None:
-            self._ended, self.exit_code = True, self._server.process.wait()
+            self._ended, self._exit_code = True, self._server.process.wait()
+        elif answer["event"] == "cannot fork":
+            self._ended, self._cold = True, self._start_cold()
+            self._server.is_busy = False
         elif answer["event"] == "started":
             self._started = True
         elif answer["event"] == "ended":
-            self._ended, self.exit_code = True, answer["value"]
+            self._ended, self._exit_code = True, answer["value"]

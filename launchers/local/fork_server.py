@@ -3,8 +3,10 @@
 Importing torch and Megatron takes longer than most trials. Requests come as lines of JSON on the standard input,
 each the torchrun command of a job; answers go as lines to what was the standard output. The server runs one job at a
 time. The job is torchrun's own agent, run with the same arguments in a fork, and its ranks are forks of the agent:
-they have their own processes, process group, device context and output, as the ranks of a cold job have. Importing
-initialises no CUDA, so a fork may initialise it.
+they have their own processes, process group, device context and output, as the ranks of a cold job have.
+
+CUDA cannot be used in a fork of a process that has used it. So the server checks after its imports whether one of them
+has used CUDA, and then runs no job; and the agent is told that there is no CUDA, since torchrun itself may ask.
 
 When the input ends, the client is gone, and the server ends its job and itself. While it imports, which takes many
 seconds on a busy machine, it cannot look at its input; during that time it dies with the thread that started it.
@@ -20,10 +22,12 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypedDict
 
 from launchers.guard import adopt_orphans, end_descendants, reap, wait_for_end
+from launchers.local.fork_cuda import has_used_cuda, hidden_cuda
 
 _PR_SET_PDEATHSIG = 1
 """An option of prctl, from linux/prctl.h."""
@@ -43,9 +47,9 @@ class ForkRequest(TypedDict):
 
 
 class ForkAnswer(TypedDict):
-    """What the server reports: that it has imported its module, that a job has started, or that it has ended."""
+    """What the server reports: its module is imported, or makes forks useless; a job has started, or has ended."""
 
-    event: Literal["ready", "started", "ended"]
+    event: Literal["ready", "cannot fork", "started", "ended"]
     value: int
     """Process id of the server or of the agent, or the agent's exit code (negative for a signal)."""
 
@@ -65,6 +69,9 @@ def main(module: str) -> int:
     _die_with_parent(0)  # from here on its jobs must be ended with it
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page it touches
+    if has_used_cuda():
+        _answer(answers, {"event": "cannot fork", "value": os.getpid()})
+        return 0
     _answer(answers, {"event": "ready", "value": os.getpid()})
     while line := requests.readline():
         reap()
@@ -128,17 +135,23 @@ def _run(argv: list[str]) -> int:
 
     register_loopback()
     arguments: Any = torchrun.parse_args(argv)  # type: ignore[no-untyped-call]
-    config, _, _ = torchrun.config_from_args(arguments)
-    launch = elastic_launch(replace(config, start_method="fork"), _be_rank)
-    try:
-        launch(arguments.training_script, arguments.training_script_args)
-    except ChildFailedError as error:
-        print(error, file=sys.stderr)
-        return 1
+    with hidden_cuda() as hidden:
+
+        def rank(module: str, arguments: Sequence[str]) -> None:
+            hidden.close()
+            _be_rank(module, arguments)
+
+        config, _, _ = torchrun.config_from_args(arguments)
+        launch = elastic_launch(replace(config, start_method="fork"), rank)
+        try:
+            launch(arguments.training_script, arguments.training_script_args)
+        except ChildFailedError as error:
+            print(error, file=sys.stderr)
+            return 1
     return 0
 
 
-def _be_rank(module: str, arguments: list[str]) -> None:
+def _be_rank(module: str, arguments: Sequence[str]) -> None:
     """Run the program in a fork of the agent, as `python -m MODULE ARGUMENTS...` would."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)

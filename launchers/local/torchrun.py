@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from launchers.commands import PROGRAMS, job_argv, job_environment
 from launchers.engine import Engine, OnHeartbeat, Start
-from launchers.processes import ColdJob, loopback_torchrun
+from launchers.processes import ColdJob, inherited_environment, loopback_torchrun
 from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.frameworks.megatron_bridge.recipe_file import with_file_text
@@ -46,7 +46,9 @@ class TorchrunLauncher:
             folder=folder.path,
             world_size=cluster.world_size,
             argv=job_argv(spec, folder, torchrun, self.programs),
-            env=job_environment(spec, folder, place, cores=self.cores, grace_s=self.grace_s),
+            env=job_environment(
+                spec, folder, place, inherited_environment(), cores=self.cores, grace_s=self.grace_s
+            ),
             files={folder.spec.name: json.dumps(to_data(spec), indent=2) + "\n"},
             limits=spec.limits,
             gpus=cluster.world_size if cluster.device == "cuda" else 0,

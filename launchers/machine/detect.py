@@ -139,9 +139,9 @@ def _visible_devices() -> list[Device]:
 def _device(properties: Any) -> Device:
     import pynvml
 
-    # CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's, so they are matched by their PCI address.
-    address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-    handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode("ascii"))
+    # CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's, so they are matched by their UUID.
+    kind = "MIG" if "MIG" in properties.name.split() else "GPU"
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{properties.uuid}".encode("ascii"))
     return Device(
         name=properties.name,
         memory_gib=round(properties.total_memory / _GIB, 1),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.processes import python_path
 from tests.trials import CLUSTER, MODEL
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
@@ -47,7 +48,7 @@ def run(model: Model, layout: Layout, path: Path) -> TrialResult:
     done = subprocess.run(
         [*command, "-m", "launchers.programs.megatron_core", folder.spec, path],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(python_path())},
         capture_output=True,
         text=True,
         timeout=280,

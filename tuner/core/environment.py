@@ -15,6 +15,9 @@ NVLS_IF_AVAILABLE = "2"
 """The value of NCCL_NVLS_ENABLE with which NCCL reduces inside NVLink's switches if the hardware can do so, NCCL's
 default. With the value 1, NCCL fails on other hardware."""
 
+_ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The variables with the settings of torch's CUDA allocator; the first outranks the second."""
+
 
 def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -> dict[str, str]:
     """Return the environment variables that a CUDA job of this layout sets.
@@ -44,6 +47,28 @@ def cuda_environment(layout: Layout, cluster: Cluster, complete: bool = False) -
     if not layout.nccl_nvls_enable or complete:
         variables["NCCL_NVLS_ENABLE"] = NVLS_IF_AVAILABLE if layout.nccl_nvls_enable else "0"
     return variables
+
+
+def allocator_environment(layout: Layout, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables by which a job's CUDA allocator has the layout's `expandable_segments`.
+
+    Torch reads PYTORCH_ALLOC_CONF since 2.9 and prefers it to PYTORCH_CUDA_ALLOC_CONF, which older releases read. If
+    the user has set either, both get the user's other settings and the layout's value; otherwise nothing is set.
+
+    Args:
+        layout: The layout.
+        inherited: The variables that the job inherits.
+    """
+    stated = [inherited[name] for name in _ALLOCATOR_NAMES if inherited.get(name)]
+    if not stated:
+        return {}
+    others = [
+        setting
+        for setting in stated[0].split(",")
+        if setting.partition(":")[0].strip() not in {"", "expandable_segments"}
+    ]
+    value = ",".join([*others, f"expandable_segments:{layout.expandable_segments}"])
+    return dict.fromkeys(_ALLOCATOR_NAMES, value)
 
 
 def _default_queues(layout: Layout, cluster: Cluster) -> int:

@@ -72,6 +72,16 @@ def test_cpu_ranks_share_the_cores(cluster: Cluster, cores: int, threads: str) -
     assert plan.env["OMP_NUM_THREADS"] == threads
 
 
+def test_the_allocator_has_the_layouts_segments_and_the_users_other_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv(names[0], "max_split_size_mb:512,expandable_segments:True")
+    monkeypatch.setenv(names[1], "backend:native")
+    env = TorchrunLauncher().plan(spec_of(0, Layout()), FOLDER).env
+    assert [env[name] for name in names] == ["max_split_size_mb:512,expandable_segments:False"] * 2
+
+
 def test_only_cuda_jobs_get_cuda_variables() -> None:
     launcher, layout = TorchrunLauncher(), Layout(tp=2)
     assert launcher.plan(spec_of(0, layout), FOLDER).env["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -135,8 +145,8 @@ def test_only_a_cuda_job_uses_gpus() -> None:
     assert launcher.plan(spec_of(0, Layout(), cluster=CPU), FOLDER).gpus == 0
 
 
-def test_a_cuda_job_sees_the_gpus_of_its_place_and_a_cpu_job_needs_none() -> None:
+def test_a_cuda_job_sees_the_gpus_of_its_place_and_a_cpu_job_sees_none() -> None:
     launcher, place, names = TorchrunLauncher(), Place(gpus=(4, 6)), "CUDA_VISIBLE_DEVICES"
     assert launcher.plan(spec_of(0, Layout()), FOLDER, place).env[names] == "4,6"
     assert names not in launcher.plan(spec_of(0, Layout()), FOLDER).env
-    assert names not in launcher.plan(spec_of(0, Layout(), cluster=CPU), FOLDER, place).env
+    assert launcher.plan(spec_of(0, Layout(), cluster=CPU), FOLDER, place).env[names] == ""
