@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -42,7 +42,7 @@ class Onlooker:
     ports: set[int] = field(default_factory=set)
     is_over: threading.Event = field(default_factory=threading.Event)
 
-    def __enter__(self) -> "Onlooker":
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
         return self
@@ -80,7 +80,7 @@ class Intruder(Onlooker):
         with suppress(Exception):
             store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=2))
             for key in ("torch.rendezvous.trial", "/torch.rendezvous.trial", "trial/torch.rendezvous.trial"):
-                store.set(key, self.payload)
+                store.set(key, self.payload)  # type: ignore[arg-type]  # bytes work as well
             self.written = True
 
 
