@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import struct
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.tracking import Tracker
 from tests.replay import claim, sweep_of
 from tests.trials import completed_row, write_trial
 from tests.unit.cli.commands import SWEEP, refused, write
@@ -354,20 +356,31 @@ def test_a_password_in_the_environment_completes_the_uri_that_the_folder_names(
 
 
 def test_the_answer_of_a_server_cannot_bring_the_password_into_the_log(
-    foreign: Path, server: _Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    foreign: Path,
+    server: _Server,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for uri in (f"http://me:{PASSWORD}@{server.place}", f"http://{server.place}"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PASSWORD)
-        message = refused(capsys, "sync", str(foreign))
-        assert server.requests
-        assert PASSWORD not in message
+    encoded = b64encode(f"me:{PASSWORD}".encode()).decode()
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@{server.place}")
+    message = refused(capsys, "sync", str(foreign))
+    assert encoded.encode() in server.requests.pop()
+    assert encoded not in message
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PASSWORD)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{server.place}")
+    tracker = Tracker.open(foreign, None)
+    tracker.finish("", "FINISHED")
+    assert PASSWORD.encode() in server.requests.pop()
+    assert "500" in (foreign / "mlflow.log").read_text()
+    assert PASSWORD not in caplog.text
     _assert_absent(foreign)
 
 
 def test_another_user_of_the_machine_cannot_look_into_new_results(results: Path) -> None:
     claim(SweepFolder(results), sweep_of())
-    assert stat.S_IMODE(results.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(results.stat().st_mode) == 0o700
     results.chmod(0o755)
     claim(SweepFolder(results), sweep_of())
     assert stat.S_IMODE(results.stat().st_mode) == 0o755, "a user who opened the folder keeps it open"

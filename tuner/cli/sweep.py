@@ -130,7 +130,7 @@ def _run(
         _print_end(end, folder, f"{config.name}: {end.sentence}", commands(end.reason))
 
     def commands(reason: Stop) -> dict[str, str]:
-        return _next_commands(folder, sweep_file, reason, deadline)
+        return _next_commands(config, folder, sweep_file, reason, deadline)
 
     with stop_on_signals() as stop, observer:
         end = run_sweep(
@@ -210,9 +210,11 @@ def _again(folder: SweepFolder, sweep_file: Path) -> str:
 
 
 def _next_commands(
-    folder: SweepFolder, sweep_file: Path, reason: Stop, deadline: KeptDeadline | None
+    config: "Sweep", folder: SweepFolder, sweep_file: Path, reason: Stop, deadline: KeptDeadline | None
 ) -> dict[str, str]:
     path, again = shlex.quote(str(folder.path)), _again(folder, sweep_file)
+    # `ui` does not take the folder's word for it.
+    uri = "" if config.tracking.uri is None else f" --uri {shlex.quote(config.tracking.uri)}"
     if not is_finished(reason):
         return {
             "Everything measured is kept; go on with": again,
@@ -225,7 +227,7 @@ def _next_commands(
     return {
         "The override, ready to paste": f"megatune export {path}",
         "Every trial": f"megatune show {path}",
-        "Compare the trials in MLflow": f"megatune ui {path}",
+        "Compare the trials in MLflow": f"megatune ui {path}{uri}",
         purpose: again,
     }
 

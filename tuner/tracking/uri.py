@@ -22,6 +22,9 @@ _SQLALCHEMY_PREFIX = "(raised as a result of"
 _SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 """The variables from which MLflow takes what a server wants to know."""
 
+_HEADER = re.compile(r"\b(Basic|Bearer) [\w.~+/=-]+")
+"""Matches the value of a request's header Authorization."""
+
 MAX_REASON = 1000
 """The largest number of characters in a reason. Assumed."""
 
@@ -89,8 +92,11 @@ def check_uri(uri: str) -> None:
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """Return a text of MLflow with `***` in place of the secrets of the tracking URI and of MLflow's variables."""
-    text = text.replace(uri, without_password(uri))
+    """Return a text of MLflow with `***` in place of the secrets of the tracking URI and of MLflow's variables.
+
+    A server may quote the header that a request carries, with a secret from MLflow's file of credentials.
+    """
+    text = _HEADER.sub(r"\1 ***", text.replace(uri, without_password(uri)))
     for secret in (*secrets_of(uri), *filter(None, map(os.environ.get, _SECRET_VARIABLES))):
         text = text.replace(secret, "***")
     return text
