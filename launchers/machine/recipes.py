@@ -78,10 +78,17 @@ def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFa
     return facts
 
 
+def bridge_folder() -> Path | None:
+    """Return the folder of the installed package megatron.bridge, found without importing it; None if there is none."""
+    spec = find_spec("megatron.bridge") if find_spec("megatron") is not None else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))).resolve()
+
+
 def _read(request: RecipeRequest) -> list[Any]:
     """Run the reader; return its lines, one per recipe."""
-    is_installed = find_spec("megatron") is not None and find_spec("megatron.bridge") is not None
-    if not is_installed and not any("megatron/bridge" in path for path in request.paths):
+    if bridge_folder() is None:
         raise InputError(
             "recipes are Megatron Bridge's, which is not installed in this Python: install megatron-bridge beside "
             f"megatune ({sys.executable} -m pip install megatron-bridge), or run megatune in its container"
@@ -89,7 +96,8 @@ def _read(request: RecipeRequest) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="megatune-recipes-") as folder:
         request_path, facts_path = Path(folder, "request.json"), Path(folder, "recipes.jsonl")
         write_text(request_path, json.dumps(to_data(request)))
-        command = [sys.executable, "-m", _READER, str(request_path), str(facts_path)]
+        # -P: a file of the working directory must not pass for a module that the reader imports.
+        command = [sys.executable, "-P", "-m", _READER, str(request_path), str(facts_path)]
         # The order of a set in a message must not change from run to run.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path()), "PYTHONHASHSEED": "0"}
         try:
@@ -117,13 +125,12 @@ def _cache_file(request: RecipeRequest) -> Path:
     """
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     files = [file for path in request.paths for file in _files(Path(path))]
-    package = find_spec("megatron.bridge") if find_spec("megatron") is not None else None
     state = (
         to_data(request),
         [str(Path(path).absolute()) for path in request.paths],
         [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files],
         [_version(name) for name in ("megatron-bridge", "megatron-core", "megatune")],
-        package.origin if package is not None else "",
+        str(bridge_folder()),
         [(path.stat().st_mtime_ns, path.stat().st_size) for path in _readers()],
     )
     key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launchers.machine.recipes import bridge_folder
 from launchers.programs.megatron_bridge.read_recipes import read
 from tests.bridge.configs import write_configs
 from tests.bridge.published_lint import all_recipes, judged, rows
@@ -153,23 +154,38 @@ def test_the_config_that_bridge_saves_says_what_the_recipe_says(name: str, tmp_p
     assert unstated_architecture(saved) is unstated_architecture(facts) is None
 
 
-def test_each_file_of_a_folder_is_judged_and_a_broken_one_is_refused(
+def test_each_file_that_is_named_is_judged_and_a_folder_is_only_read_as_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
+    folder = tmp_path / "megatron" / "bridge"
+    folder.mkdir(parents=True)
     text = TINY.read_text(encoding="utf-8")
     broken = text.replace("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2")
     broken = broken.replace("num_layers: int = 4", "num_layers: int = 5")
     for name, content in (("good", text), ("bad", broken)):
-        (tmp_path / "mine" / f"{name}.py").write_text(content, encoding="utf-8")
-    assert run(["lint", "mine", "--gpus", "4", "--json"]) == 2
+        (folder / f"{name}.py").write_text(content, encoding="utf-8")
+    words = ["lint", "megatron/bridge/good.py", "megatron/bridge/bad.py", "--gpus", "4", "--json"]
+    assert run(words) == 2
     findings = {item["source"]: item for item in json.loads(capsys.readouterr().out)}
-    assert findings["mine/good.py:tiny_gpt"]["state"] == "starts"
-    refused = findings["mine/bad.py:tiny_gpt"]
+    assert findings["megatron/bridge/good.py:tiny_gpt"]["state"] == "starts"
+    refused = findings["megatron/bridge/bad.py:tiny_gpt"]
     assert refused["state"] == "refused" and refused["nearest"]
     assert "num_layers (5) % (pp = 2) = 1" in refused["refused"][0]["message"]
+    assert run(["lint", "megatron", "--json"]) == 0
+    states = {item["source"]: item["state"] for item in json.loads(capsys.readouterr().out)}
+    assert states == dict.fromkeys(("megatron/bridge/bad.py", "megatron/bridge/good.py"), "not judged")
+
+
+def test_a_folder_of_the_installed_bridge_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = bridge_folder()
+    assert folder is not None
+    assert run(["lint", str(folder / "recipes" / "gpt"), "--json"]) in (0, 2)
+    assert len(json.loads(capsys.readouterr().out)) > 0
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name(

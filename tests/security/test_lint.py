@@ -1,5 +1,7 @@
 """What somebody else's script can do to those who lint it: run nothing, and take no minutes and no memory."""
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.cli.commands import refused
+from tuner.cli.app import run
 from tuner.errors import InputError
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.parser import argument_parser
@@ -92,3 +95,72 @@ def test_any_text_is_read_as_a_shell_script_or_is_an_input_error(text: str) -> N
         script_words(f"{text}\n{TRAIN}", "train.sh")
     except InputError as error:
         assert str(error).startswith("train.sh: ")
+
+
+RECIPE = """
+import json
+from importlib.util import find_spec
+from pathlib import Path
+Path({marker!r}).touch()
+from megatron.bridge.training.config import ConfigContainer
+def mine() -> ConfigContainer: ...
+"""
+
+
+@pytest.mark.parametrize(
+    "place", ["recipes", "Megatron-Bridge/src/megatron/bridge/recipes", "src/megatron/bridge"]
+)
+def test_a_file_that_nobody_named_is_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    folder, marker = tmp_path / place, tmp_path / "ran"
+    (folder / "deeper").mkdir(parents=True)
+    for file in (folder / "__init__.py", folder / "mine.py", folder / "deeper" / "mine.py"):
+        file.write_text(RECIPE.format(marker=str(marker)))
+    (folder / "sweep.yaml").write_text(
+        f"name: x\ncluster: dgx-h100\nprogram: {{recipe: {folder / 'mine.py'}}}\n"
+    )
+    (folder / "train.sh").write_text(f"touch {marker}\n{TRAIN} --swiglu --add-qkv-bias $(touch {marker})\n")
+    (folder / "broken.sh").write_text('"')
+    # Even if the reader of recipes could start.
+    monkeypatch.setattr("launchers.machine.recipes.bridge_folder", lambda: tmp_path / "installed")
+    assert run(["lint", str(tmp_path), "--json"]) in (0, 2)
+    findings = {Path(item["source"]).name: item for item in json.loads(capsys.readouterr().out)}
+    assert not marker.exists()
+    assert findings["train.sh"]["gpus"] == 8
+    for name in ("mine.py", "__init__.py", "sweep.yaml", "broken.sh"):
+        assert findings[name]["state"] == "not judged", name
+    assert "name the file itself" in findings["mine.py"]["unjudged"][0]
+    assert "name the file itself" in findings["sweep.yaml"]["unjudged"][0]
+
+
+def test_a_file_of_the_working_directory_does_not_pass_for_a_module_that_the_reader_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "ran"
+    for module in ("pydantic", "yaml", "torch", "numpy", "tuner", "launchers", "megatron"):
+        (tmp_path / f"{module}.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("launchers.machine.recipes.bridge_folder", lambda: tmp_path / "installed")
+    run(["lint", "some_recipe"])
+    capsys.readouterr()
+    assert not marker.exists()
+
+
+def test_a_path_with_the_words_megatron_bridge_is_not_bridges_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec("megatron.bridge") is not None:
+        pytest.skip("Megatron Bridge is installed here, and tests/bridge has the same test")
+    file = tmp_path / "megatron" / "bridge" / "mine.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(RECIPE.format(marker=str(tmp_path / "ran")))
+    assert "which is not installed in this Python" in refused(capsys, "lint", str(file))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_help_says_what_is_imported_and_called(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["lint", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "IMPORTED" in text and "CALLED" in text

@@ -1,5 +1,7 @@
-"""megatune lint: says whether training commands and recipes would start, without running them."""
+"""megatune lint: says whether training commands and recipes would start, without training."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,7 @@ from tuner.frameworks.megatron_lm.command import read_command
 from tuner.lint.judge import judge
 from tuner.lint.recipes import judge_recipe
 from tuner.lint.verdict import JobVerdict
-from tuner.sweep.resolution import load_sweep
+from tuner.sweep.resolution import ReadRecipe, load_sweep
 from tuner.trial.program import BridgeRecipe
 
 REFUSED = 2
@@ -50,7 +52,7 @@ def lint(
             metavar="TARGET...",
             help="Shell scripts or files with a Megatron-LM command, sweep files with a baseline, run_config.yaml "
             "files of Megatron Bridge, names of its recipes, Python files with recipes (or FILE.py:FUNCTION), "
-            "folders of them, or `bridge` for every recipe installed.",
+            "folders of scripts and YAML files, or `bridge` for every recipe installed.",
         ),
     ],
     cluster: Annotated[
@@ -84,11 +86,18 @@ def lint(
     ] = None,
     json: AsJson = False,
 ) -> int:
-    """Say what Megatron would refuse and why, and the memory needed. Exit code 2 if a target would not run."""
+    """Say what Megatron would refuse and why, and the memory needed. Exit code 2 if a target would not run.
+
+    Scripts, saved configs and folders are read as text, and nothing of them runs. A recipe tells what it trains only
+    when it runs: a Python file that you name, or that a sweep file which you name trains, is IMPORTED, and its recipe
+    functions are CALLED. Lint only recipes whose authors you trust.
+    """
     findings: list[Finding] = []
     for target in targets:
         if _is_recipe(target):
             findings += _recipes(target, cluster, gpus, hf_configs)
+        elif Path(target).is_dir():
+            findings += _folder(Path(target), cluster, gpus, vocab_size)
         else:
             findings.append(_file(Path(target), cluster, gpus, vocab_size))
     if json:
@@ -99,8 +108,14 @@ def lint(
 
 
 def _is_recipe(target: str) -> bool:
+    """Return whether a target stands for recipes that are imported: a Python file, a recipe's name, or Bridge's own."""
     path = Path(target.partition(":")[0])
-    return path.suffix == ".py" or path.is_dir() or (not path.exists() and target.isidentifier())
+    if path.is_dir():
+        from launchers.machine.recipes import bridge_folder
+
+        bridge = bridge_folder()
+        return bridge is not None and path.resolve().is_relative_to(bridge)
+    return path.suffix == ".py" or (not path.exists() and target.isidentifier())
 
 
 def _recipes(target: str, cluster: str | None, gpus: int | None, hf_configs: Path | None) -> list[Finding]:
@@ -163,12 +178,48 @@ def cluster_of(gpu: str, gpus: int) -> tuple[Cluster, bool, str]:
     return renamed, False, note
 
 
-def _file(path: Path, cluster: str | None, gpus: int | None, vocab_size: int | None) -> Finding:
+def _folder(folder: Path, cluster: str | None, gpus: int | None, vocab_size: int | None) -> Iterator[Finding]:
+    """Yield a finding for each script, YAML file and file of recipes in a folder; hidden folders are left out.
+
+    All of them are read as text: nobody named them, so none is imported, and no mistake in one hides the others.
+    """
+    for name, folders, files in os.walk(folder):
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        for path in (Path(name, file) for file in sorted(files)):
+            try:
+                if path.suffix in {".sh", ".yaml", ".yml"}:
+                    yield _file(path, cluster, gpus, vocab_size, refuse_recipe)
+                elif path.suffix == ".py" and "megatron.bridge" in read_text(path):
+                    yield _unjudged(
+                        path, "it may hold recipes: name the file itself to import it and call them"
+                    )
+            except InputError as error:
+                yield _unjudged(path, str(error).removeprefix(f"{path}: "))
+
+
+def refuse_recipe(program: BridgeRecipe, cluster: Cluster) -> RecipeFacts:
+    """Refuse a recipe that a sweep file in a folder trains, in place of `read_recipe`."""
+    raise InputError("it trains a recipe: name the file itself to import the recipe and call it")
+
+
+def _unjudged(path: Path, reason: str) -> Finding:
+    return Finding(
+        source=str(path), cluster=None, state="not judged", verdict=None, refused=(), unjudged=(reason,)
+    )
+
+
+def _file(
+    path: Path,
+    cluster: str | None,
+    gpus: int | None,
+    vocab_size: int | None,
+    recipe_reader: ReadRecipe = read_recipe,
+) -> Finding:
     if path.suffix in {".yaml", ".yml"}:
         saved = saved_facts(read_yaml_data(path), path.stem, gpus)
         if saved is not None:
             return _recipe(saved, str(path), cluster or DEFAULT_CLUSTER)
-        sweep = load_sweep(path, detect, read_recipe)
+        sweep = load_sweep(path, detect, recipe_reader)
         if sweep.baseline is None:
             raise InputError(f"{path}: states no baseline, so there is no layout to judge")
         is_resolved = isinstance(sweep.program, BridgeRecipe)

@@ -21,7 +21,8 @@ class Finding:
 
     source: str
     """The file or recipe that states the job."""
-    cluster: Cluster
+    cluster: Cluster | None
+    """The GPUs that the job was judged for; None if it was not judged."""
     state: str
     """The state of the job: a key of `COLOURS`."""
     verdict: JobVerdict | None
@@ -44,16 +45,17 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 def _print(finding: Finding) -> None:
     verdict, colour = finding.verdict, COLOURS[finding.state]
-    world = f"{finding.cluster.world_size} x {finding.cluster.gpu.name}"
+    cluster = finding.cluster
+    world = f" on {cluster.world_size} x {cluster.gpu.name}" if cluster is not None else ""
     layout = f"  {verdict.layout.label()}" if verdict is not None else ""
     stdout.print(
-        f"{escape(finding.source)}: [{colour}]{finding.state}[/]{escape(layout)} on {world}", soft_wrap=True
+        f"{escape(finding.source)}: [{colour}]{finding.state}[/]{escape(layout + world)}", soft_wrap=True
     )
     for item in finding.refused:
         stdout.print(f"  [red]{item.rule}[/]: {escape(item.message)}", soft_wrap=True)
         stdout.print(f"    [dim]{escape(item.source)}[/]", soft_wrap=True)
-    if verdict is not None:
-        _print_verdict(verdict, finding.cluster)
+    if verdict is not None and cluster is not None:
+        _print_verdict(verdict, cluster)
     for reason in finding.unjudged:
         stdout.print(f"  not judged: {escape(' '.join(reason.split()))}", soft_wrap=True)
     for note in finding.notes:
@@ -84,11 +86,11 @@ def _print_verdict(verdict: JobVerdict, cluster: Cluster) -> None:
 
 def finding_data(finding: Finding) -> dict[str, Any]:
     """Return a finding as the data of `lint --json`."""
-    verdict = finding.verdict
+    verdict, cluster = finding.verdict, finding.cluster
     return {
         "source": finding.source,
-        "gpus": finding.cluster.world_size,
-        "gpu": finding.cluster.gpu.name,
+        "gpus": None if cluster is None else cluster.world_size,
+        "gpu": None if cluster is None else cluster.gpu.name,
         "state": finding.state,
         "layout": None if verdict is None else verdict.layout.label(),
         "starts": finding.state == "starts",
@@ -99,7 +101,7 @@ def finding_data(finding: Finding) -> dict[str, Any]:
         "unjudged": list(finding.unjudged),
         "notes": list(finding.notes),
         "peak_gib": None if verdict is None or verdict.worst is None else verdict.worst.total_gib,
-        "memory_gib": finding.cluster.gpu.memory_gib,
+        "memory_gib": None if cluster is None else cluster.gpu.memory_gib,
         "fits": None if verdict is None else verdict.fits,
         "nearest": []
         if verdict is None

@@ -1,4 +1,4 @@
-"""Finds the recipes that a request asks for: Bridge's own, or those in Python files and folders."""
+"""Finds the recipes that a request asks for: Bridge's own, or those in a Python file that it names."""
 
 import importlib
 import importlib.util
@@ -91,27 +91,24 @@ def _is_recipe(name: str, function: Callable[..., Any]) -> bool:
 
 
 def _modules_at(path: Path) -> Iterator[ModuleType]:
-    """Import a Python file, or each Python file of a folder, and yield the modules.
+    """Import the Python file that a path names and yield its module, or yield each module of a folder of Bridge.
 
-    A file in a checkout of Bridge is imported under its name in the package.
+    A file of the installed Bridge is imported under its name in the package.
+
+    Raises:
+        InputError: if the path is a folder outside the installed Bridge: nobody named the files in it.
     """
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    for file in files:
-        if (root := root_of_bridge(file)) is not None:
-            name = ".".join(file.resolve().relative_to(root).with_suffix("").parts)
-            yield importlib.import_module(name.removesuffix(".__init__"))
-            continue
-        spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}_{abs(hash(file))}", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module.__name__] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-
-
-def root_of_bridge(path: Path) -> Path | None:
-    """Return the folder that contains the package megatron.bridge around a path; None if the path is in no checkout."""
-    folders = (path.resolve(), *path.resolve().parents)
-    return next(
-        (f.parent.parent for f in folders if f.name == "bridge" and f.parent.name == "megatron"), None
-    )
+    bridge = Path(next(iter(importlib.import_module("megatron.bridge").__path__))).resolve()
+    if (inside := path.resolve()).is_relative_to(bridge):
+        for file in sorted(inside.rglob("*.py")) if inside.is_dir() else [inside]:
+            parts = ("megatron", "bridge", *file.relative_to(bridge).with_suffix("").parts)
+            yield importlib.import_module(".".join(parts).removesuffix(".__init__"))
+        return
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, and a file is only imported if it is named")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module

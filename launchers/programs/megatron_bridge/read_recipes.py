@@ -16,7 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from launchers.programs.megatron_bridge.finding import recipes_of, root_of_bridge
+from launchers.programs.megatron_bridge.finding import recipes_of
 from launchers.programs.megatron_bridge.stand_ins import in_job, read_configs_of
 from tuner.errors import InputError
 from tuner.files import append_json_line, read_json
@@ -32,9 +32,6 @@ def main(arguments: list[str]) -> int:
     `arguments` are the paths REQUEST and OUT.
     """
     request, out = read_json(RecipeRequest, Path(arguments[0])), Path(arguments[1])
-    for path in map(Path, request.paths):
-        if (root := root_of_bridge(path)) is not None:
-            sys.path.insert(0, str(root))  # a recipe of a checkout is read with the checkout's own code
     if request.hf_configs:
         os.environ["HF_HUB_OFFLINE"] = "1"
         read_configs_of(Path(request.hf_configs))

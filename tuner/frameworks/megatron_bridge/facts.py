@@ -50,7 +50,7 @@ class RecipeRequest:
     names: tuple[str, ...] = ()
     """Names of recipes of the installed Bridge."""
     paths: tuple[str, ...] = ()
-    """Python files with recipes, or folders of such files."""
+    """Python files with recipes, or folders of the installed Bridge."""
     everything: bool = False
     """Whether to read all recipes of the installed Bridge."""
     function: str | None = None
