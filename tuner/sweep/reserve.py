@@ -6,10 +6,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-_FILES: Final = 4
-_FILE_BYTES: Final = 64 << 10
-"""How many files keep room, and the size of each. Assumed: a full disk lacks bytes or names for files, and the end of a
-sweep writes its status, its summary and the record for MLflow, all of them small, each beside its place first."""
+_FILES: Final = 32
+_FILE_BYTES: Final = 8 << 10
+"""How many files keep room, and the size of each. Assumed: a full disk lacks bytes or names for files; the end of a
+sweep writes its status, its summary and MLflow's record, all of them small, and what MLflow keeps of the last trials."""
 
 
 @contextmanager
