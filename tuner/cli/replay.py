@@ -1,6 +1,11 @@
-"""megatune replay: runs a trial again, from its folder or from its MLflow run alone, and compares the results."""
+"""megatune replay: runs a trial again, from its folder or from its MLflow run alone, and compares the results.
+
+A trial may come from somebody else, and its program is whatever its spec names. So the user sees and allows the program
+before it runs, unless it is megatune's own.
+"""
 
 import os
+import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,12 +13,13 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli.common import AsJson, print_json, stdout
+from tuner.cli.common import AsJson, print_json, stderr, stdout
 from tuner.cli.single import run_single
 from tuner.errors import InputError
-from tuner.files import read_json
+from tuner.files import make_folder, read_json, refuse_unsafe_entries, write_text
 from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
-from tuner.trial.replay import Comparison, compare
+from tuner.trial.program import BridgeRecipe
+from tuner.trial.replay import Comparison, compare, own_program
 
 NOT_REPRODUCED = 3
 """The exit code if the trial had another outcome or another speed."""
@@ -31,17 +37,28 @@ def replay(
         str | None,
         typer.Option("--uri", help="The MLflow tracking URI of the run; by default MLFLOW_TRACKING_URI."),
     ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Run the trial's own program without asking, as in a script.")
+    ] = False,
     json: AsJson = False,
 ) -> int:
-    """Run a trial again from its own spec, and compare. Exit code 0 if outcome and speed are the same, 3 if not."""
+    """Run a trial again from its own spec, and compare. Exit code 0 if outcome and speed are the same, 3 if not.
+
+    A trial that runs a recipe or a command runs it as you. Both are shown first, and you are asked; without a terminal,
+    --yes allows them.
+    """
     with tempfile.TemporaryDirectory(prefix="megatune-") as name:
         scratch = Path(name)
         is_folder = Path(trial).is_dir()
         recorded = TrialFolder(Path(trial) if is_folder else _fetch(trial, uri, scratch / "recorded"))
+        refuse_unsafe_entries(recorded.path)
         spec, before = read_json(TrialSpec, recorded.spec), read_json(TrialResult, recorded.result)
         target = TrialFolder(folder or scratch / "rerun")
         if target.path.absolute() == recorded.path.absolute():
             raise InputError(f"{target.path}: holds the trial itself; name another folder for its rerun")
+        if not _is_allowed(spec, target, yes):
+            stderr.print("not run", markup=False)
+            return 130
         after = _rerun(spec, target)
     if after.outcome is Outcome.INTERRUPTED:
         return 130
@@ -53,6 +70,32 @@ def replay(
     else:
         _print(spec, before, after, comparison)
     return 0 if comparison.reproduced else NOT_REPRODUCED
+
+
+def _is_allowed(spec: TrialSpec, target: TrialFolder, yes: bool) -> bool:
+    """Show what a trial runs, and return whether the user allows it; megatune's own program is always allowed.
+
+    Raises:
+        InputError: if there is no terminal to ask on.
+    """
+    lines = own_program(spec)
+    if not lines:
+        return True
+    if isinstance(spec.program, BridgeRecipe) and spec.program.text:
+        # No name that Python would import: the folder is the job's working directory.
+        path = target.path / "recipe.txt"
+        make_folder(target.path)
+        write_text(path, spec.program.text)
+        lines = [*lines, f"the text of that file, to be read before: {path}"]
+    stderr.print(f"trial t{spec.number:04d} of {spec.sweep} runs as you, with your files:", markup=False)
+    for line in lines:
+        stderr.print(f"  {line}", markup=False)
+    if yes:
+        return True
+    if not (sys.stdin and sys.stdin.isatty() and stderr.is_terminal):
+        raise InputError("there is no terminal to ask on whether to run this: allow it with --yes")
+    stderr.print("Run it? [y/N] ", markup=False, end="")
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
 def _rerun(spec: TrialSpec, target: TrialFolder) -> TrialResult:

@@ -1,9 +1,27 @@
-"""Compares a trial with its rerun: outcome, speed, losses, and what changed on the machine. Pure."""
+"""Says what a rerun of a trial runs, and compares it with the trial: outcome, speed, losses, and the machine. Pure."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tuner.trial.contract import Metrics, Outcome, TrialResult
+from tuner.printable import one_line
+from tuner.trial.contract import Metrics, Outcome, TrialResult, TrialSpec
+from tuner.trial.program import BridgeRecipe, Command, MegatronLm
+
+
+def own_program(spec: TrialSpec) -> list[str]:
+    """Return lines that show the program which a trial's spec brings along; none if it runs a program of megatune."""
+    match spec.program:
+        case Command():
+            return [f"the command: {one_line(shlex.join(spec.program.command))}"]
+        case MegatronLm():
+            return [f"the command under torchrun: {one_line(shlex.join(spec.program.megatron_lm))}"]
+        case BridgeRecipe():
+            function = "" if spec.program.function is None else f", function {spec.program.function}"
+            arguments = "".join(f", {name} = {value!r}" for name, value in spec.program.arguments.items())
+            return [one_line(f"the recipe of Megatron Bridge: {spec.program.recipe}{function}{arguments}")]
+        case _:
+            return []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
