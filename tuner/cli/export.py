@@ -1,5 +1,6 @@
 """megatune export: prints a measured layout as an override for the user's own recipe."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from tuner.analysis.figures import figures
 from tuner.cli.common import ResultsFolder, results_folder, stderr
 from tuner.errors import InputError, NothingFeasibleError
-from tuner.files import read_json, read_json_data, write_text
+from tuner.files import read_json, write_text
 from tuner.report.export import Format
 from tuner.report.export import export as write_override
 from tuner.sweep.folder import SweepFolder
@@ -69,13 +70,8 @@ def override(
         )
     trial = folder.trial(facts.trial)
     sweep = folder.sweep()
-    command = _command(trial.plan) if trial.plan.exists() else ""
+    # The command in the trial's plan would write over its result.
+    command = shlex.join(["megatune", "replay", str(trial.path.absolute())])
     base = sweep.baseline if sweep.recipe else None
     form = Format.of(sweep.program) if format is None else format
     return write_override(form, read_json(TrialSpec, trial.spec), facts, command, recipe_layout=base)
-
-
-def _command(plan: Path) -> str:
-    """The shell command that runs a trial again, from its plan; empty if the plan states none."""
-    data = read_json_data(plan)
-    return str(data.get("command", "")) if isinstance(data, dict) else ""

@@ -37,6 +37,7 @@ class Outcome(StrEnum):
     NAN = "nan"
     INFRASTRUCTURE = "infrastructure"
     INTERRUPTED = "interrupted"
+    UNEXPLAINED = "unexplained"
 
 
 Phase = Literal[
@@ -334,7 +335,7 @@ class TrialFolder:
 
     @property
     def plan(self) -> Path:
-        """The file of the launcher's plan, with the command that reruns the trial."""
+        """The file of the launcher's plan, with the command that started the trial."""
         return self.path / "plan.json"
 
     @property

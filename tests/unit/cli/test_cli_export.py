@@ -1,6 +1,7 @@
 """`megatune export` prints a measured layout as an override in every format."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tuner.analysis.figures import best_trial
 from tuner.cli.app import run
 from tuner.core.layout import Layout
 from tuner.report.export import Format
+from tuner.sweep.folder import SweepFolder
 from tuner.trial.finished import read_trials
 
 
@@ -55,3 +57,16 @@ def test_export_without_a_completed_trial_has_its_own_code(
 ) -> None:
     write_results(results, sweep_of(), [Layout()], ReplayLauncher(limit_gib=0.1))
     assert "no trial completed" in refused(capsys, "export", str(results), code=3)
+
+
+@pytest.mark.parametrize("form", list(Format))
+def test_the_line_that_runs_the_trial_again_leaves_its_result_alone(
+    measured: Path, capsys: pytest.CaptureFixture[str], form: Format
+) -> None:
+    moved = measured.rename(measured.with_name("with a blank"))
+    assert run(["export", str(moved), "--format", form.value, "--trial", "0"]) == 0
+    out = capsys.readouterr().out
+    line = json.loads(out)["rerun_command"] if form is Format.JSON else out.partition("run it again: ")[2]
+    words = shlex.split(line.splitlines()[0])
+    assert words == ["megatune", "replay", str(SweepFolder(moved).trial(0).path)]
+    moved.rename(measured)
