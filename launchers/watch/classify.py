@@ -13,15 +13,9 @@ from signal import SIGKILL, SIGTERM, Signals
 
 from launchers.watch.evidence import JobEvidence
 from launchers.watch.limits import LEAST_SILENCE_S, SILENT_STEPS
-from launchers.watch.log_text import (
-    COMMUNICATION,
-    FULL_DISK,
-    LAST_WORDS,
-    OUT_OF_MEMORY,
-    first_line,
-    last_exception,
-)
+from launchers.watch.log_text import BROKEN_MACHINE_LINE, LAST_WORDS, first_line, last_exception
 from tuner.trial.contract import Outcome, Phase
+from tuner.trial.failure_texts import COMMUNICATION, FULL_DISK, OUT_OF_MEMORY
 from tuner.trial.outcomes import cause_of, outcome_of_failure
 
 _FULL_BYTES = 64 << 10
@@ -92,7 +86,7 @@ def _rank_record(evidence: JobEvidence) -> Judgement | None:
     failure = record.failure
     if FULL_DISK.search(failure.message):
         return _full_disk(evidence, failure.message, record.rank)
-    outcome, reason = outcome_of_failure(failure.kind, failure.message, record.phase, record.step)
+    outcome, reason = outcome_of_failure(failure, record.phase, record.step)
     return Judgement(outcome, reason, record.phase, record.rank)
 
 
@@ -190,9 +184,13 @@ def _traceback(evidence: JobEvidence) -> Judgement | None:
     """
     for rank in evidence.ranks_by_failure():
         if exception := last_exception(evidence.tails[rank]):
-            outcome, reason = outcome_of_failure(*exception, evidence.phase, evidence.step)
+            outcome, reason = outcome_of_failure(exception, evidence.phase, evidence.step)
             return Judgement(outcome, reason, evidence.phase, rank)
     return None
+
+
+def _broken_machine_text(evidence: JobEvidence) -> Judgement | None:
+    return _text(evidence, BROKEN_MACHINE_LINE, Outcome.INFRASTRUCTURE)
 
 
 def _out_of_memory_text(evidence: JobEvidence) -> Judgement | None:
@@ -241,6 +239,7 @@ _RULES: tuple[Callable[[JobEvidence], Judgement | None], ...] = (
     _program_result,
     _limit,
     _disk,
+    _broken_machine_text,
     _traceback,
     _communication_text,
 )

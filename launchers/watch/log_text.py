@@ -3,28 +3,21 @@
 import re
 from typing import Final
 
-from tuner.trial.contract import Outcome
+from tuner.trial.contract import Failure, Outcome
+from tuner.trial.failure_texts import BROKEN_MACHINE, COMMUNICATION, OUT_OF_MEMORY, WATCHDOG
 
-OUT_OF_MEMORY: Final = re.compile(
-    r"OutOfMemoryError|CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY|Cuda failure 2 'out of memory'"
-    r"|DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc"
-)
-COMMUNICATION: Final = re.compile(
-    r"NCCL error|ncclUnhandledCudaError|ncclRemoteError|ncclSystemError|DistBackendError|DistNetworkError"
-    r"|Rendezvous\w*Error|EADDRINUSE|[Aa]ddress already in use|gloo/transport"
-    r"|[Cc]onnection (closed by peer|refused|reset by peer)"
-)
-FULL_DISK: Final = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
-_WATCHDOG = re.compile(r"Watchdog caught collective operation timeout")
+BROKEN_MACHINE_LINE: Final = re.compile(rf"^(?!.*warning).*(?:{BROKEN_MACHINE.pattern})", re.IGNORECASE)
+"""A line of a log that reports a broken machine. A warning does not: torch warns of a missing driver on a CPU too."""
 LAST_WORDS: Final = (
+    (BROKEN_MACHINE_LINE, Outcome.INFRASTRUCTURE),
     (OUT_OF_MEMORY, Outcome.OOM),
-    (_WATCHDOG, Outcome.HANG),
+    (WATCHDOG, Outcome.HANG),
     (COMMUNICATION, Outcome.COMMUNICATION),
 )
 """What a rank may print before it dies of a signal, and the outcome that this means."""
 
 _EXCEPTION = re.compile(
-    r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt))(?:: (.*))?$", re.M
+    r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|OutOfResources))(?:: (.*))?$", re.M
 )
 _TORCHRUN_ERROR = "ChildFailedError"
 """The exception by which a torchrun that a command started reports its ranks' failures; it is never the cause."""
@@ -46,7 +39,10 @@ def first_line(text: str, pattern: re.Pattern[str]) -> str:
     return next((line.strip() for line in text.splitlines() if pattern.search(line)), "")
 
 
-def last_exception(text: str) -> tuple[str, str] | None:
-    """Return the name and the message of the last exception in a rank's output, torchrun's own report aside."""
+def last_exception(text: str) -> Failure | None:
+    """Return the last exception in a rank's output, torchrun's own report aside; its time is not known and set to 0."""
     exceptions = [match for match in _EXCEPTION.finditer(text) if _TORCHRUN_ERROR not in match[1]]
-    return (exceptions[-1][1], exceptions[-1][2] or "") if exceptions else None
+    if not exceptions:
+        return None
+    last = exceptions[-1]
+    return Failure(kind=last[1], message=last[2] or "", traceback=text[: last.end()], time_s=0.0)

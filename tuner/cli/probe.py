@@ -109,7 +109,7 @@ def _with_prediction(sweep: Sweep, layout: Layout, record: RankRecord) -> Probed
 
     failure = record.failure
     if failure is not None:
-        outcome, reason = outcome_of_failure(failure.kind, failure.message, record.phase, record.step)
+        outcome, reason = outcome_of_failure(failure, record.phase, record.step)
         if outcome is not Outcome.OOM:
             raise InputError(f"{layout.label()}: {reason}")
     on_gpu = failure is not None or record.peak_reserved_gib is not None

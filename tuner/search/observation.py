@@ -19,6 +19,7 @@ STATES: Mapping[Outcome, TrialState] = {
     Outcome.NAN: TrialState.FAIL,
     Outcome.INFRASTRUCTURE: TrialState.WAITING,
     Outcome.INTERRUPTED: TrialState.WAITING,
+    Outcome.UNEXPLAINED: TrialState.PRUNED,
 }
 """The state that each outcome has in Optuna. WAITING trials run again, with the same number and layout."""
 

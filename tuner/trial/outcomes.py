@@ -1,66 +1,61 @@
 """Tells the outcome of a trial from the exception of a rank: the only code that reads exception names and messages."""
 
 import builtins
+import re
 from collections.abc import Sequence
+from typing import Final
 
 from tuner.trial.contract import Failure, Outcome, Phase, RankRecord
+from tuner.trial.failure_texts import BROKEN_MACHINE, COMMUNICATION, DEVICE, OUT_OF_MEMORY
 
 _OOM_KINDS = ("OutOfMemoryError", "MemoryError")
-_OOM_TEXTS = (
-    "out of memory",  # also "CUDA error: out of memory" and NCCL's "Cuda failure 'out of memory'"
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
-    "defaultcpuallocator",  # torch's CPU allocator: "can't allocate memory" or "not enough memory"
-)
 _COMMUNICATION_KINDS = ("torch.distributed.", "torch._C._distributed_c10d.")
-_COMMUNICATION_TEXTS = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection refused",
-    "address already in use",  # a port of the rendezvous that was lost to another process
-    "broken pipe",
-    "socket timeout",
-    "third_party/gloo",
-    "gloo/transport",
-    "nccl error",
-    "nccl communicator was aborted",
-    "watchdog caught collective operation timeout",
-    "timed out waiting",
-    "wait timeout",
-)
-_DEVICE_TEXTS = ("cuda error", "cuda driver error", "uncorrectable ecc", "no cuda gpus are available")
+_DEVICE_KINDS = ("AcceleratorError",)
 _NON_FINITE = "NonFiniteLossError"
 """The class name of the exception by which a program says that the loss is NaN or infinite."""
 _NON_FINITE_TEXTS = ("found nan in local", "found inf in local")
 """Parts of Megatron's messages about a loss or gradients that are not finite (losses.py, param_and_grad_buffer.py)."""
+_REFUSAL: Final = re.compile(
+    r'  File "(?:(?!.*/lib/python3)|.*/(?:megatron|transformer_engine|launchers/programs)/)[^"]*", line \d+, in .*\n'
+    r"(?:\[rank\d+\]:)?\s*(?:raise|assert)\b"
+)
+"""The innermost frame of a traceback if Megatron, Transformer Engine, megatune or the user's own code, which is not in
+Python's library folders, states `raise` or `assert`."""
 
 
-def outcome_of_failure(kind: str, message: str, phase: Phase, step: int) -> tuple[Outcome, str]:
+def outcome_of_failure(failure: Failure, phase: Phase, step: int) -> tuple[Outcome, str]:
     """Tell what an exception of a rank means for the trial.
 
-    A Python exception before the first step has ended means that Megatron refuses the layout.
+    Before the first step has ended, an exception that Megatron itself raises means that it refuses the layout. An
+    exception that comes from elsewhere, with a text that is not known, is unexplained: the machine may be at fault.
 
     Args:
-        kind: the exception's qualified name; builtins without their module.
-        message: the exception's message.
+        failure: the exception.
         phase: what the rank did when it was raised.
         step: how many optimizer steps the rank had finished.
 
     Returns:
         The outcome of the trial, and a reason of one line that names the exception, the phase and the step.
     """
-    text = " ".join(message.split())
-    reason = f"{kind.rpartition('.')[2]} in {phase} after {step} steps: {text[:300]}"
-    lowered = text.lower()
+    message = " ".join(failure.message.split())
+    reason = f"{failure.kind.rpartition('.')[2]} in {phase} after {step} steps: {message[:300]}"
+    return _outcome(failure.kind, message, failure.traceback, step), reason
+
+
+def _outcome(kind: str, message: str, traceback: str, step: int) -> Outcome:
+    text, lowered = f"{kind}: {message}", message.lower()
     if kind.endswith(_NON_FINITE) or any(part in lowered for part in _NON_FINITE_TEXTS):
-        return Outcome.NAN, reason
-    if kind.endswith(_OOM_KINDS) or any(part in lowered for part in _OOM_TEXTS):
-        return Outcome.OOM, reason
-    if kind.startswith(_COMMUNICATION_KINDS) or any(part in lowered for part in _COMMUNICATION_TEXTS):
-        return Outcome.COMMUNICATION, reason
-    if any(part in lowered for part in _DEVICE_TEXTS) or not _is_refusal(kind):
-        return Outcome.INFRASTRUCTURE, reason
-    return (Outcome.INVALID if step == 0 else Outcome.INFRASTRUCTURE), reason
+        return Outcome.NAN
+    if BROKEN_MACHINE.search(text):
+        return Outcome.INFRASTRUCTURE
+    if kind.endswith(_OOM_KINDS) or OUT_OF_MEMORY.search(text) or "out of memory" in lowered:
+        return Outcome.OOM
+    if kind.startswith(_COMMUNICATION_KINDS) or COMMUNICATION.search(text):
+        return Outcome.COMMUNICATION
+    if step or kind.endswith(_DEVICE_KINDS) or DEVICE.search(text) or _is_of_the_system(kind):
+        return Outcome.INFRASTRUCTURE
+    innermost = traceback[traceback.rfind('  File "') :]
+    return Outcome.INVALID if _REFUSAL.match(innermost) else Outcome.UNEXPLAINED
 
 
 def cause_of(records: Sequence[RankRecord]) -> RankRecord | None:
@@ -73,17 +68,16 @@ def cause_of(records: Sequence[RankRecord]) -> RankRecord | None:
 
     def order(pair: tuple[Failure, RankRecord]) -> tuple[bool, float]:
         failure, record = pair
-        outcome, _ = outcome_of_failure(failure.kind, failure.message, record.phase, record.step)
+        outcome, _ = outcome_of_failure(failure, record.phase, record.step)
         return outcome is Outcome.COMMUNICATION, failure.time_s
 
     return min(failed, key=order)[1] if failed else None
 
 
-def _is_refusal(kind: str) -> bool:
-    """Return whether exceptions named `kind` report wrong arguments, and not a failure of the system."""
+def _is_of_the_system(kind: str) -> bool:
+    """Return whether builtin exceptions named `kind` report a failure of the system, such as a lost file."""
     exception = getattr(builtins, kind, None)
-    return (
-        isinstance(exception, type)
-        and issubclass(exception, Exception)
-        and not issubclass(exception, OSError | EOFError | ImportError | SystemError)
-    )
+    if not isinstance(exception, type) or not issubclass(exception, BaseException):
+        return False
+    of_the_system = (OSError, EOFError, ImportError, SystemError)
+    return issubclass(exception, of_the_system) or not issubclass(exception, Exception)

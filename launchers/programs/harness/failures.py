@@ -30,7 +30,7 @@ def report_failure(monitor: Monitor, error: Exception, peak: PeakGib = (None, No
         traceback.print_exception(error)
     with suppress(OSError):
         write_failed(monitor, error, peak)
-    outcome, _ = outcome_of_failure(_qualified_name(type(error)), str(error), monitor.phase, monitor.step)
+    outcome, _ = outcome_of_failure(failure_of(error), monitor.phase, monitor.step)
     if outcome is Outcome.COMMUNICATION:
         time.sleep(_CAUSE_S)
 
@@ -46,7 +46,7 @@ def write_failed(monitor: Monitor, error: BaseException, peak: PeakGib = (None, 
     cause = cause_of(records)
     if cause is None or cause.failure is None:
         return
-    outcome, reason = outcome_of_failure(cause.failure.kind, cause.failure.message, cause.phase, cause.step)
+    outcome, reason = outcome_of_failure(cause.failure, cause.phase, cause.step)
     result = TrialResult(outcome=outcome, reason=reason, phase=cause.phase, rank=cause.rank)
     write_result(monitor, result, records)
 

@@ -9,6 +9,7 @@ from launchers.watch.classify import classify
 from launchers.watch.evidence import JobEvidence
 from launchers.watch.limits import Ending
 from launchers.watch.log_text import failed_ranks
+from tests.failure_texts import FAILURE_TEXTS, FailureText
 from tests.trials import metrics_of
 from tuner.trial.contract import Failure, Heartbeat, Limits, Outcome, Phase, RankRecord, TrialResult
 
@@ -47,6 +48,10 @@ def failed(
 ) -> RankRecord:
     failure = Failure(kind=kind, message=message, traceback="", time_s=time_s)
     return RankRecord(rank=rank, host="node1", phase=phase, step=step, failure=failure)
+
+
+def summary(row: FailureText) -> str:
+    return f"{row.outcome}: {row.text[:60]}"
 
 
 OOM = failed(1, "torch.OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.", 50.0)
@@ -122,19 +127,27 @@ def test_a_job_that_the_launcher_ended_is_judged_by_the_reason(
     assert word in judgement.reason
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total",
-        "node1:77:99 [0] include/alloc.h:205 NCCL WARN Cuda failure 2 'out of memory'",
-        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory",
-        "terminate called after throwing an instance of 'std::bad_alloc'",
-    ],
-)
-def test_every_allocators_text_is_out_of_memory(line: str) -> None:
-    tails = {0: "all fine\n", 1: f"step 4\n{line}\nbye\n"}
+@pytest.mark.parametrize("row", [row for row in FAILURE_TEXTS if row.outcome is Outcome.OOM], ids=summary)
+def test_every_allocators_text_in_a_log_is_out_of_memory(row: FailureText) -> None:
+    tails = {0: "all fine\n", 1: f"step 4\n{row.printed}bye\n"}
     judgement = classify(replace(ENDED, exit_codes={1: 1}, tails=tails, records=(PEER,)))
-    assert (judgement.outcome, judgement.rank, judgement.reason) == (Outcome.OOM, 1, line)
+    assert (judgement.outcome, judgement.rank) == (Outcome.OOM, 1)
+    assert judgement.reason in " ".join(row.printed.split())
+
+
+@pytest.mark.parametrize("row", FAILURE_TEXTS, ids=summary)
+def test_what_a_rank_prints_means_what_its_record_would(row: FailureText) -> None:
+    record = RankRecord(rank=1, host="node1", phase="startup", step=0, failure=row.failure)
+    starting = replace(ENDED, heartbeat=None, exit_codes={1: 1})
+    assert classify(replace(starting, records=(record,))).outcome is row.outcome
+    assert classify(replace(starting, tails={1: row.failure.traceback})).outcome is row.outcome
+
+
+def test_a_warning_of_a_missing_driver_is_no_broken_machine() -> None:
+    warning = "UserWarning: CUDA initialization: Found no NVIDIA driver on your system.\n"
+    lost = "RuntimeError: Connection closed by peer [127.0.0.1]:4242\n"
+    judgement = classify(replace(ENDED, exit_codes={1: 1}, tails={1: warning + lost}))
+    assert judgement.outcome is Outcome.COMMUNICATION
 
 
 def test_a_kill_by_the_kernel_is_out_of_memory_and_another_is_not() -> None:
@@ -245,7 +258,8 @@ def test_an_abort_is_judged_by_its_last_words(tail: str, outcome: Outcome) -> No
 def test_an_exception_that_no_rank_recorded_is_read_from_the_log(
     exception: str, phase: Phase, step: int, outcome: Outcome
 ) -> None:
-    tail = f"Traceback (most recent call last):\n  File 'x.py', line 1\n{exception}\n"
+    frame = '[rank0]:   File "/opt/megatron/core/config.py", line 1, in check\n[rank0]:     assert False\n'
+    tail = f"[rank0]: Traceback (most recent call last):\n{frame}[rank0]: {exception}\n"
     heartbeat = Heartbeat(phase=phase, step=step, time_s=1.0)
     judgement = classify(replace(ENDED, heartbeat=heartbeat, exit_codes={0: 1}, tails={0: tail}))
     assert (judgement.outcome, judgement.phase, judgement.rank) == (outcome, phase, 0)
