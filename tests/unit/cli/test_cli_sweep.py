@@ -17,7 +17,7 @@ def test_dry_runs_print_one_command_and_start_nothing(
     for arguments in (["sweep", sweep_file, "--dry-run"], ["trial", sweep_file, "tp=2", "--dry-run"]):
         assert run(arguments) == 0
         (line,) = capsys.readouterr().out.splitlines()
-        assert "torch.distributed.run" in line
+        assert "launchers.local.agent" in line
         assert "--nproc-per-node=2" in line
         assert line.startswith("cd ")
     assert run(["trial", sweep_file, "tp=2", "--dry-run", "--json"]) == 0
