@@ -2,6 +2,7 @@
 
 import itertools
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,8 @@ def read_only(folder: Path) -> Iterator[None]:
     """Make a folder read-only, for root as well; skip the test where that is forbidden."""
     _mount("--bind", str(folder), str(folder))
     try:
-        _mount("-o", "remount,bind,ro", str(folder))
+        # A process that writes a file there at this moment keeps the folder writable.
+        _mount("-o", "remount,bind,ro", str(folder), patience_s=10.0)
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -53,7 +55,12 @@ def fill_names(folder: Path) -> None:
             (folder / "fillers" / str(number)).touch()
 
 
-def _mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+def _mount(*arguments: str, patience_s: float = 0.0) -> None:
+    until_s = time.monotonic() + patience_s
+    while True:
+        done = subprocess.run(["mount", *arguments], check=False, capture_output=True, text=True)
+        if not done.returncode:
+            return
+        if time.monotonic() >= until_s:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        time.sleep(0.05)
