@@ -1,4 +1,4 @@
-"""Keeps MLflow, a view of the trial folders, in step with a sweep: in a process of its own that nobody waits for."""
+"""Keeps MLflow up to date while a sweep runs, through a separate process for which the sweep never waits."""
 
 import json
 import logging
@@ -28,27 +28,34 @@ from tuner.trial.finished import FinishedTrial
 _log = logging.getLogger(__name__)
 
 FINISH_S = 20.0
-"""How long the end of a sweep waits until MLflow holds everything. Assumed: short against a sweep."""
+"""The longest time in seconds that a sweep waits at its end until MLflow holds everything. Assumed."""
 
 STARTS_AFTER_S = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0, 600.0)
-"""The waits before the starts of the process, in s: it is started again if it is killed or crashes, but no more often
-than this. Assumed: half an hour in all."""
+"""The waits before each start of the process, in s. A process that was killed or has crashed is started again after
+the next wait, until all waits are used. Assumed: half an hour in all."""
 
 _SINGLE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Variables of the process: it computes nothing, and each thread of a library for linear algebra takes memory."""
+"""Environment variables of the process that stop libraries for linear algebra from starting threads, which take memory
+and would have nothing to do."""
 
 
 class Tracker(Sink):
-    """Keeps MLflow in step with the trial folders while a sweep runs, through a process of its own.
+    """A sink that keeps MLflow up to date with the trial folders while a sweep runs, through a separate process.
 
-    It is a process and no thread, so that importing MLflow and writing to it takes none of the tuner's own time, and a
-    server that never answers can be left at any moment. The process ends with the tuner, however the tuner ends, and is
-    started again if it ends too early. No method waits, except `finish` for at most FINISH_S, and none raises for what
-    MLflow does. Use it as a context manager.
+    The process spares the tuner the time to import MLflow and to write to it, and can be killed at any moment if a
+    server never answers. It ends when the tuner ends, however the tuner ends, and is started again if it ends too
+    early. No method waits, except `finish`, for at most FINISH_S seconds. No method raises errors of MLflow. Use the
+    tracker as a context manager.
     """
 
     def __init__(self, results: Path, uri: str, sync: str) -> None:
-        """Use `Tracker.open`."""
+        """Start the process in the background; use `Tracker.open`, which first prepares the sweep's folder.
+
+        Args:
+            results: The sweep's folder.
+            uri: The MLflow tracking URI, with its password if it has one.
+            sync: The shell command that logs what is missing; warnings name it.
+        """
         self.uri = without_password(uri)
         """The tracking URI without its password, to be shown."""
         self._results, self._secret_uri, self._sync = results, uri, sync
@@ -59,20 +66,21 @@ class Tracker(Sink):
         self._is_complete = self._is_closing = False
         self._starting = threading.Lock()
         self._is_urgent = threading.Event()
-        """Set at the sweep's end, which does not leave a process that has ended alone for a while."""
+        """Set at the sweep's end and by `close`: it ends the wait before the next start of the process."""
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
         self._supervisor.start()
 
     @classmethod
     def open(cls, results: Path, uri: str | None) -> "Tracker":
-        """Start to log a sweep; trials that MLflow lacks are logged first.
+        """Start to log a sweep; earlier trials that MLflow lacks are logged first.
 
         Args:
             results: The sweep's folder, which holds its sweep.json.
-            uri: The MLflow tracking URI that the user's sweep file states; None takes the default one.
+            uri: The MLflow tracking URI in the user's sweep file. None takes the environment variable
+                MLFLOW_TRACKING_URI, and if that is not set the SQLite store in the sweep's folder.
 
         Raises:
-            InputError: if no MLflow store takes the URI.
+            InputError: if MLflow does not support the URI's scheme.
         """
         chosen = chosen_uri(results, uri)
         check_uri(chosen)
@@ -83,7 +91,7 @@ class Tracker(Sink):
 
     @property
     def process_id(self) -> int | None:
-        """The id of the process, which may have ended; None before its first start."""
+        """The id of the process that logs, which may have ended; None before its first start."""
         return self._process.pid if self._process else None
 
     def __enter__(self) -> "Tracker":
@@ -95,18 +103,21 @@ class Tracker(Sink):
         self.close()
 
     def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
-        """See Sink. Finished trials that MLflow lacks, or holds with another result, are logged."""
+        """Have the process log the finished trials that MLflow lacks or holds with another result (see Sink)."""
         self._finished |= {trial.number for trial in snapshot.state.ended}
         self._wake()
 
     def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
-        """See Sink. The trial is logged from its folder; a new result replaces the trial's MLflow run."""
+        """Have the process log the trial from its folder (see Sink); a new result replaces the trial's MLflow run."""
         self._logged.discard(trial.number)
         self._finished.add(trial.number)
         self._wake()
 
     def finish(self, summary: str, status: Status) -> None:
-        """End the sweep's MLflow run with its summary in Markdown; warn if MLflow lacks something after FINISH_S."""
+        """End the sweep's MLflow run with a status and a summary in Markdown.
+
+        Waits until MLflow holds everything, for at most FINISH_S seconds, and warns if it then lacks something.
+        """
         try:
             spool.note_end(
                 self._results,
@@ -135,7 +146,7 @@ class Tracker(Sink):
             )
 
     def close(self) -> None:
-        """End the process, whatever it is doing; the next process to log replaces an MLflow run that is cut short."""
+        """Kill the process, whatever it is doing. The next process that logs replaces an MLflow run left incomplete."""
         with self._starting:
             self._is_closing = True
         self._is_urgent.set()
@@ -144,7 +155,7 @@ class Tracker(Sink):
         self._supervisor.join()
 
     def _wake(self) -> None:
-        """Tell the process that there is something new. One that starts later looks by itself."""
+        """Tell the process that there is something new; a process that starts later looks without being told."""
         process = self._process
         if process is not None:
             assert process.stdin is not None
@@ -154,7 +165,7 @@ class Tracker(Sink):
                 process.stdin.flush()
 
     def _supervise(self) -> None:
-        """Keep the process running until MLflow holds everything or the tracker is closed."""
+        """Keep the process running until MLflow holds everything, the tracker is closed, or all starts are used."""
         for wait_s in STARTS_AFTER_S:
             self._is_urgent.wait(wait_s)
             try:
@@ -177,7 +188,10 @@ class Tracker(Sink):
         )
 
     def _run(self) -> int | None:
-        """Run the process to its end and return its exit code; None if the tracker is closed, and none was started."""
+        """Start the process, read its answers until it ends, and return its exit code.
+
+        If the tracker is closed, start nothing and return None.
+        """
         with self._starting:
             if self._is_closing:
                 return None
@@ -212,7 +226,7 @@ class Tracker(Sink):
             self._warn(answer["trouble"])
 
     def _warn(self, trouble: str) -> None:
-        """Log a warning where trouble begins or ends; an empty text is no trouble."""
+        """Log a warning if trouble has begun or ended; an empty `trouble` means that there is none now."""
         if trouble and not self._trouble:
             _log.warning(
                 "MLflow at %s cannot be used now (%s); the sweep goes on, and what is missing there is logged later",
@@ -225,10 +239,10 @@ class Tracker(Sink):
 
 
 def _log_file(results: Path) -> Path:
-    """The file with the errors of MLflow."""
+    """Return the path of the file that receives MLflow's errors."""
     return results / "mlflow.log"
 
 
 def _private(path: str, flags: int) -> int:
-    """Open a file that only this user may read."""
+    """Open a file, created with access for this user only; return its descriptor. Serves as the `opener` of `open`."""
     return os.open(path, flags, 0o600)

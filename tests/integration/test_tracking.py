@@ -734,7 +734,7 @@ def test_sync_ends_at_an_answer_without_an_end(
     monkeypatch.setattr(memory, "GROWTH_GIB", 0.25)
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     assert megatune(["sync", str(results), "--uri", endless]) == 2
-    assert "of memory, as for an answer without an end" in capfd.readouterr().err
+    assert "of memory, as if the server's answer had no end" in capfd.readouterr().err
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
 
 

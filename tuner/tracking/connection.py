@@ -1,4 +1,4 @@
-"""Connects to MLflow. Other modules reach MLflow through this one, which first sets the variables that it reads."""
+"""Connects to MLflow, after setting the environment variables that MLflow reads when it is imported."""
 
 import logging
 import os
@@ -22,11 +22,11 @@ MLFLOW_ENVIRONMENT: Mapping[str, str] = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Defaults of this process for MLflow; a variable that the user has set keeps its value. Assumed: the timeout, 10 s."""
+"""Environment variables that this process sets for MLflow unless the user has set them. Assumed: the timeout, 10 s."""
 
 
 def connect(uri: str) -> "MlflowClient":
-    """Return a client of the MLflow at a tracking URI; the first call imports MLflow, which takes seconds."""
+    """Return an MLflow client for a tracking URI. The first call imports MLflow, which takes seconds."""
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -39,10 +39,11 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def open_runs(folder: SweepFolder, uri: str) -> "MlflowRuns":
-    """Open the MLflow runs of a sweep as `MlflowRuns.open` does; raises the errors of that method.
+    """Connect to the MLflow at a tracking URI, and find or create the sweep's MLflow run in it.
 
     Raises:
-        InputError: if the store is the folder's own, and keeps files outside the folder.
+        InputError: if the URI names the SQLite store in the results folder, and that store keeps files outside the
+            folder; also for the reasons of `MlflowRuns.open`.
     """
     if is_own_store(folder.path, uri):
         refuse_places_outside(folder)

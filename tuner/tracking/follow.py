@@ -1,9 +1,10 @@
 """The process that keeps MLflow in step with a running sweep: `python -m tuner.tracking.follow RESULTS`.
 
-A line on its stdin says that there is something new in the folder. The end of its stdin, which also comes when the
-tuner dies, ends it at once. Each line of its stdout is JSON: the numbers of the trials that MLflow is now known to hold
-(`logged`), and what keeps the others out (`trouble`, null if nothing is said about it). Its stderr is mlflow.log. The
-process ends by itself once MLflow holds the sweep's end, or has refused it (exit code GAVE_UP).
+A line on its stdin says that there is something new in the results folder. The process ends at once when its stdin
+ends, which also happens when the tuner dies. Each line of its stdout is a JSON object: `logged` lists the numbers of
+trials that MLflow has for certain; `trouble` says why MLflow lacks something, is empty if it lacks nothing, and is
+null in a line that reports logged trials only. Its stderr is the file mlflow.log. The process ends by itself once
+MLflow holds the sweep's end (exit code 0), or if MLflow fails after the sweep has ended (exit code GAVE_UP).
 """
 
 import json
@@ -30,24 +31,24 @@ GAVE_UP = 3
 """The exit code of the process if MLflow fails after the sweep has ended."""
 
 FIRST_RETRY_S = 30.0
-"""How long MLflow is left alone after its first failure. Assumed."""
+"""The wait after MLflow's first failure before the next try, in seconds. Assumed."""
 
 LAST_RETRY_S = 600.0
-"""The longest that MLflow is left alone; the time doubles from FIRST_RETRY_S with each failure. Assumed."""
+"""The longest wait before the next try, in seconds; the wait doubles from FIRST_RETRY_S with each failure. Assumed."""
 
 MAX_LOGGED = 20_000
-"""The largest number of characters that are logged at once: the error of a server quotes its answer. Assumed."""
+"""The most characters of one text in mlflow.log: an error of MLflow may quote a server's whole answer. Assumed."""
 
 
 class Log(TextIOBase):
-    """Writes to a text file without the secrets of a tracking URI, and at most MAX_LOGGED characters at once."""
+    """A text stream that writes each text without a tracking URI's secrets, cut to MAX_LOGGED characters."""
 
     def __init__(self, file: TextIO, uri: str) -> None:
         super().__init__()
         self._file, self._uri = file, uri
 
     def write(self, text: str) -> int:
-        """Write a text, as it may be kept."""
+        """Write a text without secrets and cut to MAX_LOGGED characters; return the length of the whole text."""
         kept = without_secrets(text, self._uri)
         self._file.write(kept if len(kept) <= MAX_LOGGED else f"{kept[:MAX_LOGGED]} ...\n")
         self._file.flush()
@@ -55,7 +56,10 @@ class Log(TextIOBase):
 
 
 class Follower:
-    """Logs what is new each time it is asked to; an error of MLflow becomes an answer and never raises."""
+    """Logs to MLflow what is new in a results folder, each time `look` is called.
+
+    Errors of MLflow are never raised: `look` writes them as answers, which are lines of JSON (see the module).
+    """
 
     def __init__(self, results: Path, uri: str, answers: TextIO) -> None:
         self.spool = Spool(results)
@@ -64,14 +68,14 @@ class Follower:
         self._answered: set[tuple[int, str]] = set()
 
     def look(self) -> tuple[bool, str]:
-        """Log what MLflow lacks.
+        """Log to MLflow everything that it lacks of the sweep.
 
         Returns:
-            Whether MLflow holds the sweep's end, and what kept it from taking something; empty if nothing did.
+            Whether MLflow holds the sweep's end; and why something could not be logged, empty if all was.
         """
         try:
             if self._runs is None:
-                # MLflow is opened only here: it takes seconds, and the end of stdin must be seen meanwhile.
+                # MLflow is imported only now: that takes seconds, in which `_listen` must see an end of stdin.
                 self._runs = open_runs(SweepFolder(self.spool.results), self._uri)
             has_ended, trouble = self._runs.catch_up(self.spool, self._logged), ""
         # A store, a server or a full disk may raise anything. The next look opens MLflow again.
@@ -96,18 +100,18 @@ def _listen(news: "SimpleQueue[str]") -> None:
     """Put each line of stdin into `news`, and end the process at the end of stdin."""
     for line in sys.stdin:
         news.put(line)
-    # The tuner is gone. Whoever logs next replaces an MLflow run that is half written now.
+    # The tuner is gone. The next process that logs replaces an MLflow run that is half written now.
     os._exit(1)
 
 
 def _await(news: "SimpleQueue[str]", spool: Spool, retry_s: float | None) -> None:
-    """Wait until there is something to log.
+    """Wait until it is time to look again; empty `news` meanwhile.
 
     Args:
-        news: holds a line per piece of news.
-        spool: says whether the sweep has ended.
-        retry_s: the seconds until the next try after a failure. Only the sweep's end cuts them short, since the tuner
-            then waits for this process. None without a failure: the next news ends the wait.
+        news: receives one line whenever there is something new in the results folder.
+        spool: reads from the results folder whether the sweep has ended.
+        retry_s: after a failure, the seconds to wait. Only the sweep's end shortens this wait, since the tuner then
+            waits for this process. None without a failure: the wait ends when `news` receives a line.
     """
     until_s = None if retry_s is None else time.monotonic() + retry_s
     while True:
@@ -122,7 +126,7 @@ def _await(news: "SimpleQueue[str]", spool: Spool, retry_s: float | None) -> Non
 
 
 def main() -> None:
-    """Follow the sweep in the folder that the first argument names, until MLflow holds its end."""
+    """Log the sweep in the folder that the first command-line argument names, until MLflow holds the sweep's end."""
     os.nice(10)  # the trials that are measured at the same time come first
     news: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_listen, args=(news,), daemon=True).start()
@@ -135,7 +139,7 @@ def main() -> None:
 
 
 def _follow(follower: Follower, news: "SimpleQueue[str]") -> None:
-    """Log whatever is new until MLflow holds the sweep's end; ends the process with GAVE_UP if MLflow refuses that."""
+    """Log whatever is new until MLflow holds the sweep's end; exit with GAVE_UP if MLflow fails after that end."""
     retry_s = FIRST_RETRY_S
     while True:
         is_last_look = follower.spool.end() is not None

@@ -1,25 +1,27 @@
-"""The part of a trial's log files that MLflow keeps."""
+"""Reads the part of a trial's log files that is stored in MLflow."""
 
 from pathlib import Path
 
 from tuner.trial.contract import TrialFolder
 
 LOG_TAIL_BYTES = 64 * 1024
-"""How much of the end of each log file MLflow keeps; the trial's folder keeps the whole file. Assumed."""
+"""The most bytes of one log file that are stored in MLflow, from the file's end. Assumed."""
 
 LOG_TOTAL_BYTES = 1024 * 1024
-"""How much of all log files of a trial MLflow keeps, since thousands of ranks write thousands of files. Assumed."""
+"""The most bytes of all log files of one trial that are stored in MLflow: thousands of ranks write as many files.
+Assumed."""
 
 
 def log_tails(folder: TrialFolder, rank: int | None) -> dict[str, bytes]:
-    """Return the ends of a trial's log files, by their paths in the trial's folder.
+    """Return the end of each log file of a trial, keyed by the file's path relative to the trial's folder.
 
     Args:
         folder: the trial's folder.
-        rank: the rank whose files come first, because it failed first; None if no rank failed.
+        rank: the rank that failed first, whose files are read first; None if no rank failed.
 
     Returns:
-        At most LOG_TAIL_BYTES per file and LOG_TOTAL_BYTES in all; empty files are left out.
+        At most LOG_TAIL_BYTES per file and LOG_TOTAL_BYTES in all. Empty files are left out, and so are the files that
+        remain when LOG_TOTAL_BYTES is reached.
     """
     tails: dict[str, bytes] = {}
     left_bytes = LOG_TOTAL_BYTES
@@ -33,7 +35,7 @@ def log_tails(folder: TrialFolder, rank: int | None) -> dict[str, bytes]:
 
 
 def _by_importance(folder: TrialFolder, rank: int | None) -> list[Path]:
-    """The log files that hold anything, those of `rank` first: its number is a part of their paths."""
+    """Return the log files that are not empty, with those of `rank` first; a rank's files lie in a folder `<rank>/`."""
     paths = [path for path in sorted(folder.log.rglob("*")) if path.is_file() and path.stat().st_size]
     return sorted(paths, key=lambda path: str(rank) not in path.relative_to(folder.log).parts)
 

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 import psutil
 
 GROWTH_GIB = 1.0
-"""How much more memory a process may take while it talks to MLflow, in GiB. Assumed: logging 1,000 trials takes 0.35
-GiB in all, most of it by importing MLflow, and each further trial takes 3 KiB."""
+"""How much more memory a process may take while it talks to MLflow, in GiB. Assumed; logging 1,000 trials takes 0.35
+GiB in all, of which importing MLflow takes most, and each further trial takes 3 KiB."""
 
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Let this process take at most GROWTH_GIB more memory; what would take more raises MemoryError.
+    """Limit the memory of this process, within the `with` block, to what it has at the start plus GROWTH_GIB.
 
-    The limit holds for the processes that this one starts meanwhile, too.
+    An allocation beyond the limit raises MemoryError. Processes that are started in the block inherit the limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     wanted = psutil.Process().memory_info().data + round(GROWTH_GIB * 2**30)

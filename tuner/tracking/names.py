@@ -1,7 +1,7 @@
 """The names in MLflow: each parameter, metric and tag with its meaning, and where its value comes from.
 
-docs/mlflow.md repeats these tables, and a test holds the two together. The names are stable, so that the sweeps of
-different nights compare.
+docs/mlflow.md repeats these tables, and a test checks that both agree. The names never change, so that sweeps of
+different months can be compared.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,24 +15,28 @@ from tuner.trial.program import program_name
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A parameter in MLflow; every trial's MLflow run has all parameters."""
+    """The name, meaning and value of one parameter of a trial's MLflow run; every trial has all parameters."""
 
     name: str
     meaning: str
     value: Callable[[TrialSpec], object]
-    """Computes the parameter; MLflow holds it as text."""
+    """Computes the parameter from the trial's spec; MLflow stores it as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A metric in MLflow; a trial that did not measure it lacks the metric, instead of having the value 0."""
+    """The name, meaning and source of one metric of an MLflow run.
+
+    If a trial did not measure the metric, its MLflow run lacks it, rather than having the value 0.
+    """
 
     name: str
     meaning: str
     path: str
-    """The attribute of the TrialResult, as in `metrics.losses`. A tuple is logged as a series, one step per value."""
+    """The attribute of TrialResult that is logged, as in `metrics.losses`. A tuple is logged as a series, one MLflow
+    step per value."""
     is_count: bool = False
-    """Whether the metric is the number of values in the attribute's tuple, instead of the values themselves."""
+    """Whether the number of values in the attribute's tuple is logged, instead of the values themselves."""
 
 
 def _give_up(spec: TrialSpec) -> object:
@@ -114,7 +118,7 @@ METRICS: tuple[Measure, ...] = (
     ),
     Measure(
         "step/outliers",
-        "number of timed steps far from the median, which count in it all the same",
+        "number of timed steps far from the median; the median includes them",
         "metrics.outliers",
         is_count=True,
     ),
@@ -171,8 +175,8 @@ BEST_METRICS: tuple[Measure, ...] = (
         "metrics.peak_allocated_gib",
     ),
 )
-"""The metrics of the sweep's MLflow run: those of the best trial so far. Their step is the number of the trial
-just logged."""
+"""The metrics of the sweep's MLflow run: figures of the best trial so far. One point is logged after each trial, with
+that trial's number as MLflow's step."""
 
 KIND = "megatune.kind"
 SWEEP = "megatune.sweep"
@@ -188,13 +192,13 @@ RUN_TAGS: Mapping[str, str] = {
     "mlflow.source.git.commit": "commit of the working directory; absent if that is no git repository",
     "mlflow.note.content": "sweep: the summary; trial: outcome and reason",
 }
-"""The tags of the MLflow runs of the sweep and of every trial, with their meanings."""
+"""The tags that the sweep's MLflow run and every trial's MLflow run have, with their meanings."""
 
 SWEEP_TAGS: Mapping[str, str] = {
     "megatune.best_trial": "number of the best trial so far",
     "megatune.best_layout": "layout of the best trial so far",
 }
-"""The further tags of the sweep's MLflow run, with their meanings."""
+"""The tags that only the sweep's MLflow run has, with their meanings."""
 
 TRIAL_TAGS: Mapping[str, str] = {
     "mlflow.parentRunId": "id of the sweep's run",
@@ -216,4 +220,4 @@ TRIAL_TAGS: Mapping[str, str] = {
     "megatune.versions.*": "versions of torch, megatron-core, CUDA, NCCL, driver, ...",
     RECORD: "hash of the logged record; it is set last, so that a run without it is incomplete",
 }
-"""The further tags of a trial's MLflow run, with their meanings."""
+"""The tags that only the trials' MLflow runs have, with their meanings."""

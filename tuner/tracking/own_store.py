@@ -1,6 +1,6 @@
-"""The SQLite store in a results folder: its URI, and the checks that nobody makes MLflow write outside the folder.
+"""The SQLite store of MLflow in a results folder: its URI, and checks that it keeps all files inside that folder.
 
-Somebody else may have written the folder, and the store says where MLflow keeps the files of each MLflow run.
+The store says where MLflow reads and writes the files of each MLflow run, and somebody else may have written the store.
 """
 
 import sqlite3
@@ -19,11 +19,12 @@ _LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""The tables and columns in which MLflow keeps paths that it reads from or writes to, besides those of experiments."""
+"""Tables and columns of the store that hold paths which MLflow reads or writes. The table `experiments` has such a
+column, too; only the sweep's own experiment is checked there."""
 
 
 def own_store(results: Path) -> str:
-    """Return the URI of the SQLite store in a results folder."""
+    """Return the tracking URI of the SQLite store in a results folder, whether or not the store exists yet."""
     # The path is absolute, since each process would resolve a relative one in its own working directory.
     return f"sqlite:///{results.absolute() / 'mlflow.db'}"
 
@@ -40,10 +41,10 @@ def is_own_store(results: Path, uri: str) -> bool:
 
 
 def refuse_places_outside(folder: SweepFolder) -> None:
-    """Refuse a results folder whose own store keeps files outside the folder; without a store there is nothing to do.
+    """Check that the SQLite store in a results folder keeps no files outside the folder; without a store, do nothing.
 
     Raises:
-        InputError: if there is such a place, or the store cannot be read. The error says what to do.
+        InputError: if the store names a path outside the folder, or cannot be read. The error says what to do.
     """
     database = folder.tracking_store
     refuse_foreign_journal(database)
@@ -61,7 +62,10 @@ def refuse_places_outside(folder: SweepFolder) -> None:
 
 
 def _values(store: sqlite3.Connection, table: str, column: str, name: str | None = None) -> list[object]:
-    """Return the different values of a column, of the rows with this name; none if this MLflow has no such column."""
+    """Return the distinct values of a column that are not null; empty if this release of MLflow has no such column.
+
+    `name` restricts the rows to those whose column `name` has this value; None takes all rows.
+    """
     if not store.execute("select 1 from pragma_table_info(?) where name = ?", (table, column)).fetchone():
         return []
     # The names are constants of this module.
@@ -71,14 +75,14 @@ def _values(store: sqlite3.Connection, table: str, column: str, name: str | None
 
 
 def artifact_folder(results: Path, place: str) -> Path:
-    """Return the folder that a place of the own store stands for.
+    """Return the folder in which the SQLite store of a results folder keeps files, after a check that it lies inside.
 
     Args:
         results: the results folder.
-        place: a path, or a URI of the scheme `file` without a host.
+        place: the folder as the store states it: an absolute path, or a `file://` URI without a host.
 
     Raises:
-        InputError: if it lies outside the results folder.
+        InputError: if `place` lies outside the results folder, or is no such path or URI.
     """
     text = place.removeprefix("file://")
     path = Path(unquote(text))  # MLflow decodes %2e in a path as well as in a URI

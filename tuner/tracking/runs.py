@@ -1,6 +1,6 @@
-"""The MLflow runs of one sweep: the sweep's own MLflow run, and nested in it one per trial.
+"""Writes the MLflow runs of one sweep: the sweep's own MLflow run, and nested in it one MLflow run per trial.
 
-Import this module through `tuner.tracking.connection`, which prepares the process for MLflow first.
+`tuner.tracking.connection` imports this module, after it has set the environment variables that MLflow reads.
 """
 
 import errno
@@ -38,11 +38,12 @@ PAGE_RUNS = 500
 
 @dataclass(kw_only=True, slots=True)
 class MlflowRuns:
-    """Writes what MLflow lacks of a sweep; a trial gets one MLflow run, even if several processes log it, or one twice.
+    """Writes to MLflow everything of a sweep that MLflow lacks.
 
-    MLflow itself is asked which MLflow runs it holds. A complete one carries the hash of its trial's record. One
-    without the hash was cut short, and is replaced, since metrics cannot be taken back. Every method raises what MLflow
-    raises.
+    Each trial gets one MLflow run, even if it is logged twice, or by several processes at once. MLflow itself is asked
+    which MLflow runs it has. A complete MLflow run has the hash of its trial's record as a tag. An MLflow run without
+    this tag was cut short and is replaced, since logged metrics cannot be removed. Every method may raise any error of
+    MLflow.
     """
 
     client: MlflowClient
@@ -53,17 +54,17 @@ class MlflowRuns:
     run_id: str
     """The id of the sweep's MLflow run."""
     tags: Mapping[str, str]
-    """The tags of the sweep's MLflow run and of every trial's."""
+    """The tags that the sweep's MLflow run and every trial's MLflow run have."""
     _records: dict[int, list[str]] | None = field(default=None, init=False, repr=False)
-    """The records that MLflow holds, by the trial's number; None until MLflow was asked."""
+    """The record hashes of the trials' MLflow runs in MLflow, by trial number; None before MLflow was asked."""
 
     @classmethod
     def open(cls, client: MlflowClient, folder: SweepFolder, uri: str) -> "MlflowRuns":
-        """Find the sweep's MLflow run, or create it.
+        """Find or create the sweep's MLflow run, and return the object that writes to it.
 
         Args:
             client: a client of the MLflow at `uri`.
-            folder: the sweep's folder. Its file `sweep_id`, created here, identifies the MLflow run.
+            folder: the sweep's folder. Its file `sweep_id`, created here if it is missing, identifies the MLflow run.
             uri: an MLflow tracking URI.
 
         Raises:
@@ -82,17 +83,17 @@ class MlflowRuns:
         return runs
 
     def catch_up(self, spool: Spool, on_logged: Callable[[Entry], None]) -> bool:
-        """Log every finished trial that MLflow lacks or holds with another record, and the sweep's end.
+        """Log every finished trial whose MLflow run is missing or outdated, then the sweep's end if it has ended.
 
         Args:
-            spool: what MLflow should hold.
-            on_logged: called with each trial that MLflow is known to hold.
+            spool: reads the finished trials and the sweep's end from the results folder.
+            on_logged: called with each finished trial that is up to date in MLflow, whether logged now or before.
 
         Returns:
-            Whether MLflow holds the sweep's end.
+            Whether the sweep has ended and MLflow holds this end.
 
         Raises:
-            InputError: naming the trials that cannot be read or that MLflow refuses, after all others are logged.
+            InputError: naming the trials that cannot be read or that MLflow refuses; all others are logged before.
         """
         entries, problems = spool.entries()
         trials = [entry.trial for entry in entries]
@@ -103,7 +104,7 @@ class MlflowRuns:
                 try:
                     self._log(entry, trials)
                 except Exception as error:
-                    # If MLflow still answers, this trial is at fault, and the others need not wait for it.
+                    # If MLflow still answers this request, the trial is at fault, and the others can be logged.
                     self.client.get_run(self.run_id)
                     problems.append(f"trial {entry.trial.number}: {reason(error, self.uri)}")
                     continue
@@ -116,7 +117,7 @@ class MlflowRuns:
         return end is not None
 
     def _held_records(self) -> dict[int, list[str]]:
-        """The records of the trials' MLflow runs, by the trial's number; "" stands for one that was cut short."""
+        """Return the record hashes of the trials' MLflow runs by trial number; "" for one that was cut short."""
         records: dict[int, list[str]] = defaultdict(list)
         query, token = f"tags.`mlflow.parentRunId` = '{self.run_id}'", None
         while True:
@@ -130,7 +131,10 @@ class MlflowRuns:
                 return dict(records)
 
     def _log(self, entry: Entry, trials: Sequence[FinishedTrial]) -> None:
-        """Leave MLflow with one complete MLflow run of a trial."""
+        """Make sure that MLflow has exactly one MLflow run of a trial, complete and up to date.
+
+        `trials` are all finished trials of the sweep, of which the best is logged with the sweep's MLflow run.
+        """
         with _turn(self.results):
             query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`{TRIAL}` = '{entry.trial.number}'"
             runs = list(self.client.search_runs([self.experiment_id], query))
@@ -157,14 +161,15 @@ class MlflowRuns:
         if result.metrics is not None:
             self._log_best(trial, trials)
         self.client.set_terminated(run.info.run_id, _status(result.outcome), end_ms)
-        # The record comes last: an MLflow run that carries it is complete.
+        # This tag is set last, so that an MLflow run that has it is complete.
         self.client.set_tag(run.info.run_id, RECORD, entry.record)
 
     def _log_artifacts(self, run: Run, files: Mapping[str, bytes]) -> None:
-        """Store files, by their paths among the artifacts, with an MLflow run.
+        """Store files, given as contents by path, among the artifacts of an MLflow run.
 
         Raises:
-            InputError: if the folder's own store would put them outside the folder, as a trigger in it can.
+            InputError: if MLflow's store is the SQLite file in the results folder and names an artifact folder outside
+                the results folder. A trigger in the database can set such a folder after it was checked.
         """
         with tempfile.TemporaryDirectory() as name:
             for relative, content in files.items():
@@ -172,7 +177,7 @@ class MlflowRuns:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             if is_own_store(self.results, self.uri):
-                # MLflow would ask its store once more where the files belong.
+                # `log_artifacts` would ask the store once more for the folder, and may get another one.
                 shutil.copytree(
                     name, artifact_folder(self.results, run.info.artifact_uri), dirs_exist_ok=True
                 )
@@ -180,7 +185,7 @@ class MlflowRuns:
                 self.client.log_artifacts(run.info.run_id, name)
 
     def _log_best(self, trial: FinishedTrial, trials: Sequence[FinishedTrial]) -> None:
-        # Only trials up to this number count, so that a trial that is logged again gives the same point.
+        # Only trials up to this number count, so that the point is the same when the trial is logged again.
         so_far = best_trial(other for other in trials if other.number <= trial.number) or trial
         overall = best_trial(trials) or trial
         points = [
@@ -193,7 +198,10 @@ class MlflowRuns:
         )
 
     def _set_status(self, end: SweepClosing | None) -> None:
-        """Set the status of the sweep's MLflow run to its end, or to running; write nothing if it is set already."""
+        """Set the status of the sweep's MLflow run, and at the sweep's end its end time and summary.
+
+        An `end` of None means that the sweep is running. Nothing is written if MLflow has this status already.
+        """
         run = self.client.get_run(self.run_id)
         info = run.info
         if end is None:
@@ -207,22 +215,22 @@ class MlflowRuns:
 
 @contextmanager
 def _turn(results: Path) -> Iterator[None]:
-    """Let one process at a time ask what MLflow holds of this sweep and add to it.
+    """Hold a lock of the results folder, so that one process at a time asks what MLflow has of a sweep and adds to it.
 
-    The kernel ends the turn of a process that dies.
+    The kernel releases the lock of a process that dies.
     """
     with (results / "mlflow.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            # This file system has no locks. Two processes at once are rare, and the next look repairs a doubled one.
+            # This file system has no locks. Two processes at once are rare, and `_log` later deletes a duplicate.
             if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
                 raise
         yield
 
 
 def _files(result: TrialResult, folder: TrialFolder) -> dict[str, bytes]:
-    """The files that MLflow keeps of a trial, by their paths among its artifacts."""
+    """Return the files of a trial that are stored in MLflow, as contents by artifact path."""
     records = [path for path in (folder.spec, folder.plan, folder.source, folder.result) if path.exists()]
     return {path.name: path.read_bytes() for path in records} | log_tails(folder, result.rank)
 
@@ -234,6 +242,6 @@ def _status(outcome: Outcome) -> Status:
 
 
 def _end_ms(result: TrialResult) -> int:
-    """The end of a trial in milliseconds since the epoch: its recorded time, so that a rebuilt view shows it again."""
+    """Return when a trial ended, as recorded in its result, in ms since the epoch; the present if it has no record."""
     ended = datetime.fromisoformat(result.finished_at) if result.finished_at else datetime.now(UTC)
     return round(ended.timestamp() * 1000)

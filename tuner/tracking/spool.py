@@ -1,4 +1,4 @@
-"""What MLflow should hold of a sweep: the trial folders themselves, and a record of the sweep's end."""
+"""Reads from a results folder what MLflow should hold: the finished trials, and the record of the sweep's end."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from tuner.trial.contract import TrialFolder
 from tuner.trial.finished import FinishedTrial, read_trial
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How an MLflow run ended, in MLflow's words."""
+"""How an MLflow run ended; the values are MLflow's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepClosing:
-    """How the sweep ended: the content of `mlflow.json` in its folder, which is absent while the sweep runs."""
+    """How the sweep ended: the content of `mlflow.json` in the results folder. The file is absent while it runs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -31,7 +31,7 @@ class SweepClosing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A finished trial, and the key that tells whether its MLflow run is up to date."""
+    """A finished trial, and the hash of its files that tells whether its MLflow run is up to date."""
 
     trial: FinishedTrial
     folder: TrialFolder
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class _ReadEntry:
-    """An entry as it was read, and the version of its result file at that time."""
+    """An entry, with the inode and modification time that its `result.json` had when the entry was read."""
 
     inode: int
     modified_ns: int
@@ -49,14 +49,14 @@ class _ReadEntry:
 
 
 class Spool:
-    """Reads what a sweep's folder holds; a trial that has not changed since the last look is not read again."""
+    """Reads the finished trials and the end of a sweep from its folder; reads a trial again only if it has changed."""
 
     def __init__(self, results: Path) -> None:
         self.results = results
         self._read: dict[Path, _ReadEntry] = {}
 
     def entries(self) -> tuple[list[Entry], list[str]]:
-        """Return the finished trials by number, and one message per trial that cannot be read."""
+        """Return the finished trials in order of their numbers, and one message per trial that cannot be read."""
         entries: list[Entry] = []
         problems: list[str] = []
         for path in sorted(self.results.glob("trials/t*")):
@@ -69,7 +69,7 @@ class Spool:
         return sorted(entries, key=lambda entry: entry.trial.number), problems
 
     def _entry(self, folder: TrialFolder) -> Entry | None:
-        """The entry of a trial's folder; None if the trial has not finished."""
+        """Return the entry of a trial's folder; None if the trial has not finished."""
         try:
             state = folder.result.stat()
         except FileNotFoundError:
@@ -83,22 +83,22 @@ class Spool:
         return read.entry
 
     def end(self) -> SweepClosing | None:
-        """Return how the sweep ended; None while it runs, or if it was killed.
+        """Return how the sweep ended; None while it runs, or if it was killed before it could note its end.
 
         Raises:
-            InputError: if the record cannot be read.
+            InputError: if `mlflow.json` cannot be read.
         """
         path = _end_path(self.results)
         return read_json(SweepClosing, path) if path.exists() else None
 
 
 def note_start(results: Path) -> None:
-    """Note in a sweep's folder that the sweep runs, for the first time or again."""
+    """Delete the record of the sweep's end from its folder, since the sweep starts or is resumed."""
     _end_path(results).unlink(missing_ok=True)
 
 
 def note_end(results: Path, end: SweepClosing) -> None:
-    """Note in a sweep's folder how the sweep ended.
+    """Write `mlflow.json`, the record of how the sweep ended, into the sweep's folder.
 
     Raises:
         OSError: if the file cannot be written, as on a full disk.

@@ -1,4 +1,4 @@
-"""Finds or creates the experiment and the MLflow run of a sweep, and makes the tags that all its MLflow runs carry."""
+"""Finds or creates a sweep's experiment and MLflow run, and makes the tags that all MLflow runs of the sweep have."""
 
 import uuid
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from tuner.tracking.names import KIND, SWEEP, SWEEP_ID
 
 
 def common_tags(results: Path, sweep_name: str) -> dict[str, str]:
-    """The tags that the MLflow runs of the sweep and of every trial carry."""
+    """Return the tags that the MLflow run of the sweep in the folder `results` and those of its trials have."""
     tags = {SWEEP: sweep_name, SWEEP_ID: _sweep_id(results)}
     # A checkout on PYTHONPATH, as under Slurm, has no package version; its commit says more.
     with suppress(PackageNotFoundError):
@@ -31,9 +31,9 @@ def common_tags(results: Path, sweep_name: str) -> dict[str, str]:
 
 
 def _sweep_id(results: Path) -> str:
-    """Return the identity of a results folder, and make it if there is none.
+    """Return the id in the file `sweep_id` of a results folder; write the file with a random id if there is none.
 
-    Two sweeps may have one name on one MLflow server; their identities differ.
+    The id tells sweeps apart that have the same name on the same MLflow server.
     """
     path = results / "sweep_id"
     if not path.exists():
@@ -42,10 +42,10 @@ def _sweep_id(results: Path) -> str:
 
 
 def ensure_experiment(client: MlflowClient, uri: str, name: str, results: Path) -> str:
-    """Return the id of the experiment with this name, and create it if there is none.
+    """Return the id of the experiment with this name; create the experiment if it does not exist.
 
     Raises:
-        InputError: if the experiment is deleted, since MLflow keeps the name of a deleted one.
+        InputError: if the experiment is deleted: MLflow allows no other experiment with the name of a deleted one.
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
@@ -67,9 +67,9 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str, results: Path) 
 
 
 def ensure_sweep_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
-    """Return the id of the sweep's MLflow run, found by the sweep's id among `tags`, and create it if there is none.
+    """Return the id of the sweep's MLflow run; create the MLflow run if it does not exist.
 
-    An MLflow run that exists gets the tags again.
+    `tags` must hold SWEEP_ID, by which the MLflow run is found. An existing MLflow run is updated with `tags`.
     """
     query = f"tags.`{SWEEP_ID}` = '{tags[SWEEP_ID]}' and tags.`{KIND}` = 'sweep'"
     runs = client.search_runs([experiment_id], query, max_results=1)
@@ -81,7 +81,7 @@ def ensure_sweep_run(client: MlflowClient, experiment_id: str, name: str, tags: 
 
 
 def public_sweep(sweep: Sweep) -> dict[str, Any]:
-    """The sweep as data that others may read: the password in its tracking URI is left out."""
+    """Return the sweep's configuration as JSON data that others may read: without the password in its tracking URI."""
     uri = sweep.tracking.uri
     tracking = replace(sweep.tracking, uri=uri and without_password(uri))
     data: dict[str, Any] = to_data(replace(sweep, tracking=tracking))

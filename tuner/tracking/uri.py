@@ -1,4 +1,4 @@
-"""Tracking URIs: which one a sweep uses, and on whose word; whether MLflow takes it; what MLflow's errors say."""
+"""Chooses a sweep's tracking URI, checks that MLflow supports it, and turns MLflow's errors into one-line reasons."""
 
 import os
 import re
@@ -14,19 +14,19 @@ from tuner.tracking.memory import GROWTH_GIB
 from tuner.tracking.own_store import is_own_store, own_store
 
 _SCHEMES = frozenset({"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"})
-"""The URI schemes that MLflow takes without a plugin. It refuses plain files since release 3.7."""
+"""The URI schemes that MLflow supports without a plugin. Since release 3.7, MLflow refuses the scheme `file`."""
 
 _SQLALCHEMY_PREFIX = "(raised as a result of"
-"""The beginning of the first line of some errors of SQLAlchemy; that line says nothing about the cause."""
+"""How the first line of some SQLAlchemy errors begins; that line does not state the cause."""
 
 _SECRET_VARIABLES = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""The variables from which MLflow takes what a server wants to know."""
+"""The environment variables from which MLflow takes the password or token for a server."""
 
 _HEADER = re.compile(r"\b(Basic|Bearer) [\w.~+/=-]+")
-"""Matches the value of a request's header Authorization."""
+"""Matches the value of the HTTP header Authorization, such as `Bearer TOKEN`."""
 
 MAX_REASON = 1000
-"""The largest number of characters in a reason. Assumed."""
+"""The most characters in the text that `reason` returns. Assumed."""
 
 
 def chosen_uri(results: Path, stated: str | None) -> str:
@@ -34,9 +34,11 @@ def chosen_uri(results: Path, stated: str | None) -> str:
 
     Args:
         results: the sweep's results folder.
-        stated: the URI that the user states, in the sweep file or on the command line. None takes the variable
-            MLFLOW_TRACKING_URI, and without it SQLite in the results folder. A variable that names the same place as
-            `stated` is taken too, since it may hold the password.
+        stated: the URI in the sweep file or on the command line; None if the user states none.
+
+    Returns:
+        `stated`. If it is None, the environment variable MLFLOW_TRACKING_URI, or the SQLite store in the results
+        folder if the variable is not set. If the variable equals `stated` but for a password, the variable.
     """
     variable = os.environ.get("MLFLOW_TRACKING_URI")
     if stated is None:
@@ -47,14 +49,16 @@ def chosen_uri(results: Path, stated: str | None) -> str:
 def trusted_uri(folder: SweepFolder, given: str | None) -> str:
     """Return the tracking URI for a command that reads a results folder, which somebody else may have written.
 
-    The URI that the folder names is used only if it is the folder's own store, or if this user names the same place.
+    Without a URI on the command line, the URI in the folder's sweep.json is used only if it names the SQLite store in
+    the folder, or the same place as this user's environment variable MLFLOW_TRACKING_URI. If sweep.json has none,
+    `chosen_uri` chooses.
 
     Args:
         folder: the results folder.
         given: the URI on the command line; None if there is none.
 
     Raises:
-        InputError: if the URI on the command line holds a password, or the folder names another place than the user.
+        InputError: if `given` holds a password, or sweep.json names a place that may not be used.
     """
     if given is not None:
         refuse_password(given, "--uri")
@@ -77,10 +81,10 @@ def trusted_uri(folder: SweepFolder, given: str | None) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Refuse a tracking URI that no MLflow store takes; no store is asked.
+    """Check that MLflow or one of its plugins supports the scheme of a tracking URI, without connecting to it.
 
     Raises:
-        InputError: naming the URI and what to write instead.
+        InputError: if the scheme is not supported. The error names the URI and what to write instead.
     """
     schemes = _SCHEMES | {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}
     if scheme_of(uri) not in schemes:
@@ -92,9 +96,10 @@ def check_uri(uri: str) -> None:
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """Return a text of MLflow with `***` in place of the secrets of the tracking URI and of MLflow's variables.
+    """Return a text from MLflow with `***` in place of every secret: those in the tracking URI and in the environment.
 
-    A server may quote the header that a request carries, with a secret from MLflow's file of credentials.
+    The value of an Authorization header is replaced, too: a server may quote it, and its secret may come from MLflow's
+    credentials file.
     """
     text = _HEADER.sub(r"\1 ***", text.replace(uri, without_password(uri)))
     for secret in (*secrets_of(uri), *filter(None, map(os.environ.get, _SECRET_VARIABLES))):
@@ -103,9 +108,12 @@ def without_secrets(text: str, uri: str) -> str:
 
 
 def reason(error: BaseException, uri: str) -> str:
-    """Return what an error of MLflow says, in one line of at most MAX_REASON characters without secrets."""
+    """Return the message of an error from MLflow as one line of at most MAX_REASON characters, without secrets.
+
+    `uri` is the tracking URI, whose secrets the message may quote.
+    """
     if _is_out_of_memory(error):
-        return f"it needs more than {GROWTH_GIB:g} GiB of memory, as for an answer without an end"
+        return f"it needs more than {GROWTH_GIB:g} GiB of memory, as if the server's answer had no end"
     text = without_secrets(str(error).strip() or type(error).__name__, uri)
     lines = [line for line in text.splitlines() if not line.startswith(_SQLALCHEMY_PREFIX)]
     first_line = lines[0] if lines else text
@@ -115,7 +123,7 @@ def reason(error: BaseException, uri: str) -> str:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or the one that led to it, says that the process has no memory left."""
+    """Return whether an error, or any error in its chain of causes and contexts, is a MemoryError."""
     while error is not None and not isinstance(error, MemoryError):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,4 +1,4 @@
-"""The values under the names of `tuner.tracking.names`: what a trial's MLflow run holds, computed from its files."""
+"""Computes the parameters, metrics and tags of a trial's MLflow run; their names are in `tuner.tracking.names`."""
 
 import hashlib
 import json
@@ -12,32 +12,32 @@ from tuner.trial.finished import FinishedTrial
 from tuner.trial.program import program_name
 
 MAX_TEXT = 5000
-"""The largest number of characters in a tag. Assumed, and below the 8000 beyond which MLflow cuts a tag silently."""
+"""The most characters in a tag. Assumed; MLflow silently cuts a tag of more than 8000."""
 
 
 class Point(NamedTuple):
-    """One value of a metric."""
+    """One value of an MLflow metric."""
 
     name: str
     value: float
     step: int
-    """The position in the series; 0 for a metric that is no series."""
+    """The value's position in the metric's series, from 0; 0 for a metric that is no series."""
 
 
 def config_hash(spec: TrialSpec) -> str:
-    """A hash of what was run: workload, cluster, layout and program, but neither the sweep nor the trial's number."""
+    """Return a hash of a trial's workload, cluster, layout and program; equal for equal trials of different sweeps."""
     parts = {name: to_data(getattr(spec, name)) for name in ("workload", "cluster", "layout")}
     data = {**parts, "program": to_data(spec)["program"]}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def trial_parameters(spec: TrialSpec) -> dict[str, str]:
-    """The parameters of a trial's MLflow run, as text by name."""
+    """Return the parameters of a trial's MLflow run, as text by parameter name."""
     return {fact.name: str(fact.value(spec)) for fact in PARAMETERS}
 
 
 def trial_metrics(result: TrialResult, measures: Iterable[Measure] = METRICS) -> list[Point]:
-    """The points of the metrics that a trial measured."""
+    """Return the points of those `measures` that a trial has measured."""
     return [
         Point(measure.name, float(value), step)
         for measure in measures
@@ -46,7 +46,7 @@ def trial_metrics(result: TrialResult, measures: Iterable[Measure] = METRICS) ->
 
 
 def _values(result: TrialResult, measure: Measure) -> tuple[float, ...]:
-    """The values of a metric; empty if the trial did not measure it."""
+    """Return the values of a metric; empty if the trial did not measure it."""
     value: Any = result
     for name in measure.path.split("."):
         value = None if value is None else getattr(value, name)
@@ -58,7 +58,10 @@ def _values(result: TrialResult, measure: Measure) -> tuple[float, ...]:
 
 
 def trial_tags(spec: TrialSpec, trial: FinishedTrial, folder: TrialFolder) -> dict[str, str]:
-    """The tags of a trial's MLflow run that say what it was and how it ended, without the empty ones."""
+    """Return the tags of a trial's MLflow run that say what was run and how it ended; tags without text are left out.
+
+    The tags of `tuner.tracking.sweep_run.common_tags` and the trial's RECORD are not among them.
+    """
     result = trial.result
     tags = {
         KIND: "trial",
@@ -84,5 +87,5 @@ def trial_tags(spec: TrialSpec, trial: FinishedTrial, folder: TrialFolder) -> di
 
 
 def clip(text: str) -> str:
-    """Return a text of at most MAX_TEXT characters; a text that was cut ends with ` ...`."""
+    """Return a text cut to at most MAX_TEXT characters; a text that was cut ends with ` ...`."""
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 4] + " ..."
