@@ -1,8 +1,8 @@
 """Injects faults into trials and checks their outcomes: `python -m tests.bench.faults [cold] [forked] [FAULT...]`.
 
 Every fault is injected into a real torchrun job of two ranks, started cold or forked. A trial that must complete
-follows each faulty one. Without arguments the tuner itself is killed a hundred times as well (tests/bench/kill.py).
-The exit code is 1 if any outcome is wrong.
+follows each faulty one. Without arguments, the deaths of tuners follow (tests/orphans.py), then the
+bad nights of whole sweeps (tests/bad_nights.py), and the tuner is killed a hundred times (tests/bench/kill.py). The exit code is 1 if any outcome is wrong.
 """
 
 import shutil
@@ -18,8 +18,10 @@ from pathlib import Path
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.processes import marked_processes
+from tests.bad_nights import BAD_NIGHTS, live_through
 from tests.bench import kill
 from tests.faults import FAULTS, Fault, Programs, lost, small_disk, spec_for, wrong
+from tests.orphans import DEATHS, ORPHANS_S, PROGRAMS, kill_tuner
 from tuner.trial.contract import Outcome, TrialFolder
 
 LOG_LIMIT_MIB = 64
@@ -120,6 +122,49 @@ def try_all(faults: Sequence[Fault], starts: Sequence[str], root: Path) -> Itera
                 yield try_fault(fault, start, launchers[start], root)
 
 
+def try_deaths() -> int:
+    """Print how soon the processes of a trial end after their tuner, for each death and program; return the failures."""
+    _print_titles(
+        "tuner gets",
+        "program",
+        "processes",
+        f"alive {ORPHANS_S:g} s after its death",
+        "the last gone after s",
+    )
+    failures = 0
+    for number in DEATHS:
+        for program in PROGRAMS:
+            with tempfile.TemporaryDirectory() as folder:
+                left = kill_tuner(program, number, Path(folder))
+            failures += left.orphans > 0
+            cells = (number.name, program, str(left.began), str(left.orphans), f"{left.outlived_s:.1f}")
+            print(line(cells), flush=True)
+    return failures
+
+
+def try_nights() -> int:
+    """Print how a sweep comes through each bad night; return the failures."""
+    _print_titles("fault", "exit code", "trials kept", "changed", "orphans", "resumed", "as it has to be")
+    failures = 0
+    for night in BAD_NIGHTS:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                morning = live_through(night, Path(folder))
+            except PermissionError:
+                print(line((night.name, "not injected: no disk can be mounted here", *[""] * 5)), flush=True)
+                continue
+        wrong_text = morning.wrong(night)
+        failures += bool(wrong_text)
+        numbers = (morning.exit_code, morning.kept, morning.changed, morning.orphans)
+        resumed = f"exit code {morning.resumed_exit_code}, {morning.finished} trials"
+        print(line((night.name, *map(str, numbers), resumed, wrong_text or "yes")), flush=True)
+    return failures
+
+
+def _print_titles(*titles: str) -> None:
+    print("", line(titles), line("---" for _ in titles), sep="\n", flush=True)
+
+
 def line(cells: Iterable[str]) -> str:
     """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
@@ -145,8 +190,10 @@ def main(arguments: list[str]) -> int:
     for row in failed:
         print(f"{row.start} {row.fault.program}: {row.wrong or 'see the table'}")
     print(f"{len(rows) - len(failed)} of {len(rows)} as they have to be", flush=True)
-    killed = 0 if arguments else kill.main(KILLS, seed=0)
-    return 1 if failed else killed
+    if arguments:
+        return 1 if failed else 0
+    failures = len(failed) + try_deaths() + try_nights()
+    return 1 if failures else kill.main(KILLS, seed=0)
 
 
 if __name__ == "__main__":
