@@ -1,8 +1,9 @@
 """Injects faults into trials and checks their outcomes: `python -m tests.bench.faults [cold] [forked] [FAULT...]`.
 
 Every fault is injected into a real torchrun job of two ranks, started cold or forked. A trial that must complete
-follows each faulty one. Without arguments, the deaths of tuners follow (tests/orphans.py), then the
-bad nights of whole sweeps (tests/bad_nights.py), and the tuner is killed a hundred times (tests/bench/kill.py). The exit code is 1 if any outcome is wrong.
+follows each faulty one. Without arguments, the deaths of tuners follow (tests/orphans.py), then the bad nights of whole
+sweeps (tests/bad_nights.py), and the tuner is killed a hundred times (tests/bench/kill.py). The exit code is 1 if any
+outcome is wrong.
 """
 
 import shutil
@@ -123,7 +124,7 @@ def try_all(faults: Sequence[Fault], starts: Sequence[str], root: Path) -> Itera
 
 
 def try_deaths() -> int:
-    """Print how soon the processes of a trial end after their tuner, for each death and program; return the failures."""
+    """Print how soon a trial ends after its tuner, for each death and program; return the number of failures."""
     _print_titles(
         "tuner gets",
         "program",
@@ -143,7 +144,7 @@ def try_deaths() -> int:
 
 
 def try_nights() -> int:
-    """Print how a sweep comes through each bad night; return the failures."""
+    """Print how a sweep comes through each bad night; return the number of failures."""
     _print_titles("fault", "exit code", "trials kept", "changed", "orphans", "resumed", "as it has to be")
     failures = 0
     for night in BAD_NIGHTS:
