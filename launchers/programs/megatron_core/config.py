@@ -10,8 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallelConfig
+
+# Megatron compares the activation with this function. megatron.core.activations has another one of the same name.
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -262,11 +265,14 @@ def _latent(model: Model) -> dict[str, Any]:
 
 def _fused(model: Model, device: str) -> dict[str, Any]:
     fast = have_transformer_engine(device)
-    gated = model.gated_linear_unit and model.activation_func in {"silu", "gelu", "quick_gelu"}
+    # The activations that Megatron has fused: those of a dense MLP (mlp.py) and of grouped experts (moe/experts.py).
+    fusible = {"silu", "quick_gelu"} if model.is_moe else {"silu", "gelu", "quick_gelu"}
+    gated = model.gated_linear_unit and model.activation_func in fusible
     return {
         "gradient_accumulation_fusion": device == "cuda" and _grad_accum_fusion_available,
         "bias_activation_fusion": fast and gated,
-        "bias_dropout_fusion": fast,
+        # Transformer Engine's grouped experts refuse it if they have biases (moe/experts.py, TEGroupedMLP).
+        "bias_dropout_fusion": fast and not (model.is_moe and model.add_bias_linear),
         "masked_softmax_fusion": fast,
         "apply_rope_fusion": fast and not model.multi_latent_attention,
         "cross_entropy_loss_fusion": fast,

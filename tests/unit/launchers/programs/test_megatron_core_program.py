@@ -7,12 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.moe import moe_utils
 
 from launchers.programs.harness.attention import TorchCoreAttention, attention_mask, chunk_positions
 from launchers.programs.harness.memory import TensorAccount
 from launchers.programs.harness.weights import STD, uniform
+from launchers.programs.megatron_core import config as config_module
 from launchers.programs.megatron_core.config import transformer_config
 from launchers.programs.megatron_core.data import micro_batches, sample
+from search_spaces.loader import load_model, model_names
 from tests.trials import MODEL
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
@@ -192,3 +197,27 @@ def test_capped_attention_caps_every_score_before_the_softmax(window_size: tuple
         weights = (cap * (scores / cap).tanh()).softmax(dim=0)
         expected[place, row, head] = weights @ value[first : place + 1, row, group]
     torch.testing.assert_close(attention(query, key, value), expected.flatten(2))
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_megatron_accepts_the_fusions_that_are_chosen_beside_transformer_engine(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "have_transformer_engine", lambda device: True)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", lambda *_: None)
+    for kernel in (
+        "permute",
+        "permute_with_probs",
+        "sort_chunks_by_index",
+        "sort_chunks_by_index_with_probs",
+        "unpermute",
+    ):
+        monkeypatch.setattr(moe_utils, f"fused_{kernel}", lambda *_: None, raising=False)
+    model = load_model(name)
+    workload = Workload(model=model, seq_length=128, global_batch_size=8, precision="bf16")
+    config = transformer_config(workload, Layout(), "cuda")
+    # Two refusals of TEGroupedMLP (moe/experts.py), which cannot be built without Transformer Engine.
+    if model.is_moe and model.add_bias_linear:
+        assert not config.bias_dropout_fusion
+    if model.is_moe and config.bias_activation_fusion:
+        assert config.activation_func in {torch.nn.functional.silu, quick_gelu}
