@@ -59,6 +59,7 @@ class Engine:
             evidence, samples = self._watched(plan, folder, stop, on_heartbeat)
             result = judged_result(evidence, classify(evidence), folder)
             result = _with_telemetry(result, samples, plan.world_size, self.cores)
+            result = _with_gpus(result, evidence)
         except OSError as error:
             # The disk is full, the folder is gone, or no process can be started: the machine is at fault.
             reason = f"the trial cannot be run in {folder.path}: {error}"
@@ -80,12 +81,12 @@ class Engine:
                 limits=plan.limits, folder=folder.path, exit_code=None, survivors=survivors
             ), ()
         _prepare(folder, plan)
-        host = HostBefore.of(plan.gpus, {**os.environ, **plan.env}.get("CUDA_VISIBLE_DEVICES"))
+        host = HostBefore.of(folder.path, plan.gpus, {**os.environ, **plan.env}.get("CUDA_VISIBLE_DEVICES"))
         watch = LimitWatch(plan.limits, time.monotonic())
         watcher = JobWatcher(folder, watch, on_heartbeat)
         environment = {**inherited_environment(), **plan.env, STARTED_AT: repr(time.time())}
         job = self.start(plan.argv, environment, folder.path, launcher_log(folder))
-        sampler = Sampler(folder, host.gpus, plan.limits.trial_s, lambda: watch.phase)
+        sampler = Sampler(folder, host.gpus, plan.limits.trial_s, lambda: watch.phase, host.own_processes)
         try:
             sampler.start()
             ending = watcher.until_end(job, stop)
@@ -97,6 +98,7 @@ class Engine:
             free_bytes = shutil.disk_usage(folder.path).free
             (folder.path / _RESERVE).unlink(missing_ok=True)
             watcher.close_gaps()
+        gpus = host.gpus_after()
         evidence = JobEvidence(
             limits=plan.limits,
             folder=folder.path,
@@ -106,7 +108,9 @@ class Engine:
             silence_s=silence_s,
             free_bytes=free_bytes,
             survivors=survivors,
-            held_gpus=host.held_gpus(),
+            held_gpus=gpus.held,
+            unclear_gpus=gpus.unclear,
+            occupied_gpus=host.occupied_gpus(gpus, samples),
             heartbeat=watch.heartbeat,
             slower_than_ms=slower_than_ms,
             host_oom_kills=host.oom_kills_since(),
@@ -186,6 +190,14 @@ def _with_telemetry(
     if telemetry is None:
         return result
     return replace(result, telemetry=telemetry, suspicions=suspicions(telemetry, cores))
+
+
+def _with_gpus(result: TrialResult, evidence: JobEvidence) -> TrialResult:
+    """Add what others held of the GPUs, as far as it casts doubt on the result."""
+    if result.outcome is Outcome.OOM:
+        return replace(result, occupied_gpus=evidence.occupied_gpus)
+    unclear = (f"it cannot be seen from here whose memory it is: {line}" for line in evidence.unclear_gpus)
+    return replace(result, suspicions=(*result.suspicions, *unclear))
 
 
 def _written(result: TrialResult, folder: TrialFolder) -> TrialResult:

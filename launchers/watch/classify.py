@@ -37,6 +37,8 @@ def classify(evidence: JobEvidence) -> Judgement:
     """Return how the trial ended, as the first function of `_RULES` that recognises the evidence judges it."""
     judgements = (rule(evidence) for rule in _RULES)
     judgement = next(filter(None, judgements), None) or _unexplained(evidence)
+    if judgement.outcome is Outcome.OOM and evidence.occupied_gpus:
+        judgement = replace(judgement, reason=f"{'; '.join(evidence.occupied_gpus)}: {judgement.reason}")
     return replace(judgement, reason=" ".join(judgement.reason.split())[:_REASON_CHARACTERS])
 
 

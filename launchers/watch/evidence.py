@@ -34,7 +34,11 @@ class JobEvidence:
     free_bytes: float = float("inf")
     """Free space in bytes on the disk of the trial's folder after the job."""
     held_gpus: tuple[str, ...] = ()
-    """One line of text for each GPU that has more memory in use than before the job."""
+    """One line of text for each GPU that is lost, or whose memory the job did not give back."""
+    unclear_gpus: tuple[str, ...] = ()
+    """One line of text for each GPU that has more memory in use than before the job, by whomever."""
+    occupied_gpus: tuple[str, ...] = ()
+    """One line of text for each GPU of which others held memory before, during or after the job."""
     result: TrialResult | None = None
     """The result that the program wrote."""
     result_at_s: float = 0.0

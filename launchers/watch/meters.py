@@ -3,20 +3,15 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
 import psutil
-import pynvml
 
-from launchers.processes import MARKER
-from launchers.watch.gpus import GpuSelection, handle_of
+from launchers.watch.gpus import GpuProcess, GpuSelection, handle_of, names_of, processes_on
+from launchers.watch.ownership import OwnProcesses
 from tuner.trial.contract import Phase
-
-_GIB = 1024**3
 
 _THROTTLE_REASONS: Mapping[str, int] = {
     "SwPowerCap": 0x4,
@@ -83,42 +78,6 @@ class Meter(Protocol):
         """Read the machine once, while the trial is in `phase`."""
 
 
-class OwnProcesses:
-    """Tells the trial's processes and the tuner's from all others.
-
-    The environment of a trial's processes has a marker, the path of the trial's folder. A forked rank shows the marker
-    of the process that it was forked from: the sweep's folder, which contains the trial's.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._is_own: dict[int, bool] = {}
-        """For the ids of processes that were asked about before: whether the process is the trial's or the tuner."""
-
-    def holds(self, pid: int) -> bool:
-        """Return whether the process with this id is one of the trial's or the tuner itself."""
-        if pid not in self._is_own:
-            self._is_own[pid] = pid == os.getpid() or self._is_marked(pid)
-        return self._is_own[pid]
-
-    def processes(self) -> list[psutil.Process]:
-        """Return the trial's processes that run now, the tuner, and the tuner's descendants."""
-        tuner = psutil.Process()
-        processes = {tuner, *tuner.children(recursive=True)}
-        for pid in psutil.pids():
-            with suppress(psutil.Error):
-                if self._is_marked(pid):
-                    processes.add(psutil.Process(pid))
-        return list(processes)
-
-    def _is_marked(self, pid: int) -> bool:
-        try:
-            marker = psutil.Process(pid).environ().get(MARKER)
-        except (psutil.Error, OSError):  # it belongs to another user, has ended, or is outside our container
-            return False
-        return marker is not None and self._folder.is_relative_to(marker)
-
-
 class CpuMeter:
     """Reads the cores that this process, and so the trial, may use."""
 
@@ -159,25 +118,31 @@ class CpuMeter:
 
 
 class GpuMeter:
-    """Reads the GPUs of the trial; NVML must be initialised."""
+    """Reads the GPUs of the trial.
 
-    def __init__(self, selection: GpuSelection, own_processes: OwnProcesses) -> None:
-        self._handles = [handle_of(name) for name in selection.names()]
-        self._own_processes = own_processes
+    Args:
+        nvml: The module pynvml, or an object with its functions; it must be open.
+        selection: The GPUs of the trial.
+        own_processes: Tells the trial's processes from others.
+    """
+
+    def __init__(self, nvml: Any, selection: GpuSelection, own_processes: OwnProcesses) -> None:
+        self._nvml, self._own_processes = nvml, own_processes
+        self._handles = [handle_of(nvml, name) for name in names_of(nvml, selection)]
 
     def read(self, phase: Phase) -> Sample:
         """Read the trial's GPUs once, while the trial is in `phase`."""
-        readings = tuple(read_gpu(pynvml, handle, self._own_processes.holds) for handle in self._handles)
+        readings = tuple(read_gpu(self._nvml, handle, self._own_processes) for handle in self._handles)
         return Sample(time_s=time.time(), phase=phase, gpus=readings)
 
 
-def read_gpu(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> GpuReading:
+def read_gpu(nvml: Any, handle: Any, own_processes: OwnProcesses) -> GpuReading:
     """Return one reading of a GPU.
 
     Args:
         nvml: The module pynvml, or an object with its functions.
         handle: NVML's handle of the GPU.
-        is_own: Returns whether the process with this id belongs to the trial.
+        own_processes: Tells the trial's processes from others.
     """
 
     def answer_of(ask: Callable[..., T], *arguments: Any) -> T | None:
@@ -195,17 +160,25 @@ def read_gpu(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> GpuReadin
         energy_j=None if millijoules is None else millijoules / 1000,
         temperature_c=answer_of(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
         throttle_reasons=tuple(name for name, bit in _THROTTLE_REASONS.items() if reasons & bit),
-        foreign_memory_gib=_foreign_gib(answer_of(nvml.nvmlDeviceGetComputeRunningProcesses) or [], is_own),
+        foreign_memory_gib=_foreign_gib(processes_on(nvml, handle), own_processes),
     )
 
 
-def _foreign_gib(processes: Sequence[Any], is_own: Callable[[int], bool]) -> float | None:
-    """Return the GPU memory in GiB of processes that do not belong to the trial; None if no process belongs to it.
+def most_foreign_gib(samples: Sequence[Sample]) -> tuple[float, ...]:
+    """Return the most memory in GiB of each GPU that others were seen to hold; 0 for a GPU of which none was seen."""
+    readings = zip(*(sample.gpus for sample in samples), strict=True)
+    return tuple(max(reading.foreign_memory_gib or 0.0 for reading in of_gpu) for of_gpu in readings)
 
-    In that case no rank uses the GPU yet, or a container hides the ranks' process ids, so that a rank would count as
-    foreign.
+
+def _foreign_gib(processes: Sequence[GpuProcess], own_processes: OwnProcesses) -> float | None:
+    """Return the GPU memory in GiB of processes that do not belong to the trial; None if it cannot be told.
+
+    If a process belongs to the trial, all others do not. If none does, either no rank uses the GPU yet, or a container
+    hides whose the processes are: then only those count that are certainly not the trial's.
     """
-    foreign = [process for process in processes if not is_own(process.pid)]
+    foreign = [process for process in processes if not own_processes.holds(process.pid)]
     if len(foreign) == len(processes):
-        return None
-    return sum(process.usedGpuMemory or 0 for process in foreign) / _GIB
+        foreign = [process for process in processes if own_processes.excludes(process.pid)]
+        if not foreign:
+            return None
+    return sum(process.used_gib or 0.0 for process in foreign)

@@ -9,8 +9,9 @@ from contextlib import suppress
 import psutil
 import pynvml
 
-from launchers.watch.gpus import GpuSelection
-from launchers.watch.meters import CpuMeter, GpuMeter, Meter, OwnProcesses, Sample
+from launchers.watch.gpus import GpuSelection, driver
+from launchers.watch.meters import CpuMeter, GpuMeter, Meter, Sample
+from launchers.watch.ownership import OwnProcesses
 from tuner.files import to_data
 from tuner.trial.contract import Phase, TrialFolder
 
@@ -36,12 +37,19 @@ class Sampler:
         gpus: The GPUs of the trial; if it has none, the CPU is sampled.
         trial_s: The trial's time limit in seconds.
         phase: Returns the phase that the trial is in.
+        own_processes: Tells the trial's processes from others; None if nothing is known of the time before the trial.
     """
 
     def __init__(
-        self, folder: TrialFolder, gpus: GpuSelection, trial_s: float, phase: Callable[[], Phase]
+        self,
+        folder: TrialFolder,
+        gpus: GpuSelection,
+        trial_s: float,
+        phase: Callable[[], Phase],
+        own_processes: OwnProcesses | None = None,
     ) -> None:
         self._folder, self._gpus, self._phase = folder, gpus, phase
+        self._own_processes = own_processes or OwnProcesses(folder.path)
         self._sparse_s = max(_SPARSE_S, trial_s / MOST_SAMPLES)
         self._samples: list[Sample] = []
         self._over = threading.Event()
@@ -58,17 +66,12 @@ class Sampler:
         return tuple(self._samples)
 
     def _run(self) -> None:
-        own_processes = OwnProcesses(self._folder.path)
         # Without a driver, or the right to ask it, the trial goes on without telemetry.
         with suppress(pynvml.NVMLError, psutil.Error, OSError):
             if not self._gpus.count:
-                self._sample(CpuMeter(own_processes))
-                return
-            pynvml.nvmlInit()
-            try:
-                self._sample(GpuMeter(self._gpus, own_processes))
-            finally:
-                pynvml.nvmlShutdown()
+                self._sample(CpuMeter(self._own_processes))
+            else:
+                self._sample(GpuMeter(driver().open(), self._gpus, self._own_processes))
 
     def _sample(self, meter: Meter) -> None:
         last_phase: Phase | None = None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launchers.watch.gpus import GpuSelection
-from launchers.watch.meters import OwnProcesses
+from launchers.watch.ownership import OwnProcesses
 from launchers.watch.sampling import Sampler
 from launchers.watch.telemetry import summarise
 from tuner.trial.contract import TrialFolder

@@ -18,7 +18,8 @@ import pytest
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.processes import MARKER
-from launchers.watch.meters import CpuMeter, OwnProcesses
+from launchers.watch.meters import CpuMeter
+from launchers.watch.ownership import OwnProcesses
 from launchers.watch.telemetry import FOREIGN_LOAD
 from tests.integration.programs.measures import TIMED_S
 from tests.trials import CLUSTER, spec_of

@@ -51,7 +51,7 @@ class Observation:
             step_time_ms=metrics.step_time_ms if metrics else None,
             slower_than_ms=result.slower_than_ms,
             peak_gib=_peak_gib(result),
-            out_of_memory=result.outcome is Outcome.OOM,
+            out_of_memory=result.is_too_large,
             fixed_s=durations.total_s - durations.warmup_s - durations.measure_s,
             steps=len(metrics.losses) if metrics else 0,
         )

@@ -290,6 +290,8 @@ class TrialResult:
     """The state of the machine while the steps were timed; None if nothing was sampled."""
     suspicions: tuple[OneLine, ...] = ()
     """Reasons not to trust the measurement, one line each: the machine was throttled or shared."""
+    occupied_gpus: tuple[OneLine, ...] = ()
+    """One line per GPU of which others held memory while the trial ran out of it."""
     ranks: tuple[RankRecord, ...] = ()
     """The records of the ranks that left one."""
     durations: Durations = field(default_factory=Durations)
@@ -305,6 +307,14 @@ class TrialResult:
             raise ValueError("metrics are present exactly if the outcome is completed")
         if self.slower_than_ms is not None and (self.metrics is not None or self.slower_than_ms <= 0):
             raise ValueError("slower_than_ms must be above 0, and absent if there are metrics")
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the trial shows that its layout needs more memory than there is.
+
+        A trial that ran out of memory on a GPU of which others held some does not.
+        """
+        return self.outcome is Outcome.OOM and not self.occupied_gpus
 
 
 @dataclass(frozen=True, slots=True)

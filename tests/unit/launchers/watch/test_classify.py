@@ -198,6 +198,14 @@ def test_gpus_that_are_not_given_back_override_even_a_measurement() -> None:
     assert "processes: 4242" in judgement.reason
 
 
+def test_an_out_of_memory_names_what_others_held_of_the_gpu() -> None:
+    others = ("others held 20.00 GiB of GPU 0 (processes: 77)",)
+    judgement = classify(replace(ENDED, records=(OOM,), occupied_gpus=others))
+    assert judgement.outcome is Outcome.OOM
+    assert judgement.reason.startswith(f"{others[0]}: OutOfMemoryError in measure")
+    assert "others held" not in classify(replace(ENDED, records=(PEER,), occupied_gpus=others)).reason
+
+
 FULL = "[Errno 28] No space left on device"
 
 

@@ -1,7 +1,9 @@
 """Samples of the machine are read in our units, summed up, and make a measurement suspect where it was disturbed."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.watch.meters import CpuReading, GpuReading, Sample, read_gpu
+from launchers.watch import ownership
+from launchers.watch.meters import CpuReading, GpuReading, Sample, most_foreign_gib, read_gpu
+from launchers.watch.ownership import OwnProcesses
 from launchers.watch.sampling import MOST_SHARE, pause_s
 from launchers.watch.telemetry import summarise, suspicions
 from tuner.trial.contract import Phase, Telemetry
@@ -156,7 +160,9 @@ def nvml(**functions: Any) -> SimpleNamespace:
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: 0x4,
         "nvmlDeviceGetClockInfo": lambda handle, kind: {pynvml.NVML_CLOCK_SM: 1755}[kind],
         "nvmlDeviceGetTemperature": lambda handle, sensor: {pynvml.NVML_TEMPERATURE_GPU: 64}[sensor],
-        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [process(7, 60.0)],
+        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [process(OWN, 60.0)],
+        "nvmlDeviceGetMPSComputeRunningProcesses": lambda handle: [],
+        "nvmlDeviceGetGraphicsRunningProcesses": lambda handle: [],
         "NVML_CLOCK_SM": pynvml.NVML_CLOCK_SM,
         "NVML_TEMPERATURE_GPU": pynvml.NVML_TEMPERATURE_GPU,
         "NVMLError": pynvml.NVMLError,
@@ -168,8 +174,9 @@ def process(pid: int, used_gib: float | None) -> SimpleNamespace:
     return SimpleNamespace(pid=pid, usedGpuMemory=None if used_gib is None else int(used_gib * GIB))
 
 
-def is_own(pid: int) -> bool:
-    return pid == 7
+OWN, EARLIER = os.getpid(), 2**22 + 7
+"""Ids of a process of the trial, and of one that used the GPU before the trial; no process has an id above 2^22."""
+OWN_PROCESSES = OwnProcesses(Path("/night/trials/t0000"), (EARLIER,))
 
 
 def test_every_function_that_is_used_exists_in_nvml() -> None:
@@ -177,7 +184,7 @@ def test_every_function_that_is_used_exists_in_nvml() -> None:
 
 
 def test_a_gpu_is_read_in_our_units() -> None:
-    assert read_gpu(nvml(), "handle", is_own) == GpuReading(
+    assert read_gpu(nvml(), "handle", OWN_PROCESSES) == GpuReading(
         clock_mhz=1755,
         power_w=641.25,
         energy_j=91_234_567.89,
@@ -187,10 +194,15 @@ def test_a_gpu_is_read_in_our_units() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in vars(nvml()) if name.startswith("nvmlDevice")])
+LISTS = {"nvmlDeviceGetMPSComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"}
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for name in vars(nvml()) if name.startswith("nvmlDevice")} - LISTS)
+)
 def test_a_figure_that_a_gpu_lacks_is_left_out_and_the_rest_is_read(name: str) -> None:
-    usual = read_gpu(nvml(), "handle", is_own)
-    reading = read_gpu(nvml(**{name: raises(pynvml.NVML_ERROR_NOT_SUPPORTED)}), "handle", is_own)
+    usual = read_gpu(nvml(), "handle", OWN_PROCESSES)
+    reading = read_gpu(nvml(**{name: raises(pynvml.NVML_ERROR_NOT_SUPPORTED)}), "handle", OWN_PROCESSES)
     changed = [field for field in GpuReading.__slots__ if getattr(reading, field) != getattr(usual, field)]
     assert len(changed) == 1
     assert getattr(reading, changed[0]) in (None, ())
@@ -215,22 +227,45 @@ def test_throttle_reasons_have_nvmls_names_and_leave_out_harmless_ones(
     mask: int, reasons: tuple[str, ...]
 ) -> None:
     functions = nvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: mask)
-    assert read_gpu(functions, "handle", is_own).throttle_reasons == reasons
+    assert read_gpu(functions, "handle", OWN_PROCESSES).throttle_reasons == reasons
 
 
 @pytest.mark.parametrize(
     ("processes", "foreign_gib"),
     [
         ([], None),
-        ([process(7, 60.0)], 0.0),
-        ([process(7, 60.0), process(8, 3.5), process(9, 0.5)], 4.0),
-        ([process(8, 3.5)], None),
-        ([process(7, 60.0), process(8, None)], 0.0),
+        ([process(OWN, 60.0)], 0.0),
+        ([process(OWN, 60.0), process(8, 3.5), process(9, 0.5)], 4.0),
+        ([process(OWN, 60.0), process(8, None)], 0.0),
+        ([process(EARLIER, 3.5)], 3.5),
     ],
 )
-def test_foreign_memory_is_known_where_our_own_is(processes: list[Any], foreign_gib: float | None) -> None:
+def test_foreign_memory_is_known_where_our_own_is_or_what_was_there_before(
+    processes: list[Any], foreign_gib: float | None
+) -> None:
     functions = nvml(nvmlDeviceGetComputeRunningProcesses=lambda handle: processes)
-    assert read_gpu(functions, "handle", is_own).foreign_memory_gib == foreign_gib
+    assert read_gpu(functions, "handle", OWN_PROCESSES).foreign_memory_gib == foreign_gib
+
+
+def test_in_a_container_only_what_was_there_before_is_known_to_be_foreign(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ownership, "sees_all_processes", lambda: False)
+    hidden_rank, parent = process(2**22 + 8, 60.0), process(os.getppid(), 9.0)
+    for processes, foreign_gib in (
+        ([hidden_rank], None),
+        ([hidden_rank, parent], None),
+        ([hidden_rank, process(EARLIER, 3.5)], 3.5),
+    ):
+        functions = nvml(nvmlDeviceGetComputeRunningProcesses=lambda handle, listed=processes: listed)
+        assert read_gpu(functions, "handle", OWN_PROCESSES).foreign_memory_gib == foreign_gib
+
+
+def test_the_most_foreign_memory_is_told_for_each_gpu() -> None:
+    silent, shared = replace(QUIET, foreign_memory_gib=None), replace(QUIET, foreign_memory_gib=5.0)
+    assert most_foreign_gib([of_gpus(QUIET, silent), of_gpus(shared, silent)]) == (5.0, 0.0)
+    assert most_foreign_gib([of_cpu(0.0, 1.0, None)]) == ()
+    assert most_foreign_gib([]) == ()
 
 
 @given(st.floats(0, 1e5), st.floats(0, 1.0), st.floats(1.0, 60.0))
