@@ -27,13 +27,14 @@ UNFINISHED: Final = frozenset({Outcome.INFRASTRUCTURE, Outcome.INTERRUPTED})
 INDEX: Final = "trials.db"
 """The name of the index of the trials in a sweep's results folder."""
 INDEX_VERSION: Final = 1
-"""The version of the index. It grows with each change of what a FinishedTrial holds, or of how it follows from the files
-of a trial."""
+"""The version of the index. It grows with each change of what a FinishedTrial holds, or of how it follows from the
+files of a trial."""
 MOST_UNINDEXED: Final = 100
 """Trials that are read from their folders before the index is brought up to date. Assumed: they take 30 ms, and the
 folder of a short sweep needs no index."""
 MOST_UNINDEXED_SHARE: Final = 0.02
-"""The share of all trials that may be read so, beyond MOST_UNINDEXED, since the index is written as a whole. Assumed."""
+"""The share of all trials that may be read so even beyond MOST_UNINDEXED, since the index is written as a whole.
+Assumed."""
 
 _Ranks = tuple[RankRecord, ...]
 
@@ -139,7 +140,8 @@ def read_trials(results: Path, *, with_ranks: bool = True) -> list[FinishedTrial
 def _names(trials: Path) -> list[str]:
     """Return the names of all trial folders, sorted; none if there is no such folder."""
     try:
-        return sorted(name for name in os.listdir(trials) if name.startswith("t"))
+        with os.scandir(trials) as entries:
+            return sorted(entry.name for entry in entries if entry.name.startswith("t"))
     except FileNotFoundError:
         return []
 
@@ -161,7 +163,9 @@ def _entry(trial: FinishedTrial, stamp: str) -> Entry:
 def _indexed(entries: Mapping[str, Entry], *, with_ranks: bool) -> dict[str, FinishedTrial]:
     """Return the trials that the index holds, by the names of their folders; none if it is damaged."""
     try:
-        trials = adapter(list[FinishedTrial]).validate_json(_json_list(entry.trial for entry in entries.values()))
+        trials = adapter(list[FinishedTrial]).validate_json(
+            _json_list(entry.trial for entry in entries.values())
+        )
         names = [trial_name(trial.number) for trial in trials]
         if names != list(entries):
             return {}

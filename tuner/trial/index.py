@@ -7,6 +7,7 @@ as a whole, so that two processes may read and write it at once.
 """
 
 import os
+import secrets
 import sqlite3
 import stat
 from collections.abc import Iterable, Mapping
@@ -15,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_TABLE: Final = (
-    "CREATE TABLE trials (name TEXT PRIMARY KEY, stamp TEXT NOT NULL, trial BLOB NOT NULL, ranks BLOB NOT NULL)"
-)
+_TABLE: Final = "CREATE TABLE trials (name TEXT PRIMARY KEY, stamp TEXT NOT NULL, trial BLOB NOT NULL, ranks BLOB NOT NULL)"
 _INSERT: Final = "INSERT INTO trials VALUES (?, ?, ?, ?)"
 _ROWS: Final = "SELECT name, stamp, trial, ranks FROM trials"
 
@@ -83,10 +82,9 @@ def write_index(path: Path, version: int, entries: Mapping[str, Entry]) -> None:
     """Replace the index by these entries, unless they are too many or the folder cannot be written."""
     if sum(len(entry.trial) + len(entry.ranks) for entry in entries.values()) > MOST_BYTES // 2:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several may write at once
     with suppress(OSError, sqlite3.Error):
         try:
-            temporary.unlink(missing_ok=True)
             with closing(sqlite3.connect(temporary, isolation_level=None)) as database:
                 # A power loss may leave a damaged index, which is as good as none.
                 database.execute("PRAGMA synchronous = OFF")
