@@ -1,4 +1,4 @@
-"""The command line and the environment of a trial's job; both are the same for all launchers."""
+"""Builds the command line and the environment of a trial's job, for every launcher in the same way."""
 
 import math
 import os
@@ -17,13 +17,13 @@ from tuner.trial.launcher import Place
 from tuner.trial.program import BridgeRecipe, Command, MegatronLm, fill
 
 PROGRAMS: Mapping[str, str] = {"megatron_core": "launchers.programs.megatron_core"}
-"""The module of each program that a spec may name."""
+"""The Python module of each program that a spec may state by name."""
 
 BRIDGE = "launchers.programs.megatron_bridge"
 """The module that runs a recipe of Megatron Bridge."""
 
 COMMAND = "launchers.programs.command"
-"""The module that runs a command, or a command line of Megatron-LM."""
+"""The module that runs a user's command, or a command line of Megatron-LM."""
 
 
 def job_argv(
@@ -32,21 +32,21 @@ def job_argv(
     """Return the command line of a trial's job.
 
     Args:
-        spec: The trial.
-        folder: Its folder.
-        torchrun: The words that start one rank per GPU, up to the program's own words.
-        programs: The module of each program that the spec may name.
+        spec: The trial's spec.
+        folder: The trial's folder.
+        torchrun: The torchrun command that starts one rank per GPU, up to the program, which is appended.
+        programs: The Python module of each program that the spec may state by name.
 
     Raises:
-        InputError: if `programs` lacks the spec's program.
+        InputError: if the spec states a program's name that `programs` lacks.
     """
     files = (str(folder.spec), str(folder.path))
-    if isinstance(spec.program, Command):  # which processes it starts is for the command itself to say
+    if isinstance(spec.program, Command):  # without torchrun: the command itself starts the ranks
         return (sys.executable, "-m", COMMAND, *files, *filled_command(spec, folder))
     if isinstance(spec.program, MegatronLm):
         steps = spec.measurement.warmup_steps + spec.measurement.max_steps
         words = trial_words(spec.program.megatron_lm, spec.layout, spec.workload, steps)
-        # The command's output is what is measured, so none of it may go into files of the ranks.
+        # The measurement is read from the command's output, so the ranks must not write theirs to files.
         return (sys.executable, "-m", COMMAND, *files, *torchrun, "--redirects=0", *words)
     if isinstance(spec.program, BridgeRecipe):
         return (*torchrun, "-m", BRIDGE, *files)
@@ -59,10 +59,10 @@ def job_argv(
 
 
 def filled_command(spec: TrialSpec, folder: TrialFolder) -> tuple[str, ...]:
-    """Return the words of a spec's command with its placeholders filled in.
+    """Return the arguments of a spec's command, with values in place of placeholders such as `{tp}` or `{folder}`.
 
     Raises:
-        TypeError: if the spec's program is no command.
+        TypeError: if the spec's program is not a `Command`.
     """
     if not isinstance(spec.program, Command):
         raise TypeError(f"program '{spec.program}' is no command")
@@ -95,15 +95,15 @@ def job_environment(
     cores: int,
     grace_s: float,
 ) -> dict[str, str]:
-    """Return the variables that are set on top of the inherited environment.
+    """Return the environment variables that a trial's job gets in addition to those that it inherits.
 
     Args:
-        spec: The trial.
-        folder: Its folder, which marks the job's processes.
-        place: The GPUs that it runs on.
+        spec: The trial's spec.
+        folder: The trial's folder; its path is the value of MARKER, by which the job's processes are found.
+        place: The GPUs on which the trial runs.
         inherited: The environment that the job inherits.
-        cores: CPU cores of a node that the ranks share.
-        grace_s: The time that the ranks get between SIGTERM and SIGKILL.
+        cores: The number of CPU cores of a node that the ranks share.
+        grace_s: The time between SIGTERM and SIGKILL for the ranks, in seconds.
     """
     cluster = spec.cluster
     on_cpu = cluster.device == "cpu"
@@ -113,10 +113,10 @@ def job_environment(
         "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": str(max(1, cores // cluster.world_size) if on_cpu else 1),
         **LOOPBACK,
-        # How long torchrun waits for its ranks after SIGTERM; once a rank has failed, it waits 30 s whatever is set.
+        # How long torchrun waits for its ranks after SIGTERM, in s. After a rank's failure it always waits 30 s.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
     }
-    if on_cpu:  # A rank that saw a GPU would use it, and hold its memory.
+    if on_cpu:  # A rank that saw a GPU would use it and take its memory.
         return env | {"CUDA_VISIBLE_DEVICES": ""}
     if place.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))

@@ -1,7 +1,7 @@
-"""Runs the plan of a trial to its end, whatever starts the job's processes: the part that all launchers share.
+"""Runs a planned job to its end and returns the trial's result: the part that all launchers share.
 
-A launcher plans and brings a `Start`; this module prepares the folder, watches the job, ends it, collects the
-evidence, and writes the result.
+A launcher makes the plan, and passes a function that starts the job's processes (`Start`). This module prepares the
+trial's folder, watches the job, ends it, collects the evidence, and writes the result.
 """
 
 import math
@@ -30,30 +30,37 @@ from tuner.trial.contract import Heartbeat, Outcome, TrialFolder, TrialResult
 from tuner.trial.launcher import LaunchPlan
 
 Start = Callable[[tuple[str, ...], Mapping[str, str], Path, Path], RunningJob]
-"""Starts a command with an environment in a folder, its output appended to a file; raises OSError."""
+"""A function that starts a job. It takes the command line, the whole environment, the working directory, and the file
+to which stdout and stderr are appended. It raises OSError if the job cannot be started."""
 
 OnHeartbeat = Callable[[Heartbeat], None]
 
 _RESERVE = ".reserve"
-"""A file that stands in the folder while the job runs: its removal makes room for the result on a full disk."""
+"""The name of a file that lies in the trial's folder while the job runs. Its removal makes room for the result if the
+disk is full."""
 _RESERVE_BYTES = 1 << 18
-"""The size of the file _RESERVE. Assumed: several times the size of a result, its log lines and the ranks' records."""
+"""The size of the file _RESERVE in bytes. Assumed: several times the size of a result, its log lines and the ranks'
+records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Runs launch plans. `run` may be called from several threads at once, each with the plan of another trial."""
+    """Runs launch plans. Several threads may call `run` at once, each with the plan of another trial."""
 
     start: Start
     grace_s: float
-    """The time between SIGTERM and SIGKILL."""
+    """The time between SIGTERM and SIGKILL, in seconds."""
     cores: int
-    """CPU cores that the ranks of a trial share."""
+    """The number of CPU cores that the ranks of a trial share."""
 
     def run(
         self, plan: LaunchPlan, stop: threading.Event, on_heartbeat: OnHeartbeat | None = None
     ) -> TrialResult:
-        """See `tuner.trial.launcher.Launcher.run`."""
+        """Run a planned job to its end, write the trial's result into its folder, and return it.
+
+        The arguments are those of `tuner.trial.launcher.Launcher.run`. A job that cannot be run, as on a full disk, has
+        the outcome INFRASTRUCTURE; no OSError is raised.
+        """
         folder, started_s = TrialFolder(plan.folder), time.monotonic()
         try:
             evidence, samples = self._watched(plan, folder, stop, on_heartbeat)
@@ -75,7 +82,10 @@ class Engine:
         stop: threading.Event,
         on_heartbeat: OnHeartbeat | None,
     ) -> tuple[JobEvidence, tuple[Sample, ...]]:
-        """Run the job to its end; return what is left of it, and what was sampled of the machine meanwhile."""
+        """Run the job to its end; return the evidence of how it ended, and the samples of the machine's telemetry.
+
+        If processes of an earlier attempt cannot be ended, no job is started, and the evidence names these processes.
+        """
         if survivors := end_marked(plan.env[MARKER], self.grace_s):
             return JobEvidence(
                 limits=plan.limits, folder=folder.path, exit_code=None, survivors=survivors
@@ -120,7 +130,7 @@ class Engine:
 
 
 def _prepare(folder: TrialFolder, plan: LaunchPlan) -> None:
-    """Make the folder ready for the job: without an earlier attempt's files, with the plan and the planned files."""
+    """Prepare the trial's folder for the job: move files of an earlier attempt aside, and write the plan's files."""
     set_aside(folder)
     folder.log.mkdir(parents=True)
     for name, text in plan.files.items():
@@ -131,9 +141,9 @@ def _prepare(folder: TrialFolder, plan: LaunchPlan) -> None:
 
 
 def set_aside(folder: TrialFolder) -> None:
-    """Move the files of an earlier attempt into a folder of their own.
+    """Move the files of an earlier attempt, if there are any, from the trial's folder into a subfolder of it.
 
-    The result moves first: while it is there, the trial counts as done.
+    `result.json` is moved first, since the trial counts as finished while that file is in the trial's folder.
     """
     attempt_paths = (
         folder.result,
@@ -155,7 +165,16 @@ def set_aside(folder: TrialFolder) -> None:
 
 
 def judged_result(evidence: JobEvidence, judgement: Judgement, folder: TrialFolder) -> TrialResult:
-    """Return the program's own result if the judgement agrees with it, else our judgement with the ranks' records."""
+    """Return a trial's result.
+
+    It is the result that the program has written, if the program measured something and `judgement` has the same
+    outcome. Otherwise it states the outcome and reason of `judgement`, with the ranks' records and no metrics.
+
+    Args:
+        evidence: What the job has left, with the program's result.
+        judgement: The outcome that `launchers.watch.classify` derives from the evidence.
+        folder: The trial's folder; the reason of a failed job names a log file in it.
+    """
     reported = evidence.result
     has_measured = judgement.outcome in {Outcome.COMPLETED, Outcome.TOO_SLOW}
     if reported and reported.outcome is judgement.outcome and has_measured:
@@ -176,7 +195,7 @@ def judged_result(evidence: JobEvidence, judgement: Judgement, folder: TrialFold
 
 
 def _telling_log(folder: TrialFolder, rank: int | None) -> Path:
-    """Return the file that a reader of a failure opens first: the rank's error output, else the launcher's output."""
+    """Return the log file to read first after a failure: the failed rank's stderr.log, or else the launcher's log."""
     paths = [] if rank is None else rank_logs(folder).get(rank, [])
     return next((path for path in paths if path.name == "stderr.log"), launcher_log(folder))
 
@@ -184,7 +203,7 @@ def _telling_log(folder: TrialFolder, rank: int | None) -> Path:
 def _with_telemetry(
     result: TrialResult, samples: Sequence[Sample], world_size: int, cores: int
 ) -> TrialResult:
-    """Add what the machine did while steps were timed, and whether that disturbed them."""
+    """Return the result with the machine's telemetry during the timed steps, and the suspicions that this raises."""
     metrics = result.metrics
     telemetry = summarise(samples, metrics.tokens_per_s_per_gpu * world_size if metrics else None)
     if telemetry is None:
@@ -193,7 +212,10 @@ def _with_telemetry(
 
 
 def _with_gpus(result: TrialResult, evidence: JobEvidence) -> TrialResult:
-    """Add what others held of the GPUs, as far as it casts doubt on the result."""
+    """Return the result with what other processes held of the GPUs' memory, if that casts doubt on the result.
+
+    After an OOM, these are the GPUs on which others held memory. Otherwise they become suspicions.
+    """
     if result.outcome is Outcome.OOM:
         return replace(result, occupied_gpus=evidence.occupied_gpus)
     unclear = (f"it cannot be seen from here whose memory it is: {line}" for line in evidence.unclear_gpus)
@@ -201,7 +223,10 @@ def _with_gpus(result: TrialResult, evidence: JobEvidence) -> TrialResult:
 
 
 def _written(result: TrialResult, folder: TrialFolder) -> TrialResult:
-    """Write the result; return it, or the failure to write it. A completed trial's result is returned in any case."""
+    """Write the result into the trial's folder and return it.
+
+    If it cannot be written, return the outcome INFRASTRUCTURE instead, unless the trial completed.
+    """
     try:
         write_json(folder.result, result)
     except OSError as error:

@@ -1,11 +1,12 @@
-"""Runs a command for a process that may be killed: `python -m launchers.guard COMMAND...`.
+"""Runs a command, and ends it if the process that started the guard dies: `python -m launchers.guard COMMAND...`.
 
-A killed process cannot end what it started, but the kernel closes its end of every pipe. The guard's standard input
-is such a pipe: when it ends, the guard ends the command and everything that the command started. The guard adopts
-processes whose parent dies, so it also finds those that moved to a session of their own.
+A killed process cannot end what it started, but the kernel closes its ends of all pipes. The guard's standard input
+is a pipe from the process that started the guard. When this input ends, the guard ends the command and everything that
+the command started. The guard becomes the parent of processes whose own parent dies, so it also finds those that moved
+to another session.
 
-The command writes to the guard's standard error. The guard's standard output gets one line, the command's exit code
-(negative for a signal); then the guard waits for the end of its input.
+The command's output goes to the guard's standard error. When the command ends, the guard writes one line to its
+standard output, the command's exit code (negative for a signal), and waits for the end of its input.
 """
 
 import ctypes
@@ -21,7 +22,8 @@ import psutil
 from launchers.processes import end_processes, is_running
 
 ORPHAN_GRACE_S = 2.0
-"""The time between SIGTERM and SIGKILL for a job whose tuner has died. Assumed: the next tuner may need the GPUs."""
+"""The time between SIGTERM and SIGKILL for a job whose tuner has died, in seconds. Assumed; it is short, since the next
+tuner may need the GPUs."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 """An option of prctl, from linux/prctl.h."""
@@ -29,12 +31,12 @@ _POLL_MS = 500
 
 
 def main(command: list[str]) -> int:
-    """Run the command as the module says; return 0."""
+    """Run a command as the module's docstring says; exit this process with code 0 when everything has ended."""
     answers = os.dup(1)
     os.dup2(2, 1)
     adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # The command gets these signals itself. A handler is not inherited, as SIG_IGN would be.
+        # Ignored here: the command gets these signals itself. Unlike SIG_IGN, a handler is not inherited by it.
         signal.signal(number, lambda *_: None)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     code = wait_for_end(process.pid, 0)
@@ -48,19 +50,19 @@ def main(command: list[str]) -> int:
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of each descendant whose own parent dies."""
+    """Have the kernel make this process the new parent of each descendant whose own parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def wait_for_end(pid: int, pipe: int) -> int | None:
-    """Wait for a child process and reap it.
+    """Wait until a child process or a pipe ends; reap the child if it has ended.
 
     Args:
         pid: The child's process id.
-        pipe: A file descriptor to which nobody writes meanwhile.
+        pipe: The file descriptor of a pipe's reading end. Anything that is written to it counts as its end.
 
     Returns:
-        The exit code, negative for a signal; None if the pipe ended first.
+        The child's exit code, negative for a signal; None if the pipe ended first.
     """
     end = os.pidfd_open(pid)
     try:
@@ -78,13 +80,13 @@ def wait_for_end(pid: int, pipe: int) -> int | None:
 
 
 def end_descendants() -> None:
-    """End all processes below this one, and reap those that are its children."""
+    """End all descendants of this process, and reap those that are its children."""
     end_processes(_descendants, ORPHAN_GRACE_S)
     reap()
 
 
 def reap() -> None:
-    """Reap the children that have ended."""
+    """Reap the children of this process that have ended, without waiting for others."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -1,4 +1,4 @@
-"""Processes and who owns them: how a job's processes are started, found and ended, and what they inherit."""
+"""Starts, finds and ends the processes of a job, and builds the environment that they inherit."""
 
 import os
 import select
@@ -16,28 +16,35 @@ import psutil
 import launchers
 
 MARKER = "MEGATUNE_TRIAL"
-"""The environment variable that holds the trial's folder, by which its processes are found wherever they moved."""
+"""The environment variable that holds the path of the trial's folder. The trial's processes are found by this marker,
+even if they moved to another session or parent."""
 
 STARTED_AT = "MEGATUNE_STARTED_AT"
-"""The environment variable that tells a program when its launcher began, in seconds since the epoch."""
+"""The environment variable that holds the time when the launcher started the job, in seconds since the epoch."""
 
 TORCHRUN = ("-m", "launchers.local.agent")
-"""What follows `python` on the command line of torchrun with a rendezvous that listens on loopback alone."""
+"""The arguments of `python` that start our torchrun, whose rendezvous listens on the loopback interface only."""
 
 LOOPBACK: Mapping[str, str] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-"""The variables by which Gloo and NCCL listen on loopback alone. Both would choose the first network interface."""
+"""Environment variables that make Gloo and NCCL listen on the loopback interface only. Without these, both choose the
+first network interface."""
 
 _FOREIGN_VARIABLES = ("TORCHELASTIC_", "PET_")
-"""Prefixes of variables that a torchrun which started the tuner has set; our torchrun would take them as its own."""
+"""Prefixes of environment variables that torchrun sets. If the tuner itself runs under a torchrun, a job must not
+inherit them, since the job's torchrun would read them."""
 
 _KILL_S = 10.0
-"""How long the kernel gets to take away a killed process. Assumed: one that stays longer hangs in a driver."""
+"""How long to wait for the end of a process after SIGKILL, in seconds. Assumed: one that lasts longer hangs in a
+driver."""
 
 _POLL_S = 0.05
 
 
 def python_path() -> list[str]:
-    """Return the entries of PYTHONPATH for children: our packages when they run from a checkout, then the user's."""
+    """Return the entries of PYTHONPATH for child processes.
+
+    The first is megatune's checkout, unless megatune is installed as a package. The rest is this process's PYTHONPATH.
+    """
     root = Path(launchers.__file__).parents[1]
     # An installed package is found without help, and site-packages in front would hide the standard library.
     checkout = [] if root.name in {"site-packages", "dist-packages"} else [str(root)]
@@ -46,17 +53,17 @@ def python_path() -> list[str]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return our own environment as a job inherits it, without the variables of another torchrun."""
+    """Return the environment that a job inherits: our own, without variables that a torchrun around the tuner set."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_VARIABLES)}
 
 
 def loopback_torchrun(ranks: int, name: str, log: Path) -> tuple[str, ...]:
-    """Return the command line that starts `ranks` ranks on this machine under torchrun, up to the program's name.
+    """Return the torchrun command that starts ranks on this machine; the caller appends the program and its arguments.
 
     Args:
-        ranks: How many processes to start.
-        name: The rendezvous's id, which torchrun's log names.
-        log: The folder of the ranks' output.
+        ranks: The number of ranks to start.
+        name: The id of the rendezvous, which appears in torchrun's log.
+        log: The folder for the ranks' output.
     """
     return (
         sys.executable,
@@ -74,7 +81,7 @@ def loopback_torchrun(ranks: int, name: str, log: Path) -> tuple[str, ...]:
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Return whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -82,7 +89,7 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def _other_processes(belongs: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
-    """Return the running processes of this machine, except this process, that `belongs` holds for."""
+    """Return the running processes of this machine for which `belongs` returns True, without this process."""
     belonging = []
     for pid in psutil.pids():  # psutil.process_iter has a cache that threads would share
         # Other users' processes cannot be read, and any process may end while it is looked at.
@@ -94,7 +101,7 @@ def _other_processes(belongs: Callable[[psutil.Process], bool]) -> list[psutil.P
 
 
 def marked_processes(folder: str) -> list[psutil.Process]:
-    """Return the running processes of this machine whose marker is `folder` or a folder in it."""
+    """Return the running processes of this machine whose environment variable MARKER is `folder` or a path below it."""
     return _other_processes(lambda process: _is_marked(process, folder))
 
 
@@ -104,34 +111,42 @@ def _is_marked(process: psutil.Process, folder: str) -> bool:
 
 
 class RunningJob(Protocol):
-    """The processes of one trial, the whole tree of them."""
+    """All processes of a running job: its first process and everything that this one has started."""
 
     def ended(self) -> bool:
-        """Return whether the first process has ended."""
+        """Return whether the job's first process has ended."""
 
     def end(self, grace_s: float) -> tuple[int, ...]:
-        """End every process by SIGTERM, and by SIGKILL after `grace_s`; may be called again.
+        """End every process of the job by SIGTERM, and by SIGKILL after `grace_s` seconds; may be called again.
 
         Returns:
-            The ids of the processes that even SIGKILL did not end: those that hang in a driver.
+            The ids of the processes that even SIGKILL did not end, because they hang in a driver.
         """
 
     @property
     def exit_code(self) -> int | None:
-        """The first process's exit code, negative for a signal; None before `end`."""
+        """The exit code of the job's first process, negative for a signal; may be None before `end` was called."""
 
 
 class ColdJob:
-    """A job that starts as a new process and imports everything anew.
+    """A job that starts as a new process, and so imports all its modules again.
 
-    The process is a guard (`launchers.guard`), which runs the command and ends it if this process dies. The job's
-    processes are found in three ways: as descendants of the guard, as members of its process group, and by the marker.
+    The new process is a guard (`launchers.guard`), which runs the command, and ends it if the tuner dies. The job's
+    processes are found in three ways: as descendants of the guard, as members of the guard's process group, and by the
+    environment variable MARKER.
     """
 
     def __init__(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> None:
-        """Start `argv` in `folder`, in a session of its own, with its output appended to `output`; raises OSError.
+        """Start a command in a new session.
 
-        `env` must hold the marker, and a PYTHONPATH that starts with the entries of `python_path`.
+        Args:
+            argv: The command line.
+            env: The whole environment of the job; it has MARKER, and a PYTHONPATH that starts as `python_path` does.
+            folder: The job's working directory.
+            output: The file to which the job's stdout and stderr are appended.
+
+        Raises:
+            OSError: if the process cannot be started, or the output file cannot be written.
         """
         self._marker = env[MARKER]
         with output.open("ab") as file:
@@ -148,17 +163,20 @@ class ColdJob:
         self._has_ended = False
 
     def ended(self) -> bool:
-        """Return whether the command has ended."""
+        """See RunningJob: return whether the command has ended."""
         assert self._guard.stdout is not None
         if not self._has_ended and select.select([self._guard.stdout], [], [], 0)[0]:
             line = self._guard.stdout.readline()
             self._has_ended = True
-            # A guard that was killed has said nothing.
+            # A guard that was killed has written no exit code.
             self._exit_code = int(line) if line else self._guard.wait()
         return self._has_ended
 
     def end(self, grace_s: float) -> tuple[int, ...]:
-        """See RunningJob. The guard is ended last, since it is what ends the job if this process dies meanwhile."""
+        """See RunningJob: end the command and everything that it started.
+
+        The guard is ended last: if the tuner dies during this call, the guard ends the job.
+        """
         survivors = end_processes(self._running, grace_s)
         self.ended()
         self._guard.kill()
@@ -170,11 +188,11 @@ class ColdJob:
 
     @property
     def exit_code(self) -> int | None:
-        """See RunningJob."""
+        """See RunningJob: the command's exit code; the guard's if the guard was killed; None while the job runs."""
         return self._exit_code
 
     def _running(self) -> list[psutil.Process]:
-        """Return the job's running processes without the guard."""
+        """Return the job's running processes, except the guard."""
         guard = self._guard.pid
         if self._guard.returncode is not None:
             return marked_processes(self._marker)
@@ -194,7 +212,11 @@ class ColdJob:
 
 
 def end_marked(folder: str, grace_s: float) -> tuple[int, ...]:
-    """End what a killed launcher has left running for the trial of a folder, or for any trial of a sweep's folder.
+    """End the running processes whose marker is `folder` or a path below it: those that a killed tuner left behind.
+
+    Args:
+        folder: The path of a trial's folder, or of a sweep's folder for the processes of all its trials.
+        grace_s: The time between SIGTERM and SIGKILL, in seconds.
 
     Returns:
         The ids of the processes that even SIGKILL did not end.
@@ -203,10 +225,10 @@ def end_marked(folder: str, grace_s: float) -> tuple[int, ...]:
 
 
 def end_processes(find: Callable[[], list[psutil.Process]], grace_s: float) -> list[psutil.Process]:
-    """End the processes that `find` returns until it returns none: by SIGTERM, and by SIGKILL after `grace_s`.
+    """End the processes that `find` returns, until it returns none: by SIGTERM, and by SIGKILL after `grace_s` seconds.
 
     Returns:
-        The processes that still run.
+        The processes that still run; empty unless some outlast SIGKILL.
     """
     running = find()
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):

@@ -1,1 +1,4 @@
-"""Runs jobs on this machine alone, under torchrun or forked from a process that knows it; knows no other machine."""
+"""Runs jobs on this machine, under a new torchrun or as forks of a process that has imported torchrun and the program.
+
+It knows no other machine.
+"""

@@ -1,8 +1,8 @@
-"""torchrun with a rendezvous that listens on loopback alone: `python -m launchers.local.agent TORCHRUN'S ARGUMENTS`.
+"""torchrun with a rendezvous that listens on loopback only: `python -m launchers.local.agent TORCHRUN_ARGUMENTS...`.
 
-torchrun's own rendezvous stores listen on every network interface, and the default one unpickles what it finds in its
-store, so a stranger on the network could run code in a trial. The ranks of one machine are known in advance and need
-no negotiation: this rendezvous hands out one store, which is bound to 127.0.0.1, and unpickles nothing.
+torchrun's own rendezvous stores listen on every network interface, and the default rendezvous unpickles what it reads
+from its store, so a stranger on the network could run code in a trial. The ranks of one machine are known in advance
+and need no negotiation: this rendezvous provides one store, which is bound to 127.0.0.1, and unpickles nothing.
 """
 
 import sys
@@ -22,24 +22,24 @@ from launchers.machine.rendezvous import LOOPBACK_ADDRESS, loopback_store
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run torchrun with its own arguments; `--rdzv-backend=loopback` names the rendezvous of this module."""
+    """Run torchrun with these arguments, among which `--rdzv-backend=loopback` selects this module's rendezvous."""
     register_loopback()
     torchrun.main(list(arguments))
 
 
 def register_loopback() -> None:
-    """Make the rendezvous known to torchrun in this process; may be called once per process."""
+    """Register `LoopbackRendezvous` with torchrun as the backend `loopback`; may be called only once per process."""
     rendezvous_handler_registry.register("loopback", LoopbackRendezvous)
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """The rendezvous of a single agent, whose store listens on a port of 127.0.0.1 that the kernel chooses."""
+    """A rendezvous for a single torchrun agent; its store listens on 127.0.0.1, on a port that the kernel chooses."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        """Start to listen.
+        """Open the store, which starts to listen.
 
         Raises:
-            ValueError: if more than one node is asked for.
+            ValueError: if `parameters` ask for more than one node.
         """
         if parameters.max_nodes != 1:
             raise ValueError(
@@ -49,16 +49,16 @@ class LoopbackRendezvous(RendezvousHandler):
         self._store = loopback_store()
 
     def get_backend(self) -> str:
-        """Return the name that torchrun's arguments give."""
+        """Return the backend's name, as in `--rdzv-backend=loopback`."""
         return "loopback"
 
     @property
     def use_agent_store(self) -> bool:
-        """True: the ranks join the agent's store, so that none of them opens another."""
+        """True: the ranks use the agent's store, and open none of their own."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Return the store, and the rank and number of nodes: 0 of 1."""
+        """Return the store, this node's rank 0, and the number of nodes 1."""
         return RendezvousInfo(
             PrefixStore(self._run_id, self._store),
             0,
@@ -67,22 +67,22 @@ class LoopbackRendezvous(RendezvousHandler):
         )
 
     def is_closed(self) -> bool:
-        """False: nobody else joins, so nobody needs to be kept out."""
+        """Return False: no other node ever joins, so this rendezvous is never closed."""
         return False
 
     def set_closed(self) -> None:
-        """Do nothing: see `is_closed`."""
+        """Do nothing: this rendezvous is never closed."""
 
     def num_nodes_waiting(self) -> int:
-        """Return 0: no other node may join."""
+        """Return 0: no other node waits to join."""
         return 0
 
     def get_run_id(self) -> str:
-        """Return the id that torchrun's arguments give."""
+        """Return the id of the rendezvous, from torchrun's argument `--rdzv-id`."""
         return self._run_id
 
     def shutdown(self) -> bool:
-        """Return True: the store closes with the agent's process."""
+        """Do nothing and return True, for success: the store closes when the agent's process ends."""
         return True
 
 

@@ -1,4 +1,4 @@
-"""Starts jobs warm: as forks of a process that has imported their program, so that they need not import it again."""
+"""Starts jobs as forks of a process that has already imported the jobs' program, so that no job imports it again."""
 
 import json
 import logging
@@ -26,27 +26,29 @@ IMPORTED: Mapping[str, str] = {
     "launchers.programs.megatron_core": "launchers.programs.megatron_core.__main__",
     "launchers.programs.megatron_bridge": "launchers.programs.megatron_bridge.ahead",
 }
-"""The module that is imported ahead for a program's module. For any other program it is torch alone, since importing
-the program may run it."""
+"""The module that a server imports before it forks, by the module of the jobs' program. For any other program a server
+imports torch only, since importing the program itself may run it."""
 
 _TORCH = "torch._dynamo"
-"""A module that imports all of torch: the logging of a failing rank would import it, which takes seconds each time."""
+"""A module that imports all of torch. Without it, each failing rank would import this module to log its error, which
+takes seconds."""
 
 _READ_LATE = (MARKER, STARTED_AT, "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_")
-"""Prefixes of variables that no import reads, so that a fork may still set them."""
+"""Prefixes of environment variables that are read only after the imports, so that they may be set in a fork."""
 _END_S = 10.0
-"""How long a server may take to report the end of an ended job. Assumed."""
+"""How long a server may take to report that its job has ended, in seconds. Assumed."""
 
 
 class Preload:
-    """Starts jobs as forks of servers: processes that have imported a program, each for one job at a time.
+    """Starts jobs as forks of servers. A server is a process that has imported a program and runs one job at a time.
 
-    A server imports at its first job, and serves later jobs of the same program and environment. There are never more
-    servers than jobs that ran at once so far. `start` may be called from several threads. Use it as a context
-    manager: at the end everything it started is ended.
+    A server imports the program for its first job, and also runs later jobs with the same program and environment.
+    There are never more servers than the most jobs that have run at once so far. `start` may be called from several
+    threads. Use a Preload as a context manager: its exit ends the servers and their jobs.
 
     Args:
-        marker: The sweep's folder. It marks the servers and their jobs, so that they are found if the tuner dies.
+        marker: The sweep's folder. Its path is the value of MARKER in the servers' environment, by which they are found
+            if the tuner dies.
     """
 
     def __init__(self, marker: Path) -> None:
@@ -56,7 +58,7 @@ class Preload:
         self._most_jobs = 0
         """The most jobs that ran at once so far."""
         self._unforkable: set[str] = set()
-        """The modules whose import used CUDA, so that their jobs start cold."""
+        """The programs' modules whose import used CUDA, so that their jobs cannot be forked and start as `ColdJob`s."""
 
     def __enter__(self) -> "Preload":
         return self
@@ -69,17 +71,17 @@ class Preload:
                 server.close()
 
     def jobs(self) -> list[psutil.Process]:
-        """Return the running processes of all jobs."""
+        """Return the running processes of all jobs that are forks of servers."""
         with self._lock:
             return [process for server in self._servers for process in server.jobs()]
 
     def start(self, argv: tuple[str, ...], env: Mapping[str, str], folder: Path, output: Path) -> RunningJob:
-        """Start a torchrun command as a fork, and any other command cold.
+        """Start a torchrun command as a fork of a server, and any other command as a new process (`ColdJob`).
 
         The arguments are those of `launchers.processes.ColdJob`.
 
         Raises:
-            OSError: if nothing can be started.
+            OSError: if the server or the command cannot be started.
         """
         if argv[1 : 1 + len(TORCHRUN)] != TORCHRUN:
             return ColdJob(argv, env, folder, output)
@@ -111,7 +113,11 @@ class Preload:
         return ForkedJob(server, request, start_cold)
 
     def _idle_server(self, module: str, env: dict[str, str], output: Path) -> "_Server":
-        """Return an idle server of this program and environment, or a new one, which may replace an idle other one."""
+        """Return an idle server that has imported `module` in this environment, or else a new server.
+
+        A new server writes its own output to `output`. Before it starts, idle servers are ended that have died, or that
+        would be more than the most jobs that have run at once.
+        """
         idle = [server for server in self._servers if not server.is_busy]
         self._most_jobs = max(self._most_jobs, len(self._servers) - len(idle) + 1)
         for server in idle:
@@ -127,13 +133,13 @@ class Preload:
 
 
 class _Server:
-    """One process that has imported a program and serves one job at a time, and the pipes to it."""
+    """A process that has imported a program and runs one job at a time (`fork_server`), with the pipes to it."""
 
     def __init__(self, module: str, env: dict[str, str], marker: str, output: Path) -> None:
         self.key = (module, env)
-        """The program's module and the environment that it was imported in."""
+        """The module of the jobs' program, and the environment in which the server imported it."""
         self.is_busy = False
-        """Whether the server has a job: set where the job is started, cleared where the job is ended."""
+        """Whether the server has a job: set by `Preload.start`, cleared when the job has ended."""
         with output.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "launchers.local.fork_server", IMPORTED.get(module, _TORCH)],
@@ -145,7 +151,7 @@ class _Server:
                 start_new_session=True,
             )
         self.answers: Queue[ForkAnswer | None] = Queue()
-        """The server's answers; None after the last one."""
+        """The answers that the server has written and nobody has read yet; None follows the last one."""
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -164,7 +170,7 @@ class _Server:
         self.process.stdin.flush()
 
     def jobs(self) -> list[psutil.Process]:
-        """Return the running processes below the server: those of its one job."""
+        """Return the running descendants of the server, which are the processes of its job."""
         try:
             descendants = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.Error:
@@ -172,9 +178,9 @@ class _Server:
         return [process for process in descendants if is_running(process)]
 
     def close(self) -> None:
-        """End the server and its job at once; may be called again."""
+        """Kill the server and its job; may be called again."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.send_signal(signal.SIGSTOP)  # it may be about to fork
+        self.process.send_signal(signal.SIGSTOP)  # so that it forks no further job
         end_processes(self.jobs, grace_s=0.0)
         self.process.kill()
         self.process.wait()
@@ -184,20 +190,20 @@ class _Server:
 
 
 class ForkedJob:
-    """A job whose processes are forks below a server, or a cold job if the server cannot fork."""
+    """A job that runs as a fork of a server; if the server reports that it cannot fork, `start_cold` starts the job."""
 
     def __init__(self, server: _Server, request: "ForkRequest", start_cold: Callable[[], ColdJob]) -> None:
         self._server, self._start_cold = server, start_cold
         self._cold: ColdJob | None = None
         self._started = self._ended = False
         self._survivors: tuple[int, ...] | None = None
-        """What `end` returned; None before it was called."""
+        """What `end` returned; None before `end` was called."""
         self._exit_code: int | None = None
-        with suppress(BrokenPipeError):  # the server has died, which its answers tell
+        with suppress(BrokenPipeError):  # the server has died; its last answer, None, reports that
             server.ask(request)
 
     def ended(self) -> bool:
-        """Return whether torchrun's agent has ended, or the server that was to fork it."""
+        """See RunningJob: return whether torchrun's agent has ended, or the server before it could fork the agent."""
         while not self._ended:
             try:
                 self._take(self._server.answers.get_nowait())
@@ -207,11 +213,14 @@ class ForkedJob:
 
     @property
     def exit_code(self) -> int | None:
-        """See RunningJob."""
+        """See RunningJob: the exit code of torchrun's agent, or of the server if that died; None while the job runs."""
         return self._cold.exit_code if self._cold else self._exit_code
 
     def end(self, grace_s: float) -> tuple[int, ...]:
-        """See RunningJob. A second call does nothing, since the server may have another job by then."""
+        """See RunningJob: end all processes of the job.
+
+        A second call only returns the first one's result, since the server may run another job by then.
+        """
         if self._survivors is not None:
             return self._survivors
         self.ended()
@@ -221,7 +230,7 @@ class ForkedJob:
         with suppress(Empty):
             while not self._ended:
                 self._take(self._server.answers.get(timeout=_END_S))
-        if not self._ended:  # its late answer would pass for that of the next job
+        if not self._ended:  # a late answer would be taken for one about the server's next job
             self._server.close()
         self._survivors = tuple(process.pid for process in survivors)
         if self._cold is None:

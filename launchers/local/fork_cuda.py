@@ -1,7 +1,7 @@
-"""Keeps CUDA usable in forks: tells whether a process has used it, and hides it from code that runs before a fork.
+"""Keeps CUDA usable in forks: detects whether this process has used CUDA, and hides CUDA from code before a fork.
 
-CUDA cannot be used in a fork of a process that has used it. With torch, a mere question for the number of devices
-counts as use, unless NVML can answer it.
+A fork of a process that has used CUDA cannot use CUDA. In torch, a mere call of `torch.cuda.device_count` counts as
+use, unless NVML can answer it.
 """
 
 import sys
@@ -15,17 +15,17 @@ _ANSWERS: Mapping[str, Mapping[str, Any]] = {
     "torch.cuda": {"is_available": False, "device_count": 0},
     "torch.accelerator": {"is_available": False, "device_count": 0, "current_accelerator": None},
 }
-"""What each function of a module answers while CUDA is hidden. Older releases of torch lack the second module."""
+"""What the functions of torch's modules return while CUDA is hidden. Older releases of torch lack the second module."""
 
 _CUDA_DEVICE = "/dev/nvidia-uvm"
-"""The device that CUDA's driver opens and keeps open. NVML, which does no harm, does not open it."""
+"""The device file that CUDA's driver opens and keeps open. NVML, whose use harms no fork, does not open it."""
 
 
 def has_used_cuda(descriptors: Path = Path("/proc/self/fd")) -> bool:
-    """Return whether this process has used CUDA, as far as torch or the kernel can tell.
+    """Return whether this process has used CUDA: torch has initialized it, or its device file is open.
 
     Args:
-        descriptors: A folder with a link for each file that the process has open.
+        descriptors: The folder in which the kernel lists the open files of this process, as one link each.
     """
     import torch
 
@@ -41,7 +41,10 @@ def _targets(descriptors: Path) -> Iterator[str]:
 
 @contextmanager
 def hidden_cuda() -> Iterator[ExitStack]:
-    """Make torch answer that there is no CUDA device; yield a stack whose `close` ends that, also in a fork."""
+    """Make torch report that there is no CUDA device, until the block ends or `close` of the yielded stack is called.
+
+    A fork may call `close` for itself; CUDA then stays hidden in this process.
+    """
     with ExitStack() as stack:
         for name, answers in _ANSWERS.items():
             module = sys.modules.get(name)

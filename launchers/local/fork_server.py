@@ -1,15 +1,17 @@
-"""Forks torchrun jobs from a process that imported their program once: `python -m launchers.local.fork_server MODULE`.
+"""Imports a program once and forks torchrun jobs that need it: `python -m launchers.local.fork_server MODULE`.
 
-Importing torch and Megatron takes longer than most trials. Requests come as lines of JSON on the standard input,
-each the torchrun command of a job; answers go as lines to what was the standard output. The server runs one job at a
-time. The job is torchrun's own agent, run with the same arguments in a fork, and its ranks are forks of the agent:
-they have their own processes, process group, device context and output, as the ranks of a cold job have.
+Importing torch and Megatron takes longer than most trials. The server reads requests from its standard input, one line
+of JSON per job (`ForkRequest`), and writes answers as lines of JSON to its original standard output (`ForkAnswer`).
+It runs one job at a time. A job is torchrun's own agent, which runs in a fork of the server with the job's torchrun
+arguments; the ranks are forks of the agent. As in a job that starts anew (`ColdJob`), each rank is a process with its
+own CUDA context and log files.
 
-CUDA cannot be used in a fork of a process that has used it. So the server checks after its imports whether one of them
-has used CUDA, and then runs no job; and the agent is told that there is no CUDA, since torchrun itself may ask.
+A fork of a process that has used CUDA cannot use CUDA. So if one of the imports has used CUDA, the server runs no job.
+And while the agent runs, torch reports to it that there is no CUDA device, since torchrun itself may ask for devices.
 
-When the input ends, the client is gone, and the server ends its job and itself. While it imports, which takes many
-seconds on a busy machine, it cannot look at its input; during that time it dies with the thread that started it.
+When the input ends, the client is gone, and the server ends its job and itself. While the server imports, which takes
+many seconds on a busy machine, it cannot read its input; during that time the kernel kills it if the thread that
+started it dies.
 """
 
 import ctypes
@@ -34,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ForkRequest(TypedDict):
-    """One job to start."""
+    """A request to start one torchrun job."""
 
     argv: list[str]
     """The arguments of torchrun, without its own name."""
@@ -43,21 +45,27 @@ class ForkRequest(TypedDict):
     folder: str
     """The working directory."""
     output: str
-    """The file that the agent's output is appended to."""
+    """The file to which the agent's stdout and stderr are appended."""
 
 
 class ForkAnswer(TypedDict):
-    """What the server reports: its module is imported, or makes forks useless; a job has started, or has ended."""
+    """What the server reports to its client."""
 
     event: Literal["ready", "cannot fork", "started", "ended"]
+    """`ready`: the module is imported. `cannot fork`: its import has used CUDA, and no job will be forked. `started`: a
+    job's agent has started. `ended`: a job's agent has ended."""
     value: int
-    """Process id of the server or of the agent, or the agent's exit code (negative for a signal)."""
+    """`ready` and `cannot fork`: the server's process id. `started`: the agent's process id. `ended`: the agent's exit
+    code, negative for a signal."""
 
 
 def main(module: str) -> int:
-    """Import `module`, the expensive part of the jobs' program, then serve requests until the input ends; return 0."""
+    """Import `module`, then fork a job for each request on the standard input until the input ends; return 0.
+
+    If the import has used CUDA, report `cannot fork` and return 0 at once.
+    """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
-    # Neither the jobs nor a chatty import may write into the answers.
+    # What a job or an import prints must not get among the answers.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     adopt_orphans()
@@ -66,7 +74,7 @@ def main(module: str) -> int:
         return 0
     importlib.import_module("launchers.local.agent")
     importlib.import_module(module)
-    _die_with_parent(0)  # from here on its jobs must be ended with it
+    _die_with_parent(0)  # from here on, a sudden death would leave a job running
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page it touches
     if has_used_cuda():
@@ -81,7 +89,7 @@ def main(module: str) -> int:
             os.close(answers)
             _become_job(json.loads(line))
         _answer(answers, {"event": "started", "value": pid})
-        code = wait_for_end(pid, requests.fileno())  # nothing is asked for while a job runs
+        code = wait_for_end(pid, requests.fileno())  # the client sends no request while a job runs
         if code is None:
             break
         _answer(answers, {"event": "ended", "value": code})
@@ -90,7 +98,7 @@ def main(module: str) -> int:
 
 
 def _die_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when the thread that started it dies; 0 for none."""
+    """Have the kernel send this process the signal `number` when the thread that started it dies; 0 for no signal."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
@@ -105,7 +113,7 @@ def _answer(answers: int, answer: ForkAnswer) -> None:
 
 
 def _become_job(request: ForkRequest) -> NoReturn:
-    """Turn this fork into torchrun's agent; never return."""
+    """Run torchrun's agent for a request in this fork of the server, then exit with the agent's exit code."""
     code = 1
     try:
         os.setsid()
@@ -126,7 +134,7 @@ def _become_job(request: ForkRequest) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
-    # `main` has already imported these modules. A mere import of this file must not import them.
+    # `main` has imported these modules already. An import at the top would load torch with this file.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -152,7 +160,10 @@ def _run(argv: list[str]) -> int:
 
 
 def _be_rank(module: str, arguments: Sequence[str]) -> None:
-    """Run the program in a fork of the agent, as `python -m MODULE ARGUMENTS...` would."""
+    """Run the program's module in this fork of the agent, as `python -m MODULE ARGUMENTS...` would.
+
+    Returns if the program succeeds; otherwise ends the process with the program's exit code, or 1 for an exception.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     sys.argv = [module, *arguments]
@@ -163,7 +174,7 @@ def _be_rank(module: str, arguments: Sequence[str]) -> None:
     except SystemExit as end:
         code = end.code
     except BaseException:
-        # multiprocessing would tell only the agent, and the rank's own log would stay empty.
+        # multiprocessing would report the error to the agent only, and not write it to the rank's log.
         traceback.print_exc()
     if code:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Runs trials on this machine, under torchrun."""
+"""The launcher that runs trials on this machine, under torchrun."""
 
 import json
 import os
@@ -19,19 +19,25 @@ from tuner.trial.program import BridgeRecipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorchrunLauncher:
-    """Runs every trial as one torchrun job on this machine; several threads may each run a trial at once."""
+    """The launcher that runs each trial as one torchrun job on this machine. Several threads may call it at once."""
 
     programs: Mapping[str, str] = field(default_factory=lambda: PROGRAMS)
-    """The module of each program that a spec may name."""
+    """The Python module of each program that a spec may state by name."""
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """CPU cores that the ranks of a trial share."""
+    """The number of CPU cores that the ranks of a trial share."""
     grace_s: float = 10.0
-    """The time between SIGTERM and SIGKILL. Assumed: enough for a rank to record its failure."""
+    """The time between SIGTERM and SIGKILL, in seconds. Assumed: enough for a rank to record its failure."""
     start: Start = ColdJob
-    """Starts a job: as a new process, or as a fork if this is `Preload.start`."""
+    """Starts a job as a new process; `Preload.start` instead starts it as a fork."""
 
     def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
-        """See Launcher. The kernel chooses the port at the start, so no two jobs can take the same port."""
+        """Return the launch plan of a trial's job, without starting anything; see Launcher.
+
+        The plan states no port: the kernel chooses one when the job starts, so that no two jobs use the same.
+
+        Raises:
+            InputError: if the cluster has more than one node, or the spec's program is not known.
+        """
         cluster = spec.cluster
         if cluster.nodes > 1:
             raise InputError(
@@ -57,6 +63,6 @@ class TorchrunLauncher:
     def run(
         self, plan: LaunchPlan, stop: threading.Event, on_heartbeat: OnHeartbeat | None = None
     ) -> TrialResult:
-        """See Launcher."""
+        """Run a planned job to its end and return the trial's result; see Launcher."""
         engine = Engine(start=self.start, grace_s=self.grace_s, cores=self.cores)
         return engine.run(plan, stop, on_heartbeat)

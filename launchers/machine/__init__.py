@@ -1,1 +1,1 @@
-"""Knows this machine: its identity, its GPUs, its speed, its Megatron Bridge; knows nothing of sweeps."""
+"""Finds out what this machine is and can do: GPUs, calibration, Megatron Bridge. It knows nothing of sweeps."""

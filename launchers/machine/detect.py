@@ -1,4 +1,7 @@
-"""Describes this machine as a cluster: its GPUs, whose figures the built-in clusters have by name, or its CPU cores."""
+"""Describes this machine as a cluster of its GPUs, or of its CPU cores if it has no GPU.
+
+The peaks and bandwidths of a GPU model come from the built-in cluster of that model in `search_spaces`.
+"""
 
 import os
 from collections.abc import Sequence
@@ -15,10 +18,10 @@ from tuner.errors import InputError, did_you_mean
 
 NAME = "this-machine"
 MAX_CPU_RANKS = 8
-"""The most CPU ranks of a detected cluster. Assumed: more ranks start slower and show nothing that eight do not."""
+"""The most CPU ranks of a detected cluster. Assumed: more ranks start slower and measure nothing new."""
 
 MAX_RANKS_PER_CORE = 4
-"""The most ranks per CPU core of any cluster. Assumed: more ranks wait for each other longer than they work."""
+"""The most ranks per CPU core of any CPU cluster. Assumed: more ranks wait for each other longer than they work."""
 
 _PCIE_EFFICIENCY = 0.8
 """The share of PCIe's raw rate that transfers reach. Assumed: typical of large transfers."""
@@ -27,21 +30,21 @@ _GIB = 1024**3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One visible GPU."""
+    """One GPU that is visible to CUDA."""
 
     name: str
     memory_gib: float
-    """The memory that a process can allocate, as CUDA states it."""
+    """The memory that a process can allocate, in GiB, as CUDA states it."""
     has_nvlink: bool
     pcie_gb_per_s: float
-    """PCIe's raw rate in one direction, before protocol; 0 where the driver does not say."""
+    """PCIe's raw rate in one direction, without protocol overhead, in GB/s; 0 if the driver does not report it."""
 
 
 def detect_cluster() -> Cluster:
-    """Return the cluster of this machine: the CUDA devices visible to torch, or without any the CPU as Gloo ranks.
+    """Return a cluster that describes this machine: its visible GPUs, or CPU ranks with Gloo if it has no GPU.
 
     Raises:
-        InputError: if the GPUs are of a model that no built-in cluster has, or of several models.
+        InputError: if the GPUs are of several models, or of a model that no built-in cluster has.
     """
     import torch
 
@@ -51,10 +54,12 @@ def detect_cluster() -> Cluster:
 
 
 def gpu_cluster(devices: Sequence[Device]) -> Cluster:
-    """Return the cluster of one machine with these GPUs, with the peaks and the fabric of their built-in cluster.
+    """Return a cluster of one node with these GPUs; all else is that of the built-in cluster with the same GPU model.
+
+    If a GPU has no NVLink, bandwidth and latency within the node are those of PCIe instead of NVLink.
 
     Raises:
-        InputError: if no built-in cluster has their model, or they are of several models.
+        InputError: if the GPUs are of several models, or of a model that no built-in cluster has.
     """
     names = sorted({device.name for device in devices})
     if len(names) > 1:
@@ -89,7 +94,14 @@ def gpu_cluster(devices: Sequence[Device]) -> Cluster:
 
 
 def cpu_cluster(cores: int, memory_bytes: int) -> Cluster:
-    """Return the cluster of `cores` Gloo ranks (2 to 8) that share half of the memory; all else is as in cpu-4."""
+    """Return a cluster of CPU ranks, one per core but at least 2 and at most 8, that share half of the memory.
+
+    Its other figures are those of the built-in cluster cpu-4, which also bounds the memory per rank from below.
+
+    Args:
+        cores: The number of CPU cores of the machine.
+        memory_bytes: The machine's memory in bytes.
+    """
     ranks = min(max(cores, 2), MAX_CPU_RANKS)
     built_in = load_cluster("cpu-4")
     # The other half holds the interpreters, torch itself and whatever else runs here.
@@ -106,7 +118,11 @@ def cpu_cluster(cores: int, memory_bytes: int) -> Cluster:
 
 
 def _built_in_cluster(gpu_name: str) -> Cluster:
-    """Return the built-in cluster of a GPU model."""
+    """Return the built-in cluster with this GPU model.
+
+    Raises:
+        InputError: if there is none. The error says where to write the model's figures.
+    """
     by_gpu_name = {cluster.gpu.name: cluster for cluster in map(load_cluster, cluster_names())}
     if gpu_name not in by_gpu_name:
         raise InputError(
@@ -118,7 +134,7 @@ def _built_in_cluster(gpu_name: str) -> Cluster:
 
 
 def _usable_memory_bytes() -> int:
-    """Return the machine's memory, or the control group's limit where that is smaller."""
+    """Return the smaller of the machine's memory and the memory limit of this process's control group, in bytes."""
     total = psutil.virtual_memory().total
     with suppress(OSError, ValueError):  # no control groups, or "max"
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
@@ -175,10 +191,11 @@ def _pcie_gb_per_s(handle: Any) -> float:
 
 
 def check_machine(cluster: Cluster) -> None:
-    """Refuse a cluster whose jobs this machine cannot run.
+    """Check that this machine can run the jobs of a cluster.
 
     Raises:
-        InputError: if it needs CUDA or more GPUs than are visible, or more CPU ranks than the cores can carry.
+        InputError: if the cluster has more GPUs than are visible here, or more CPU ranks than its cores allow
+            (MAX_RANKS_PER_CORE).
     """
     wanted = cluster.world_size
     if cluster.device == "cuda":

@@ -1,6 +1,6 @@
-"""Identifies this machine: its device, and the versions that measurements on it depend on.
+"""Identifies this machine: its GPU or processor model, and the versions on which measurements on it depend.
 
-It asks the driver and never torch, which would take memory of a GPU.
+GPUs are queried through NVML, since torch would take memory of a GPU.
 """
 
 import os
@@ -17,7 +17,10 @@ from tuner.predict.calibration import Machine
 
 
 def this_machine(cluster: Cluster) -> Machine | None:
-    """Return this machine as the hardware of a cluster; None if it cannot be the cluster's."""
+    """Return this machine's identity for measurements on a cluster; None if it cannot be the cluster's only node.
+
+    That is so if the cluster has several nodes, or more GPUs of its model than this machine.
+    """
     if cluster.nodes > 1:
         return None
     versions = {"python": platform.python_version(), "torch": version("torch")}
@@ -34,7 +37,10 @@ def this_machine(cluster: Cluster) -> Machine | None:
 
 
 def measuring_machine(cluster: Cluster) -> Machine | None:
-    """Return `this_machine` with the versions of the packages that a trial's measurements depend on."""
+    """Return `this_machine(cluster)` with the further versions on which a trial's measurements depend.
+
+    These are the versions of Megatron-Core, Transformer Engine and megatune, as far as they are installed.
+    """
     machine = this_machine(cluster)
     if machine is None:
         return None
@@ -46,7 +52,7 @@ def measuring_machine(cluster: Cluster) -> Machine | None:
 
 
 def _processor() -> str:
-    """Return the processor's model name."""
+    """Return the processor's model name, or its architecture if Linux states no name."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         for key, _, value in (line.partition(":") for line in lines):
@@ -56,16 +62,16 @@ def _processor() -> str:
 
 
 def _cuda_libraries() -> dict[str, str]:
-    """Return the versions of the CUDA libraries that torch's wheel brings as packages.
+    """Return the versions of the packages with CUDA libraries that torch's wheel depends on, by package name.
 
-    In other builds, torch's own version stands for them.
+    A torch that was built in another way has no such packages; then the result is empty, and torch's version suffices.
     """
     libraries = ("nvidia-nccl", "nvidia-cuda-runtime", "nvidia-cublas")
     return {each.name: each.version for each in distributions() if (each.name or "").startswith(libraries)}
 
 
 def _gpus_and_driver(name: str) -> tuple[int, str]:
-    """Return how many GPUs of a model there are, and the driver's version; 0 and an empty text without a driver."""
+    """Return the number of GPUs of the model `name`, and the driver's version; 0 and an empty text without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

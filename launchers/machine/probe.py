@@ -1,4 +1,7 @@
-"""Starts the oracle of peak memory: one rank of a trial in a process of its own, since it patches Torch for good."""
+"""Starts the memory probe, which runs one rank of a trial on fake tensors and reports its peak memory.
+
+The probe runs in a separate process, since it patches torch and cannot undo that.
+"""
 
 import os
 import subprocess
@@ -13,11 +16,13 @@ from tuner.trial.contract import RankRecord, TrialSpec
 
 PROGRAM = "launchers.programs.megatron_core.probe"
 LIMIT_S = 1800
-"""How long a probe may take. Assumed: the largest models take minutes."""
+"""The time limit of a probe, in seconds. Assumed: the largest models take minutes."""
 
 
 def probe(spec: TrialSpec, rank: int) -> RankRecord:
-    """Return the record that `rank` of a trial would write: its peak, or how it failed. Takes seconds to minutes.
+    """Return the record that one rank of a trial would write, with its peak memory, or the failure if it would fail.
+
+    The call takes seconds to minutes.
 
     Raises:
         MegatuneError: if the process ended without a record, or took longer than LIMIT_S.
@@ -48,7 +53,7 @@ def probe(spec: TrialSpec, rank: int) -> RankRecord:
 
 
 def _environment(spec: TrialSpec) -> dict[str, str]:
-    # A CPU cluster's layout is probed as its ranks would run it. Fake tensors take little memory and one core.
+    # For a CPU cluster, the rank must see no GPU, as in the trial. Fake tensors keep one core busy at most.
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec.cluster.device == "cpu" else {}
     return (
         inherited_environment()

@@ -1,4 +1,4 @@
-"""Reads recipes of Megatron Bridge in a process of its own, and caches them, since importing Bridge takes seconds."""
+"""Reads recipes of Megatron Bridge in a separate process, and caches them, since importing Bridge takes seconds."""
 
 import hashlib
 import json
@@ -22,14 +22,15 @@ from tuner.trial.program import BridgeRecipe
 _READER = "launchers.programs.megatron_bridge.read_recipes"
 
 _TIMEOUT_S = 900.0
-"""How long the reading may take. Measured: all of Bridge takes under a minute on two cores. Only a network that does
-not answer takes longer than this."""
+"""The time limit for reading recipes, in seconds. Assumed: reading all recipes of Bridge was measured to take less than
+a minute on two cores, so only a network that does not answer takes longer."""
 
 
 def read_recipes(request: RecipeRequest) -> tuple[RecipeFacts, ...]:
-    """Return Bridge's facts of the recipes of a request, from the user's cache where nothing has changed since.
+    """Return what Megatron Bridge says of each recipe in a request.
 
-    Facts that are incomplete because this machine lacks something, for instance the network, are not cached.
+    The facts come from the user's cache unless Bridge, megatune or a requested file has changed since they were read.
+    Facts that are incomplete because this machine lacks something, such as a network, are not cached.
 
     Raises:
         InputError: if Megatron Bridge is not installed here, or there is no such recipe.
@@ -51,10 +52,16 @@ def _facts(lines: Iterable[Any]) -> tuple[RecipeFacts, ...]:
 
 
 def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFacts:
-    """Return Bridge's facts of the recipe that a sweep trains, for a number of GPUs.
+    """Return what Megatron Bridge says of the one recipe that a sweep tunes.
+
+    Args:
+        program: The recipe's name or file, its function and arguments.
+        gpus: The number of GPUs for which Bridge builds the recipe.
+        gpu: The kind of GPU for which Bridge builds the recipe, such as h100, if the recipe's name states none.
 
     Raises:
-        InputError: for the reasons of `read_recipes`, or in Bridge's own words if it cannot build the recipe.
+        InputError: if there is not exactly one such recipe; with Bridge's error message if Bridge cannot build the
+            recipe; also for the reasons of `read_recipes`.
     """
     is_file = program.recipe.endswith(".py")
     request = RecipeRequest(
@@ -79,7 +86,7 @@ def read_recipe(program: BridgeRecipe, gpus: int, gpu: str = "h100") -> RecipeFa
 
 
 def bridge_folder() -> Path | None:
-    """Return the folder of the installed package megatron.bridge, found without importing it; None if there is none."""
+    """Return the folder of the package megatron.bridge, without importing it; None if it is not installed."""
     spec = find_spec("megatron.bridge") if find_spec("megatron") is not None else None
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -87,7 +94,7 @@ def bridge_folder() -> Path | None:
 
 
 def _read(request: RecipeRequest) -> list[Any]:
-    """Run the reader; return its lines, one per recipe."""
+    """Read the recipes of a request in a separate process; return its output, one JSON object per recipe."""
     if bridge_folder() is None:
         raise InputError(
             "recipes are Megatron Bridge's, which is not installed in this Python: install megatron-bridge beside "
@@ -96,9 +103,9 @@ def _read(request: RecipeRequest) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="megatune-recipes-") as folder:
         request_path, facts_path = Path(folder, "request.json"), Path(folder, "recipes.jsonl")
         write_text(request_path, json.dumps(to_data(request)))
-        # -P: a file of the working directory must not pass for a module that the reader imports.
+        # -P: the reader must not import files of the working directory in place of modules with the same name.
         command = [sys.executable, "-P", "-m", _READER, str(request_path), str(facts_path)]
-        # The order of a set in a message must not change from run to run.
+        # A fixed hash seed: Bridge's messages may print a set, whose order would change from run to run.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path()), "PYTHONHASHSEED": "0"}
         try:
             ended = subprocess.run(
@@ -119,9 +126,10 @@ def _read(request: RecipeRequest) -> list[Any]:
 
 
 def _cache_file(request: RecipeRequest) -> Path:
-    """Return the cache file of a request.
+    """Return the path of the cache file for a request.
 
-    Its name depends on the request, on the versions of Bridge and of the reader, and on the files that hold recipes.
+    The file's name is a hash of the request, of the versions of Bridge, Megatron-Core and megatune, and of the paths,
+    sizes and modification times of the requested files and of the reader's source files.
     """
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     files = [file for path in request.paths for file in _files(Path(path))]
@@ -144,7 +152,7 @@ def _files(path: Path) -> Iterable[Path]:
 
 
 def _readers() -> Iterable[Path]:
-    """Return the source files of the reader: another reader may read other facts of a recipe."""
+    """Return the source files of the code that reads recipes; when they change, cached facts are outdated."""
     from tuner.frameworks import megatron_bridge
 
     return (

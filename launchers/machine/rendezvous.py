@@ -1,4 +1,4 @@
-"""The store through which the ranks on this machine find each other."""
+"""Opens the rendezvous store through which the ranks on this machine find each other, on loopback only."""
 
 import socket
 from datetime import timedelta
@@ -7,18 +7,18 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 _TIMEOUT = timedelta(minutes=15)
-"""How long a process waits for a value in the store. Assumed: the limits of a trial end it earlier."""
+"""How long a rank waits for a value in the store. Assumed: longer than the limits of a trial, which end it first."""
 
 
 def loopback_store() -> TCPStore:
-    """Return a store that listens on loopback alone, on a port that the kernel chooses.
+    """Return a new store that listens on the loopback interface only, on a port that the kernel chooses.
 
     Raises:
         OSError: if nothing can listen on loopback.
     """
     listener = socket.create_server((LOOPBACK_ADDRESS, 0), backlog=socket.SOMAXCONN)
     port = int(listener.getsockname()[1])
-    # The store itself would listen on every network interface. It takes over the socket and closes it.
+    # Without this socket, the store would listen on every network interface. It takes over the socket and closes it.
     return TCPStore(
         LOOPBACK_ADDRESS,
         port,
@@ -30,10 +30,10 @@ def loopback_store() -> TCPStore:
 
 
 def check_store() -> int:
-    """Write to a store and read the value back; return the store's port.
+    """Check that a rendezvous store works here: open one, write a value and read it back. Return the store's port.
 
     Raises:
-        OSError: if the store does not answer, or answers something else.
+        OSError: if the store cannot be opened, or returns another value.
     """
     store = loopback_store()
     store.set("megatune", "here")
