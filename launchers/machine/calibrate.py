@@ -6,7 +6,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launchers.machine.identity import this_machine
@@ -19,12 +20,17 @@ from launchers.processes import (
     python_path,
 )
 from launchers.watch import logs
+from launchers.watch.gpus import GpuSelection
 from launchers.watch.log_text import failed_ranks
+from launchers.watch.meters import Sample
+from launchers.watch.sampling import Sampler
+from launchers.watch.telemetry import summarise, suspicions
 from tuner.core.cluster import Cluster
 from tuner.core.workload import Precision
 from tuner.errors import InputError, MegatuneError
 from tuner.files import read_json, write_json
 from tuner.predict.calibration import Calibration, CalibrationPlan, Machine, plan_calibration
+from tuner.trial.contract import TrialFolder
 
 PROGRAM = "launchers.programs.calibration"
 LIMIT_S = 600.0
@@ -100,13 +106,20 @@ def calibrate(plan: CalibrationPlan, stop: threading.Event, limit_s: float = LIM
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="running-", dir=path.parent))
-        problem = _run(plan, folder, stop, limit_s)
+        sampler = _sampler(plan.machine, folder, limit_s)
+        sampler.start()
+        try:
+            problem = _run(plan, folder, stop, limit_s)
+        finally:
+            samples = sampler.end()
         if stop.is_set():
             shutil.rmtree(folder)
             raise KeyboardInterrupt
         if problem:
             raise MegatuneError(f"the calibration {problem} (its output is kept in {folder})")
-        calibration = read_json(Calibration, folder / "calibration.json")
+        calibration = replace(
+            read_json(Calibration, folder / "calibration.json"), suspicions=_suspicions(samples)
+        )
         write_json(path, calibration)
         shutil.rmtree(folder)
     except OSError as error:
@@ -115,6 +128,22 @@ def calibrate(plan: CalibrationPlan, stop: threading.Event, limit_s: float = LIM
             "choose another place with XDG_CACHE_HOME"
         ) from None
     return calibration
+
+
+def _sampler(machine: Machine, folder: Path, limit_s: float) -> Sampler:
+    """Return a sampler of the machine, which counts what other processes take once all ranks measure."""
+    files = TrialFolder(folder)
+    gpus = GpuSelection(
+        0 if machine.device == "cpu" else machine.world_size, os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
+    return Sampler(files, gpus, limit_s, lambda: "measure" if files.heartbeat.exists() else "startup")
+
+
+def _suspicions(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """Return why the times are not to be trusted, one line per reason."""
+    telemetry = summarise(samples, None)
+    cores = len(os.sched_getaffinity(0))
+    return () if telemetry is None else suspicions(telemetry, cores, "during the calibration")
 
 
 def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: float) -> str:

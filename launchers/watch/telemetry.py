@@ -49,21 +49,23 @@ def summarise(samples: Sequence[Sample], tokens_per_s: float | None) -> Telemetr
     )
 
 
-def suspicions(telemetry: Telemetry, cores: int) -> tuple[str, ...]:
+def suspicions(telemetry: Telemetry, cores: int, when: str = "while steps were timed") -> tuple[str, ...]:
     """Return why the measurement is not to be trusted, one line of text per reason; empty if there is no reason.
 
-    `cores` is the number of cores that the ranks of the trial share.
+    Args:
+        telemetry: The state of the machine during the measurement.
+        cores: The number of cores that the ranks share.
+        when: The time of the measurement, in words.
     """
     reasons = []
     if throttling := [name for name in telemetry.throttle_reasons if name not in _USUAL_REASONS]:
         heat = "" if telemetry.temperature_c is None else f", at up to {telemetry.temperature_c:.0f} °C"
-        reasons.append(f"a GPU was throttled while steps were timed: {', '.join(throttling)}{heat}")
+        reasons.append(f"a GPU was throttled {when}: {', '.join(throttling)}{heat}")
     if (held_gib := telemetry.foreign_memory_gib) is not None and held_gib > FOREIGN_MEMORY_GIB:
-        reasons.append(f"other processes held {held_gib:.1f} GiB of a GPU while steps were timed")
+        reasons.append(f"other processes held {held_gib:.1f} GiB of a GPU {when}")
     if (load := telemetry.foreign_load) is not None and load > FOREIGN_LOAD * cores:
         reasons.append(
-            f"other processes kept {load:.1f} of {cores} cores busy while steps were timed, "
-            f"more than {FOREIGN_LOAD:.0%}"
+            f"other processes kept {load:.1f} of {cores} cores busy {when}, more than {FOREIGN_LOAD:.0%}"
         )
     return tuple(reasons)
 

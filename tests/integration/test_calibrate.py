@@ -1,6 +1,10 @@
 """Short real calibrations of this machine under torchrun."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.machine import calibrate
+from launchers.machine import calibrate, quiet
 from launchers.processes import marked_processes
 from launchers.programs.calibration.collectives import CALLS, group_sizes, groups_of
 from search_spaces.loader import load_cluster
@@ -38,6 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache for one test; after the test, no process of a calibration may run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "plan_for", short_plan)
+    monkeypatch.setattr(quiet, "PATIENCE_S", 0.0)
     yield tmp_path / "megatune" / "calibrations"
     assert marked_processes(str(tmp_path)) == []
 
@@ -113,3 +118,36 @@ def test_a_calibration_ends_on_request_and_keeps_nothing(cache: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         calibrate.calibrate(short_plan(PAIR), stop)
     assert list(cache.iterdir()) == []
+
+
+def test_a_calibration_on_a_busy_machine_says_so_and_records_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quiet, "PATIENCE_S", 1.0)
+    monkeypatch.setattr("tuner.cli.calibrate.load_cluster", lambda name: PAIR)
+    # They must not be our descendants, whose load counts as our own.
+    start = (
+        "import subprocess as s, sys; "
+        "print(s.Popen([sys.executable, '-c', 'while True: pass'], stdout=s.DEVNULL).pid)"
+    )
+    burners = [
+        int(subprocess.run([sys.executable, "-c", start], stdout=subprocess.PIPE, check=True).stdout)
+        for _ in os.sched_getaffinity(0)
+    ]
+    try:
+        assert run(["calibrate", "pair", "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert "cores busy: waiting up to 1 s for them" in err and "measuring nevertheless" in err
+        assert "disturbed: other processes kept" in err and "--force" in err
+        kept = json.loads(out)["calibration"]["suspicions"]
+        assert (
+            len(kept) == 1
+            and kept[0].startswith("other processes kept")
+            and "during the calibration" in kept[0]
+        )
+        # It says so as long as it is used.
+        assert run(["calibrate", "pair"]) == 0
+        assert "disturbed: other processes kept" in capsys.readouterr().err
+    finally:
+        for burner in burners:
+            os.kill(burner, signal.SIGKILL)

@@ -31,7 +31,11 @@ def calibrate(
     ] = False,
     json: AsJson = False,
 ) -> int:
-    """Measure matrix products, memory and collectives on this machine once; predictions then use the figures."""
+    """Measure matrix products, memory and collectives on this machine once; predictions then use the figures.
+
+    If other processes keep the cores busy, it waits for them, for up to a minute. If they go on, it measures
+    nevertheless, says so, and records it with the calibration.
+    """
     from launchers.machine.calibrate import cache_path, plan_for
     from launchers.machine.detect import check_machine
 
@@ -40,6 +44,7 @@ def calibrate(
     check_machine(cluster)
     cached = None if force else _cached(cluster)
     calibration = cached or _measure(plan)
+    _print_suspicions(calibration)
     path = cache_path(plan.machine)
     if json:
         print_json({"path": str(path), "cached": cached is not None, "calibration": to_data(calibration)})
@@ -49,6 +54,15 @@ def calibrate(
     origin = f"measured {calibration.measured_at}" + (", not again" if cached else "")
     stdout.print(f"{origin}; kept in {path}", markup=False, soft_wrap=True)
     return 0
+
+
+def _print_suspicions(calibration: Calibration) -> None:
+    for reason in calibration.suspicions:
+        stderr.print(f"disturbed: {reason}", markup=False)
+    if calibration.suspicions:
+        stderr.print(
+            "Predictions from it may be wrong: measure again with --force once the machine is quiet."
+        )
 
 
 def _cached(cluster: Cluster) -> Calibration | None:
@@ -65,6 +79,7 @@ def _cached(cluster: Cluster) -> Calibration | None:
 def _measure(plan: CalibrationPlan) -> Calibration:
     """Measure this machine, and cache the calibration; Ctrl-C and SIGTERM end it."""
     from launchers.machine.calibrate import calibrate as measure
+    from launchers.machine.quiet import wait_for_quiet
 
     stderr.print(
         f"measuring {plan.machine.world_size} ranks at once on {plan.machine.name}: "
@@ -72,6 +87,7 @@ def _measure(plan: CalibrationPlan) -> Calibration:
         markup=False,
     )
     with stop_on_signals("ending the calibration; nothing is kept") as stop:
+        wait_for_quiet(stop, lambda text: stderr.print(text, markup=False))
         return measure(plan, stop)
 
 

@@ -158,7 +158,10 @@ def _print_start(
         f"results in {folder.path}",
     ]
     if start.calibration is not None:
-        parts.append(f"step times predicted from the calibration of {start.calibration.measured_at}")
+        disturbed = " (disturbed)" if start.calibration.suspicions else ""
+        parts.append(
+            f"step times predicted from the calibration of {start.calibration.measured_at}{disturbed}"
+        )
     if deadline is not None:
         parts.append(f"to end by {deadline}")
     stderr.print(", ".join(parts), markup=False)
@@ -189,9 +192,9 @@ def _exit_code(end: SweepEnd, folder: SweepFolder) -> int:
         return 130
     if end.reason is Stop.BREAKER:
         raise CircuitBreakerError(
-            f"{FAILURES_TO_STOP} infrastructure failures in a row: the machine keeps failing, not the layouts. "
-            f"The last one's logs are in {folder.trials}; `megatune doctor` looks at the machine; "
-            "the same command goes on"
+            f"{FAILURES_TO_STOP} infrastructure failures in a row: the machine keeps failing, or what all trials "
+            f"share, not the layouts. The last one's logs are in {folder.trials}; `megatune doctor` looks at the "
+            "machine; the same command goes on"
         )
     if best_trial(end.trials) is None:
         raise NothingFeasibleError(

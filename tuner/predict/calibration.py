@@ -135,6 +135,8 @@ class Calibration:
     strided_collectives: Mapping[Collective, TimeTable] = field(default_factory=dict)
     """Times of collectives by kind, as in `collectives`, but in groups whose ranks lie as far apart as they can: one
     group has ranks 0, n, 2n, ... of a world that is divided into n groups."""
+    suspicions: tuple[OneLine, ...] = ()
+    """Reasons not to trust the times, one line each: the machine was throttled or shared while they were measured."""
 
     def __post_init__(self) -> None:
         if not (isfinite(self.host_us) and self.host_us > 0):

@@ -9,6 +9,7 @@ several passes. The functions that do the work are those that training calls; on
 
 import os
 import sys
+import time
 import traceback
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -23,6 +24,7 @@ from launchers.programs.calibration.work import MLP_OPERATIONS, copies, products
 from launchers.programs.harness.cpu import enable_cpu
 from tuner.files import read_json, write_json
 from tuner.predict.calibration import Calibration, CalibrationPlan
+from tuner.trial.contract import Heartbeat, TrialFolder
 
 _TIMEOUT = timedelta(minutes=5)
 
@@ -41,6 +43,12 @@ def main(arguments: list[str]) -> None:
     else:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    if dist.get_rank() == 0:
+        # All ranks run now, and whoever watches the machine may count what they take.
+        write_json(
+            TrialFolder(Path(arguments[1]).parent).heartbeat,
+            Heartbeat(phase="measure", step=0, time_s=time.time()),
+        )
     calibration = measure(plan, device)
     if dist.get_rank() == 0:
         write_json(Path(arguments[1]), calibration)
