@@ -69,6 +69,8 @@ def kill_tuner(program: str, number: signal.Signals, folder: Path) -> Aftermath:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Under nohup, this process and its children would ignore SIGHUP.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     results = SweepFolder(folder / "results" / "night")
     started = results.trial(0).heartbeat if program in {"forked", "cold"} else pids
