@@ -1,4 +1,4 @@
-"""Readers and writers of the scripts, recipes and configs of other frameworks, one room per framework.
+"""Reads and writes the scripts, recipes and configs of other frameworks, one room per framework.
 
-This room knows trials, and nothing of rules, predictions, measurements or sweeps.
+This room knows the contract of a trial, and nothing of rules, predictions, measurements or sweeps.
 """

@@ -1,4 +1,4 @@
-"""A layout in Megatron's own words: the fields of its configs, and their values. Pure."""
+"""Writes a layout as the fields of Megatron's configs and their values."""
 
 from dataclasses import fields
 from typing import Any
@@ -11,13 +11,17 @@ _NONE_AT_ZERO = {
     "microbatch_group_size_per_vp_stage",
     "recompute_num_layers",
 }
-"""Knobs whose value 0 stands for Megatron's None."""
+"""Knobs for which a layout states 0 and Megatron states None."""
 _FULL_ITERATION = "full_iteration"
-"""The scope, or implementation, of one graph for the whole step."""
+"""Megatron's name of the CUDA graph scope, or implementation, that captures a whole step in one graph."""
 
 
 def megatron_value(knob: str, value: Any) -> Any:
-    """Return a knob's value as Megatron has it: None for a 0 or `none` that stands for None, and for a vpp of 1."""
+    """Return the value that Megatron's config has for a knob's value in a layout.
+
+    It is None for the text `none` (except of `cuda_graph_impl`), for a vpp of 1, and for the 0 of some knobs. Texts of
+    joined names become lists.
+    """
     if knob == "cuda_graph_scope":
         return [name for name in module_names(value) if name != _FULL_ITERATION]
     if knob == "recompute_modules":
@@ -30,11 +34,13 @@ def megatron_value(knob: str, value: Any) -> Any:
 
 
 def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any]:
-    """Return Megatron's values by `section.field` of every knob, except those of the environment.
+    """Return the values of Megatron's config fields that select a layout, by `section.field`.
+
+    Knobs that are environment variables are left out.
 
     Args:
-        layout: The layout.
-        base: If given, only the knobs that differ from this layout are returned.
+        layout: The layout to select.
+        base: If given, only the fields of knobs that differ between `layout` and `base` are returned.
     """
     values = {
         knob.metadata["megatron"]: megatron_value(knob.name, getattr(layout, knob.name))
@@ -48,13 +54,17 @@ def megatron_fields(layout: Layout, base: Layout | None = None) -> dict[str, Any
 
 
 def is_full_iteration(layout: Layout) -> bool:
-    """Return whether one CUDA graph holds the whole step.
+    """Return whether a layout captures the whole step in one CUDA graph.
 
-    Megatron-Core 0.16 states this as a scope of graphs; from 0.19 on it is an implementation of graphs.
+    Megatron-Core 0.16 states this as a scope of CUDA graphs, and from 0.19 on as an implementation of CUDA graphs.
     """
     return layout.cuda_graph_impl != "none" and _FULL_ITERATION in module_names(layout.cuda_graph_scope)
 
 
 def expert_metadata(key: str) -> set[str]:
-    """Return the fields (key `megatron`) or arguments (key `flag`) of the knobs that only a mixture of experts has."""
+    """Return the names in Megatron of the knobs that only a mixture of experts has.
+
+    Args:
+        key: `megatron` for the config fields, `flag` for the command-line flags.
+    """
     return {knob.metadata[key] for knob in fields(Layout) if knob.name in MOE_KNOBS}

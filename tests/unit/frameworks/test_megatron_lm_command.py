@@ -110,7 +110,7 @@ def test_an_expression_that_is_no_pattern_is_refused(text: str) -> None:
     ("text", "message"),
     [
         ("python train.py --lr 1", "no --num-layers"),
-        (GPT.replace("--tokenizer-type GPT2BPETokenizer", ""), "the vocabulary is not told"),
+        (GPT.replace("--tokenizer-type GPT2BPETokenizer", ""), "the vocabulary size is not known"),
         (GPT.replace("--seq-length 1024", ""), "no --seq-length"),
         (GPT.replace("--num-layers 24", "--num-layers many"), "invalid int value: 'many'"),
         (GPT + "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 5", "must be 0"),
@@ -124,7 +124,7 @@ def test_an_error_names_the_command_and_the_argument(text: str, message: str) ->
 
 
 def test_a_command_without_a_number_of_gpus_is_refused() -> None:
-    with pytest.raises(InputError, match="give --gpus"):
+    with pytest.raises(InputError, match="use --gpus"):
         read_command(GPT, "gpt.sh")
 
 

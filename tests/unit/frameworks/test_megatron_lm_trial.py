@@ -162,7 +162,7 @@ def test_a_sweep_needs_no_more_than_the_users_script(tmp_path: Path) -> None:
 
 def test_a_workload_may_be_stated_if_only_a_run_could_tell_it(tmp_path: Path) -> None:
     (tmp_path / "train.sh").write_text(SCRIPT, encoding="utf-8")
-    with pytest.raises(InputError, match="the vocabulary is not told"):
+    with pytest.raises(InputError, match="the vocabulary size is not known"):
         _sweep(tmp_path, ["train.sh"])
     stated = {"model": "llama3-8b", "seq_length": 1024, "global_batch_size": 64}
     sweep = _sweep(tmp_path, ["train.sh"], workload=stated, baseline={"tp": 2})
@@ -170,5 +170,7 @@ def test_a_workload_may_be_stated_if_only_a_run_could_tell_it(tmp_path: Path) ->
 
 
 def test_a_missing_script_is_refused_with_its_path(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"sweep.yaml: key 'program.megatron_lm': .*train.sh: cannot be read"):
+    with pytest.raises(
+        InputError, match=r"sweep.yaml: key 'program.megatron_lm': .*train.sh: cannot be read"
+    ):
         _sweep(tmp_path, ["train.sh"])

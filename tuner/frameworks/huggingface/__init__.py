@@ -1,4 +1,1 @@
-"""The reader of Hugging Face model configurations.
-
-This room knows nothing of other frameworks.
-"""
+"""Reads Hugging Face model configurations. This room knows nothing of other frameworks."""

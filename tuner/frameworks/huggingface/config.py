@@ -1,10 +1,11 @@
-"""Reads the architecture out of a Hugging Face `config.json`; one function per family of model classes.
+"""Reads a `Model` from a Hugging Face `config.json`, with one function per family of model classes.
 
-The class in `transformers` supplies what the file leaves to the code of the model: norms of queries and keys, biases,
-the router's score, and defaults. A file of a model of images and text is read for its text model.
+What the file does not state, the function takes from the source of the model class in `transformers`: norms of queries
+and keys, biases, the router's score function, and defaults. If the file describes a model of images and text, only its
+text model is read.
 
-The file's other keys are not read, since they do not change the size and hardly change the speed: how much of a head is
-rotated and with how many bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
+The file's other keys are not read, since they do not change the model's size and hardly its speed: the rotated share of
+a head and the number of rotary bases; the scaling of positions, embeddings and scores; epsilons; initialisation;
 quantisation. OLMoE's norms of queries and keys span all heads at once; they are read as Megatron's, which span one
 head.
 """
@@ -43,14 +44,14 @@ from tuner.frameworks.huggingface.fields import Config, Fields, UnsupportedError
 
 
 def model_from_config(data: object, source: str) -> Model:
-    """Return the model that a `config.json` states.
+    """Return the model that a `config.json` describes.
 
     Args:
-        data: The data of the file.
-        source: The path of the file; it also gives the model its name.
+        data: The parsed content of the file.
+        source: The path of the file, which error messages name and from which the model's name is derived.
 
     Raises:
-        InputError: if the architecture is unknown, a key is missing, or the file asks for what `Model` lacks.
+        InputError: if the architecture is unknown, a key is missing, or the file states something that `Model` cannot.
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{source}: is no Hugging Face config.json: holds no mapping")
@@ -90,7 +91,7 @@ def _name(path: Path) -> str:
 
 
 def _of_text_model(read: Callable[[Config], Fields]) -> Callable[[Config], Fields]:
-    """Return a reader for files that hold a text model and a model of images: it reads the text model with `read`."""
+    """Return a function that reads the text model in a file of a multimodal model, by calling `read` on that part."""
 
     def read_text(config: Config) -> Fields:
         tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
@@ -125,14 +126,14 @@ FAMILIES: Final[Mapping[str, Callable[[Config], Fields]]] = MappingProxyType(
         "KimiK25ForConditionalGeneration": _of_text_model(deepseek_v3_fields),
     }
 )
-"""The readers of a file by the model class that it names."""
+"""The function that reads a file, by the model class that the file names."""
 
 _LINEAR: Final = "most layers have linear attention (a gated delta rule)"
-_SPARSE: Final = "attention looks up its keys by an index of its own"
+_SPARSE: Final = "attention selects its keys by an index (sparse attention)"
 
 REFUSED: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "NemotronHForCausalLM": "its layers are of Mamba, attention or an MLP by turns",
+        "NemotronHForCausalLM": "each of its layers is either Mamba, attention or an MLP",
         "DeciLMForCausalLM": "its layers differ in width, and some have no attention",
         "Qwen3NextForCausalLM": _LINEAR,
         "Qwen3_5ForConditionalGeneration": _LINEAR,
@@ -142,8 +143,8 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
         "GlmMoeDsaForCausalLM": _SPARSE,
         "Gemma4ForConditionalGeneration": "its layers with full attention have wider heads, and fewer of them",
         "Llama4ForConditionalGeneration": "most layers attend within chunks, and the others have no positions",
-        "Olmo2ForCausalLM": "it has norms behind attention and MLP alone",
-        "Olmo3ForCausalLM": "it has norms behind attention and MLP alone",
+        "Olmo2ForCausalLM": "it has norms only after attention and MLP, not before them",
+        "Olmo3ForCausalLM": "it has norms only after attention and MLP, not before them",
     }
 )
-"""The reasons why `Model` cannot state an architecture, by model class."""
+"""The reason why `Model` cannot state an architecture, by model class."""

@@ -1,7 +1,7 @@
-"""The fields of a Model that each family of dense models states in its Hugging Face configuration.
+"""Reads the fields of `Model` from the Hugging Face configurations of dense models, with one function per family.
 
-A function per family takes the data of a file, and returns the fields by name. It raises UnsupportedError if the file
-asks for something that Model cannot state, and KeyError if a key is missing.
+Each function takes the content of a `config.json` and returns values of Model's fields by name. It raises
+UnsupportedError if the file states something that Model cannot, and KeyError if a key is missing.
 """
 
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from tuner.frameworks.huggingface.fields import (
 
 
 def llama_fields(config: Config) -> Fields:
-    """Return the fields of Llama models."""
+    """Return the fields of `Model` for a Llama model."""
     refuse_sliding_window(config)
     biases = config.get("attention_bias", False), config.get("mlp_bias", False)
     if biases[0] != biases[1]:
@@ -29,20 +29,20 @@ def llama_fields(config: Config) -> Fields:
 
 
 def mistral_fields(config: Config) -> Fields:
-    """Return the fields of Mistral models."""
+    """Return the fields of `Model` for a Mistral model."""
     window = config.get("sliding_window")
-    # Hugging Face's window counts the token itself, unlike Megatron's (left, right).
+    # Hugging Face's window includes the token itself; Megatron's (left, right) counts only the tokens beside it.
     return {**decoder_fields(config), "window_size": [window - 1, 0] if window else None}
 
 
 def qwen2_fields(config: Config) -> Fields:
-    """Return the fields of Qwen 2 models."""
+    """Return the fields of `Model` for a Qwen 2 model."""
     refuse_sliding_window(config)
     return {**decoder_fields(config), "add_qkv_bias": True}
 
 
 def qwen3_fields(config: Config) -> Fields:
-    """Return the fields of Qwen 3 models."""
+    """Return the fields of `Model` for a Qwen 3 model."""
     refuse_sliding_window(config)
     if config.get("attention_bias", False):
         raise UnsupportedError("key 'attention_bias': true, which also biases the output projection")
@@ -50,17 +50,17 @@ def qwen3_fields(config: Config) -> Fields:
 
 
 def glm_fields(config: Config) -> Fields:
-    """Return the fields of GLM-4 models."""
+    """Return the fields of `Model` for a GLM-4 model."""
     return {**decoder_fields(config), "add_qkv_bias": config.get("attention_bias", False)}
 
 
 def glm4_fields(config: Config) -> Fields:
-    """Return the fields of GLM-4-0414 models, which have a second norm behind attention and behind the MLP."""
+    """Return the fields of `Model` for a GLM-4-0414 model, which also has norms after attention and after the MLP."""
     return {**glm_fields(config), "sandwich_layernorm": True}
 
 
 def nemotron_fields(config: Config) -> Fields:
-    """Return the fields of Nemotron models."""
+    """Return the fields of `Model` for a Nemotron model."""
     if config.get("attention_bias", False) or config.get("mlp_bias", False):
         raise UnsupportedError("keys 'attention_bias' and 'mlp_bias', which Nemotron's models leave false")
     return {
@@ -72,10 +72,10 @@ def nemotron_fields(config: Config) -> Fields:
 
 
 def gemma_fields(config: Config) -> Fields:
-    """Return the fields of Gemma models."""
+    """Return the fields of `Model` for a Gemma model."""
     if config.get("attention_bias", False):
         raise UnsupportedError("key 'attention_bias': true, which also biases the output projection")
-    # Early files name the exact gelu in `hidden_act`, a key that the class has never read.
+    # Early files state the exact gelu in `hidden_act`, but transformers' class never reads that key.
     complete = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, **config}
     if complete["hidden_activation"] is None:
         complete["hidden_activation"] = "gelu_pytorch_tanh"
@@ -83,7 +83,7 @@ def gemma_fields(config: Config) -> Fields:
 
 
 def gemma2_fields(config: Config) -> Fields:
-    """Return the fields of Gemma 2 models."""
+    """Return the fields of `Model` for a Gemma 2 model."""
     return {
         **gemma_fields(config),
         **window_fields(config, layer_kinds(config, 2)),
@@ -103,11 +103,11 @@ _GEMMA_3_DEFAULTS: Config = MappingProxyType(
         "sliding_window": 4096,
     }
 )
-"""The defaults of transformers' Gemma3TextConfig that Google's files rely on."""
+"""Defaults of transformers' Gemma3TextConfig for keys that Google's files leave out."""
 
 
 def gemma3_fields(config: Config) -> Fields:
-    """Return the fields of Gemma 3 text models."""
+    """Return the fields of `Model` for a Gemma 3 text model."""
     complete = {**_GEMMA_3_DEFAULTS, **config}
     if complete.get("use_bidirectional_attention", False):
         raise UnsupportedError("key 'use_bidirectional_attention': true, where Megatron's decoder is causal")

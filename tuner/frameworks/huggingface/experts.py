@@ -1,7 +1,7 @@
-"""The fields of a Model that each family of mixtures of experts states in its Hugging Face configuration.
+"""Reads the fields of `Model` from Hugging Face configurations of mixtures of experts, with one function per family.
 
-A function per family takes the data of a file, and returns the fields by name. It raises UnsupportedError if the file
-asks for something that Model cannot state, and KeyError if a key is missing.
+Each function takes the content of a `config.json` and returns values of Model's fields by name. It raises
+UnsupportedError if the file states something that Model cannot, and KeyError if a key is missing.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from tuner.frameworks.huggingface.fields import (
 
 
 def qwen3_moe_fields(config: Config) -> Fields:
-    """Return the fields of Qwen 3 models with experts."""
+    """Return the fields of `Model` for a Qwen 3 model with experts."""
     return {**qwen3_fields(config), **_qwen_experts(config)}
 
 
 def qwen2_moe_fields(config: Config) -> Fields:
-    """Return the fields of Qwen 2 models with experts."""
+    """Return the fields of `Model` for a Qwen 2 model with experts."""
     return {
         **qwen2_fields(config),
         **_qwen_experts(config),
@@ -33,7 +33,7 @@ def qwen2_moe_fields(config: Config) -> Fields:
 
 
 def _qwen_experts(config: Config) -> Fields:
-    """Return the fields of the experts of Qwen 2 and 3, which some layers lack."""
+    """Return the fields of `Model` for the experts of a Qwen 2 or 3 model, some of whose layers may be dense."""
     step, dense = config.get("decoder_sparse_step", 1), frozenset(config.get("mlp_only_layers") or ())
     pattern = [layer not in dense and (layer + 1) % step == 0 for layer in range(config["num_hidden_layers"])]
     return {
@@ -43,7 +43,7 @@ def _qwen_experts(config: Config) -> Fields:
 
 
 def olmoe_fields(config: Config) -> Fields:
-    """Return the fields of OLMoE models."""
+    """Return the fields of `Model` for an OLMoE model."""
     if config.get("clip_qkv") is not None:
         raise UnsupportedError(f"key 'clip_qkv': {config['clip_qkv']}, which Megatron does not do")
     return {
@@ -55,12 +55,12 @@ def olmoe_fields(config: Config) -> Fields:
 
 
 def mixtral_fields(config: Config) -> Fields:
-    """Return the fields of Mixtral models."""
+    """Return the fields of `Model` for a Mixtral model."""
     return {**mistral_fields(config), **_experts(config, "num_local_experts", config["intermediate_size"])}
 
 
 def gpt_oss_fields(config: Config) -> Fields:
-    """Return the fields of GPT-OSS models."""
+    """Return the fields of `Model` for a GPT-OSS model."""
     return {
         **decoder_fields(config),
         **_experts(config, "num_local_experts", config["intermediate_size"]),
@@ -74,7 +74,7 @@ def gpt_oss_fields(config: Config) -> Fields:
 
 
 def glm4_moe_fields(config: Config) -> Fields:
-    """Return the fields of GLM-4.5 models with experts."""
+    """Return the fields of `Model` for a GLM-4.5 model with experts."""
     return {
         **decoder_fields(config),
         **_deepseek_experts(config),
@@ -85,7 +85,7 @@ def glm4_moe_fields(config: Config) -> Fields:
 
 
 def deepseek_v3_fields(config: Config) -> Fields:
-    """Return the fields of DeepSeek-V3 models."""
+    """Return the fields of `Model` for a DeepSeek-V3 model."""
     if config.get("topk_method", "noaux_tc") != "noaux_tc":
         raise UnsupportedError(
             f"key 'topk_method': {config['topk_method']!r}, where DeepSeek-V3 has 'noaux_tc'"
@@ -94,7 +94,7 @@ def deepseek_v3_fields(config: Config) -> Fields:
 
 
 def deepseek_v2_fields(config: Config) -> Fields:
-    """Return the fields of DeepSeek-V2 models."""
+    """Return the fields of `Model` for a DeepSeek-V2 model."""
     return {
         **_latent_attention(config),
         **_deepseek_experts(config),
@@ -104,7 +104,11 @@ def deepseek_v2_fields(config: Config) -> Fields:
 
 
 def _balanced_sigmoid_router(config: Config) -> Fields:
-    """Return the fields of DeepSeek-V3's router, which balances experts by a bias that affects only their choice."""
+    """Return the fields of `Model` for DeepSeek-V3's router.
+
+    Its sigmoid scores get a bias per expert that balances the experts: it changes which experts are chosen, but not
+    their weights.
+    """
     if not config.get("norm_topk_prob", True):
         raise UnsupportedError(
             "key 'norm_topk_prob': false, where Megatron always normalises a sigmoid router's weights"
@@ -117,7 +121,7 @@ def _balanced_sigmoid_router(config: Config) -> Fields:
 
 
 def _latent_attention(config: Config) -> Fields:
-    """Return the fields of a decoder with DeepSeek's multi-head latent attention."""
+    """Return the fields of `Model` for a decoder with DeepSeek's multi-head latent attention."""
     return {
         **decoder_fields(config),
         "num_query_groups": config["num_attention_heads"],
@@ -133,9 +137,9 @@ def _latent_attention(config: Config) -> Fields:
 
 
 def _deepseek_experts(config: Config) -> Fields:
-    """Return the fields of DeepSeek's and GLM's experts, and of the layers of multi-token prediction.
+    """Return the fields of `Model` for the experts of a DeepSeek or GLM model, and for its multi-token prediction.
 
-    The first layers are dense, some experts are shared, and the router may choose among groups of experts.
+    The first layers may be dense, some experts may be shared, and the router may choose groups of experts first.
     """
     first, step = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
     pattern = [layer >= first and layer % step == 0 for layer in range(config["num_hidden_layers"])]
@@ -153,13 +157,13 @@ def _deepseek_experts(config: Config) -> Fields:
 
 
 def _experts(config: Config, count_key: str, width: int, pattern: Sequence[bool] = ()) -> Fields:
-    """Return the fields of the routed experts.
+    """Return the fields of `Model` for the routed experts.
 
     Args:
-        config: The data of the file.
-        count_key: The key of the number of experts.
-        width: Hidden size of one expert's MLP.
-        pattern: Whether each layer has experts; empty if all have them.
+        config: The content of the file.
+        count_key: The key under which the file states the number of experts.
+        width: The hidden size of one expert's MLP.
+        pattern: One value per layer, whether it has experts; empty if all layers have them.
     """
     fields = {
         "num_moe_experts": config[count_key],

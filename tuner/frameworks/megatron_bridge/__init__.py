@@ -1,4 +1,4 @@
-"""The reader of Megatron Bridge's recipes and the writer of overrides for them.
+"""Reads what Megatron Bridge says of its recipes, and writes overrides for recipes.
 
-This room imports nothing of Bridge.
+This room imports nothing of Bridge, and knows nothing of other frameworks.
 """

@@ -1,4 +1,4 @@
-"""Architectures and settings of Megatron Bridge's recipes that neither `Model` nor `Layout` can state."""
+"""Detects architectures and settings of Megatron Bridge's recipes that neither `Model` nor `Layout` can state."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -7,7 +7,7 @@ from tuner.frameworks.megatron_bridge.facts import RecipeFacts
 
 
 def unstated_architecture(facts: RecipeFacts) -> str | None:
-    """Return why `Model` cannot state a recipe's architecture; None if it can."""
+    """Return the reason why `Model` cannot state a recipe's architecture; None if it can."""
     value = facts.values.get
     for kind in facts.kinds:
         for marker, reason in _ARCHITECTURES.items():
@@ -22,7 +22,7 @@ def unstated_architecture(facts: RecipeFacts) -> str | None:
     if value("model.moe_latent_size"):
         return "experts in a latent space"
     if not value("model.num_layers") or not value("model.num_attention_heads"):
-        return f"no decoder of one kind of layer ({facts.kinds[0] if facts.kinds else 'no model'})"
+        return f"no plain decoder with layers and heads ({facts.kinds[0] if facts.kinds else 'no model'})"
     return None
 
 
@@ -31,21 +31,21 @@ _ARCHITECTURES: Final[Mapping[str, str]] = {
     "Hybrid": "a hybrid of attention, MLP and state-space layers",
     "Flux": "a diffusion transformer",
     "Wan": "a diffusion transformer",
-    "Mimo": "several models with grids of their own",
+    "Mimo": "several models with a parallel layout each",
 }
-"""Architectures that `Model` cannot state, by a word in the class name of the model's config."""
+"""The reason why `Model` cannot state an architecture, by a word in the class name of the model's config."""
 _ENCODER_WORDS: Final = ("VL", "Vision", "Omni", "Audio")
-"""Words in the class name of a model's config; each tells that the model has encoders of images or sound."""
+"""Words in the class name of a model's config that mean that the model has encoders of images or sound."""
 
 
 def unmodelled_encoders(facts: RecipeFacts) -> str | None:
-    """Return a note on the encoders of images or sound, which are not modelled; None if there are none."""
+    """Return a note that predictions leave out encoders of images or sound; None if the recipe has no such encoder."""
     kind = next((kind for kind in facts.kinds if any(word in kind for word in _ENCODER_WORDS)), None)
     return None if kind is None else f"{kind}: its encoders are not modelled, its language model is"
 
 
 def fixed_settings(facts: RecipeFacts) -> tuple[str, ...]:
-    """Return a note per setting of a recipe that no layout states and that changes memory, speed or validity."""
+    """Return one note for each setting of a recipe that changes memory, speed or validity and that no Layout states."""
     value = facts.values.get
     notes = [text for path, text in _NOTES.items() if value(path)]
     if (capacity := value("model.moe_expert_capacity_factor")) is not None:
@@ -53,7 +53,7 @@ def fixed_settings(facts: RecipeFacts) -> tuple[str, ...]:
     if (optimizer := value("optimizer.optimizer", "adam")) != "adam":
         notes.append(f"optimizer {optimizer}: predicted as Adam")
     if (value("ddp.num_distributed_optimizer_instances") or 1) > 1:
-        notes.append("several distributed optimizer instances: state is sharded over a part of dp alone")
+        notes.append("several distributed optimizer instances: state is sharded over a part of dp only")
     return tuple(notes)
 
 
@@ -90,7 +90,7 @@ _MEMORY_SAVING_SETTINGS: Final = (
 
 
 def memory_is_overstated(facts: RecipeFacts) -> bool:
-    """Return whether the predictor counts memory that the recipe saves by settings which no layout states."""
+    """Return whether a recipe has settings that save memory and that the predicted memory does not account for."""
     if facts.values.get("optimizer.optimizer", "adam") != "adam":
         return True
     return any(facts.values.get(path) for path in _MEMORY_SAVING_SETTINGS)

@@ -1,4 +1,4 @@
-"""The override that gives a recipe of Megatron Bridge a trial's layout, in each of the forms that Bridge reads."""
+"""Writes the override that selects a trial's layout in a recipe of Megatron Bridge: as arguments, YAML or Python."""
 
 import re
 from collections.abc import Mapping
@@ -13,21 +13,22 @@ from tuner.frameworks.megatron_fields import expert_metadata
 from tuner.trial.contract import TrialSpec
 
 _PLAIN: Final = re.compile(r"[\w.+|*(),-]*", re.ASCII)
-"""The characters of a text that may become an override: those of names, of joined names and of placements. Hydra and
-OmegaConf give a meaning to others; `${oc.env:NAME}` reads a variable of the environment."""
+"""Matches a text with harmless characters only: those of names, of joined names and of placements of layers. Hydra and
+OmegaConf interpret others: `${oc.env:NAME}` reads an environment variable."""
 
 _COMM_OVERLAP_CLASS: Final = "megatron.bridge.training.comm_overlap.CommOverlapConfig"
 
 
 def bridge_overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str, Any]:
-    """Return the values, by path, of the fields to set so that a recipe trains with the layout of a trial.
+    """Return the fields of Bridge's config to set, as values by path, so that a recipe trains with a trial's layout.
 
     Args:
-        spec: The specification of the trial.
-        recipe_layout: The layout that the recipe has; None sets every field that selects a layout.
+        spec: The spec of the trial.
+        recipe_layout: The layout that the recipe has now, so that only differences are set; None sets every field that
+            selects a layout.
 
     Raises:
-        InputError: if a text of the layout holds a character that has a meaning to Hydra or OmegaConf.
+        InputError: if a text in the layout has a character that Hydra or OmegaConf would interpret.
     """
     changes = bridge_changes(spec.layout, recipe_layout)
     if recipe_layout is None and not spec.workload.model.is_moe:
@@ -38,19 +39,19 @@ def bridge_overrides(spec: TrialSpec, recipe_layout: Layout | None) -> dict[str,
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not _PLAIN.fullmatch(text):
                 raise InputError(
-                    f"{path}: '{text}' cannot become an override: it may hold letters, digits and . + | * ( ) , - alone"
+                    f"{path}: '{text}' cannot become an override: it may have only letters, digits and . + | * ( ) , -"
                 )
     return changes
 
 
 def bridge_words(spec: TrialSpec, recipe_layout: Layout | None = None) -> list[str]:
-    """Return `bridge_overrides` as words for the command line of run_recipe.py: `++KEY=VALUE`, in Hydra's grammar."""
+    """Return `bridge_overrides` as arguments `++PATH=VALUE` for Bridge's run_recipe.py, in Hydra's grammar."""
     changes = _with_overlap_class(bridge_overrides(spec, recipe_layout))
     return [f"++{path}={_hydra_text(value)}" for path, value in changes.items()]
 
 
 def bridge_yaml(overrides: Mapping[str, Any]) -> str:
-    """Return the text of a YAML file that sets overrides (value by path), with a mapping per section of the config."""
+    """Return the text of a YAML file that sets overrides, given as values by path; each config section is a mapping."""
     sections: dict[str, Any] = {}
     for path, value in _with_overlap_class(overrides).items():
         section, _, name = path.partition(".")
@@ -62,11 +63,11 @@ def bridge_yaml(overrides: Mapping[str, Any]) -> str:
 
 
 def bridge_python(overrides: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    """Return the text of a Python module whose function `apply` sets the fields on a ConfigContainer.
+    """Return the text of a Python module whose function `apply` sets the overrides on a ConfigContainer.
 
     Args:
-        overrides: Values of fields by path.
-        environment: Environment variables that `apply` sets as well.
+        overrides: The fields to set, as values by path.
+        environment: Environment variables that `apply` sets, too.
     """
     has_overlaps = _sets_overlaps(overrides)
     module, _, name = _COMM_OVERLAP_CLASS.rpartition(".")
@@ -76,7 +77,7 @@ def bridge_python(overrides: Mapping[str, Any], environment: Mapping[str, str]) 
     lines += ["from megatron.bridge.training.config import ConfigContainer", ""]
     lines += ["ENVIRONMENT = {", *variables, "}", "", ""] if environment else [""]
     lines += ["def apply(cfg: ConfigContainer) -> ConfigContainer:", '    """Select the measured layout."""']
-    # CUDA reads the variables when it starts, after the recipe is built; a recipe's own env_vars do not replace them.
+    # CUDA reads these variables when it starts, after the recipe is built. A recipe's env_vars do not overwrite them.
     lines += ["    os.environ.update(ENVIRONMENT)"] if environment else []
     if has_overlaps:
         lines += [
@@ -88,7 +89,10 @@ def bridge_python(overrides: Mapping[str, Any], environment: Mapping[str, str]) 
 
 
 def _with_overlap_class(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overrides with the class of `comm_overlap`, which Bridge builds if the recipe has None there."""
+    """Return the overrides, with the class of `comm_overlap` added if they set one of its fields.
+
+    Bridge needs the class if the recipe's `comm_overlap` is None.
+    """
     if _sets_overlaps(overrides):
         return {**overrides, f"{COMM_OVERLAP}._target_": _COMM_OVERLAP_CLASS}
     return dict(overrides)

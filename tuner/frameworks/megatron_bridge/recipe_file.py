@@ -1,4 +1,4 @@
-"""The Python file of a recipe, whose text is recorded with every trial."""
+"""Reads the text of a recipe's Python file, so that it can be recorded with every trial."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,9 @@ from tuner.trial.program import BridgeRecipe
 
 
 def with_file_text(program: BridgeRecipe) -> BridgeRecipe:
-    """Return the recipe with the text of its Python file, which is read unless the recipe already holds it.
+    """Return the recipe with the text of its Python file.
+
+    The file is read only if the recipe names a file and does not have the text yet.
 
     Raises:
         InputError: if the file cannot be read.

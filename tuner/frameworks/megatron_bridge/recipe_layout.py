@@ -1,4 +1,4 @@
-"""The layout that a recipe of Megatron Bridge has: the values of its config as the knobs of a Layout."""
+"""Turns the values of a Megatron Bridge recipe's config into a layout."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
@@ -14,14 +14,15 @@ from tuner.frameworks.megatron_bridge.values import Values
 
 
 def layout_of(values: Values, cluster: Cluster | None = None) -> Layout:
-    """Return the layout of a recipe, resolved or as built; a knob that has no effect in the recipe gets its default.
+    """Return the layout that a recipe has; a knob that has no effect in the recipe gets its default.
 
     Args:
-        values: The values of the recipe's config.
-        cluster: If given, a number of hardware queues that the layout derives on this cluster counts as not stated.
+        values: The values of the recipe's config, resolved by Bridge or as built.
+        cluster: If given, a CUDA_DEVICE_MAX_CONNECTIONS that equals the value derived from the layout on this cluster
+            becomes 0, which means derived.
 
     Raises:
-        InputError: if `Layout` cannot hold one of the values.
+        InputError: if one of the values is not allowed in a Layout.
     """
     knobs = _stated_knobs(values)
     knobs |= dict(_respelled(knobs, values))
@@ -34,13 +35,20 @@ def layout_of(values: Values, cluster: Cluster | None = None) -> Layout:
 
 
 def smallest_world(values: Values) -> int:
-    """Return the fewest GPUs that hold a recipe's own grids; raises InputError as `layout_of` does."""
+    """Return the fewest GPUs on which a recipe's own tp, pp, cp, ep and etp fit.
+
+    Raises:
+        InputError: if one of the values is not allowed in a Layout.
+    """
     grid = layout_of({**values, "train.micro_batch_size": values.get("train.micro_batch_size") or 1})
     return int(min_gpus(grid.tp, grid.pp, grid.cp, grid.ep, grid.etp))
 
 
 def _stated_knobs(values: Values) -> dict[str, Any]:
-    """Return Bridge's value per knob, without knobs of the environment and, for a dense model, knobs of experts."""
+    """Return the recipe's value of each knob, or the knob's default if the recipe states none.
+
+    Knobs that are environment variables are left out, and for a dense model also the knobs of experts.
+    """
     knobs: dict[str, Any] = {}
     for knob in fields(Layout):
         path = knob.metadata["megatron"]
@@ -58,7 +66,7 @@ def _stated_knobs(values: Values) -> dict[str, Any]:
 
 
 def _respelled(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
-    """Yield the knobs that Bridge writes in another way than a Layout, each with its value in the Layout."""
+    """Yield the knobs that Bridge spells differently from Layout, each with its value as Layout spells it."""
     modules = knobs["recompute_modules"]
     selective = knobs["recompute_granularity"] == "selective" and modules not in (
         "none",
@@ -71,19 +79,19 @@ def _respelled(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, 
     yield from _graphs(knobs, values)
     if isinstance(kinds := knobs["cp_comm_type"], list):
         yield "cp_comm_type", kinds[0] if len(set(kinds)) == 1 else "+".join(map(str, kinds))
-    yield "sp", bool(knobs["sp"]) and knobs["tp"] > 1  # Bridge clears it without tensor parallelism
+    yield "sp", bool(knobs["sp"]) and knobs["tp"] > 1  # with tp 1, Bridge turns sp off
     if not values.get("model.cpu_offloading"):
         yield "cpu_offloading_num_layers", 0
     yield "use_megatron_fsdp", bool(knobs["use_megatron_fsdp"] or values.get("dist.use_megatron_fsdp"))
 
 
 def _graphs(knobs: Mapping[str, Any], values: Values) -> Iterator[tuple[str, Any]]:
-    """Yield the knobs of CUDA graphs; their scope is a text of names joined by `+`."""
+    """Yield the knobs of CUDA graphs as Layout spells them; the scope becomes a text of names joined by `+`."""
     scopes = values.get("model.cuda_graph_modules") or values.get("model.cuda_graph_scope") or []
     scopes = [scopes] if isinstance(scopes, str) else scopes
     scopes = [scope for scope in scopes if scope != "full"]  # an older name of whole layers
     if knobs["cuda_graph_impl"] == "full_iteration":
-        # This is an implementation from Megatron-Core 0.19 on. Before, it was a scope of the implementation `local`.
+        # Megatron-Core has this implementation from 0.19 on. Before, and in a Layout, it is a scope of `local`.
         yield "cuda_graph_impl", "local"
         scopes = ["full_iteration"]
     if set(scopes) <= set(_SCOPES):
@@ -96,7 +104,10 @@ _SCOPES: Final = ("full_iteration", "attn", "mlp", "moe", "moe_router", "moe_pre
 
 
 def _placement(placement: Any) -> Any:
-    """Return the text of a placement as `write` spells it; an unreadable text is kept, for the rules to refuse."""
+    """Return a placement of layers on stages as the text that Layout has.
+
+    A text that cannot be parsed is returned unchanged, so that the rules refuse it.
+    """
     if isinstance(placement, list):
         return write([_LETTERS.get(str(part), "?") for part in chunk] for chunk in placement)
     try:
@@ -106,11 +117,11 @@ def _placement(placement: Any) -> Any:
 
 
 _LETTERS: Final[Mapping[str, str]] = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
-"""The letters of a placement, by the names that Megatron-Core gives the parts of a model."""
+"""The letter of each part of a model in a placement, by the part's name in Megatron-Core."""
 
 
 def _effects(knobs: Mapping[str, Any]) -> dict[str, bool]:
-    """Return, per knob that depends on another, whether it has an effect."""
+    """Return, for each knob whose effect depends on another knob, whether it has an effect."""
     graphs = knobs["cuda_graph_impl"] not in {"none", None}
     return {
         "cp_comm_type": knobs["cp"] > 1,
@@ -122,7 +133,7 @@ def _effects(knobs: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _environment_knobs(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the knobs that a recipe's `env_vars` set."""
+    """Return the knobs that a recipe's environment variables (`env_vars`) set."""
     knobs: dict[str, Any] = {}
     if str(queues := variables.get("CUDA_DEVICE_MAX_CONNECTIONS", "")).isdigit():
         knobs["cuda_device_max_connections"] = int(queues)
@@ -134,7 +145,7 @@ def _environment_knobs(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_derived_queues(layout: Layout, cluster: Cluster) -> Layout:
-    """Return the layout with 0 hardware queues (derived) if it states the number that it derives on the cluster."""
+    """Return the layout; if its `cuda_device_max_connections` is the one derived on the cluster, with 0 (derived)."""
     derived = replace(layout, cuda_device_max_connections=0)
     queues = cuda_environment(derived, cluster)["CUDA_DEVICE_MAX_CONNECTIONS"]
     return derived if str(layout.cuda_device_max_connections) == queues else layout

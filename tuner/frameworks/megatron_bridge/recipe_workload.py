@@ -1,4 +1,4 @@
-"""The model and the workload that a recipe of Megatron Bridge trains."""
+"""Turns the values of a Megatron Bridge recipe's config into a model and a workload."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,18 +11,18 @@ from tuner.frameworks.megatron_bridge.values import Values
 
 
 def model_of(values: Values, name: str) -> Model:
-    """Return the model of a recipe.
+    """Return the model that a recipe trains.
 
     Args:
-        values: The values of the recipe's config, where `model.` is followed by the field names of `Model`.
-        name: The name that the model gets.
+        values: The values of the recipe's config. The paths `model.NAME` have the names of Model's fields.
+        name: The name for the model.
 
     Raises:
-        InputError: if `Model` cannot hold one of the values.
+        InputError: if one of the values is not allowed in a Model.
     """
     given = {field.name: values.get(f"model.{field.name}") for field in fields(Model)} | {"name": name}
     given["activation_func"] = _ACTIVATIONS.get(str(given["activation_func"]), given["activation_func"])
-    # Positions of several dimensions (mrope) and scaled positions (yarn) rotate with tables of the usual size.
+    # The tables of mrope (positions with several dimensions) and yarn (scaled positions) are as large as those of rope.
     if given["position_embedding_type"] in {"mrope", "yarn"}:
         given["position_embedding_type"] = "rope"
     given["max_position_embeddings"] = (
@@ -30,11 +30,11 @@ def model_of(values: Values, name: str) -> Model:
     )
     # A recipe may leave the vocabulary to its tokenizer.
     given["vocab_size"] = given["vocab_size"] or values.get("tokenizer.vocab_size")
-    bases = given["rotary_base"]  # Gemma 3 has one per kind of layer; the larger is of full attention
+    bases = given["rotary_base"]  # Gemma 3 has two; the layers with full attention have the larger
     given["rotary_base"] = int(max(bases) if isinstance(bases, list) else bases or 10000)
     if isinstance(window := given["window_size"], int):
-        # Gemma's window counts the token itself, unlike Megatron's (left, right). Its pattern (5, 1) means five
-        # sliding layers before each layer of full attention.
+        # Gemma's window includes the token itself; Megatron's (left, right) counts only the tokens beside it. Gemma's
+        # pattern (5, 1) means five layers with the window before each layer with full attention.
         given["window_size"] = [window - 1, 0]
         given["window_attn_skip_freq"] = sum(values.get("model.interleaved_attn_pattern") or ()) or None
     if given["num_query_groups"] is None:
@@ -50,18 +50,18 @@ _ACTIVATIONS: Final[Mapping[str, str]] = {
     "gelu_pytorch_tanh": "gelu",
     "openai_gelu": "gelu",
 }
-"""Activations that equal one of Model's up to rounding."""
+"""The activation function of Model that another one equals up to rounding, by the other's name."""
 
 
 def workload_of(values: Values, name: str) -> Workload:
-    """Return the workload of a recipe, which no override may change.
+    """Return the workload that a recipe trains.
 
     Args:
         values: The values of the recipe's config.
-        name: The name that the model gets.
+        name: The name for the model.
 
     Raises:
-        InputError: if a value is missing, or `Workload` cannot hold it.
+        InputError: if a value is missing, or not allowed in a Workload.
     """
     precision = _precision(values)
     model = model_of(values, name)

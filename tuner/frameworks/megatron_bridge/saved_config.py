@@ -1,4 +1,4 @@
-"""The reader of the `run_config.yaml` that Megatron Bridge saves with every checkpoint."""
+"""Reads the `run_config.yaml` that Megatron Bridge saves with every checkpoint."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -10,12 +10,12 @@ from tuner.frameworks.megatron_bridge.values import values_of
 
 
 def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None:
-    """Return the facts of a recipe whose config was saved; None if the data is no saved ConfigContainer.
+    """Return the facts of a recipe, read from its saved config; None if the data is not a saved ConfigContainer.
 
     Args:
-        data: The plain data of the file, in which `_target_` names a class, a function or a member of an enum.
-        name: The name that the recipe gets.
-        gpus: Number of GPUs of the job, which the file does not state; None takes the fewest that its grids need.
+        data: The parsed content of the file. Its key `_target_` names a class, a function or a member of an enum.
+        name: The name for the recipe.
+        gpus: The number of GPUs of the job, which the file does not state; None takes the fewest that the layout needs.
     """
     if not isinstance(data, Mapping) or not str(data.get("_target_")).endswith(".ConfigContainer"):
         return None
@@ -26,7 +26,7 @@ def saved_facts(data: object, name: str, gpus: int | None) -> RecipeFacts | None
 
 
 def _object(node: Any) -> Any:
-    """Return a node as an object with the attributes that were saved; a function or a member of an enum as its name."""
+    """Return a node of the file as an object with the saved attributes; a function or an enum's member as its name."""
     if isinstance(node, list):
         return [_object(part) for part in node]
     if not isinstance(node, Mapping) or "_target_" not in node:

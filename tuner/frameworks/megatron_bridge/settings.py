@@ -1,4 +1,4 @@
-"""The fields of Megatron Bridge's configuration that select a layout: all of them, or those to change in a recipe."""
+"""Computes the fields of Megatron Bridge's config that select a layout, or only those to change in a given recipe."""
 
 from collections.abc import Iterable
 from typing import Any, Final
@@ -7,7 +7,7 @@ from tuner.core.layout import Layout
 from tuner.frameworks.megatron_fields import is_full_iteration, megatron_fields
 
 COMM_OVERLAP: Final = "comm_overlap"
-"""The path of Bridge's CommOverlapConfig."""
+"""The path of the CommOverlapConfig in Bridge's config."""
 
 _PLACEMENT: Final = "model.pipeline_model_parallel_layout"
 _CHECKPOINT_FORMAT: Final = "checkpoint.ckpt_format"
@@ -20,10 +20,9 @@ _OLDER_GRAPH_FIELDS: Final[dict[str, Any]] = {
     "enable_cuda_graph": False,
     "external_cuda_graph": False,
 }
-"""Older fields of CUDA graphs, each with the value that leaves the field unset.
+"""Bridge's older fields for CUDA graphs, each with the value that means not set.
 
-If the newer fields are set, Bridge either refuses any other value of an older field, or lets it win over the newer
-fields.
+They are reset to this value: with any other, Bridge would refuse the newer fields, or ignore them.
 """
 
 _DEPENDENT_FIELDS: Final[tuple[frozenset[str], ...]] = (
@@ -56,20 +55,21 @@ _DEPENDENT_FIELDS: Final[tuple[frozenset[str], ...]] = (
         }
     ),
 )
-"""Sets of fields in which some fields have no effect without another.
+"""Sets of fields; in each set, some fields have an effect only with a certain value of another.
 
-A recipe may hold any value in a field that has no effect, and the recipe's layout does not show this value. So if one
-field of a set changes, all fields of the set are stated.
+A recipe may state any value for a field without effect, and the recipe's layout does not show this value. So if one
+field of a set changes, all fields of the set are written.
 """
 
 _KNOBS_OF_OVERLAPS: Final = ("tp", "pp", "vpp", "cp", "use_distributed_optimizer", "use_megatron_fsdp")
-"""The knobs by which Bridge chooses the overlaps that a recipe leaves open."""
+"""The knobs from which Bridge derives the overlaps of communication that a recipe does not state."""
 
 
 def bridge_settings(layout: Layout) -> dict[str, Any]:
-    """Return the fields of Bridge's ConfigContainer that select the layout whatever a recipe sets, as values by path.
+    """Return all fields of Bridge's ConfigContainer that select a layout, as values by path.
 
-    Source: Megatron Bridge, training/comm_overlap.py (`CommOverlapConfig`) and training/config.py.
+    They select the layout in any recipe, whatever the recipe sets. Source: Megatron Bridge, training/comm_overlap.py
+    (`CommOverlapConfig`) and training/config.py.
     """
     settings = megatron_fields(layout)
     overlaps = {path: value for path, value in settings.items() if path.startswith(f"{COMM_OVERLAP}.")}
@@ -80,7 +80,7 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
     settings["optimizer.overlap_param_gather"] = layout.overlap_param_gather
     settings |= _companions(layout)
     if not any(overlaps.values()):
-        # Without a CommOverlapConfig, the fields of `ddp` count; with one, its defaults would replace them.
+        # The defaults of a CommOverlapConfig would replace the fields of `ddp`, so there must be none.
         return {**settings, COMM_OVERLAP: None}
     return {
         **settings,
@@ -88,13 +88,18 @@ def bridge_settings(layout: Layout) -> dict[str, Any]:
         f"{COMM_OVERLAP}.batch_p2p_comm": not layout.overlap_p2p_comm,
         f"{COMM_OVERLAP}.overlap_grad_reduce": layout.overlap_grad_reduce,
         f"{COMM_OVERLAP}.overlap_param_gather": layout.overlap_param_gather,
-        # A recipe's preset of user buffers belongs to the recipe's own tp and micro-batch.
+        # A recipe's preset of user buffers fits only the recipe's own tp and micro-batch size.
         f"{COMM_OVERLAP}.tp_comm_overlap_cfg": None,
     }
 
 
 def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, Any]:
-    """Return the part of `bridge_settings` to set in a recipe whose layout is `recipe_layout`; None returns all."""
+    """Return the fields to set, as values by path, so that a recipe gets a layout.
+
+    Args:
+        layout: The layout to select.
+        recipe_layout: The layout that the recipe has now; None returns all `bridge_settings` of `layout`.
+    """
     wanted = bridge_settings(layout)
     if recipe_layout is None:
         return wanted
@@ -103,7 +108,7 @@ def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, An
     present = bridge_settings(recipe_layout)
     changed = {path for path, value in wanted.items() if path not in present or present[path] != value}
     if layout.pp > 1 or recipe_layout.pp > 1:
-        # If no placement is stated, Bridge places the layers by a table of its own when the stages change.
+        # The placement is always stated, since Bridge may otherwise choose one from its own table for the new pp.
         changed.add(_PLACEMENT)
     if recipe_layout.use_megatron_fsdp and not layout.use_megatron_fsdp:
         wanted[_CHECKPOINT_FORMAT] = "torch_dist"
@@ -111,15 +116,15 @@ def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, An
     for dependent_fields in _DEPENDENT_FIELDS:
         if changed & dependent_fields:
             changed |= dependent_fields
-    # If Bridge may choose the overlaps anew, all of them are stated. The overlaps of `ddp` are stated too, since a
-    # recipe may set them to values that Bridge's choice has replaced until now.
+    # If Bridge would derive the overlaps anew, all of them are stated, also those of `ddp`: the recipe may set values
+    # there that Bridge has overwritten so far.
     if any(map(_is_overlap, changed)) or _differ(layout, recipe_layout, _KNOBS_OF_OVERLAPS):
         changed |= set(filter(_is_overlap, wanted))
     return {path: value for path, value in wanted.items() if path in changed}
 
 
 def _companions(layout: Layout) -> dict[str, Any]:
-    """Return further fields that Bridge needs in addition to the knobs.
+    """Return the further fields, as values by path, that Bridge needs in addition to the knobs of a layout.
 
     Source: Megatron Bridge, training/config.py, models/gpt_provider.py, utils/cuda_graph.py.
     """
@@ -130,8 +135,7 @@ def _companions(layout: Layout) -> dict[str, Any]:
         "model.cpu_offloading": layout.cpu_offloading_num_layers > 0,
         "dist.use_megatron_fsdp": fsdp,
         "ddp.fsdp_manual_registration": fsdp and layout.nccl_ub,
-        # Weights that are sharded may be too large for one GPU, so it must not hold all of them even while the model is
-        # built.
+        # Sharded weights may be too large for one GPU as a whole, so the model is built on the meta device.
         "model.init_model_with_meta_device": shards_weights,
     }
     if fsdp:

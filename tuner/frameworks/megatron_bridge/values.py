@@ -1,4 +1,4 @@
-"""The plain values of a Megatron Bridge ConfigContainer, by path: which are read, and how they become plain data.
+"""Reads plain values by path, such as `model.num_layers`, from a ConfigContainer of Megatron Bridge.
 
 The names come from Megatron-Core's TransformerConfig and from Megatron Bridge's training/config.py.
 """
@@ -62,9 +62,9 @@ _FURTHER_PATHS: Final = (
 
 
 def _knob_paths() -> list[str]:
-    """Return the paths of the knobs.
+    """Return the paths of the knobs in Bridge's config, except of knobs that are environment variables.
 
-    An overlap has two paths, since Bridge moves it into the model's config when it resolves a recipe.
+    The knobs under `comm_overlap` have two paths, since Bridge moves them into `model` when it resolves a recipe.
     """
     paths = [knob.metadata["megatron"] for knob in fields(Layout) if knob.name not in ENVIRONMENT_KNOBS]
     moved = [path.replace("comm_overlap.", "model.") for path in paths if path.startswith("comm_overlap.")]
@@ -80,16 +80,16 @@ PATHS: Final = tuple(
         )
     )
 )
-"""All paths of a config whose values are read."""
+"""All paths of a config from which values are read."""
 
 _ABSENT: Final = object()
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """Return the plain values of a ConfigContainer by path, without the paths that it lacks.
+    """Return the plain values of a ConfigContainer by path; a path that the config lacks is left out.
 
     Args:
-        config: The ConfigContainer (this runs where Bridge is installed), or any object with its attributes.
+        config: A ConfigContainer of Bridge, or any object with the attributes of one.
     """
     values = {}
     for path in PATHS:
@@ -102,8 +102,8 @@ def values_of(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as plain data: an enum or a function as its name, a pipeline placement as its text or lists."""
-    value = getattr(value, "input_data", value)  # Megatron's PipelineParallelLayerLayout keeps its text there
+    """Return a value as plain data: an enum or a function as its name, a placement of layers as its text or lists."""
+    value = getattr(value, "input_data", value)  # the text of Megatron's PipelineParallelLayerLayout
     if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, list | tuple):

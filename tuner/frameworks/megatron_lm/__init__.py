@@ -1,4 +1,1 @@
-"""The reader and the writer of Megatron-LM's command lines.
-
-This room knows nothing of other frameworks.
-"""
+"""Reads and writes command lines of Megatron-LM. This room knows nothing of other frameworks."""

@@ -1,4 +1,4 @@
-"""A layout written as Megatron-LM's arguments."""
+"""Writes a layout as command-line arguments of Megatron-LM."""
 
 from dataclasses import fields
 
@@ -8,10 +8,11 @@ from tuner.frameworks.megatron_fields import expert_metadata, is_full_iteration,
 
 
 def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
-    """Return Megatron-LM's arguments for a layout: flag to values, which are empty for a flag that stands alone.
+    """Return the command-line arguments that select a layout in Megatron-LM, as values by flag.
 
-    Source: Megatron-LM, megatron/training/arguments.py. Interleaving turns the overlap of p2p messages on there, and
-    the argument of that knob turns it off.
+    A flag without a value has an empty list. With interleaving, Megatron-LM overlaps p2p communication by default, so
+    the flag of the knob `overlap_p2p_comm` is written if the overlap is off. Source: Megatron-LM,
+    megatron/training/arguments.py.
     """
     values = megatron_fields(layout)
     arguments: dict[str, list[str]] = {}
@@ -31,7 +32,7 @@ def megatron_lm_arguments(layout: Layout) -> dict[str, list[str]]:
 
 
 def megatron_lm_words(layout: Layout, model: Model) -> list[str]:
-    """Return the arguments as words of a command line; for a dense model without the arguments of experts."""
+    """Return `megatron_lm_arguments` as a flat list for a command line; for a dense model without expert arguments."""
     omitted_flags = set() if model.is_moe else expert_metadata("flag")
     arguments = megatron_lm_arguments(layout)
     return [
@@ -40,9 +41,9 @@ def megatron_lm_words(layout: Layout, model: Model) -> list[str]:
 
 
 def _has_no_effect(knob: str, layout: Layout) -> bool:
-    """Return whether a knob has no effect; its argument is then left out, since older releases may not know it."""
+    """Return whether a knob has no effect in a layout; its argument is then left out, as older releases may lack it."""
     match knob:
-        case "vpp":  # a placement implies it, and Megatron-LM refuses both together
+        case "vpp":  # a placement of the layers determines vpp, and Megatron-LM refuses both together
             return layout.pipeline_model_parallel_layout != "none"
         case "cp_comm_type":
             return layout.cp == 1
@@ -59,7 +60,7 @@ def _has_no_effect(knob: str, layout: Layout) -> bool:
 
 
 def _companions(layout: Layout) -> dict[str, list[str]]:
-    """Return further arguments that Megatron-LM's `validate_args` requires in addition to the knobs."""
+    """Return the further arguments, as values by flag, that Megatron-LM's `validate_args` requires for some knobs."""
     companions: dict[str, list[str]] = {}
     if layout.use_megatron_fsdp:
         companions["--ckpt-format"] = ["fsdp_dtensor"]

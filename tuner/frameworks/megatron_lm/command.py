@@ -1,6 +1,7 @@
-"""A Megatron-LM command line, read: its model, its workload, its layout and its number of GPUs.
+"""Reads the workload, layout and number of GPUs from a Megatron-LM command line.
 
-The text is a command of `pretrain_gpt.py`, its arguments alone, or the shell script that holds them. Nothing is run.
+The text is a command that runs `pretrain_gpt.py`, only the arguments of such a command, or a shell script with the
+command. Nothing is run.
 """
 
 from argparse import ArgumentError, Namespace
@@ -34,39 +35,39 @@ _UNJUDGED: Final = frozenset(
         "--external-cuda-graph",
     }
 )
-"""Arguments that change memory, speed or validity in ways that no rule of ours knows."""
+"""Flags that change memory, speed or validity in ways that neither the rules nor the predictions cover."""
 
 
 _MOST_ARGUMENTS: Final = 5_000
-"""Arguments of the longest command that is read. Assumed: Megatron-LM knows about a thousand, and argparse's time grows
+"""The most arguments of a command that is read. Assumed: Megatron-LM has about a thousand, and argparse's time grows
 with the square of their number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandLine:
-    """The workload of a Megatron-LM command, its layout and its number of GPUs."""
+    """The workload, layout and number of GPUs that a Megatron-LM command states."""
 
     workload: Workload
     layout: Layout
     world_size: int
     """Number of GPUs."""
     unjudged: tuple[str, ...]
-    """The command's arguments that change memory, speed or validity in ways that no rule knows."""
+    """The command's flags that change memory, speed or validity in ways that neither rules nor predictions cover."""
 
 
 def read_command(
     text: str, source: str, world_size: int | None = None, vocab_size: int | None = None
 ) -> CommandLine:
-    """Read the training command of a text.
+    """Read the Megatron-LM training command in a text.
 
     Args:
-        text: A shell script, a command, or its arguments alone.
-        source: The name of the text in errors; it also gives the model its name.
-        world_size: Number of GPUs; None takes it from torchrun's arguments.
-        vocab_size: Tokens of the vocabulary; needed if only the job could ask the tokenizer.
+        text: A shell script, a command, or only the arguments of a command.
+        source: The name of the text in error messages; the model's name is derived from it.
+        world_size: The number of GPUs; None takes it from torchrun's arguments.
+        vocab_size: The number of tokens in the vocabulary; None takes it from the command, which may lack it.
 
     Raises:
-        InputError: if an argument that is needed is missing, or has a value that Megatron-LM refuses.
+        InputError: if a necessary argument is missing, or an argument has a value that Megatron-LM refuses.
     """
     command = training_command(text, source)
     try:
@@ -92,7 +93,7 @@ def read_command(
 
 
 def _unjudged(words: Iterable[str]) -> tuple[str, ...]:
-    """Return the unjudged arguments among the words, sorted, in Megatron-LM's spelling with hyphens."""
+    """Return the flags of _UNJUDGED among command-line arguments, sorted, and spelled with hyphens."""
     flags = {"--" + word.partition("=")[0][2:].replace("_", "-") for word in words if word.startswith("--")}
     return tuple(sorted(flags & _UNJUDGED))
 
@@ -103,5 +104,5 @@ def _world_size(arguments: Namespace) -> int:
         return nodes * int(arguments.nproc_per_node)
     except (TypeError, ValueError):
         raise ValueError(
-            "the number of GPUs is not told: no plain --nproc-per-node and --nnodes; give --gpus"
+            "the number of GPUs is not known: --nproc-per-node and --nnodes state no plain numbers; use --gpus"
         ) from None

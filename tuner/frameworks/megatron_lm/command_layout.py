@@ -1,4 +1,4 @@
-"""The layout that the parsed arguments of Megatron-LM select, with what its `validate_args` derives.
+"""Turns parsed arguments of Megatron-LM into a layout, with the values that Megatron-LM's `validate_args` derives.
 
 Source: Megatron-LM, megatron/training/arguments.py.
 """
@@ -14,21 +14,22 @@ from tuner.files import parse
 
 
 def layout_of(arguments: Namespace, variables: Mapping[str, str], source: str) -> Layout:
-    """Return the layout of a command.
+    """Return the layout that a Megatron-LM command selects.
 
     Args:
-        arguments: The namespace of `argument_parser`; has `num_layers`.
-        variables: Values of environment variables that the script sets.
-        source: The name of the command in errors.
+        arguments: The command's arguments, as parsed by `argument_parser`; `num_layers` must be stated.
+        variables: The values of environment variables that the script sets.
+        source: The name of the command in error messages.
 
     Raises:
-        InputError: if a value is none that Layout can hold.
-        ValueError: if the layers cannot be divided as an argument asks, or it asks for what no Layout states.
+        InputError: if an argument has a value that no Layout can have.
+        ValueError: if the number of layers is not divisible as an argument requires, or an argument asks for something
+            that Layout has no knob for.
     """
     stated = {knob.name: getattr(arguments, knob.name, None) for knob in fields(Layout)}
     data = {name: value for name, value in stated.items() if value is not None}
     data.setdefault("etp", data.get("tp", 1))
-    data["sp"] = data["sp"] and data.get("tp", 1) > 1  # Megatron-LM clears it, with a warning
+    data["sp"] = data["sp"] and data.get("tp", 1) > 1  # with tp 1, Megatron-LM turns sp off and warns
     data.setdefault("moe_token_dispatcher_type", "allgather")
     if arguments.moe_enable_deepep:
         data |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
@@ -41,14 +42,14 @@ def layout_of(arguments: Namespace, variables: Mapping[str, str], source: str) -
         data["vpp"] = _chunks_per_rank(arguments, data)
     if placement := arguments.pipeline_model_parallel_layout:
         data["vpp"] = max(1, len(chunks_of_placement(placement)) // data.get("pp", 1))
-    # Megatron-LM overlaps the messages of interleaving unless the argument, a negation, is given.
+    # With interleaving, Megatron-LM overlaps p2p communication unless this flag, a negation, is given.
     data["overlap_p2p_comm"] = data.get("vpp", 1) > 1 and not arguments.overlap_p2p_comm
     data |= _dependent_knobs(arguments, data) | _sharding(arguments)
     return parse(Layout, data | _environment(variables, data), source)
 
 
 def _dependent_knobs(arguments: Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the knobs that have an effect only with another knob; without it they have their default."""
+    """Return the knobs that have an effect only with a certain value of another knob, and otherwise their default."""
     kinds = set(arguments.cp_comm_type or ())
     if len(kinds) > 1:
         raise ValueError(
@@ -59,13 +60,17 @@ def _dependent_knobs(arguments: Namespace, data: Mapping[str, Any]) -> dict[str,
         values["moe_flex_dispatcher_backend"] = "deepep"
     scope = "+".join(arguments.cuda_graph_scope or ())
     values["cuda_graph_scope"] = scope if scope not in {"", "full"} and arguments.cuda_graph_impl else "none"
-    if arguments.cuda_graph_impl == "full_iteration":  # before Megatron-Core 0.19 it was a scope of `local`
+    # Megatron-Core has this implementation from 0.19 on. Before, and in a Layout, it is a scope of `local`.
+    if arguments.cuda_graph_impl == "full_iteration":
         values |= {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
     return values
 
 
 def _sharding(arguments: Namespace) -> dict[str, Any]:
-    """Return the knobs of sharding; Megatron-FSDP implies the distributed optimizer, and shards all by default."""
+    """Return the knobs of data-parallel sharding.
+
+    Megatron-FSDP implies the distributed optimizer, and by default shards optimizer state, gradients and weights.
+    """
     if not (arguments.use_megatron_fsdp or arguments.use_custom_fsdp):
         return {"data_parallel_sharding_strategy": "no_shard"}
     return {
@@ -78,8 +83,8 @@ def _sharding(arguments: Namespace) -> dict[str, Any]:
 def _environment(variables: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the knobs that a script sets as environment variables.
 
-    Megatron-LM requires a single hardware queue if tp or cp is above 1, without Megatron-FSDP; a single queue is
-    then the default of the knob, 0.
+    Without Megatron-FSDP, Megatron-LM requires CUDA_DEVICE_MAX_CONNECTIONS=1 if tp or cp is above 1. There, a stated 1
+    becomes the knob's default 0, which means that the value is derived from the layout.
     """
     queues = variables.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
     needs_one_queue = max(data.get("tp", 1), data.get("cp", 1)) > 1 and not data["use_megatron_fsdp"]
@@ -92,7 +97,11 @@ def _environment(variables: Mapping[str, str], data: Mapping[str, Any]) -> dict[
 
 
 def _chunks_per_rank(arguments: Namespace, data: Mapping[str, Any]) -> int:
-    """Return the model chunks per pipeline rank (vpp), from the layers per chunk that the older argument states."""
+    """Return vpp, computed from the layers per chunk that --num-layers-per-virtual-pipeline-stage states.
+
+    Raises:
+        ValueError: if the number of layers is not divisible by pp times the layers per chunk.
+    """
     layers = arguments.num_layers + arguments.account_for_embedding_in_pipeline_split
     layers += arguments.account_for_loss_in_pipeline_split
     per_chunk, pp = int(arguments.num_layers_per_virtual_pipeline_stage), data.get("pp", 1)

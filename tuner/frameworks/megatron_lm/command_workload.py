@@ -1,4 +1,4 @@
-"""The workload that the parsed arguments of Megatron-LM train, its model included.
+"""Turns parsed arguments of Megatron-LM into a workload and its model.
 
 The names and defaults come from Megatron-LM, megatron/training/arguments.py.
 """
@@ -14,24 +14,25 @@ from tuner.files import parse
 from tuner.frameworks.megatron_lm.layer_pattern import read_pattern
 
 _VOCABULARIES: Final[Mapping[str, int]] = {"GPT2BPETokenizer": 50257, "Llama3Tokenizer": 128256}
-"""Tokens of the tokenizers whose type alone tells their vocabulary (published by OpenAI and Meta)."""
+"""The vocabulary size of tokenizer types that determine it (published by OpenAI and Meta)."""
 
 
 def workload_of(
     arguments: Namespace, layout: Layout, world_size: int, *, source: str, vocab_size: int | None
 ) -> Workload:
-    """Return the workload of a command.
+    """Return the workload that a Megatron-LM command trains.
 
     Args:
-        arguments: The namespace of `argument_parser`; has the numbers of layers and heads and the hidden size.
-        layout: The command's layout: without a global batch each data-parallel rank takes one micro-batch.
-        world_size: Number of GPUs.
-        source: The name of the command in errors; it also gives the model its name.
-        vocab_size: Tokens of the vocabulary; None takes it from the arguments.
+        arguments: The command's arguments, as parsed by `argument_parser`; the numbers of layers and heads and the
+            hidden size must be stated.
+        layout: The command's layout. If no global batch size is stated, it is one micro-batch per data-parallel rank.
+        world_size: The number of GPUs.
+        source: The name of the command in error messages; the model's name is derived from it.
+        vocab_size: The number of tokens in the vocabulary; None takes it from the arguments.
 
     Raises:
-        InputError: if a value is none that Workload can hold.
-        ValueError: if the sequence length or the vocabulary is missing.
+        InputError: if an argument has a value that no Workload can have.
+        ValueError: if the sequence length or the vocabulary size is missing.
     """
     seq_length = arguments.seq_length or arguments.encoder_seq_length
     if seq_length is None:
@@ -60,12 +61,13 @@ def _precision(arguments: Namespace) -> Precision:
 
 
 def _model(arguments: Namespace, source: str, vocab_size: int | None) -> dict[str, Any]:
-    """Return the fields of Model, with Megatron-LM's defaults; Model has other defaults."""
+    """Return the fields of Model as values by name, with Megatron-LM's defaults, which differ from Model's."""
     hidden, heads = arguments.hidden_size, arguments.num_attention_heads
     vocabulary = vocab_size or arguments.vocab_size or _VOCABULARIES.get(arguments.tokenizer_type or "")
     if vocabulary is None:
         raise ValueError(
-            "the vocabulary is not told: no --vocab-size, and only the job could ask the tokenizer; give --vocab-size"
+            "the vocabulary size is not known: the command has no --vocab-size, and only the job can ask its "
+            "tokenizer; state it with --vocab-size"
         )
     rotary = arguments.use_rotary_position_embeddings or arguments.position_embedding_type == "rope"
     position = "rope" if rotary else arguments.position_embedding_type or "learned_absolute"
@@ -109,7 +111,7 @@ def _activation(arguments: Namespace) -> str:
 
 
 def _latent_attention(arguments: Namespace) -> dict[str, Any]:
-    """Return the fields of latent attention, with the defaults of Megatron-LM's `_add_mla_args`."""
+    """Return the fields of Model for multi-latent attention, with the defaults of Megatron-LM's `_add_mla_args`."""
     return {
         "multi_latent_attention": True,
         "num_query_groups": arguments.num_attention_heads,

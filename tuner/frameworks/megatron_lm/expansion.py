@@ -1,7 +1,7 @@
-"""The expansion of a shell's words: variables, arrays and defaults are filled in from the values that a script assigns.
+"""Expands the words of a shell script: replaces `$NAME`, `${ARRAY[@]}` and defaults by values that the script assigns.
 
-Nothing is run. An expansion that only a shell could tell, such as `$(nproc)` or an unknown variable, stays in its word
-unchanged.
+Nothing is run. An expansion whose value only a running shell knows, such as `$(nproc)` or a variable that the script
+does not assign, stays in its word unchanged.
 """
 
 import re
@@ -15,22 +15,22 @@ _EXPANSION: Final = re.compile(r"[$`]")
 _WHOLE_ARRAY: Final = re.compile(r"\$\{\w+\[[@*]\]\}")
 
 _MOST_CHARACTERS: Final = 1 << 22
-"""Characters that all expansions of one script may give together. Assumed: training scripts give about ten thousand.
-The limit refuses a script whose variables or arrays double at every line."""
+"""The most characters that all expansions of one script may produce together. Assumed: training scripts produce about
+ten thousand. The limit refuses a script whose variables or arrays double at every line."""
 _WORD_CHARACTERS: Final = 16
-"""Characters that a word counts as beside its text, since each takes memory; so does a variable that is recorded with
-a command."""
+"""The number of characters that each word, and each variable recorded with a command, counts in addition to its text,
+since even an empty one takes memory. Assumed."""
 
 _BREAK: Final = "\0"
-"""The mark between the words that one expansion gives; a shell script cannot hold this character."""
+"""Separates the words that one expansion produces; a shell script cannot contain this character."""
 _QUOTED: Final = "\1"
-"""The mark in the place of a quotation, so that an empty quotation counts as a word."""
+"""Stands before quoted text, so that an empty quotation counts as a word."""
 
 
 class Expander:
-    """The variables of one script while it is read, and the expansion of its words; all of it is bounded in size.
+    """Expands the words of one script, with the values (`values`) that its variables have at the point reached so far.
 
-    Every method raises ValueError once the expansions of the script give more than `_MOST_CHARACTERS` together.
+    Every method raises ValueError once the expansions of the script have produced more than `_MOST_CHARACTERS`.
     """
 
     def __init__(self) -> None:
@@ -38,13 +38,16 @@ class Expander:
         self._left = _MOST_CHARACTERS
 
     def expanded(self, word: Word) -> list[str]:
-        """Return the words that a word becomes: none, one, or several if a variable or an array holds several."""
+        """Return the words into which a word expands: none, one, or several if a variable or array holds several."""
         joined = "".join(self._filled(piece) for piece in word)
         self._spend(joined.count(_BREAK) * _WORD_CHARACTERS + _WORD_CHARACTERS)
         return [part.replace(_QUOTED, "") for part in joined.split(_BREAK) if part]
 
     def assigned(self, assignment: Assignment | ArrayAssignment) -> str | tuple[str, ...]:
-        """Return the value that the assignment's variable has afterwards; `values` does not change."""
+        """Return the value that a variable has after an assignment, without changing `values`.
+
+        The value is a text, or a tuple of texts for an array.
+        """
         before = self.values.get(assignment.name, ()) if assignment.appends else ()
         if isinstance(assignment, ArrayAssignment):
             elements = tuple(element for word in assignment.words for element in self.expanded(word))
@@ -64,7 +67,7 @@ class Expander:
         return ("".join((*before[:1], text)), *before[1:])
 
     def texts(self) -> dict[str, str]:
-        """Return the variables that hold a text and are no arrays, with their values now."""
+        """Return the present values of the variables that are not arrays, by name."""
         self._spend(len(self.values) * _WORD_CHARACTERS)
         return {name: value for name, value in self.values.items() if isinstance(value, str)}
 
@@ -74,7 +77,7 @@ class Expander:
             raise ValueError(f"its expansions give more than {_MOST_CHARACTERS:,} characters")
 
     def _filled(self, piece: Piece) -> str:
-        """Return the piece's text with its variables filled in, and with _BREAK between the words that it becomes."""
+        """Return a piece's text after expansion, with _BREAK between words and _QUOTED before quoted text."""
         self._spend(len(piece.text))
         if piece.quote == "'":
             return _QUOTED + piece.text
@@ -91,9 +94,11 @@ class Expander:
         return filled if not piece.quote or _WHOLE_ARRAY.fullmatch(piece.text) else _QUOTED + filled
 
     def _expansion(self, piece: Piece, start: int) -> tuple[str, int]:
-        """Return what the `$...` or the backticks at `start` become, and the index after them.
+        """Expand the `$...` or the backticks that begin at index `start` of a piece's text.
 
-        An expansion that only a shell could tell becomes its own text.
+        Returns:
+            The text after expansion, unchanged if only a running shell knows the value; and the index after the `$...`
+            or the backticks.
         """
         text, following = piece.text, piece.text[start + 1 : start + 2]
         if text[start] == "`" or following in ("(", "{"):
@@ -118,5 +123,5 @@ class Expander:
 
 
 def _divided(text: str) -> str:
-    """Return a text with _BREAK in place of its blanks, at which a shell divides an expansion outside of quotations."""
+    """Return a text with _BREAK in place of its blanks, at which a shell splits an unquoted expansion into words."""
     return re.sub(r"\s+", _BREAK, text)

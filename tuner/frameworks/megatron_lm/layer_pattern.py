@@ -1,20 +1,21 @@
-"""The argument --moe-layer-freq: which layers have experts, as a number or as a Python expression of lists."""
+"""Reads the argument --moe-layer-freq, which states the layers with experts as a number or a Python list expression."""
 
 import ast
 from typing import Final
 
 _LONGEST: Final = 10_000
-"""Layers that a pattern may state (assumed), so that a repetition cannot fill the memory."""
+"""The most layers in a pattern, so that a repetition such as `[0]*10**9` cannot fill the memory. Assumed."""
 
 
 def read_pattern(text: str) -> int | list[int]:
-    """Read `2`, or an expression such as `([0]*3+[1]*1)*2`, without evaluating it.
+    """Read a pattern: a number such as `2`, or an expression such as `([0]*3+[1]*1)*2`, without calling `eval`.
 
     Returns:
-        The number N (every Nth layer has experts), or a list with 0 (dense) or 1 (experts) per layer.
+        A number N if every Nth layer has experts, or a list with 0 (dense) or 1 (experts) per layer.
 
     Raises:
-        ValueError: if the text is neither (SyntaxError if it is no expression).
+        SyntaxError: if the text is no Python expression.
+        ValueError: if it is another expression, or has more than 10,000 layers.
     """
     if len(text) > 4 * _LONGEST:
         raise ValueError(f"--moe-layer-freq: is longer than {4 * _LONGEST:,} characters")

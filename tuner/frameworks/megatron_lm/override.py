@@ -1,4 +1,4 @@
-"""The override that gives Megatron-LM a trial's layout: its arguments, or the user's whole command with them."""
+"""Writes the override that selects a trial's layout in Megatron-LM: its arguments, or the user's command with them."""
 
 import shlex
 
@@ -11,11 +11,11 @@ from tuner.trial.program import MegatronLm
 
 
 def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
-    """Return lines that say where the text of `megatron_lm_override` goes, and which arguments to remove.
+    """Return lines for the user that say where to put the text of `megatron_lm_override`, and what to remove.
 
     Args:
-        spec: The specification of the measured trial.
-        base: The layout that the command has now; None if it is not known.
+        spec: The spec of the measured trial.
+        base: The layout that the user's command has now; None if it is not known.
     """
     if isinstance(spec.program, MegatronLm):
         return ["behind torchrun and its arguments: the command with the layout in the place of its own"]
@@ -28,12 +28,12 @@ def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
 
 
 def megatron_lm_override(spec: TrialSpec, base: Layout | None) -> str:
-    """Return the arguments that select a trial's layout, one per continued line, and a newline at the end.
+    """Return the text of the arguments that select a trial's layout, one per line, with backslashes at the line ends.
 
     Args:
-        spec: The specification of the measured trial. If its program is a Megatron-LM command, the text is that
-            whole command with the trial's layout.
-        base: The layout that the command has now: only the difference is written. None writes everything.
+        spec: The spec of the measured trial. If its program is a Megatron-LM command, the text is that whole command
+            with the trial's layout.
+        base: The layout that the user's command has now: only arguments that differ are written. None writes all.
     """
     if isinstance(spec.program, MegatronLm):
         words = with_layout(spec.program.megatron_lm, spec.layout, spec.workload)

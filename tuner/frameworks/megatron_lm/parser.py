@@ -1,7 +1,7 @@
-"""A parser of Megatron-LM's arguments, as far as they state a model, a workload, a layout and the number of GPUs.
+"""Parses those arguments of Megatron-LM that state a model, a workload, a layout or the number of GPUs.
 
-The names and types come from Megatron-LM, megatron/training/arguments.py. An argument that a command lacks is None
-(False for a switch): the defaults of Megatron-LM are filled in by the readers of the layout and the workload.
+The names and types come from Megatron-LM, megatron/training/arguments.py. An argument that a command lacks is parsed as
+None, or False for a flag without a value. `command_layout` and `command_workload` fill in Megatron-LM's defaults.
 """
 
 from argparse import ArgumentError, ArgumentParser
@@ -82,17 +82,17 @@ _SWITCHES: Final = (
     "use_custom_fsdp",
 )
 _UNDERSCORED: Final = ("nnodes", "nproc_per_node", "num_layers_per_virtual_pipeline_stage")
-"""Arguments that may also be spelled with underscores, as torchrun's are."""
+"""Arguments that may be spelled with underscores, too: those of torchrun, and one of Megatron-LM."""
 _OLDER_FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
     "recompute_modules": (),
     "cp_comm_type": (),
     "cuda_graph_scope": ("--cuda-graph-scope",),
 }
-"""The knobs whose argument takes several words, each with its older flags."""
+"""The knobs whose flag takes several values, each with its older spellings of the flag."""
 
 
 class _RaisingParser(ArgumentParser):
-    """Raises an error instead of ending the process."""
+    """An ArgumentParser that raises ArgumentError instead of ending the process."""
 
     def error(self, message: str) -> Any:
         raise ArgumentError(None, message)
@@ -100,9 +100,9 @@ class _RaisingParser(ArgumentParser):
 
 @cache
 def argument_parser() -> ArgumentParser:
-    """Return a parser; its namespace has the names of Megatron-LM's arguments, but for a knob the name of the knob.
+    """Return a parser of Megatron-LM's arguments, which raises ArgumentError for a value of the wrong type.
 
-    It raises ArgumentError for a value of the wrong type.
+    The parsed namespace has a knob under the knob's name, and any other argument under Megatron-LM's name.
     """
     parser = _RaisingParser(add_help=False, allow_abbrev=False)
     for name in _WHOLE_NUMBERS:

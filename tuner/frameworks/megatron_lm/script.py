@@ -1,6 +1,6 @@
-"""The one training command in the text of a shell script: its words, and the variables that are set when it starts.
+"""Finds the training command in the text of a shell script: its words, and the variables that are set when it starts.
 
-Every reader of a script takes the command from here: lint, the configuration of a sweep, and the trial.
+Lint, the configuration of a sweep and the trial all use this module, so they find the same command.
 """
 
 import re
@@ -13,28 +13,28 @@ from tuner.frameworks.megatron_lm.expansion import Expander
 from tuner.frameworks.megatron_lm.shell import ArrayAssignment, Assignment, Piece, Statement, Word, statements
 
 _LEADING_WORDS: Final = frozenset({"if", "then", "elif", "else", "while", "until", "do", "{", "!", "time"})
-"""Reserved words of the shell that stand before a command."""
+"""Reserved words of the shell that may stand before a command."""
 _DECLARING_WORDS: Final = frozenset({"export", "readonly", "declare", "typeset", "local"})
 """Commands of the shell whose arguments are assignments."""
 _VARIABLE: Final = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 _MODEL_FLAG: Final = "--num-layers"
-"""The argument by which a training command is told from other commands."""
+"""The flag by which a training command is recognised."""
 _UNTOLD: Final = ("$", "`", "<(", ">(")
-"""Texts of which a word holds one if only a shell could tell its value."""
+"""Marks of an expansion that is left in a word because only a running shell knows its value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScriptCommand:
-    """A command of a script, with its variables and arrays filled in."""
+    """A command of a script, after its variables and arrays were expanded."""
 
     words: tuple[str, ...]
-    """All words of the command without its redirections; they begin with the launcher (torchrun and its arguments)."""
+    """All words of the command except redirections. Those before the Python script are torchrun and its arguments."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Values, when the command starts, of the variables that the script or the command itself assigns."""
+    """The values that variables of the script have when the command starts, with those that the command itself sets."""
 
     @property
     def program(self) -> tuple[str, ...]:
-        """The words from the Python script on; empty if no word names one."""
+        """The words from the Python script on; empty if no word ends with `.py`."""
         first = next(
             (place for place, word in enumerate(self.words) if word.endswith(".py")), len(self.words)
         )
@@ -42,18 +42,18 @@ class ScriptCommand:
 
 
 def training_command(text: str, source: str) -> ScriptCommand:
-    """Return the command that trains, from a shell script or from a text of arguments alone.
+    """Return the training command in a text.
 
-    It is the last command of a Python script with --num-layers. Without one, it is the last command with
-    --num-layers, where a line that begins with an argument continues the line before. Without that, the arrays
-    of the text are taken as the arguments.
+    It is the last command that runs a Python script with the flag --num-layers. If there is none, it is the last
+    command with --num-layers, after each line that begins with a flag was joined to the line before it. If there is
+    none either, the elements of all arrays in the text are taken as the arguments.
 
     Args:
-        text: A script, a command or arguments.
-        source: The name of the text in errors.
+        text: A shell script, a command, or only the arguments of a command.
+        source: The name of the text in error messages.
 
     Raises:
-        InputError: if a quotation or an array is not closed.
+        InputError: if a quotation or an array is not closed, or the text expands too far.
     """
     commands, arrays = _read(text, source)
     return (
@@ -66,8 +66,10 @@ def training_command(text: str, source: str) -> ScriptCommand:
 def script_words(text: str, source: str) -> tuple[str, ...]:
     """Return the words of the training command in a shell script, from the Python script on.
 
+    `source` is the name of the shell script in error messages.
+
     Raises:
-        InputError: if there is no such command, or if only a shell could tell one of its words.
+        InputError: if there is no such command, or one of its words has a value that only a running shell knows.
     """
     commands, _ = _read(text, source)
     program = next((command.program for command in reversed(commands) if _trains(command.program)), None)
@@ -76,7 +78,9 @@ def script_words(text: str, source: str) -> tuple[str, ...]:
             f"{source}: no command of a Python script with {_MODEL_FLAG}: is it a Megatron-LM script?"
         )
     if untold := next((word for word in program if any(mark in word for mark in _UNTOLD)), None):
-        raise InputError(f"{source}: '{untold}': only a shell could tell; state the value in the script")
+        raise InputError(
+            f"{source}: '{untold}': only a running shell knows it; write the value into the script"
+        )
     return program
 
 
@@ -85,7 +89,7 @@ def _trains(words: tuple[str, ...]) -> bool:
 
 
 def _read(text: str, source: str) -> tuple[list[ScriptCommand], ScriptCommand]:
-    """Return the commands of a text in their order, and the elements of all its arrays as if they were one command."""
+    """Return the commands of a text in their order, and one more command made of the elements of all its arrays."""
     expander = Expander()
     try:
         commands = [command for statement in statements(text) if (command := _command(statement, expander))]
@@ -97,7 +101,7 @@ def _read(text: str, source: str) -> tuple[list[ScriptCommand], ScriptCommand]:
 
 
 def _command(statement: Statement, expander: Expander) -> ScriptCommand | None:
-    """Return the command of a statement; None if the statement only assigns, which changes the values."""
+    """Return the command of a statement. If the statement only assigns, update `expander.values` and return None."""
     items = list(statement)
     while items and _reserved_word(items[0]) in _LEADING_WORDS:
         del items[0]
@@ -117,20 +121,20 @@ def _command(statement: Statement, expander: Expander) -> ScriptCommand | None:
 
 
 def _reserved_word(item: Word | Assignment | ArrayAssignment) -> str:
-    """Return the text of a word without quotations; empty for anything else."""
+    """Return the text of an item that is a word without quotations; empty for any other item."""
     is_plain = isinstance(item, tuple) and len(item) == 1 and not item[0].quote
     return item[0].text if isinstance(item, tuple) and is_plain else ""
 
 
 def _word(item: Word | Assignment | ArrayAssignment) -> Word:
-    """Return an item of a command's arguments as a word; `NAME=value` assigns nothing there."""
+    """Return an item among a command's arguments as a word: `NAME=value` assigns nothing at this place."""
     if isinstance(item, Assignment):
         return (Piece(f"{item.name}{'+' if item.appends else ''}=", ""), *item.value)
     return item if isinstance(item, tuple) else ()
 
 
 def _continued(commands: list[ScriptCommand]) -> list[ScriptCommand]:
-    """Return the commands, each with the arguments of the lines after it that begin with an argument."""
+    """Return the commands after those whose first word is a flag were joined to the command before them."""
     groups: list[list[ScriptCommand]] = []
     for command in commands:
         if groups and command.words[:1] and command.words[0].startswith("--"):

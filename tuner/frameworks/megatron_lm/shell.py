@@ -1,6 +1,6 @@
-"""The part of the shell's grammar that training scripts use: statements, words, quotations and arrays.
+"""Parses the part of the shell's grammar that training scripts use: statements, words, quotations and arrays.
 
-Control structures are ignored: every branch of an `if` counts.
+Control structures are ignored: all branches of an `if` are read, one after the other.
 """
 
 import re
@@ -17,16 +17,17 @@ _SEPARATORS: Final = frozenset("\n;&|()")
 _PLAIN: Final = re.compile(r"[^ \t\r\n'\"\\$`;&|<>()]+|\$")
 _ASSIGNMENT: Final = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _DEEPEST: Final = 50
-"""How deep quotations and expansions may be nested (assumed), so that no text exhausts the stack."""
+"""How deep quotations and expansions may be nested, so that no text exhausts the stack. Assumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a word with one kind of quotation."""
+    """A part of a word whose characters are all quoted in the same way."""
 
     text: str
     quote: str
-    """`'` (not expanded), `"` (expanded, stays one word) or empty (expanded, divided at blanks)."""
+    """`'` if the text is not expanded; `"` if it is expanded and stays one word; empty if it is not quoted, so that it
+    is expanded and split at blanks."""
 
 
 Word = tuple[Piece, ...]
@@ -34,7 +35,7 @@ Word = tuple[Piece, ...]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """`NAME=value`, or `NAME+=value`."""
+    """The assignment `NAME=value`, or `NAME+=value` if `appends`."""
 
     name: str
     appends: bool
@@ -43,7 +44,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class ArrayAssignment:
-    """`NAME=(words)`, or `NAME+=(words)`."""
+    """The assignment of an array `NAME=(words)`, or `NAME+=(words)` if `appends`."""
 
     name: str
     appends: bool
@@ -51,14 +52,14 @@ class ArrayAssignment:
 
 
 Statement = tuple[Word | Assignment | ArrayAssignment, ...]
-"""A simple command: its words and assignments in their order, without its redirections."""
+"""A simple command of the shell: its words and assignments in their order, without redirections."""
 
 
 def statements(text: str) -> Iterator[Statement]:
-    """Yield the statements of a script, divided at line breaks, `;`, `&`, `|` and parentheses outside of quotations.
+    """Yield the statements of a script, separated by unquoted line breaks, `;`, `&`, `|` and parentheses.
 
     Raises:
-        ValueError: if a quotation or an array is not closed, or expansions are nested too deeply; says which.
+        ValueError: naming a quotation or an array that is not closed, or if expansions are nested too deeply.
     """
     text = text.replace("\0", "")  # as a shell does
     items: list[Word | Assignment | ArrayAssignment] = []
@@ -79,7 +80,7 @@ def statements(text: str) -> Iterator[Statement]:
 
 
 def _after_blanks(text: str, start: int) -> int:
-    """Return the index of the next character that is neither a blank, a continued line nor part of a comment."""
+    """Return the first index from `start` on that is not in a blank, a backslash with a line break, or a comment."""
     blanks = _BLANKS.match(text, start)
     start = blanks.end() if blanks else start
     comment = _COMMENT.match(text, start)
@@ -100,7 +101,7 @@ def _item(text: str, start: int) -> tuple[Word | Assignment | ArrayAssignment, i
 
 
 def _array_words(text: str, start: int) -> tuple[tuple[Word, ...], int]:
-    """Return the words from the parenthesis at `start` to its counterpart, and the index after that."""
+    """Return the words in the parentheses that open at `start`, and the index after the closing parenthesis."""
     words: list[Word] = []
     at = start + 1
     while (at := _after_blanks(text, at)) < len(text):
@@ -115,7 +116,7 @@ def _array_words(text: str, start: int) -> tuple[tuple[Word, ...], int]:
 
 
 def _word(text: str, start: int) -> tuple[Word, int]:
-    """Return the word at `start`, empty if none begins there, and the index after it."""
+    """Return the word that begins at `start`, or an empty one if none begins there, and the index after it."""
     pieces: list[Piece] = []
     at = start
     while at < len(text):
@@ -144,7 +145,7 @@ def _word(text: str, start: int) -> tuple[Word, int]:
 
 
 def _rejoined(pieces: list[Piece]) -> Word:
-    """Return the pieces with unquoted neighbours joined, so that `$` and the name after it are in one piece."""
+    """Return the pieces after joining unquoted neighbours, so that a `$` and the name after it are in one piece."""
     word: list[Piece] = []
     for is_quoted, neighbours in groupby(pieces, key=lambda piece: bool(piece.quote)):
         run = list(neighbours)
@@ -153,7 +154,7 @@ def _rejoined(pieces: list[Piece]) -> Word:
 
 
 def _double_quoted(text: str) -> list[Piece]:
-    """Return the pieces of a text between double quotes; each character that a backslash protects is one of its own."""
+    """Return the pieces of a text between double quotes; each character after a backslash becomes a separate piece."""
     pieces: list[Piece] = []
     start = at = 0
     while at < len(text):
@@ -169,7 +170,11 @@ def _double_quoted(text: str) -> list[Piece]:
 
 
 def end_of_mark(text: str, start: int) -> int:
-    """Return the index after the quotation, parenthesis, brace or backtick that opens at `start`."""
+    """Return the index after the end of the quotation, parenthesis, brace or backtick that opens at index `start`.
+
+    Raises:
+        ValueError: if it is not closed, or others are nested too deeply in it.
+    """
     open_marks = [text[start]]
     at = start + 1
     while at < len(text):
@@ -191,7 +196,13 @@ def end_of_mark(text: str, start: int) -> int:
 
 
 def _opens(letter: str, before: str, innermost: str) -> bool:
-    """Return whether a character opens another mark inside of the mark `innermost`."""
+    """Return whether a character opens a further quotation, parenthesis, brace or backtick inside `innermost`.
+
+    Args:
+        letter: The character.
+        before: The character before it.
+        innermost: The opening character of the innermost one that is open.
+    """
     if letter == "'":
         return innermost != '"'
     if letter in "({":

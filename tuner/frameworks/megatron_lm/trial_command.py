@@ -1,4 +1,4 @@
-"""A user's own Megatron-LM command as a trial runs it: with the arguments of the trial's layout instead of its own.
+"""Rewrites a user's Megatron-LM command for a trial: replaces its layout by the trial's, and shortens the training.
 
 The names come from Megatron-LM, megatron/training/arguments.py and megatron/training/config/training_config.py.
 """
@@ -35,7 +35,8 @@ _LAYOUT_FLAGS: Final = frozenset(
         "--global-batch-size",
     }
 )
-"""The arguments that a layout replaces: every spelling of a knob, its companions, and the global batch."""
+"""The flags that are replaced together with the layout: every spelling of a knob, flags that belong to a knob, and the
+global batch size."""
 
 _TRAINING_FLAGS: Final = frozenset(
     {
@@ -61,28 +62,29 @@ _TRAINING_FLAGS: Final = frozenset(
         "--tensorboard-dir",
     }
 )
-"""The arguments that say how long a training is, what it loads and what it reports; a trial sets its own."""
+"""The flags that state how long a training is, what it loads and what it reports. A trial removes them or sets its own.
+"""
 _TRAINING_PREFIXES: Final = ("--save", "--non-persistent-", "--async-", "--ckpt-", "--wandb-")
-"""Beginnings of further arguments of this kind, which state checkpoints and the reports to Weights & Biases."""
+"""The beginnings of further such flags, which state checkpoints and reports to Weights & Biases."""
 
 _Argument = tuple[str, tuple[str, ...]]
 """A flag and its values."""
 
 
 def trial_words(words: Sequence[str], layout: Layout, workload: Workload, steps: int) -> tuple[str, ...]:
-    """Return the command with the arguments of a layout instead of its own, as a training of a few steps.
+    """Return a user's command as a trial runs it: with another layout, and as a training of a few steps.
 
-    The global batch is pinned, and the learning rate follows the schedule of the whole training. Nothing is loaded,
-    saved or evaluated, and every step is logged.
+    The global batch size is stated, and the learning rate follows the schedule of the user's whole training. Nothing is
+    loaded, saved or evaluated, and every step is logged.
 
     Args:
         words: The user's command, from the training script on.
-        layout: The layout that the trial measures.
-        workload: What the command trains.
-        steps: Optimizer steps.
+        layout: The layout that the trial measures, which replaces the command's own.
+        workload: The workload that the command trains.
+        steps: The number of optimizer steps of the trial.
 
     Raises:
-        InputError: if the command's schedule is not stated in whole numbers.
+        InputError: if the command states the length of its schedule in anything but whole numbers.
     """
     script, arguments = _script_and_arguments(words)
     kept = [argument for argument in arguments if not _is_of_a_training(argument[0])]
@@ -100,7 +102,7 @@ def trial_words(words: Sequence[str], layout: Layout, workload: Workload, steps:
 
 
 def with_layout(words: Sequence[str], layout: Layout, workload: Workload) -> tuple[str, ...]:
-    """Return the command with the arguments of a layout instead of its own, and with its global batch stated."""
+    """Return a command with the arguments of `layout` in place of its own, and with `workload`'s global batch size."""
     script, arguments = _script_and_arguments(words)
     return (
         *script,
@@ -112,7 +114,7 @@ def with_layout(words: Sequence[str], layout: Layout, workload: Workload) -> tup
 
 
 def _is_replaced(argument: _Argument, layout: Layout) -> bool:
-    """Return whether an argument of the user's command must not stand beside the arguments of a layout."""
+    """Return whether an argument of the user's command must be removed when the arguments of a layout are added."""
     flag, values = argument
     if flag == "--ckpt-format":  # Megatron-FSDP needs the format fsdp_dtensor, which nothing else can write
         return layout.use_megatron_fsdp or values == ("fsdp_dtensor",)
@@ -120,7 +122,7 @@ def _is_replaced(argument: _Argument, layout: Layout) -> bool:
 
 
 def by_argument(words: Sequence[str]) -> list[list[str]]:
-    """Return lists of words, one per line of a readable command: the script, then each flag with its values."""
+    """Return a command split into lines for a reader: first the words of the script, then each flag with its values."""
     script, arguments = _script_and_arguments(words)
     return [script, *([flag, *values] for flag, values in arguments)]
 
@@ -130,7 +132,7 @@ def _joined(arguments: Iterable[_Argument]) -> Iterator[str]:
 
 
 def _script_and_arguments(words: Sequence[str]) -> tuple[list[str], list[_Argument]]:
-    """Return the words before the first flag, and the arguments; `--flag=value` becomes a flag with one value."""
+    """Split a command into the words before its first flag and its arguments; `--flag=value` is a flag with a value."""
     first = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
     arguments: list[tuple[str, list[str]]] = []
     for word in words[first:]:
@@ -147,11 +149,13 @@ def _is_of_a_training(flag: str) -> bool:
 
 
 def _schedule(stated: Mapping[str, tuple[str, ...]], global_batch_size: int) -> dict[str, int]:
-    """Return the arguments of the learning rate's schedule in steps: Megatron-LM refuses samples beside --train-iters.
+    """Return the arguments, in steps, that give a short training the learning-rate schedule of the user's training.
+
+    A schedule in samples is converted, since Megatron-LM refuses it together with --train-iters.
 
     Args:
-        stated: The command's arguments: flag to values.
-        global_batch_size: Samples per step.
+        stated: The arguments of the user's command, as values by flag.
+        global_batch_size: The number of samples per step.
     """
     in_steps = {
         f"{name}-iters": _steps(stated, f"{name}-samples", global_batch_size)
@@ -168,7 +172,7 @@ def _schedule(stated: Mapping[str, tuple[str, ...]], global_batch_size: int) -> 
 
 
 def _steps(stated: Mapping[str, tuple[str, ...]], flag: str, global_batch_size: int) -> int:
-    """Return the samples that an argument states as steps, rounded up."""
+    """Return the number of samples that an argument states, converted to steps and rounded up."""
     return -(-_whole_number(stated, flag) // global_batch_size)
 
 
@@ -182,7 +186,7 @@ def _whole_number(stated: Mapping[str, tuple[str, ...]], flag: str) -> int:
 def resolved_program(program: MegatronLm, folder: Path) -> MegatronLm:
     """Return the program with the words of its training command, and with the absolute path of its Python script.
 
-    A program that names a shell script gets the words out of it. Paths start at `folder`.
+    If the program names only a shell script, the words are read from that script. Relative paths start at `folder`.
 
     Raises:
         InputError: if the shell script cannot be read, or has no training command.
