@@ -6,9 +6,9 @@ from tuner.errors import InputError
 from tuner.files import read_json, to_data
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.folder import IDENTITY, SweepFolder, differences
-from tuner.sweep.state import SweepState, WaitingTrial, attempts_spent
-from tuner.trial.contract import TrialFolder, TrialResult, TrialSpec
-from tuner.trial.finished import FinishedTrial, TrialSource, read_trial
+from tuner.sweep.state import SweepState, WaitingTrial, attempts_spent, tried_again
+from tuner.trial.contract import Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.finished import FinishedTrial, TrialSource, finished_trial
 from tuner.trial.program import BridgeRecipe, Program
 
 
@@ -20,6 +20,7 @@ def restored(folder: SweepFolder, sweep: Sweep) -> SweepState:
     """
     ended: list[FinishedTrial] = []
     waiting: list[WaitingTrial] = []
+    unexplained: list[WaitingTrial] = []
     centres: tuple[int, ...] = ()
     lost_s, number = 0.0, 0
     while (trial := folder.trial(number)).spec.exists():
@@ -29,22 +30,27 @@ def restored(folder: SweepFolder, sweep: Sweep) -> SweepState:
         result = read_json(TrialResult, trial.result) if trial.result.exists() else None
         spent = attempts_spent(spec.attempt, result)
         lost_s += lost_attempts_s(trial)
-        if spent is None:
-            ended.append(read_trial(trial))
+        if result is not None and spent is None:
+            ended.append(finished_trial(trial, spec, source, result))
+            if result.outcome is Outcome.UNEXPLAINED and spec.attempt == 1:
+                unexplained.append(
+                    WaitingTrial(number=number, layout=spec.layout, source=source, attempts_spent=1)
+                )
         else:
             waiting.append(
-                WaitingTrial(number=number, layout=spec.layout, source=source, attempts_spent=spent)
+                WaitingTrial(number=number, layout=spec.layout, source=source, attempts_spent=spent or 0)
             )
             lost_s += result.durations.total_s if result else 0.0
         centres = source.around or centres
         number += 1
     _refuse_gap(folder, number)
-    return SweepState(
+    state = SweepState(
         ended=tuple(ended),
         waiting=tuple(waiting),
         lost_s=lost_s,
         centres=centres if sweep.refined else (),
     )
+    return tried_again(state, unexplained)
 
 
 def lost_attempts_s(trial: TrialFolder) -> float:

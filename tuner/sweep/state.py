@@ -1,5 +1,6 @@
 """The state of a sweep as one frozen value, and the new state that each event gives. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
@@ -11,8 +12,17 @@ from tuner.trial.finished import FinishedTrial, TrialSource
 RETRIED: Final = frozenset({Outcome.HANG, Outcome.COMMUNICATION, Outcome.INFRASTRUCTURE})
 """Outcomes that a second attempt may change: the machine is at fault, not the layout."""
 
+RAN: Final = frozenset({Outcome.COMPLETED, Outcome.TOO_SLOW, Outcome.NAN})
+"""Outcomes of trials that ran steps, by which the machine is known to work."""
+
 FAILURES_TO_STOP: Final = 3
-"""Infrastructure failures in a row that stop the sweep."""
+"""Infrastructure failures in a row that stop the sweep. Unexplained failures count as such until a trial has run."""
+
+
+_UNEXPLAINED: Final = (
+    "megatune does not know this failure, and no trial of the sweep has run yet: the machine, its software or what all "
+    "trials share may be at fault"
+)
 
 
 class Halt(Enum):
@@ -63,15 +73,20 @@ class SweepState:
     is_out_of_time: bool = False
     """Whether the deadline has ended the search. The search stays ended, even if the finals go faster than expected."""
     failures: int = 0
-    """Infrastructure failures in a row."""
+    """Infrastructure failures in a row; among them the unexplained failures before the machine is proven."""
     last_failure: str = ""
-    """What the last infrastructure failure was."""
+    """What the last of these failures was."""
     halt: Halt = Halt.NONE
 
     @property
     def next_number(self) -> int:
         """The number of the next new trial; numbers have no gap."""
         return len(self.ended) + len(self.waiting) + len(self.running)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether a trial has run steps, so that an unexplained failure is the layout's rather than the machine's."""
+        return any(trial.result.outcome in RAN for trial in self.ended)
 
     @property
     def is_broken(self) -> bool:
@@ -186,16 +201,36 @@ def attempts_spent(attempt: int, result: TrialResult | None) -> int | None:
         return attempt - 1
     if result.outcome is Outcome.INFRASTRUCTURE:
         return 0
-    return attempt if result.outcome in RETRIED and attempt == 1 else None
+    may_change = result.outcome in RETRIED or bool(result.occupied_gpus)
+    return attempt if may_change and attempt == 1 else None
+
+
+def tried_again(state: SweepState, unexplained: Sequence[WaitingTrial]) -> SweepState:
+    """Return the state of a resumed sweep in which ended trials that failed for an unknown reason run once more.
+
+    They do so only if no trial has run: the sweep may have stopped for them, and the machine be repaired since.
+    """
+    numbers = {trial.number for trial in unexplained}
+    if state.is_proven or not numbers:
+        return state
+    return replace(
+        state,
+        ended=tuple(trial for trial in state.ended if trial.number not in numbers),
+        waiting=tuple(sorted((*state.waiting, *unexplained), key=lambda trial: trial.number)),
+        lost_s=state.lost_s
+        + sum(trial.result.durations.total_s for trial in state.ended if trial.number in numbers),
+    )
 
 
 def _without_running(state: SweepState, number: int, result: TrialResult) -> SweepState:
-    is_failure = result.outcome is Outcome.INFRASTRUCTURE
+    is_unexplained = result.outcome is Outcome.UNEXPLAINED and not state.is_proven
+    is_failure = is_unexplained or result.outcome is Outcome.INFRASTRUCTURE
+    reason = f"{result.reason}; {_UNEXPLAINED}" if is_unexplained else result.reason
     return replace(
         state,
         running=tuple(other for other in state.running if other.number != number),
         failures=state.failures + 1 if is_failure else 0,
-        last_failure=result.reason if is_failure else state.last_failure,
+        last_failure=reason if is_failure else state.last_failure,
     )
 
 

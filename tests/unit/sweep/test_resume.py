@@ -122,6 +122,7 @@ def _attempt(folder: SweepFolder, number: int) -> int:
         (2, Outcome.COMMUNICATION, None),
         (3, Outcome.INFRASTRUCTURE, 0),
         (1, Outcome.OOM, None),
+        (1, Outcome.UNEXPLAINED, None),
         (1, Outcome.NAN, None),
         (1, Outcome.TOO_SLOW, None),
     ],
@@ -130,4 +131,13 @@ def test_a_trial_goes_on_with_the_attempt_that_was_due(
     attempt: int, outcome: Outcome | None, spent: int | None
 ) -> None:
     result = None if outcome is None else TrialResult(outcome=outcome, reason="")
+    assert attempts_spent(attempt, result) == spent
+
+
+@pytest.mark.parametrize(("attempt", "spent"), [(1, 1), (2, None)])
+def test_a_trial_that_ran_out_of_memory_beside_others_has_a_second_attempt(
+    attempt: int, spent: int | None
+) -> None:
+    others = ("others held 20.00 GiB of GPU 0 (processes: 77)",)
+    result = TrialResult(outcome=Outcome.OOM, reason="", occupied_gpus=others)
     assert attempts_spent(attempt, result) == spent

@@ -469,6 +469,56 @@ def test_a_finished_trial_resets_the_count_of_failures_of_the_machine(results: P
     assert launcher.numbers == [0, 0, 0, 1, 1, 1]
 
 
+def test_three_failures_that_nobody_knows_stop_a_sweep_in_which_no_trial_has_run(results: Path) -> None:
+    launcher = ReplayLauncher(script={number: [Outcome.UNEXPLAINED] for number in range(FAILURES_TO_STOP)})
+    loop = loop_of(results, launcher, with_study=True)
+    assert run(loop) is Stop.BREAKER
+    assert len(set(launcher.layouts)) == FAILURES_TO_STOP, "three layouts failed, not one thrice"
+    assert "megatune does not know this failure" in loop.controller.state.last_failure
+    repaired = loop_of(results, launcher, with_study=True)
+    assert run(repaired) is Stop.TRIALS
+    assert launcher.numbers == [0, 1, 2, *range(TRIALS)], "once the machine is repaired, all of them run"
+    assert {trial.result.outcome for trial in repaired.trials} == {Outcome.COMPLETED}
+    assert_study_equals_folders(results)
+
+
+def test_layouts_that_fail_for_unknown_reasons_twice_do_not_stop_the_others_for_ever(results: Path) -> None:
+    launcher = ReplayLauncher(
+        script={number: [Outcome.UNEXPLAINED] * 2 for number in range(FAILURES_TO_STOP)}
+    )
+    assert run(loop_of(results, launcher)) is Stop.BREAKER
+    assert run(loop_of(results, launcher)) is Stop.BREAKER
+    assert run(loop_of(results, launcher)) is Stop.TRIALS
+    assert launcher.numbers == [0, 1, 2, 0, 1, 2, *range(FAILURES_TO_STOP, TRIALS)]
+
+
+def test_once_a_trial_has_run_an_unknown_failure_is_the_layouts(results: Path) -> None:
+    launcher = ReplayLauncher(script={number: [Outcome.UNEXPLAINED] for number in (0, 1, 3, 4, 5)})
+    loop = loop_of(results, launcher, with_study=True)
+    assert run(loop) is Stop.TRIALS
+    assert launcher.numbers == list(range(TRIALS))
+    assert_study_equals_folders(results)
+    run_to_end(results, launcher)
+    assert launcher.numbers == list(range(TRIALS)), "a resumed sweep does not try them again"
+
+
+def occupied(spec: TrialSpec, result: TrialResult) -> TrialResult:
+    """Let others hold some of the GPUs whenever a trial runs out of memory."""
+    is_oom = result.outcome is Outcome.OOM
+    return replace(result, occupied_gpus=("others held 20.00 GiB of GPU 0",)) if is_oom else result
+
+
+def test_an_out_of_memory_on_occupied_gpus_is_tried_once_more_and_rules_out_nothing(results: Path) -> None:
+    launcher = ReplayLauncher(30.0, change=occupied)
+    loop = loop_of(results, launcher, sweep_of(budget={"trials": 100}))
+    assert run(loop) is Stop.EXHAUSTED
+    ooms = [trial.number for trial in loop.trials if trial.result.outcome is Outcome.OOM]
+    assert ooms
+    assert all(launcher.numbers.count(number) == 2 for number in ooms)
+    assert loop.progress().pruned == 0
+    assert len(loop.trials) == len(table_of(sweep_of()))
+
+
 def test_a_trial_with_a_nan_loss_is_never_the_winner(
     results: Path, uninterrupted: list[tuple[Any, ...]]
 ) -> None:
