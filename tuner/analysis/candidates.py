@@ -56,6 +56,8 @@ def ruled_out(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
     failed = {
         trial.layout: f"failed in the final t{trial.number:04d}: {trial.result.outcome}: {trial.result.reason}"
         for trial in finals_of(trials)
-        if trial.result.metrics is None and trial.result.outcome not in UNFINISHED
+        if trial.result.metrics is None
+        and trial.result.outcome not in UNFINISHED
+        and not trial.result.occupied_gpus
     }
     return {**trains_differently(trials), **failed}

@@ -16,7 +16,6 @@ from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import peak_gib
 from tuner.space.table import find_row
-from tuner.trial.contract import Outcome
 from tuner.trial.finished import FinishedTrial
 
 TOO_LARGE: Final = "predicted too large"
@@ -44,7 +43,7 @@ def pruned_rows(
     left &= ~too_large
     oom_number, along = np.full(len(table), -1), np.full(len(table), "", dtype=object)
     for trial in trials:
-        if trial.result.outcome is not Outcome.OOM:
+        if not trial.result.is_too_large:
             continue
         ruled_out = left & needs_at_least_as_much_memory(table, trial.layout, workload, cluster)
         left &= ~ruled_out

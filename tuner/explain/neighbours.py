@@ -14,7 +14,6 @@ from tuner.predict.dominance import needs_at_least_as_much_memory
 from tuner.predict.feasibility import MIN_FIT
 from tuner.rules.validity import broken_rules
 from tuner.space.table import find_row, layout_at
-from tuner.trial.contract import Outcome
 from tuner.trial.finished import SEARCHED, FinishedTrial, completed
 
 
@@ -127,7 +126,7 @@ def _untried_status(evidence: Evidence, row: int) -> _RowStatus:
     """Return what the trials of other rows, and the predictions, say about a row without a trial."""
     only_row, sweep = evidence.table.iloc[[row]], evidence.sweep
     for trial in evidence.trials:
-        if trial.result.outcome is Outcome.OOM and needs_at_least_as_much_memory(
+        if trial.result.is_too_large and needs_at_least_as_much_memory(
             only_row, trial.layout, sweep.workload, sweep.cluster
         ):
             why = f"needs as much memory as trial {trial.number}"

@@ -20,7 +20,6 @@ from tuner.search.strategies import strategy_of
 from tuner.search.strategy import Mask, Strategy
 from tuner.space.table import RowIndex, layout_at
 from tuner.sweep.state import SweepState
-from tuner.trial.contract import Outcome
 from tuner.trial.finished import SEARCHED, FinishedTrial
 
 _SEARCHED_SPACE: Final = {
@@ -138,7 +137,7 @@ class Searcher:
         if first.source not in SEARCHED:
             return
         self._is_certainty_current = False
-        if counted.result.outcome is Outcome.OOM:
+        if counted.result.is_too_large:
             workload, cluster = self.problem.workload, self.problem.cluster
             self._rule_out(needs_at_least_as_much_memory(self.table, counted.layout, workload, cluster))
         row = self._in_flight.pop(first.number, None)
