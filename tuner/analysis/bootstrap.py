@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped]
 
 from tuner.core.columns import Floats
 
@@ -54,6 +53,8 @@ def _deviations_between_runs(log_medians: Sequence[Floats]) -> Floats:
     repeated = [logs for logs in log_medians if len(logs) > 1]
     if not repeated:
         return np.zeros(1)
+    from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped]
+
     freedom = sum(len(logs) - 1 for logs in repeated)
     widening = float(stdtrit(freedom, 0.975) / ndtri(0.975))
     return np.concatenate(

@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Final
 
 import numpy as np
-from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from tuner.core.layout import Layout
 from tuner.trial.finished import SEARCHED, FinishedTrial
@@ -75,6 +74,8 @@ def drift(trials: Sequence[FinishedTrial]) -> Drift | None:
     )
     if len(points) < FEWEST_RUNS_FOR_DRIFT or points[0][0] == points[-1][0]:
         return None
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
+
     seconds, steps_ms = np.array(points).T
     share, logs = (seconds - seconds[0]) / (seconds[-1] - seconds[0]), np.log(steps_ms)
     centred = share - share.mean()

@@ -2,31 +2,14 @@
 
 import sys
 import traceback
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.markup import escape
 
-from tuner.cli import (
-    calibrate,
-    doctor,
-    explain,
-    export,
-    init,
-    lint,
-    pause,
-    plan,
-    probe,
-    replay,
-    resume,
-    show,
-    stop,
-    sweep,
-    sync,
-    trial,
-    ui,
-)
 from tuner.cli.streams import use_lasting_streams
 from tuner.cli.terminal import Terminal
 from tuner.errors import CircuitBreakerError, MegatuneError, machine_at_fault
@@ -68,36 +51,42 @@ def _options(
     """Options of every command."""
 
 
-def _application() -> typer.Typer:
-    """Build the application with its commands, in the order in which `--help` lists them."""
+COMMANDS: Final = (
+    "init",
+    "lint",
+    "plan",
+    "explain",
+    "sweep",
+    "trial",
+    "replay",
+    "show",
+    "stop",
+    "pause",
+    "resume",
+    "export",
+    "ui",
+    "sync",
+    "doctor",
+    "calibrate",
+    "probe",
+)
+"""The commands, in the order in which `--help` lists them. Each is a function in the module of its name."""
+
+
+def _application(commands: Sequence[str]) -> typer.Typer:
+    """Build the application with these commands."""
     application = typer.Typer(help=DESCRIPTION, no_args_is_help=True, pretty_exceptions_enable=False)
     application.callback()(_options)
-    modules = (
-        init,
-        lint,
-        plan,
-        explain,
-        sweep,
-        trial,
-        replay,
-        show,
-        stop,
-        pause,
-        resume,
-        export,
-        ui,
-        sync,
-        doctor,
-        calibrate,
-        probe,
-    )
-    for module in modules:
-        name = module.__name__.rsplit(".", 1)[-1]
+    for name in commands:
+        module = import_module(f"tuner.cli.{name}")
         application.command(name)(getattr(module, name))
     return application
 
 
-app = _application()
+def _commands_for(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return the command that a command line names, since to import the others takes a second; or else all."""
+    first = next((word for word in arguments if word != "--debug"), "")
+    return (first,) if first in COMMANDS else COMMANDS
 
 
 def main() -> None:
@@ -113,6 +102,7 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; every exception becomes a message on stderr."""
     stderr = Terminal(stderr=True, soft_wrap=True, highlight=False)
     try:
+        app = _application(_commands_for(arguments))
         code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0

@@ -1,13 +1,15 @@
 """A table of layouts as columns: one array per knob, all of equal length."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.core.layout import KNOBS, Layout, module_names, recomputed_modules
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -98,7 +100,7 @@ class Columns:
         return self.text("cuda_graph_scope", lambda text: part in module_names(text))
 
     @classmethod
-    def of(cls, table: pd.DataFrame) -> Self:
+    def of(cls, table: "pd.DataFrame") -> Self:
         """Return the columns of a table of layouts, which has one column per knob; its other columns are left out."""
         return cls({knob: _column(table[knob]) for knob in KNOBS if knob in table})
 
@@ -115,6 +117,8 @@ _ZERO = np.zeros(1, dtype=np.int8)
 
 def _column(series: "pd.Series[Any]") -> Any:
     """Return a column of a DataFrame in the form that `Columns` stores: an array of numbers or bools, or `Texts`."""
+    import pandas as pd  # half of the time of a command that needs no table would go into this import
+
     if pd.api.types.is_numeric_dtype(series.dtype):
         return series.to_numpy()
     categorical = pd.Categorical(series)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Literal
 
 from tuner.analysis.figures import best_trial
 from tuner.search.stopping import Certainty
-from tuner.sweep.policy import Policy
 from tuner.sweep.state import SweepState
 from tuner.trial.finished import FinishedTrial
 
 if TYPE_CHECKING:
+    from tuner.sweep.policy import Policy
     from tuner.sweep.searcher import Searcher
 
 SearchPart = Literal["grid", "refinement"]
@@ -42,7 +42,7 @@ class Progress:
 
 def progress_of(
     state: SweepState,
-    policy: Policy,
+    policy: "Policy",
     searcher: "Searcher",
     *,
     now_s: float,

@@ -1,13 +1,15 @@
 """The interface of all that shows a running sweep: the terminal, MLflow, Optuna's study, the status file."""
 
 from dataclasses import dataclass
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from tuner.sweep.progress import Progress
 from tuner.sweep.state import RunningTrial, SweepState
 from tuner.trial.contract import Heartbeat
 from tuner.trial.finished import FinishedTrial
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Sink:
     anything slow, and raises only what must end the sweep.
     """
 
-    def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
+    def opened(self, snapshot: Snapshot, table: "pd.DataFrame") -> None:
         """The sweep begins, goes on after an end, or begins its refinement; `table` holds its rows from now on."""
 
     def begun(self, trial: RunningTrial, snapshot: Snapshot) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-import pandas as pd
 from pydantic import ConfigDict
 
 from tuner.errors import InputError
@@ -20,6 +19,9 @@ from tuner.sweep.sinks import Sink, Snapshot
 from tuner.sweep.state import RunningTrial
 from tuner.trial.contract import Heartbeat, Phase
 from tuner.trial.finished import FinishedTrial
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _HEARTBEAT_S: Final = 1.0
 """Least time between two writes for heartbeats alone, in seconds: steps may take milliseconds."""
@@ -134,7 +136,7 @@ class StatusFile(Sink):
         self._status: Status | None = None
         self._written_s = 0.0
 
-    def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
+    def opened(self, snapshot: Snapshot, table: "pd.DataFrame") -> None:
         """See Sink."""
         self._write(self._of(snapshot))
 
