@@ -145,10 +145,46 @@ def one_step(codes: Codes, row: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
     value, only those that differ from `row` in the fewest followers are yielded. If a row is one step away by several
     choices, it is yielded only with the first of them. `codes` is what `codes_of` returns for the table.
     """
-    differs = codes != codes[row]
+    return _one_step(codes, row, np.arange(len(codes)))
+
+
+class Steps:
+    """Finds what `one_step` finds, for many rows of one table.
+
+    Two rows that are one step apart agree in all choices but one that are no followers. So the rows are grouped by the
+    hash of all but one of these choices, once for each choice that is left out. Rows that share a hash by chance do no
+    harm.
+
+    Args:
+        codes: the codes of the table's rows, as `codes_of` gives them.
+    """
+
+    def __init__(self, codes: Codes) -> None:
+        self._codes = codes
+        compared = codes[:, ~_IS_FOLLOWER]
+        factors = np.random.default_rng(0).integers(1, 2**62, compared.shape[1])
+        terms = compared * factors  # the products wrap around
+        hashes = (terms.sum(axis=1)[:, None] - terms).T
+        self._orders = [np.argsort(of_choice, kind="stable") for of_choice in hashes]
+        self._sorted = [of_choice[order] for of_choice, order in zip(hashes, self._orders, strict=True)]
+        self._hashes = hashes
+
+    def around(self, row: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield what `one_step` yields for `row`."""
+        near = [
+            order[np.searchsorted(hashes, own) : np.searchsorted(hashes, own, side="right")]
+            for order, hashes, own in zip(self._orders, self._sorted, self._hashes[:, row], strict=True)
+        ]
+        return _one_step(self._codes, row, np.unique(np.concatenate(near)))
+
+
+def _one_step(codes: Codes, row: int, among: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield what `one_step` yields, where only the rows `among`, in ascending order, are looked at."""
+    differs = codes[among] != codes[row]
     free_differences = differs[:, ~_IS_FOLLOWER].sum(axis=1)
-    near = np.flatnonzero((free_differences <= 1) & differs.any(axis=1))
-    codes, differs, free_differences = codes[near], differs[near], free_differences[near]
+    is_near = (free_differences <= 1) & differs.any(axis=1)
+    near, differs, free_differences = among[is_near], differs[is_near], free_differences[is_near]
+    codes = codes[near]
     yielded = np.zeros(len(near), dtype=bool)
     for choice, is_follower in enumerate(_IS_FOLLOWER):
         by_choice = differs[:, choice] & (free_differences == (0 if is_follower else 1))

@@ -8,14 +8,14 @@ import pandas as pd
 
 from tuner.core.choices import CHOICES
 from tuner.core.cluster import Cluster
-from tuner.core.columns import Bools
+from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Workload
-from tuner.predict.dominance import needs_at_least_as_much_memory
+from tuner.predict.dominance import dominating
 from tuner.predict.feasibility import MIN_FIT, fit_probabilities
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import peak_gib
-from tuner.space.table import find_row
+from tuner.space.table import RowIndex
 from tuner.trial.finished import FinishedTrial
 
 TOO_LARGE: Final = "predicted too large"
@@ -41,11 +41,12 @@ def pruned_rows(
     left = ~_tried(table, trials)
     too_large = left & (fits < MIN_FIT)
     left &= ~too_large
+    columns = Columns.of(table)
     oom_number, along = np.full(len(table), -1), np.full(len(table), "", dtype=object)
     for trial in trials:
         if not trial.result.is_too_large:
             continue
-        ruled_out = left & needs_at_least_as_much_memory(table, trial.layout, workload, cluster)
+        ruled_out = left & dominating(columns, trial.layout, workload, cluster)
         left &= ~ruled_out
         oom_number[ruled_out] = trial.number
         along[ruled_out] = _differing_axes(table[ruled_out], trial.layout)
@@ -61,8 +62,8 @@ def pruned_rows(
 
 
 def _tried(table: pd.DataFrame, trials: Sequence[FinishedTrial]) -> Bools:
-    mask = np.zeros(len(table), dtype=np.bool_)
-    rows = [row for trial in trials if (row := find_row(table, trial.layout)) is not None]
+    mask, index = np.zeros(len(table), dtype=np.bool_), RowIndex(table)
+    rows = [row for trial in trials if (row := index.find(trial.layout)) is not None]
     mask[rows] = True
     return mask
 

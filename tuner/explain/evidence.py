@@ -18,7 +18,7 @@ from tuner.search.encoding import encode
 from tuner.search.observation import Observation
 from tuner.search.ranking import Ranking
 from tuner.search.refinement import searched_table
-from tuner.space.table import find_row, with_row
+from tuner.space.table import RowIndex, with_rows
 from tuner.sweep.configuration import Sweep
 from tuner.trial.finished import FinishedTrial
 
@@ -63,10 +63,10 @@ def gather(
         calibration: the machine's calibration, for predicted step times.
     """
     workload, cluster = sweep.workload, sweep.cluster
-    table = searched_table(sweep.problem, trials)
-    for layout in (*(trial.layout for trial in trials), *layouts):
-        table = with_row(table, layout)
-    rows = np.array([find_row(table, trial.layout) for trial in trials], dtype=np.intp)
+    tried = [trial.layout for trial in trials]
+    table = with_rows(searched_table(sweep.problem, trials), [*tried, *layouts])
+    index = RowIndex(table)
+    rows = np.array([index.find(layout) for layout in tried], dtype=np.intp)
     implementation = implementation_of(cluster)
     predicted_ms = step_time_ms(table, workload, cluster, implementation, calibration)
     feasibility, ranking = Feasibility(table, workload, cluster), Ranking(encode(table), predicted_ms)

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuner.analysis.figures import best_trial
-from tuner.core.choices import CHOICES, codes_of, one_step, value_of
+from tuner.core.choices import CHOICES, Steps, codes_of, value_of
 from tuner.core.columns import Floats
 from tuner.core.layout import DEFAULTS, Layout
 from tuner.explain.evidence import Evidence
@@ -18,7 +18,7 @@ from tuner.explain.neighbours import Neighbour, neighbours
 from tuner.predict.implementation import implementation_of
 from tuner.predict.memory.peak import StageMemory, memory_breakdown
 from tuner.predict.time.step import StepTime, step_breakdown
-from tuner.space.table import find_row, layout_at
+from tuner.space.table import find_row, layouts_at
 from tuner.trial.finished import FinishedTrial
 
 FEWEST_RANKED: Final = 5
@@ -185,13 +185,13 @@ def choice_effects(table: pd.DataFrame, rows: NDArray[np.intp], step_ms: Floats)
         rows: the row of each completed trial, of shape [trials].
         step_ms: the measured step time of each of these trials, of shape [trials].
     """
-    codes, choices = codes_of(table), list(CHOICES)
+    steps, choices = Steps(codes_of(table)), list(CHOICES)
     log_ms = {int(row): float(np.log(ms)) for row, ms in zip(rows, step_ms, strict=True)}
-    layouts = {row: layout_at(table, row) for row in log_ms}
+    layouts = dict(zip(log_ms, layouts_at(table, list(log_ms)), strict=True))
     # Keyed by choice, value before and value after; then by the pair of rows, so that no pair counts twice.
     changes: dict[tuple[str, str, str], dict[tuple[int, int], float]] = {}
     for row in log_ms:
-        for number, others in one_step(codes, row):
+        for number, others in steps.around(row):
             choice = choices[number]
             for other in set(others.tolist()) & log_ms.keys():
                 before, after = sorted((row, other), key=lambda each: _order(choice, layouts[each]))

@@ -1,6 +1,6 @@
 """The layouts that differ from the best in one choice: what each costs, measured or predicted, or why it cannot run."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from tuner.core.choices import CHOICES, codes_of, one_step, value_of
+from tuner.core.columns import Columns
 from tuner.core.layout import Layout
 from tuner.explain.evidence import Evidence
-from tuner.predict.dominance import needs_at_least_as_much_memory
+from tuner.predict.dominance import dominating
 from tuner.predict.feasibility import MIN_FIT
 from tuner.rules.validity import broken_rules
 from tuner.space.table import find_row, layout_at
@@ -86,10 +87,11 @@ def _valid_neighbours(evidence: Evidence, layout: Layout, best_ms: float) -> Ite
     """Yield the neighbours among the rows of the table."""
     choices, start = list(CHOICES), find_row(evidence.table, layout)
     assert start is not None, "every trial has its row"
-    for number, rows in one_step(codes_of(evidence.table), start):
+    steps = list(one_step(codes_of(evidence.table), start))
+    statuses = _row_statuses(evidence, sorted({int(row) for _, rows in steps for row in rows}))
+    for number, rows in steps:
         # Several rows may take this value, with different values of the choices that it forces.
-        statuses = {int(row): _row_status(evidence, int(row)) for row in rows}
-        row = min(statuses, key=lambda row: statuses[row].sort_key)
+        row = min(rows.tolist(), key=lambda row: statuses[row].sort_key)
         choice, known, other = choices[number], statuses[row], layout_at(evidence.table, row)
         differing = [name for name in choices if value_of(name, other) != value_of(name, layout)]
         yield Neighbour(
@@ -103,9 +105,30 @@ def _valid_neighbours(evidence: Evidence, layout: Layout, best_ms: float) -> Ite
         )
 
 
-def _row_status(evidence: Evidence, row: int) -> _RowStatus:
-    trials = [evidence.trials[index] for index in np.flatnonzero(evidence.rows == row)]
-    return _tried_status(trials) if trials else _untried_status(evidence, row)
+def _row_statuses(evidence: Evidence, rows: Sequence[int]) -> dict[int, _RowStatus]:
+    """Return what is known about each of these rows."""
+    trials: dict[int, list[FinishedTrial]] = {}
+    for row, trial in zip(evidence.rows.tolist(), evidence.trials, strict=True):
+        trials.setdefault(row, []).append(trial)
+    untried = [row for row in rows if row not in trials]
+    dominated_by = dict(zip(untried, _dominated_by(evidence, untried), strict=True))
+    return {
+        row: _tried_status(trials[row])
+        if row in trials
+        else _untried_status(evidence, row, dominated_by[row])
+        for row in rows
+    }
+
+
+def _dominated_by(evidence: Evidence, rows: Sequence[int]) -> list[int | None]:
+    """Return for each row the first trial out of memory that it needs as much memory as; None if there is none."""
+    workload, cluster = evidence.sweep.workload, evidence.sweep.cluster
+    columns, first = Columns.of(evidence.table.iloc[[*rows]]), np.full(len(rows), -1)
+    for trial in evidence.trials:
+        if trial.result.is_too_large:
+            mask = dominating(columns, trial.layout, workload, cluster)
+            first = np.where((first < 0) & mask, trial.number, first)
+    return [number if number >= 0 else None for number in first.tolist()]
 
 
 def _tried_status(trials: list[FinishedTrial]) -> _RowStatus:
@@ -122,15 +145,11 @@ def _tried_status(trials: list[FinishedTrial]) -> _RowStatus:
     return _RowStatus(status=NeighbourStatus.FAILED, step_ms=None, why=f"trial {first.number}: {outcome}")
 
 
-def _untried_status(evidence: Evidence, row: int) -> _RowStatus:
+def _untried_status(evidence: Evidence, row: int, dominated_by: int | None) -> _RowStatus:
     """Return what the trials of other rows, and the predictions, say about a row without a trial."""
-    only_row, sweep = evidence.table.iloc[[row]], evidence.sweep
-    for trial in evidence.trials:
-        if trial.result.is_too_large and needs_at_least_as_much_memory(
-            only_row, trial.layout, sweep.workload, sweep.cluster
-        ):
-            why = f"needs as much memory as trial {trial.number}"
-            return _RowStatus(status=NeighbourStatus.RULED_OUT, step_ms=None, why=why)
+    if dominated_by is not None:
+        why = f"needs as much memory as trial {dominated_by}"
+        return _RowStatus(status=NeighbourStatus.RULED_OUT, step_ms=None, why=why)
     fit = f"peak {evidence.predicted_gib[row]:.3g} GiB, P(fit) {evidence.fit[row]:.0%}"
     if evidence.predicted_fit[row] < MIN_FIT:
         return _RowStatus(status=NeighbourStatus.TOO_LARGE, step_ms=None, why=fit)

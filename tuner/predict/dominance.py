@@ -24,8 +24,6 @@ schedules.py."""
 _RECOMPUTE: Final = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 """The knobs of recomputation. They are compared together: a row qualifies if all of them are equal to the layout's, or
 if its recomputation is off."""
-_IN_FLIGHT: Final = ("tp", "pp", "vpp", "cp", "micro_batch_size", "microbatch_group_size_per_vp_stage")
-"""The knobs that decide how many micro-batches are in flight."""
 
 
 def needs_at_least_as_much_memory(
@@ -55,61 +53,65 @@ def needs_at_least_as_much_memory(
     registered buffers have memory of their own kind. Expandable segments usually reserve less memory, but this is not
     proven.
     """
-    mask = _differs_upwards(table, layout, _may_drop_recompute(layout, workload, cluster))
+    return dominating(Columns.of(table), layout, workload, cluster)
+
+
+def dominating(columns: Columns, layout: Layout, workload: Workload, cluster: Cluster) -> Bools:
+    """Return what `needs_at_least_as_much_memory` returns of the table that these columns were made of.
+
+    To make columns of a table takes longer than to compare them with a layout.
+    """
+    mask = _differs_upwards(columns, layout, _may_drop_recompute(layout, workload, cluster))
     if cluster.device == "cpu":
-        mask &= table["use_distributed_optimizer"].to_numpy() == layout.use_distributed_optimizer
+        mask &= columns.on("use_distributed_optimizer") == layout.use_distributed_optimizer
     if implementation_of(cluster) == "torch":
-        larger = table["micro_batch_size"].to_numpy() > layout.micro_batch_size
-        mask &= ~larger | _fills_the_pipeline(table, workload, cluster)
-    mask &= (table["pp"].to_numpy() == layout.pp) | _merges_stages(table, layout, workload, cluster)
+        larger = columns["micro_batch_size"] > layout.micro_batch_size
+        mask &= ~larger | _fills_the_pipeline(columns, workload, cluster)
+    mask &= (columns["pp"] == layout.pp) | _merges_stages(columns, layout, workload, cluster)
     return mask
 
 
-def _differs_upwards(table: pd.DataFrame, layout: Layout, may_drop_recompute: bool) -> Bools:
+def _differs_upwards(columns: Columns, layout: Layout, may_drop_recompute: bool) -> Bools:
     """Return a mask of the rows in which every knob but pp allows at least as much memory; shape [rows].
 
     Each knob must be equal to the layout's or differ in the direction that `needs_at_least_as_much_memory` states.
     `may_drop_recompute` says whether a row without recomputation qualifies, too.
     """
-    mask: Bools = np.ones(len(table), dtype=bool)
-    same_or_no_recompute = np.ones(len(table), dtype=bool)
+    mask: Bools = np.ones(len(columns["pp"]), dtype=bool)
+    same_or_no_recompute = mask.copy()
     for knob in KNOBS:
-        equal = _equal(table, knob, getattr(layout, knob))
+        equal = _equal(columns, knob, getattr(layout, knob))
         if knob == "micro_batch_size":
-            mask &= table[knob].to_numpy() >= layout.micro_batch_size
+            mask &= columns[knob] >= layout.micro_batch_size
         elif knob == "use_distributed_optimizer":
-            mask &= equal | ~table[knob].to_numpy(dtype=bool)
+            mask &= equal | ~columns.on(knob)
         elif knob == "nccl_nvls_enable":
-            mask &= equal | table[knob].to_numpy(dtype=bool)
+            mask &= equal | columns.on(knob)
         elif knob == "cpu_offloading_num_layers":
-            mask &= equal | _equal(table, knob, 0)
+            mask &= equal | _equal(columns, knob, 0)
         elif knob in _RECOMPUTE:
             same_or_no_recompute &= equal
         elif knob != "pp":
             mask &= equal
     if may_drop_recompute:
-        same_or_no_recompute |= _equal(table, "recompute_granularity", "none")
+        same_or_no_recompute |= _equal(columns, "recompute_granularity", "none")
     return mask & same_or_no_recompute
 
 
-def _equal(table: pd.DataFrame, knob: str, value: object) -> Bools:
-    """Return a mask of the rows in which `knob` has the value `value`; shape [rows].
-
-    A categorical column is compared by its codes instead of its texts, which is faster.
-    """
-    column = table[knob]
-    values = column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
-    return np.asarray(values == value, dtype=np.bool_)
+def _equal(columns: Columns, knob: str, value: object) -> Bools:
+    """Return a mask of the rows in which `knob` has the value `value`; shape [rows]."""
+    if isinstance(value, str):
+        return columns.among(knob, value)
+    return np.asarray(columns.column(knob) == value, dtype=np.bool_)
 
 
-def _fills_the_pipeline(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> Bools:
+def _fills_the_pipeline(c: Columns, workload: Workload, cluster: Cluster) -> Bools:
     """Return a mask of the rows with at least as many micro-batches as the pipeline can have in flight; shape [rows].
 
     With plain Torch, attention saves rotary tables and masks for each micro-batch in flight. Their size does not depend
     on the number of samples in the micro-batch. If a row has fewer micro-batches than the pipeline can have in flight,
     it saves fewer of these tables than a layout with smaller and therefore more micro-batches.
     """
-    c = Columns.of(table[[*_IN_FLIGHT]])
     dp = data_parallel_size(cluster.world_size, c["tp"], c["pp"], c["cp"])
     stated_group = c["microbatch_group_size_per_vp_stage"]
     microbatch_group = np.where(stated_group > 0, stated_group, c["pp"])
@@ -148,7 +150,7 @@ def _fewest_layers(layout: Layout, workload: Workload) -> int:
     return int(min(part[0] for part in (slots if layout.pp > 2 else (slots.first, slots.last)))) - accounts
 
 
-def _merges_stages(table: pd.DataFrame, layout: Layout, workload: Workload, cluster: Cluster) -> Bools:
+def _merges_stages(columns: Columns, layout: Layout, workload: Workload, cluster: Cluster) -> Bools:
     """Return a mask of the rows whose fewer pipeline stages provably need at least as much memory; shape [rows].
 
     Each stage of such a row consists of k = layout.pp / pp successive stages of the layout. The proof is for 1F1B over
@@ -164,7 +166,7 @@ def _merges_stages(table: pd.DataFrame, layout: Layout, workload: Workload, clus
     activations, merging must add at least as many bytes to a stage (`_added_bytes`) as it takes from it
     (`_taken_bytes`).
     """
-    model, pp = workload.model, table["pp"].to_numpy()
+    model, pp = workload.model, columns["pp"]
     uneven = (
         layout.num_layers_in_first_pipeline_stage
         or layout.num_layers_in_last_pipeline_stage
@@ -174,15 +176,15 @@ def _merges_stages(table: pd.DataFrame, layout: Layout, workload: Workload, clus
     )
     layers_alike = not model.is_moe and model.window_attn_skip_freq is None and not model.mtp_num_layers
     if layout.vpp > 1 or uneven or layout.use_megatron_fsdp or not layers_alike:
-        return np.zeros(len(table), dtype=np.bool_)
+        return np.zeros(len(pp), dtype=np.bool_)
     merged: Bools = (pp < layout.pp) & (layout.pp % pp == 0)
     if layout.recompute_granularity == "full" and (
         layout.recompute_method != "uniform" or layout.recompute_num_layers > 1
     ):
-        merged &= _equal(table, "recompute_granularity", "none")
+        merged &= _equal(columns, "recompute_granularity", "none")
     if cluster.device == "cuda":
         merged &= pp > 1  # Without a pipeline NCCL has no buffers for its messages.
-    distributed = table["use_distributed_optimizer"].to_numpy()
+    distributed = columns.on("use_distributed_optimizer")
     merged &= _added_bytes(pp, layout, workload) >= _taken_bytes(distributed, layout, workload, cluster)
     return merged
 

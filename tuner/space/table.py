@@ -1,7 +1,7 @@
 """The table of valid layouts: the row of a layout, the layout of a row, and sizes that follow from a row's knobs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,12 @@ def layout_at(table: pd.DataFrame, row: int) -> Layout:
     return layout_from({knob: table[knob].iloc[row] for knob in KNOBS})
 
 
+def layouts_at(table: pd.DataFrame, rows: Sequence[int]) -> list[Layout]:
+    """Return the layouts at several positions of the table, in their order."""
+    records = table[list(KNOBS)].iloc[[*rows]].to_dict("records")
+    return [layout_from({str(knob): value for knob, value in record.items()}) for record in records]
+
+
 def with_row(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
     """Return a table that contains `layout`: `table` itself, or a copy with the layout appended as its last row."""
     if find_row(table, layout) is not None:
@@ -44,6 +50,14 @@ def with_row(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
     return joined.astype(
         {name: dtype for name, dtype in table.dtypes.items() if not isinstance(dtype, pd.CategoricalDtype)}
     )
+
+
+def with_rows(table: pd.DataFrame, layouts: Sequence[Layout]) -> pd.DataFrame:
+    """Return a table that holds these layouts, as if `with_row` had been called for one after the other."""
+    index = RowIndex(table)
+    for layout in dict.fromkeys(layout for layout in layouts if index.find(layout) is None):
+        table = with_row(table, layout)
+    return table
 
 
 def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> pd.DataFrame:
@@ -57,37 +71,30 @@ def with_derived(table: pd.DataFrame, workload: Workload, cluster: Cluster) -> p
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _IndexedColumn:
-    knob: str
-    values: NDArray[Any]
-    """One value per row; for a text, its code."""
-    codes: Mapping[str, int] | None
-    """The code of each text; None if the column has integers or bools."""
-
-
 class RowIndex:
-    """Finds many rows of one table of layouts without converting the table's columns each time."""
+    """Finds rows of a table of layouts again and again, in a time that does not depend on the number of rows."""
 
     def __init__(self, table: pd.DataFrame) -> None:
-        self._columns = [_indexed(knob, table[knob]) for knob in KNOBS]
+        self._codes: dict[str, Mapping[str, int]] = {}
+        """The code of each text of a knob, by the name of the knob."""
+        columns = np.column_stack([self._numbers(knob, table[knob]) for knob in KNOBS]).astype(np.int64)
+        keys = [row.tobytes() for row in columns]
+        # Of equal rows, the first one counts.
+        self._rows = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
 
     def find(self, layout: Layout) -> int | None:
-        """Return the position of a layout in the table, or None if it is not in the table."""
-        rows: NDArray[np.intp] | None = None
-        for column in self._columns:
-            value = getattr(layout, column.knob)
-            code = value if column.codes is None else column.codes.get(value, -1)
-            left = column.values if rows is None else column.values[rows]
-            matches = np.flatnonzero(left == code)
-            rows = matches if rows is None else rows[matches]
-            if not len(rows):
-                return None
-        return None if rows is None else int(rows[0])
+        """Return the position of a layout in the table; None if the table does not hold it."""
+        numbers = []
+        for knob in KNOBS:
+            value = getattr(layout, knob)
+            codes = self._codes.get(knob)
+            numbers.append(value if codes is None else codes.get(value, -1))
+        return self._rows.get(array("q", numbers).tobytes())
 
-
-def _indexed(knob: str, column: "pd.Series[Any]") -> _IndexedColumn:
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        codes = {text: code for code, text in enumerate(column.cat.categories)}
-        return _IndexedColumn(knob, column.cat.codes.to_numpy(), codes)
-    return _IndexedColumn(knob, column.to_numpy(), None)
+    def _numbers(self, knob: str, column: "pd.Series[Any]") -> NDArray[Any]:
+        """Return a column as numbers: a text becomes its code."""
+        if pd.api.types.is_numeric_dtype(column):
+            return column.to_numpy()
+        texts = column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype("category")
+        self._codes[knob] = {text: code for code, text in enumerate(texts.cat.categories)}
+        return texts.cat.codes.to_numpy()

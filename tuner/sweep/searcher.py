@@ -8,9 +8,10 @@ import pandas as pd
 
 from tuner.analysis.drift import Drift, drift
 from tuner.analysis.runs import counting_trials
+from tuner.core.columns import Columns
 from tuner.core.layout import Layout
 from tuner.predict.calibration import Calibration
-from tuner.predict.dominance import needs_at_least_as_much_memory
+from tuner.predict.dominance import dominating
 from tuner.predict.feasibility import MIN_FIT
 from tuner.search.observation import Observation
 from tuner.search.problem import Problem
@@ -83,6 +84,7 @@ class Searcher:
     pruned: int = 0
     """Rows ruled out without a run, by memory dominance."""
     _rows: RowIndex = field(init=False)
+    _columns: Columns = field(init=False)
     _available: Mask = field(init=False)
     _in_flight: dict[int, int] = field(default_factory=dict, init=False)
     """The row of each trial in flight, by the trial's number."""
@@ -90,7 +92,7 @@ class Searcher:
     _is_certainty_current: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._rows = RowIndex(self.table)
+        self._rows, self._columns = RowIndex(self.table), Columns.of(self.table)
         self._available = np.ones(len(self.table), dtype=np.bool_)
 
     @property
@@ -139,7 +141,7 @@ class Searcher:
         self._is_certainty_current = False
         if counted.result.is_too_large:
             workload, cluster = self.problem.workload, self.problem.cluster
-            self._rule_out(needs_at_least_as_much_memory(self.table, counted.layout, workload, cluster))
+            self._rule_out(dominating(self._columns, counted.layout, workload, cluster))
         row = self._in_flight.pop(first.number, None)
         if row is not None:
             self.strategy.tell(row, _without_drift(counted, drifted))
