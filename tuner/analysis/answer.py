@@ -57,14 +57,23 @@ def answer(trials: Sequence[FinishedTrial]) -> Answer | None:
     """Return what the finished trials answer; None if no layout is measured, or if all measured ones are out."""
     trials = sorted(trials, key=lambda trial: trial.number)
     machine_drift, out = drift(trials), ruled_out(trials)
-    finals = _completed_by_layout([final for final in finals_of(trials) if final.layout not in out])
-    is_final = len(finals) > 1 and _first_round_is_over(trials)
-    ranking = rank_finalists(finals) if is_final else rank_candidates(candidates(trials, machine_drift, out))
+    finals = counting_finals(trials, out)
+    ranking = rank_finalists(finals) if finals else rank_candidates(candidates(trials, machine_drift, out))
     if not ranking:
         return None
     start = baseline_layout(trials)
     baseline = next((standing for standing in ranking if standing.layout == start), None)
-    return Answer(ranking=tuple(ranking), is_final=is_final, baseline=baseline, out=out, drift=machine_drift)
+    return Answer(
+        ranking=tuple(ranking), is_final=bool(finals), baseline=baseline, out=out, drift=machine_drift
+    )
+
+
+def counting_finals(
+    trials: Sequence[FinishedTrial], out: Mapping[Layout, str]
+) -> dict[Layout, list[FinishedTrial]]:
+    """Return the completed finals of each layout, if the answer rests on them; otherwise none."""
+    finals = _completed_by_layout([final for final in finals_of(trials) if final.layout not in out])
+    return finals if len(finals) > 1 and _first_round_is_over(trials) else {}
 
 
 def _first_round_is_over(trials: Sequence[FinishedTrial]) -> bool:

@@ -44,11 +44,13 @@ def candidates(
             factor=machine_drift.factor(trial) if machine_drift else 1.0,
         )
         for trial in counting_trials(trials).values()
-        if trial.result.metrics is not None and trial.layout not in out
+        if trial.result.metrics is not None and not (out and trial.layout in out)
     ]
     measured.sort(key=lambda candidate: (candidate.step_time_ms, candidate.trial.number))
-    fastest = {candidate.trial.layout: candidate for candidate in reversed(measured)}
-    return [candidate for candidate in measured if fastest[candidate.trial.layout] is candidate]
+    fastest: dict[Layout, Candidate] = {}
+    for candidate in measured:
+        fastest.setdefault(candidate.trial.layout, candidate)
+    return list(fastest.values())
 
 
 def ruled_out(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tuner.analysis.answer import Answer, answer
+from tuner.analysis.answer import Answer, answer, counting_finals
+from tuner.analysis.candidates import candidates, ruled_out
+from tuner.analysis.drift import drift
 from tuner.analysis.standings import Standing
 from tuner.trial.contract import Metrics
 from tuner.trial.finished import FinishedTrial
@@ -86,8 +88,14 @@ class Figures:
 
 def best_trial(trials: Iterable[FinishedTrial]) -> FinishedTrial | None:
     """Return the trial that represents the fastest layout: its median final, or its measurement before the finals."""
-    ranked = answer(tuple(trials))
-    return ranked.best.trial if ranked else None
+    trials = sorted(trials, key=lambda trial: trial.number)
+    out = ruled_out(trials)
+    if counting_finals(trials, out):
+        ranked = answer(trials)
+        return ranked.best.trial if ranked else None
+    # A sweep asks this after each trial, and to rank the other layouts takes most of the time.
+    fastest = candidates(trials, drift(trials), out)
+    return fastest[0].trial if fastest else None
 
 
 def tied_trials(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:

@@ -50,8 +50,10 @@ def trains_differently(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
     baseline, reference = baselines[0][0], baselines[0][1].losses
     tolerance = _tolerance(baseline, [metrics for _, metrics in baselines])
     reasons: dict[Layout, str] = {}
-    for trial, metrics in measured:
-        difference, step = _largest_difference(metrics.losses, reference)
+    differences = _largest_differences([metrics.losses for _, metrics in measured], reference)
+    for (trial, metrics), (difference, step) in zip(measured, differences, strict=True):
+        if difference <= tolerance:
+            continue
         drawn = baseline.draws_weights or trial.draws_weights
         allowed = max(tolerance, DRAWN_TOLERANCE) if drawn else tolerance
         causes = (
@@ -71,16 +73,23 @@ def trains_differently(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
 
 def _tolerance(baseline: FinishedTrial, runs: Sequence[Metrics]) -> float:
     """Return the difference that the precision explains, or the largest one between the baseline's runs if larger."""
-    own_difference = max(_largest_difference(metrics.losses, runs[0].losses)[0] for metrics in runs)
-    return max(LOSS_TOLERANCE[baseline.precision], own_difference)
+    own_differences = _largest_differences([metrics.losses for metrics in runs], runs[0].losses)
+    return max(LOSS_TOLERANCE[baseline.precision], *(difference for difference, _ in own_differences))
 
 
-def _largest_difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, int]:
-    """Return the largest difference in one step, as a share of the reference, and the index of that step."""
-    shared = min(len(losses), len(reference))
-    if not shared:
-        return 0.0, 0
-    compared, expected = np.array(losses[:shared]), np.array(reference[:shared])
-    differences = np.abs(compared - expected) / np.maximum(np.abs(expected), 1e-12)
-    step = int(differences.argmax())
-    return float(differences[step]), step
+def _largest_differences(
+    losses: Sequence[Sequence[float]], reference: Sequence[float]
+) -> list[tuple[float, int]]:
+    """Return the largest difference in one step, as a share of the reference, and the index of that step, per run."""
+    largest = [(0.0, 0)] * len(losses)
+    for length in {len(of_run) for of_run in losses}:
+        runs = [number for number, of_run in enumerate(losses) if len(of_run) == length]
+        shared = min(length, len(reference))
+        if not shared:
+            continue
+        compared, expected = np.array([losses[run] for run in runs])[:, :shared], np.array(reference[:shared])
+        differences = np.abs(compared - expected) / np.maximum(np.abs(expected), 1e-12)
+        steps = differences.argmax(axis=1)
+        for run, step, difference in zip(runs, steps, differences.max(axis=1), strict=True):
+            largest[run] = float(difference), int(step)
+    return largest

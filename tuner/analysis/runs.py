@@ -25,13 +25,16 @@ def counting_trials(trials: Sequence[FinishedTrial]) -> dict[int, FinishedTrial]
     faster run counts: a disturbance can only slow a run down.
     """
     counting: dict[int, FinishedTrial] = {}
+    disturbed: dict[Layout, list[int]] = {}
     for trial in sorted(trials, key=lambda trial: trial.number):
         if trial.source in SEARCHED:
             counting[trial.number] = trial
+            if trial.result.suspicions:
+                disturbed.setdefault(trial.layout, []).append(trial.number)
         elif trial.source == "repeat":
-            for number, first in counting.items():
-                if first.layout == trial.layout and first.result.suspicions:
-                    counting[number] = _less_disturbed(first, trial)
+            for number in disturbed.get(trial.layout, ()):
+                if counting[number].result.suspicions:
+                    counting[number] = _less_disturbed(counting[number], trial)
     return counting
 
 
