@@ -284,15 +284,15 @@ def refuse_unsafe_entries(root: Path) -> None:
     Raises:
         InputError: if there is such an entry. The error names it.
     """
-    inside, folders = root.resolve(), [root]
+    inside, folders = root.resolve(), [str(root)]
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                if entry.is_symlink():
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_symlink():
                     _refuse_link_out(Path(entry.path), inside)
-                elif entry.is_dir():
-                    folders.append(Path(entry.path))
-                elif not entry.is_file():
+                elif not entry.is_file(follow_symlinks=False):
                     raise InputError(
                         f"{entry.path}: is a pipe, a socket or a device, which no sweep makes; remove it"
                     )

@@ -27,6 +27,7 @@ from tuner.explain.neighbours import Neighbour, NeighbourStatus
 from tuner.files import to_data
 from tuner.predict.memory.peak import MEMORY_PARTS
 from tuner.predict.time.step import STEP_PARTS
+from tuner.report.terminal import MOST_ROWS
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.finished import FinishedTrial, read_trials
 
@@ -90,7 +91,10 @@ def _ending(trial: FinishedTrial) -> str:
 def _print_accuracy(said: Findings) -> None:
     table = _table("trial layout", "predicted_ms measured_ms ratio predicted_GiB measured_GiB ratio P(fit)")
     table.title = "\nPredicted against measured"
-    for predicted in said.predicted_trials:
+    trials = said.predicted_trials
+    if len(trials) > MOST_ROWS:
+        table.title += f", the latest {MOST_ROWS} of {len(trials):,} trials (all of them with --json)"
+    for predicted in trials[-MOST_ROWS:]:
         table.add_row(*_accuracy_cells(predicted))
     stdout.print(table)
     for quantity, accuracy in (("step time", said.time), ("peak memory", said.memory)):

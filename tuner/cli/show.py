@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,15 +12,15 @@ from tuner.cli.common import AsJson, ResultsFolder, print_json, results_folder, 
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.errors import InputError
 from tuner.files import to_data, write_text
-from tuner.report.page import html_page
 from tuner.report.status import status_lines
-from tuner.report.summary import summary
 from tuner.report.terminal import terminal_table
-from tuner.search.refinement import searched_table
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.lock import holder_of
 from tuner.sweep.status import read_status
 from tuner.trial.finished import FinishedTrial, read_trials
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def show(
@@ -32,13 +32,10 @@ def show(
     ] = None,
 ) -> None:
     """Print the trials of a sweep, running or finished: fastest first, then the failed ones."""
-    from tuner.explain.audit import pruned_rows
-
     folder = results_folder(results)
-    sweep, trials = folder.sweep(), read_trials(folder.path)
+    sweep, trials = folder.sweep(), read_trials(folder.path, with_ranks=json)
     status, holder = read_status(folder), holder_of(folder.lock)
-    valid = searched_table(sweep.problem, trials) if pruned else None
-    removed = None if valid is None else pruned_rows(valid, sweep.workload, sweep.cluster, trials)
+    valid, removed = _pruned(sweep, trials) if pruned else (None, None)
     if html is not None:
         _write_page(html, sweep, trials)
     if json:
@@ -63,7 +60,19 @@ def show(
         print_pruned(removed, len(valid))
 
 
+def _pruned(sweep: Sweep, trials: Sequence[FinishedTrial]) -> tuple["pd.DataFrame", "pd.DataFrame"]:
+    """Return the table that the sweep searches, and its rows that are never launched."""
+    from tuner.explain.audit import pruned_rows
+    from tuner.search.refinement import searched_table
+
+    valid = searched_table(sweep.problem, trials)
+    return valid, pruned_rows(valid, sweep.workload, sweep.cluster, trials)
+
+
 def _write_page(path: Path, sweep: Sweep, trials: Sequence[FinishedTrial]) -> None:
+    from tuner.report.page import html_page
+    from tuner.report.summary import summary
+
     page = html_page(trials, sweep.name, summary(trials, sweep.name, "", {}))
     try:
         write_text(path, page)

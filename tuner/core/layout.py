@@ -170,10 +170,10 @@ class Layout:
                 raise ValueError(
                     f"{name} must be at least 0 (0 leaves it to Megatron), not {getattr(self, name)}"
                 )
-        for knob in fields(self):
-            value = getattr(self, knob.name)
+        for name in KNOBS:
+            value = getattr(self, name)
             if isinstance(value, int) and value > MOST:
-                raise ValueError(f"{knob.name} must be at most {MOST}, not {value}")
+                raise ValueError(f"{name} must be at most {MOST}, not {value}")
 
     def label(self) -> str:
         """Return a short name such as `tp2 pp4 sp mbs2 rc=selective`.

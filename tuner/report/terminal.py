@@ -15,24 +15,37 @@ from tuner.trial.finished import FinishedTrial, completed
 
 BEST_STYLE: Final = "bold green"
 FAILED_STYLE: Final = "red"
+MOST_ROWS: Final = 60
+"""The most rows of one table. Chosen: a night of trials, and each takes a millisecond to lay out."""
 
 
 def terminal_table(trials: Sequence[FinishedTrial], title: str = "") -> Group:
     """Return the trials as tables for a terminal of 80 columns or more.
 
-    Each table is sorted by step time, and the best layout is highlighted. The interval of a step time is shown as
+    Each table is sorted by step time, and the best layout is highlighted. A table of more than MOST_ROWS rows shows the
+    fastest trials, or the latest of those without a measurement. The interval of a step time is shown as
     the larger of the distances of its ends from the step time, in percent of the step time.
     """
     ranked = answer(trials)
     finals = ranked.ranking if ranked and ranked.is_final else ()
+    searched = completed(trial for trial in trials if trial.source != "final")
+    unmeasured = [trial for trial in trials if not trial.result.metrics]
     tables = [
         _finals_table(finals),
-        _searched_table(completed(trial for trial in trials if trial.source != "final"), ranked),
-        _unmeasured_table([trial for trial in trials if not trial.result.metrics]),
+        _searched_table(searched, ranked),
+        _unmeasured_table(unmeasured[-MOST_ROWS:]),
     ]
+    tables[1].caption = _caption("fastest", len(searched))
+    tables[2].caption = _caption("latest", len(unmeasured))
     if finals:
         tables[0].title, tables[1].title = "Finals", "Search"
     return Group(*([Text(title, style="bold")] if title else []), *(table for table in tables if table.rows))
+
+
+def _caption(shown: str, trials: int) -> str | None:
+    if trials <= MOST_ROWS:
+        return None
+    return f"the {shown} {MOST_ROWS} of {trials:,} trials; all of them with --json or --html"
 
 
 def _finals_table(finals: Sequence[Standing]) -> Table:
@@ -61,7 +74,7 @@ def _searched_table(measured: Sequence[tuple[FinishedTrial, Metrics]], ranked: A
     best_metrics = next(
         (metrics for trial, metrics in measured if best and trial.layout == best.layout), None
     )
-    for trial, metrics in measured:
+    for trial, metrics in measured[:MOST_ROWS]:
         is_best = ranked is not None and (
             trial is ranked.best.trial or (ranked.is_final and trial.layout == ranked.best.layout)
         )

@@ -17,7 +17,7 @@ from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import read_json, write_json
 from tuner.trial import finished
-from tuner.trial.contract import Outcome, RankRecord, TrialResult
+from tuner.trial.contract import Outcome, RankRecord, TrialFolder, TrialResult
 from tuner.trial.finished import INDEX, FinishedTrial, read_trials, trial_folder
 
 RANKS = tuple(RankRecord(rank=rank, host="node", phase="teardown", step=9) for rank in range(2))
@@ -46,7 +46,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders: list[Path] = []
     read_trial = finished.read_trial
 
-    def noted(folder: finished.TrialFolder) -> FinishedTrial:
+    def noted(folder: TrialFolder) -> FinishedTrial:
         folders.append(folder.path)
         return read_trial(folder)
 
