@@ -1,6 +1,6 @@
-"""The texts by which a failure is recognised, in the message of an exception as well as in a line of a log.
+"""Regular expressions that recognise kinds of failure in the message of an exception or in a line of a log.
 
-`tests/failure_texts.yaml` holds real messages with their sources. Every pattern here is found in one of them at least.
+`tests/failure_texts.yaml` holds real messages with their sources. Every pattern here matches at least one of them.
 """
 
 import re
@@ -20,7 +20,7 @@ BROKEN_MACHINE: Final = _any_of(
     r"nvidia driver on your system",
     r"no cuda gpus are available",
     r"torch not compiled with cuda enabled",
-    # CUDA's own words for an error, which torch, NCCL, Transformer Engine and DeepEP quote
+    # CUDA's own texts for errors, which torch, NCCL, Transformer Engine and DeepEP quote
     r"driver version is insufficient for cuda runtime version",
     r"system not yet initialized",
     r"system has unsupported display driver",
@@ -38,11 +38,11 @@ BROKEN_MACHINE: Final = _any_of(
     r"driverapi::get\(\)->nvml\w+\(.*internal assert failed",
     r"gpu is lost",
     r"fallen off the bus",
-    # what a compiler or NCCL needs of the machine
+    # things that a compiler or NCCL lacks on the machine
     r"failed to find c compiler",
     r"error while creating shared memory segment",
 )
-"""The machine cannot run any trial, or one of its GPUs is broken."""
+"""Matches failures which mean that the machine cannot run any trial, or that one of its GPUs is broken."""
 
 OUT_OF_MEMORY: Final = _any_of(
     r"outofmemoryerror",
@@ -62,10 +62,10 @@ OUT_OF_MEMORY: Final = _any_of(
     r"defaultcpuallocator: (?:can't allocate|not enough) memory",
     r"std::bad_alloc",
 )
-"""The memory of a GPU, or of the host, does not suffice."""
+"""Matches failures which mean that the memory of a GPU, or of the host, does not suffice."""
 
 WATCHDOG: Final = _any_of(r"watchdog caught collective operation timeout")
-"""NCCL's watchdog ends a job in which a collective takes too long."""
+"""Matches the message with which NCCL's watchdog ends a job because a collective takes too long."""
 
 COMMUNICATION: Final = _any_of(
     r"nccl error",
@@ -84,10 +84,10 @@ COMMUNICATION: Final = _any_of(
     r"wait timeout",
     WATCHDOG.pattern,
 )
-"""The ranks cannot reach one another."""
+"""Matches failures which mean that ranks cannot reach one another."""
 
 DEVICE: Final = _any_of(r"cuda (?:driver )?error", r"cuda_error_", r"triton error \[cuda\]")
-"""A GPU reports an error that the other patterns do not name."""
+"""Matches errors that a GPU reports; those that another pattern here matches, too, have that pattern's meaning."""
 
 FULL_DISK: Final = _any_of(r"no space left on device", r"disk quota exceeded", r"\benospc\b", r"\bedquot\b")
-"""A disk is full."""
+"""Matches failures which mean that a disk is full."""

@@ -1,4 +1,4 @@
-"""Reads the finished trials of a sweep from its folders, the record from which every view can be rebuilt."""
+"""Reads the finished trials of a sweep from the trial folders, the record from which every view can be rebuilt."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,29 +19,29 @@ from tuner.trial.program import BridgeRecipe, Command, MegatronLm, Program
 from tuner.validation import adapter
 
 SEARCHED: Final = ("baseline", "seed", "sampler")
-"""The values of `TrialSource.source` of trials that measure a layout for the first time."""
+"""The values of `TrialSource.source` that mean that a trial measures its layout for the first time."""
 
 UNFINISHED: Final = frozenset({Outcome.INFRASTRUCTURE, Outcome.INTERRUPTED})
-"""Outcomes that say nothing about the layout: the trial is not finished, and runs again under its number."""
+"""Outcomes that say nothing about the layout. Such a trial is not finished, and runs again under its number."""
 
 INDEX: Final = "trials.db"
-"""The name of the index of the trials in a sweep's results folder."""
+"""The file name of the index of the finished trials in a sweep's results folder."""
 INDEX_VERSION: Final = 1
-"""The version of the index. It grows with each change of what a FinishedTrial holds, or of how it follows from the
-files of a trial."""
+"""The version of the index. Increase it with each change of the fields of FinishedTrial, or of how they are derived
+from a trial's files."""
 MOST_UNINDEXED: Final = 100
-"""Trials that are read from their folders before the index is brought up to date. Assumed: they take 30 ms, and the
-folder of a short sweep needs no index."""
+"""The most trials that are read from their folders without writing a new index afterwards. Assumed: reading them takes
+30 ms, and the folder of a short sweep needs no index."""
 MOST_UNINDEXED_SHARE: Final = 0.02
-"""The share of all trials that may be read so even beyond MOST_UNINDEXED, since the index is written as a whole.
-Assumed."""
+"""The most trials that are read from their folders without writing a new index, as a share of the trials in the index;
+it counts if it allows more than MOST_UNINDEXED. Assumed: the index is always written as a whole, which takes time."""
 
 _Ranks = tuple[RankRecord, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialSource:
-    """The reason for which the sweep ran a trial; the file `source.json` in the trial's folder holds it."""
+    """The reason why a sweep ran a trial: the content of `source.json` in the trial's folder."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -52,10 +52,11 @@ class TrialSource:
     `canary` runs the baseline to show the machine's drift. A `final` measures a finalist or the baseline again.
     """
     note: OneLine = ""
-    """For a seed, the heuristic that it comes from and how it was moved; for a repeat, the trial that it repeats."""
+    """For a seed, the heuristic that it comes from and how it was changed to be valid; for a repeat, the trial that it
+    repeats."""
     around: tuple[int, ...] = ()
-    """Numbers of the trials that are the centres of the refinement (tuner.search.refinement); empty if the trial ran
-    before the refinement began.
+    """The numbers of the trials whose layouts are the centres of the refinement; empty if the trial ran before the
+    refinement began.
     """
 
 
@@ -70,24 +71,25 @@ class FinishedTrial:
     source: str
     """The kind of the trial: `TrialSource.source`."""
     note: str
-    """Where the trial's layout comes from, in more words than `source`: `TrialSource.note`."""
+    """Where the trial's layout comes from, in detail: `TrialSource.note`."""
     layout: Layout
     precision: Precision
-    """Precision of the workload; it decides how far apart two losses may lie."""
+    """The precision of the workload; it determines how much the losses of two layouts may differ."""
     routes_at_random: bool = False
-    """Whether the workload sends tokens to random experts, which differ between layouts: losses cannot be compared."""
+    """Whether the workload routes tokens to random experts. These differ between layouts, so losses cannot be compared.
+    """
     draws_weights: bool = False
-    """Whether the first weights depend on the layout, so that losses lie further apart: see `draws_weights` below."""
+    """Whether the initial weights depend on the layout, so that losses differ more: see `draws_weights` below."""
     around: tuple[int, ...] = ()
-    """Numbers of the trials that are the centres of the refinement: `TrialSource.around`."""
+    """The numbers of the trials whose layouts are the centres of the refinement: `TrialSource.around`."""
     result: TrialResult
 
 
 def draws_weights(program: Program, workload: Workload, layout: Layout) -> bool:
-    """Return whether the first weights of a trial depend on its layout, because the program draws them on each rank.
+    """Return whether a trial's initial weights depend on its layout, since each rank initialises its own at random.
 
-    The built-in program starts every layout from equal weights (launchers/programs/harness/weights.py). A recipe of
-    Bridge does so too, except for weights that are created sharded or in fp8. Any other program draws its weights.
+    The built-in program gives every layout the same initial weights (launchers/programs/harness/weights.py). So does a
+    recipe of Bridge, unless its weights are created sharded or in fp8. In other programs they depend on the layout.
     """
     match program:
         case MegatronLm() | Command():
@@ -99,27 +101,27 @@ def draws_weights(program: Program, workload: Workload, layout: Layout) -> bool:
 
 
 def trial_name(number: int) -> str:
-    """Return the name of a trial's folder, as `t0000`."""
+    """Return the name of a trial's folder, such as `t0007` for trial 7."""
     return f"t{number:04d}"
 
 
 def trial_folder(results: Path, number: int) -> TrialFolder:
-    """Return the folder of a trial in a sweep's results folder, as `trials/t0000`."""
+    """Return the folder of a trial, such as `trials/t0007` in the sweep's folder `results`."""
     return TrialFolder(results / "trials" / trial_name(number))
 
 
 def read_trials(results: Path, *, with_ranks: bool = True) -> list[FinishedTrial]:
-    """Read the finished trials of a sweep, in the order of their numbers; a folder without `result.json` is left out.
+    """Return the finished trials of a sweep in order of their numbers; a folder without `result.json` is left out.
 
-    Trials whose files have not changed are taken from the index beside the trial folders (`tuner.trial.index`). If many
-    others had to be read, the index is brought up to date.
+    Trials whose files have not changed are read from the index in the results folder (`tuner.trial.index`), all others
+    from their folders. If there were many others, a new index is written.
 
     Args:
         results: the results folder of the sweep.
-        with_ranks: whether the results are to hold the records of their ranks, which take most of the time.
+        with_ranks: whether to read the ranks' records into the results, which takes most of the time.
 
     Raises:
-        InputError: if a file beside a result is missing, torn, or of another trial; the error names the file.
+        InputError: if a file of a finished trial is missing, torn, or of another trial; the error names the file.
     """
     names = _names(results / "trials")
     stamps = {name: _stamp(results, name) for name in names}
@@ -138,7 +140,7 @@ def read_trials(results: Path, *, with_ranks: bool = True) -> list[FinishedTrial
 
 
 def _names(trials: Path) -> list[str]:
-    """Return the names of all trial folders, sorted; none if there is no such folder."""
+    """Return the sorted names of the trial folders in the folder `trials`; empty if that folder does not exist."""
     try:
         with os.scandir(trials) as entries:
             return sorted(entry.name for entry in entries if entry.name.startswith("t"))
@@ -152,7 +154,7 @@ def _stamp(results: Path, name: str) -> str | None:
 
 
 def _entry(trial: FinishedTrial, stamp: str) -> Entry:
-    """Return what the index holds of a trial."""
+    """Return the entry for a trial in the index, valid as long as the trial's files have this stamp."""
     return Entry(
         stamp,
         adapter(FinishedTrial).dump_json(trial, exclude_defaults=True, exclude={"result": {"ranks"}}),
@@ -161,7 +163,7 @@ def _entry(trial: FinishedTrial, stamp: str) -> Entry:
 
 
 def _indexed(entries: Mapping[str, Entry], *, with_ranks: bool) -> dict[str, FinishedTrial]:
-    """Return the trials that the index holds, by the names of their folders; none if it is damaged."""
+    """Return the trials of the index's entries, by folder name; empty if any entry is damaged."""
     try:
         trials = adapter(list[FinishedTrial]).validate_json(
             _json_list(entry.trial for entry in entries.values())
@@ -186,7 +188,7 @@ def _with_ranks(trial: FinishedTrial, ranks: _Ranks) -> FinishedTrial:
 
 
 def read_trial(folder: TrialFolder) -> FinishedTrial:
-    """Read one finished trial.
+    """Return the finished trial in a folder, read from its files.
 
     Raises:
         InputError: if a file is missing, torn, or of another trial; the error names the file.
@@ -198,10 +200,10 @@ def read_trial(folder: TrialFolder) -> FinishedTrial:
 def finished_trial(
     folder: TrialFolder, spec: TrialSpec, origin: TrialSource, result: TrialResult
 ) -> FinishedTrial:
-    """Return the finished trial that the files of a folder describe.
+    """Return the finished trial made of the contents of a folder's `spec.json`, `source.json` and `result.json`.
 
     Raises:
-        InputError: if the files are of another trial.
+        InputError: if the spec has another trial number than the folder's name.
     """
     if trial_name(spec.number) != folder.path.name:
         raise InputError(
@@ -221,6 +223,6 @@ def finished_trial(
 
 
 def completed(trials: Iterable[FinishedTrial]) -> list[tuple[FinishedTrial, Metrics]]:
-    """Return the completed trials with their metrics, fastest first; among equally fast ones, earliest first."""
+    """Return the completed trials with their metrics, fastest first; equally fast ones in order of their numbers."""
     measured = [(trial, trial.result.metrics) for trial in trials if trial.result.metrics is not None]
     return sorted(measured, key=lambda pair: (pair[1].step_time_ms, pair[0].number))

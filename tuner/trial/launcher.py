@@ -1,4 +1,4 @@
-"""The interface of a launcher: it makes a plan that can be printed, and runs it until there is a result."""
+"""The interface of a launcher, which makes a printable plan for a trial's job, and runs the plan to get a result."""
 
 import shlex
 import threading
@@ -12,29 +12,29 @@ from tuner.trial.contract import Heartbeat, Limits, TrialFolder, TrialResult, Tr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchPlan:
-    """Everything that a launcher will do for one trial, decided before it changes anything."""
+    """Everything that a launcher will do for one trial, decided before the launcher changes anything."""
 
     folder: Path
     """The trial's folder as an absolute path; it is the job's working directory."""
     world_size: int
-    """Number of ranks."""
+    """The number of ranks."""
     argv: tuple[str, ...]
-    """The words of the command that starts the job on this machine."""
+    """The command line that starts the job on this machine."""
     env: Mapping[str, str]
-    """Variables that are set on top of the inherited environment."""
+    """Environment variables that the job gets in addition to the inherited ones."""
     files: Mapping[str, str]
-    """Files that are written before the start: content by path within the folder."""
+    """The files to write before the job starts, as contents by path within the trial's folder."""
     limits: Limits
     gpus: int = 0
-    """Number of GPUs of this machine that the job uses, the first ones that it sees; 0 on CPU."""
+    """The number of GPUs of this machine that the job uses, the first of those visible to it; 0 for a job on CPU."""
 
     def shell_command(self) -> str:
-        """Return one line for a POSIX shell that runs the trial again without the tuner."""
+        """Return one line of POSIX shell that runs the trial's job again without the tuner."""
         variables = [f"{name}={value}" for name, value in self.env.items()]
         return f"cd {shlex.quote(str(self.folder))} && {shlex.join(['env', *variables, *self.argv])}"
 
     def to_data(self) -> dict[str, Any]:
-        """Return the plan as JSON data for plan.json: files without their content, since they lie beside it."""
+        """Return the plan as JSON data for plan.json; its files are only listed by name, since they lie beside it."""
         return {
             "command": self.shell_command(),
             "argv": list(self.argv),
@@ -54,18 +54,23 @@ class Place:
     """The part of the machine on which a trial runs. Trials in different places do not share GPUs."""
 
     gpus: tuple[int, ...] = ()
-    """Indices of this machine's GPUs that the trial uses; empty means all that the launcher sees."""
+    """The indices of this machine's GPUs that the trial uses; empty means all GPUs visible to the launcher."""
 
 
 WHOLE_MACHINE: Final = Place()
-"""The place of a trial that shares the machine with no other."""
+"""The place of a trial that has the whole machine to itself."""
 
 
 class Launcher(Protocol):
-    """Runs trials; `run` may be called from several threads at once, for different trials."""
+    """The interface of a launcher. Several threads may call `run` at once, for different trials."""
 
     def plan(self, spec: TrialSpec, folder: TrialFolder, place: Place = WHOLE_MACHINE) -> LaunchPlan:
-        """Return what to run and where, without changing anything.
+        """Return the plan of a trial's job, without changing anything on disk.
+
+        Args:
+            spec: the trial's spec.
+            folder: the trial's folder.
+            place: the GPUs on which the trial runs.
 
         Raises:
             InputError: if this launcher cannot run the spec.
@@ -77,12 +82,12 @@ class Launcher(Protocol):
         stop: threading.Event,
         on_heartbeat: Callable[[Heartbeat], None] | None = None,
     ) -> TrialResult:
-        """Run the job until it ends in any outcome, write the result into the trial's folder, and return it.
+        """Run a planned job to its end, write the trial's result into its folder, and return the result.
 
-        The call blocks. No process of the job outlives it.
+        The call blocks until all processes of the job have ended.
 
         Args:
-            plan: what to run.
+            plan: the plan from `plan`.
             stop: once it is set, the launcher ends the job, and the outcome is interrupted.
-            on_heartbeat: is called with each heartbeat of the job.
+            on_heartbeat: called with each heartbeat of the job.
         """

@@ -1,4 +1,4 @@
-"""Tells the outcome of a trial from the exception of a rank: the only code that reads exception names and messages."""
+"""Derives the outcome of a trial from the exceptions of its ranks; no other code interprets exceptions."""
 
 import builtins
 import re
@@ -12,30 +12,31 @@ _OOM_KINDS = ("OutOfMemoryError", "MemoryError")
 _COMMUNICATION_KINDS = ("torch.distributed.", "torch._C._distributed_c10d.")
 _DEVICE_KINDS = ("AcceleratorError",)
 _NON_FINITE = "NonFiniteLossError"
-"""The class name of the exception by which a program says that the loss is NaN or infinite."""
+"""The name of the exception class that a program raises if the loss is NaN or infinite."""
 _NON_FINITE_TEXTS = ("found nan in local", "found inf in local")
 """Parts of Megatron's messages about a loss or gradients that are not finite (losses.py, param_and_grad_buffer.py)."""
 _REFUSAL: Final = re.compile(
     r'  File "(?:(?!.*/lib/python3)|.*/(?:megatron|transformer_engine|launchers/programs)/)[^"]*", line \d+, in .*\n'
     r"(?:\[rank\d+\]:)?\s*(?:raise|assert)\b"
 )
-"""The innermost frame of a traceback if Megatron, Transformer Engine, megatune or the user's own code, which is not in
-Python's library folders, states `raise` or `assert`."""
+"""Matches the innermost frame of a traceback if it is a `raise` or `assert` of Megatron, Transformer Engine, megatune's
+programs, or the user's own code (any file outside Python's library folders)."""
 
 
 def outcome_of_failure(failure: Failure, phase: Phase, step: int) -> tuple[Outcome, str]:
-    """Tell what an exception of a rank means for the trial.
+    """Return the outcome that an exception of a rank means for the trial, and the reason in one line.
 
-    Before the first step has ended, an exception that Megatron itself raises means that it refuses the layout. An
-    exception that comes from elsewhere, with a text that is not known, is unexplained: the machine may be at fault.
+    If a `raise` or `assert` of Megatron or of the user's code ends the rank before its first step has finished, the
+    layout is invalid. An exception from other code, with a text that is not known, is unexplained: the machine may be
+    at fault.
 
     Args:
         failure: the exception.
-        phase: what the rank did when it was raised.
-        step: how many optimizer steps the rank had finished.
+        phase: the phase of the rank when the exception was raised.
+        step: the number of optimizer steps that the rank had finished.
 
     Returns:
-        The outcome of the trial, and a reason of one line that names the exception, the phase and the step.
+        The outcome of the trial, and a reason that names the exception, the phase and the step.
     """
     message = " ".join(failure.message.split())
     reason = f"{failure.kind.rpartition('.')[2]} in {phase} after {step} steps: {message[:300]}"
@@ -59,10 +60,10 @@ def _outcome(kind: str, message: str, traceback: str, step: int) -> Outcome:
 
 
 def cause_of(records: Sequence[RankRecord]) -> RankRecord | None:
-    """Return the record of the rank whose failure is the cause of the others; None if no rank failed.
+    """Return the record of the rank whose failure caused the failures of the other ranks; None if no rank failed.
 
-    The cause is the earliest failure that is no failure of communication, since a rank whose peer died sees a closed
-    connection. If all are failures of communication, it is the earliest of those.
+    It is the earliest failure with another outcome than COMMUNICATION, since a rank whose peer died fails with a closed
+    connection. If all failures have the outcome COMMUNICATION, it is the earliest of them.
     """
     failed = [(record.failure, record) for record in records if record.failure]
 
@@ -75,7 +76,7 @@ def cause_of(records: Sequence[RankRecord]) -> RankRecord | None:
 
 
 def _is_of_the_system(kind: str) -> bool:
-    """Return whether builtin exceptions named `kind` report a failure of the system, such as a lost file."""
+    """Return whether `kind` names a builtin exception that means a failure of the system, such as a missing file."""
     exception = getattr(builtins, kind, None)
     if not isinstance(exception, type) or not issubclass(exception, BaseException):
         return False

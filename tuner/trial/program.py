@@ -1,4 +1,4 @@
-"""The programs that a trial can run: how each is stated, its command, and how figures are read from its log."""
+"""The programs that a trial can run: how a user states each of them, and how figures are read from a program's log."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ _GIB_PER_GB: Final = 1e9 / 2**30
 
 @dataclass(frozen=True, slots=True)
 class LoggedNumber:
-    """The meaning of a number in a log."""
+    """What a number in a log means."""
 
     figure: str
-    """The field of LogFigures that the number gives."""
+    """The field of LogFigures to which the number belongs."""
     factor: float
     """The factor that converts the number into the unit of the field `figure`."""
 
@@ -39,8 +39,8 @@ FIGURES: Final[Mapping[str, LoggedNumber]] = MappingProxyType(
         "peak_reserved_mib": LoggedNumber("peak_reserved_gib", 1 / 1024),
     }
 )
-"""The numbers that may be read from a log, by the name that `Command.log` gives them; the name states the unit in the
-log.
+"""The numbers that can be read from a log, by their names in `Command.log`. A name states the unit that the number has
+in the log.
 """
 
 MEGATRON_LM_PATTERNS: Final[Mapping[str, str]] = MappingProxyType(
@@ -54,12 +54,14 @@ MEGATRON_LM_PATTERNS: Final[Mapping[str, str]] = MappingProxyType(
         "peak_reserved_gb": r"mem-max-reserved-gigabytes: ([\d.]+)",
     }
 )
-"""The regular expressions that find the numbers in the output of Megatron-LM (training_log and report_memory in
-megatron/training; the MB of report_memory are MiB) and of Megatron Bridge (training/utils/train_utils.py).
+"""The regular expressions, by a name of FIGURES, that find the numbers in the output of Megatron-LM (training_log and
+report_memory in megatron/training; the MB of report_memory are MiB) and of Megatron Bridge
+(training/utils/train_utils.py).
 """
 
 WORD_PLACEHOLDERS: Final = ("megatron_lm", "bridge")
-"""Placeholders that become several words: the layout as arguments of Megatron-LM, or as `++KEY=VALUE` of Bridge."""
+"""Placeholders that are replaced by several arguments, which select the layout: in Megatron-LM's spelling, or as
+Bridge's `++PATH=VALUE`."""
 
 VALUE_PLACEHOLDERS: Final = (
     "spec",
@@ -75,26 +77,26 @@ VALUE_PLACEHOLDERS: Final = (
     "global_batch_size",
     *KNOBS,
 )
-"""Placeholders that become one value; `steps` is the largest number of optimizer steps that the trial runs."""
+"""Placeholders that are replaced by one value; `steps` is the most optimizer steps that the trial runs."""
 
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """Any program that is no part of megatune, as a command.
+    """A user's own program, stated as a command with placeholders for the layout.
 
     Raises:
-        ValueError: if a placeholder or a figure is unknown, or an expression cannot be used.
+        ValueError: if a placeholder or a name in `log` is unknown, or a regular expression cannot be used.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     command: tuple[str, ...]
-    """The words of the command, with placeholders in braces; no shell interprets them."""
+    """The program and its arguments, with placeholders in braces such as `{tp}`; no shell interprets them."""
     log: Mapping[str, str] | Literal["megatron-lm"] | None = None
     """The regular expressions that find numbers in the program's output, by a name of FIGURES; each has one group, the
-    number. `megatron-lm` stands for the lines of that program. None means that the program writes `result.json` itself.
+    number. `megatron-lm` means MEGATRON_LM_PATTERNS. None means that the program writes `result.json` itself.
     """
 
     def __post_init__(self) -> None:
@@ -113,24 +115,25 @@ class Command:
 
     @property
     def patterns(self) -> Mapping[str, str]:
-        """The regular expressions by a name of FIGURES; empty if the program writes its own result."""
+        """The regular expressions of `log`, by a name of FIGURES; empty if the program writes its own result."""
         return MEGATRON_LM_PATTERNS if self.log == "megatron-lm" else self.log or {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BridgeRecipe:
-    """A recipe of Megatron Bridge: a trial applies the layout to it and trains by Bridge's own `pretrain`."""
+    """A recipe of Megatron Bridge. A trial applies its layout to the recipe and trains with Bridge's own `pretrain`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     recipe: str
-    """The name of a library or perf recipe, or the path of a Python file."""
+    """The name of one of Bridge's library or performance recipes, or the path of a Python file with a recipe."""
     function: str | None = None
-    """The function of the Python file that returns the ConfigContainer; None if the file has only one."""
+    """The function in the Python file that returns the ConfigContainer; None if the file has only one function."""
     arguments: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """The keyword arguments that the recipe's function is called with."""
+    """The keyword arguments with which the recipe's function is called."""
     text: str = ""
-    """The content of the Python file when the trial was launched, which the trial and its replays run; empty before."""
+    """The content that the Python file had when the trial was planned; the trial and its replays run this text. Empty
+    before that, and for a recipe of Bridge."""
 
     def __post_init__(self) -> None:
         for name, value in self.arguments.items():
@@ -140,12 +143,12 @@ class BridgeRecipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronLm:
-    """A command line of Megatron-LM; a trial replaces its parallel arguments by those of the layout."""
+    """A user's command line of Megatron-LM. A trial replaces the arguments that select a layout by its own."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     megatron_lm: tuple[str, ...]
-    """The words from the training script on, without those of torchrun: `pretrain_gpt.py --num-layers 32 ...`."""
+    """The training script and its arguments, without torchrun: `pretrain_gpt.py --num-layers 32 ...`."""
 
     def __post_init__(self) -> None:
         if not self.megatron_lm:
@@ -155,15 +158,15 @@ class MegatronLm:
 
     @property
     def patterns(self) -> Mapping[str, str]:
-        """The regular expressions by a name of FIGURES."""
+        """The regular expressions that find numbers in the output of Megatron-LM, by a name of FIGURES."""
         return MEGATRON_LM_PATTERNS
 
 
 Program = str | BridgeRecipe | MegatronLm | Command
-"""A program that a trial can run; a plain string is the name of a program of megatune."""
+"""A program that a trial can run. A `str` is the name of one of megatune's own programs."""
 
 BUILT_IN: Final = "megatron_core"
-"""The program of megatune that trains Megatron-Core's own GPT."""
+"""The name of megatune's own program, which trains Megatron-Core's GPT model."""
 
 NOT_BUILT_IN: Final = (
     "cuda_graph_impl",
@@ -171,11 +174,11 @@ NOT_BUILT_IN: Final = (
     "use_megatron_fsdp",
     "data_parallel_sharding_strategy",
 )
-"""Knobs that the built-in program has no code for: its training loop captures no CUDA graphs and wraps no FSDP."""
+"""Knobs that the built-in program does not support: its training loop uses neither CUDA graphs nor FSDP."""
 
 
 def program_name(program: Program) -> str:
-    """Return what to call a program: a recipe by its name, a command by its first word."""
+    """Return a short name of a program for the user: a recipe's name or file, or the first word of a command."""
     match program:
         case BridgeRecipe():
             return program.recipe
@@ -212,12 +215,12 @@ def _check_pattern(name: str, pattern: str) -> None:
 def fill(
     command: Sequence[str], values: Mapping[str, str], words: Mapping[str, Sequence[str]]
 ) -> tuple[str, ...]:
-    """Return the command with every placeholder filled in; other braces stay as they are.
+    """Return a command with every placeholder replaced; other texts in braces stay as they are.
 
     Args:
-        command: the words, with placeholders in braces.
-        values: what replaces a placeholder within a word, by its name.
-        words: the words that replace a word which is one placeholder and nothing else, by its name.
+        command: the program and its arguments, with placeholders in braces.
+        values: the text that replaces a placeholder within an argument, by the placeholder's name.
+        words: the arguments that replace an argument which is nothing but a placeholder, by the placeholder's name.
     """
     filled: list[str] = []
     for word in command:
@@ -231,23 +234,23 @@ def fill(
 
 @dataclass(frozen=True, slots=True)
 class LogFigures:
-    """The figures that were read from a log; tuples have the order of its lines."""
+    """The figures that were read from a log; tuples are in the order of the log."""
 
     step_time_ms: tuple[float, ...]
     loss: tuple[float, ...]
     grad_norm: tuple[float, ...]
     peak_allocated_gib: float | None
-    """The largest value in any line, GiB; None if no line has one."""
+    """The largest value in the log, in GiB; None if the log has none."""
     peak_reserved_gib: float | None
-    """The largest value in any line, GiB; None if no line has one."""
+    """The largest value in the log, in GiB; None if the log has none."""
 
 
 def read_log(text: str, patterns: Mapping[str, str]) -> LogFigures:
-    """Read the figures from a log.
+    """Return the figures in a log.
 
     Args:
         text: the log, or some of its lines.
-        patterns: the regular expressions that find its numbers, by a name of FIGURES.
+        patterns: the regular expressions that find the numbers, by a name of FIGURES.
     """
     values: dict[str, list[float]] = {number.figure: [] for number in FIGURES.values()}
     for name, pattern in patterns.items():

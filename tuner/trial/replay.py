@@ -1,4 +1,4 @@
-"""Says what a rerun of a trial runs, and compares it with the trial: outcome, speed, losses, and the machine. Pure."""
+"""Shows which program a rerun of a trial would run, and compares the results of a trial and its rerun."""
 
 import shlex
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from tuner.trial.program import BridgeRecipe, Command, MegatronLm
 
 
 def own_program(spec: TrialSpec) -> list[str]:
-    """Return lines that show the program which a trial's spec brings along; none if it runs a program of megatune."""
+    """Return lines for the user that show the program in a trial's spec; empty if it is one of megatune's own."""
     match spec.program:
         case Command():
             return [f"the command: {one_line(shlex.join(spec.program.command))}"]
@@ -26,22 +26,22 @@ def own_program(spec: TrialSpec) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """One measured figure of the trial and of its rerun."""
+    """A figure that both a trial and its rerun have measured."""
 
     name: str
-    """The name of the figure, with its unit."""
+    """The name of the figure, with its unit. `before` is the trial's value, and `after` is the rerun's."""
     before: float
     after: float
 
     @property
     def change(self) -> float:
-        """The relative change from before to after."""
+        """The relative change: after / before - 1. If `before` is 0: 0 if `after` is 0, too, else 1."""
         return self.after / self.before - 1 if self.before else float(self.after != self.before)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The result of comparing a rerun with its trial."""
+    """How the result of a rerun compares with the result of its trial."""
 
     same_outcome: bool
     same_speed: bool | None
@@ -49,9 +49,11 @@ class Comparison:
     figures: tuple[Figure, ...]
     """The figures that both measured."""
     loss_difference: float | None
-    """The largest relative difference of the loss over the steps that both ran; None if one measured nothing."""
+    """The largest relative difference of the losses of a step, over the steps that both ran; None if one of the two
+    measured nothing."""
     versions: Mapping[str, tuple[str, str]]
-    """Versions that differ, by name, before and after; the name of the GPU or CPU counts as the version `device`."""
+    """The versions that differ, by name, of the trial and of the rerun. The model of the GPU or CPU is among them as
+    `device`."""
 
     @property
     def reproduced(self) -> bool:
@@ -60,7 +62,7 @@ class Comparison:
 
 
 def compare(before: TrialResult, after: TrialResult) -> Comparison:
-    """Return how the result of a rerun, `after`, compares with that of its trial, `before`."""
+    """Compare the result of a trial, `before`, with the result of its rerun, `after`."""
     old, new = before.metrics, after.metrics
     return Comparison(
         same_outcome=before.outcome is after.outcome,
