@@ -28,7 +28,7 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
         for chunk in chunks:
             for name, parameter in global_parameters(chunk):
                 if parameter.dim() == 1:
-                    parameter.fill_(0.0 if name.endswith(("bias", "softmax_offset")) else 1.0)
+                    parameter.fill_(0.0 if re.search(r"(bias\d*|softmax_offset)$", name) else 1.0)
                 else:
                     _fill(parameter, name, _key(seed, _source(name, chunk)), chunk.config)
 
@@ -62,8 +62,8 @@ def _with_global_expert(name: str, first_expert: int) -> str:
     def shifted(match: re.Match[str]) -> str:
         return f"{match[1]}{int(match[2]) + first_expert}"
 
-    # SequentialMLP numbers its experts as modules, Transformer Engine's grouped MLP as weights.
-    return re.sub(r"(experts\.local_experts\.|experts\.linear_fc\d\.weight)(\d+)", shifted, name)
+    # SequentialMLP numbers its experts as modules, Transformer Engine's grouped MLP as weights and biases.
+    return re.sub(r"(experts\.local_experts\.|experts\.linear_fc\d\.(?:weight|bias))(\d+)", shifted, name)
 
 
 def _fill(parameter: Tensor, name: str, key: int, config: TransformerConfig) -> None:
@@ -75,12 +75,12 @@ def _fill(parameter: Tensor, name: str, key: int, config: TransformerConfig) -> 
     if config.gated_linear_unit and re.search(r"linear_fc1\.weight\d*$", name):
         # A rank's gate and up projections are shards of two matrices, stacked.
         halves = list(parameter.chunk(2))
-    rank, size = _shard(parameter, name)
+    dimension = _sharded_dimension(parameter, name)
+    rank, size = (0, 1) if dimension is None else _place(name)
     for number, half in enumerate(halves):
         rows, columns = half.shape
-        by_rows = getattr(parameter, "partition_dim", 0) == 0
-        row_offset, column_offset = (rank * rows, 0) if by_rows else (0, rank * columns)
-        all_columns = columns if by_rows else columns * size
+        row_offset, column_offset = (0, rank * columns) if dimension == 1 else (rank * rows, 0)
+        all_columns = columns * size if dimension == 1 else columns
         step = max(1, _CHUNK_ELEMENTS // columns)
         for start in range(0, rows, step):
             part = half[start : start + step]
@@ -89,10 +89,21 @@ def _fill(parameter: Tensor, name: str, key: int, config: TransformerConfig) -> 
             part.copy_(uniform(row[:, None] * all_columns + column[None, :], key + number))
 
 
-def _shard(parameter: Tensor, name: str) -> tuple[int, int]:
-    """Return the index of this rank's shard of the whole matrix, and the number of shards."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return 0, 1
+def _sharded_dimension(parameter: Tensor, name: str) -> int | None:
+    """Return the dimension of a matrix that is sharded over tensor parallel ranks; None if each rank has the whole.
+
+    Megatron marks its own modules rightly. Transformer Engine marks every matrix as sharded, and by rows unless it
+    reduces the output itself, which it leaves to the dispatcher for experts. So the name counts first.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False) or "down_proj." in name:
+        return None
+    if re.search(r"\.linear_fc2\.weight\d*$", name):
+        return 1
+    return int(getattr(parameter, "partition_dim", 0))
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Return this rank's index among the ranks over which the weight of this name is sharded, and their number."""
     if ".experts." in name:
         return (
             parallel_state.get_expert_tensor_parallel_rank(),
