@@ -42,12 +42,12 @@ def job_argv(
     """
     files = (str(folder.spec), str(folder.path))
     if isinstance(spec.program, Command):  # without torchrun: the command itself starts the ranks
-        return (sys.executable, "-m", COMMAND, *files, *filled_command(spec, folder))
+        return (sys.executable, "-P", "-m", COMMAND, *files, *filled_command(spec, folder))
     if isinstance(spec.program, MegatronLm):
         steps = spec.measurement.warmup_steps + spec.measurement.max_steps
         words = trial_words(spec.program.megatron_lm, spec.layout, spec.workload, steps)
         # The measurement is read from the command's output, so the ranks must not write theirs to files.
-        return (sys.executable, "-m", COMMAND, *files, *torchrun, "--redirects=0", *words)
+        return (sys.executable, "-P", "-m", COMMAND, *files, *torchrun, "--redirects=0", *words)
     if isinstance(spec.program, BridgeRecipe):
         return (*torchrun, "-m", BRIDGE, *files)
     if spec.program not in programs:
@@ -116,6 +116,9 @@ def job_environment(
         # How long torchrun waits for its ranks after SIGTERM, in s. After a rank's failure it always waits 30 s.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s)),
     }
+    if not isinstance(spec.program, Command | MegatronLm):
+        # No file in the trial's folder may pass for a module that a rank imports; a user's own command may rely on it.
+        env["PYTHONSAFEPATH"] = "1"
     if on_cpu:  # A rank that saw a GPU would use it and take its memory.
         return env | {"CUDA_VISIBLE_DEVICES": ""}
     if place.gpus:

@@ -22,7 +22,7 @@ even if they moved to another session or parent."""
 STARTED_AT = "MEGATUNE_STARTED_AT"
 """The environment variable that holds the time when the launcher started the job, in seconds since the epoch."""
 
-TORCHRUN = ("-m", "launchers.local.agent")
+TORCHRUN = ("-P", "-m", "launchers.local.agent")
 """The arguments of `python` that start our torchrun, whose rendezvous listens on the loopback interface only."""
 
 LOOPBACK: Mapping[str, str] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -151,7 +151,7 @@ class ColdJob:
         self._marker = env[MARKER]
         with output.open("ab") as file:
             self._guard = subprocess.Popen(
-                (sys.executable, "-m", "launchers.guard", *argv),
+                (sys.executable, "-P", "-m", "launchers.guard", *argv),
                 cwd=folder,
                 env=dict(env),
                 stdin=subprocess.PIPE,

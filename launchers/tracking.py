@@ -209,7 +209,7 @@ class Tracker(Sink):
     def _start(self) -> "subprocess.Popen[str]":
         with open(_log_file(self._results), "ab", opener=_private) as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "tuner.tracking.follow", str(self._results)],
+                [sys.executable, "-P", "-m", "tuner.tracking.follow", str(self._results)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -142,7 +142,7 @@ class _Server:
         """Whether the server has a job: set by `Preload.start`, cleared when the job has ended."""
         with output.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launchers.local.fork_server", IMPORTED.get(module, _TORCH)],
+                [sys.executable, "-P", "-m", "launchers.local.fork_server", IMPORTED.get(module, _TORCH)],
                 # Otherwise torch asks CUDA's driver how many devices there are, and a fork could not use them.
                 env={**env, MARKER: marker, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 stdin=subprocess.PIPE,

@@ -30,7 +30,7 @@ def probe(spec: TrialSpec, rank: int) -> RankRecord:
     with tempfile.TemporaryDirectory(prefix="megatune-probe-") as folder:
         spec_path, record_path = Path(folder) / "spec.json", Path(folder) / "record.json"
         write_json(spec_path, spec)
-        command = [sys.executable, "-m", PROGRAM, str(spec_path), str(rank), str(record_path)]
+        command = [sys.executable, "-P", "-m", PROGRAM, str(spec_path), str(rank), str(record_path)]
         try:
             done = subprocess.run(
                 command,

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,21 @@ from typing import Any
 
 import pytest
 
+from launchers.local.fork_client import Preload
+from launchers.local.torchrun import TorchrunLauncher
 from tests.replay import ReplayLauncher, claim, sweep_of
-from tests.trials import completed_row, failed_row, spec_of, write_trial
+from tests.trials import CLUSTER, MODEL, completed_row, failed_row, spec_of, write_trial
 from tests.unit.cli.commands import refused, write_results
 from tuner.cli.app import run
 from tuner.core.layout import Layout
+from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.files import read_json, read_json_data, read_json_lines, read_text, read_yaml_data
 from tuner.frameworks.megatron_bridge.override import bridge_words
 from tuner.printable import one_line
 from tuner.sweep.folder import SweepFolder
-from tuner.trial.contract import TrialResult
-from tuner.trial.program import BridgeRecipe
+from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.program import BridgeRecipe, Command, Program
 
 READING_COMMANDS = ("show", "show --json", "export", "explain", "sync")
 HIDDEN = {
@@ -236,3 +240,35 @@ def test_numbers_that_explode_are_shown_or_are_an_input_error(
         word, *options = command.split()
         assert run([word, str(night), *options]) in (0, 2, 3), command
         assert "internal error" not in "".join(capsys.readouterr())
+
+
+MODULES = ("torch", "numpy", "pydantic", "yaml", "tuner", "launchers", "megatron", "psutil", "sitecustomize")
+GPU = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("program", ["megatron_core", Command(command=("true",), log="megatron-lm")])
+def test_no_file_in_a_trials_folder_passes_for_a_module_that_its_job_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Program
+) -> None:
+    marker, folder = tmp_path / "ran", TrialFolder(tmp_path / "t0000")
+    folder.path.mkdir()
+    for module in MODULES:
+        (folder.path / f"{module}.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
+    monkeypatch.chdir(folder.path)
+    spec = TrialSpec(
+        sweep="night",
+        number=0,
+        workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
+        cluster=replace(CLUSTER, device="cpu", gpu=GPU, gpus_per_node=2, nvlink_domain_gpus=2),
+        layout=Layout(),
+        measurement=Measurement(min_steps=2, max_steps=2),
+        program=program,
+    )
+    launcher = TorchrunLauncher()
+    result = launcher.run(launcher.plan(spec, folder), threading.Event())
+    assert not marker.exists(), result.reason
+    assert (result.outcome is Outcome.COMPLETED) == (program == "megatron_core"), result.reason
+    with Preload(folder.path) as preload:
+        result = TorchrunLauncher(start=preload.start).run(launcher.plan(spec, folder), threading.Event())
+    assert not marker.exists(), result.reason

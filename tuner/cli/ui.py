@@ -31,7 +31,7 @@ def ui(
     if is_own_store(folder.path, chosen):
         refuse_places_outside(folder)
     stderr.print(f"MLflow of {folder.path} on http://127.0.0.1:{port} (Ctrl-C ends it)", markup=False)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     # Every user of the machine can read the arguments of a process, and a URI may hold a password.
     environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": chosen}
     os.execve(sys.executable, [*command, "--workers", "1"], environment)
