@@ -98,6 +98,14 @@ def test_an_interrupted_final_puts_no_layout_out() -> None:
     assert (ranked.best.layout, dict(ranked.out)) == (FAST, {})
 
 
+def test_a_final_that_ran_out_of_memory_beside_others_puts_no_layout_out() -> None:
+    failed = failed_row(13, Outcome.OOM, source="final")
+    beside = replace(failed.result, occupied_gpus=("others held 20.00 GiB of GPU 0 (processes: 77)",))
+    ranked = answer([*SEARCH, *ROUNDS[:3], replace(failed, layout=FAST, result=beside)])
+    assert ranked is not None
+    assert (ranked.best.layout, dict(ranked.out)) == (FAST, {})
+
+
 def losing(row: FinishedTrial, *losses: float) -> FinishedTrial:
     assert row.result.metrics is not None
     return replace(row, result=replace(row.result, metrics=replace(row.result.metrics, losses=losses)))

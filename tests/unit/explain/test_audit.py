@@ -47,6 +47,12 @@ def test_rows_that_hardly_fit_are_removed_with_their_peak_and_probability() -> N
     assert (pruned["trial"] == -1).all()
 
 
+def test_an_oom_beside_others_removes_no_row() -> None:
+    beside = replace(failed_row(1).result, occupied_gpus=("others held 20.00 GiB of GPU 0 (processes: 77)",))
+    trials = [replace(failed_row(1), layout=OOM, result=beside)]
+    assert DOMINATED not in set(pruned_rows(TABLE, SWEEP.workload, SWEEP.cluster, trials)["reason"])
+
+
 def test_rows_above_an_oom_are_removed_with_the_first_trial_that_rules_them_out() -> None:
     trials = [
         completed_row(0, 100.0, layout=Layout(tp=4)),
