@@ -1,3 +1,4 @@
-"""What the measurements of a sweep say: ranking, drift, finals and the answer. Knows finished trials; does not know
-what runs next, except in the finals.
+"""Computes what a sweep's measurements say: the ranking, the machine's drift, the finals and the answer.
+
+This room knows finished trials, and nothing of how the search chooses what runs next.
 """

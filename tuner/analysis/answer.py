@@ -1,7 +1,7 @@
-"""What a sweep answers: which layout is fastest, by how much, how sure that is, and which cannot win. Pure.
+"""Computes the answer of a sweep: which layout is fastest, by how much, how sure that is, and which layouts cannot win.
 
-While the search runs, a layout is ranked by one measurement. Once the finals have run, only they count: each finalist
-is ranked by all of its runs.
+Before the finals, each layout is ranked by one measurement. Once every finalist has run in the finals, only the finals
+count, and each finalist is ranked by all its runs in them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,32 +17,32 @@ from tuner.trial.finished import FinishedTrial
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """The ranking of a sweep's layouts."""
+    """The answer of a sweep: its layouts ranked by step time."""
 
     ranking: tuple[Standing, ...]
-    """The finalists, or every measured layout before the finals, fastest first; never empty."""
+    """The finalists, or before the finals all measured layouts that can win, fastest first; never empty."""
     is_final: bool
-    """Whether the ranking rests on finals."""
+    """Whether the ranking is computed from finals."""
     baseline: Standing | None
-    """The baseline's place in the ranking; None if it did not complete."""
+    """The baseline's standing; None if the baseline is not in the ranking."""
     out: Mapping[Layout, str]
-    """The layouts that were measured and yet cannot win, and why."""
+    """The layouts that were measured but cannot win, each with the reason."""
     drift: Drift | None
-    """The machine's drift; None if too few runs show it."""
+    """The machine's drift; None if there were too few runs to estimate it."""
 
     @property
     def best(self) -> Standing:
-        """The fastest layout."""
+        """The standing of the fastest layout."""
         return self.ranking[0]
 
     @property
     def tied(self) -> tuple[Standing, ...]:
-        """The layouts that noise cannot tell from the best, with the best itself first."""
+        """The standings that do not differ from the best by more than noise; the best itself comes first."""
         return tuple(standing for standing in self.ranking if standing.over_best.is_tie)
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why the measurements of the best layout and of the baseline are not to be trusted, one phrase per reason."""
+        """Reasons not to trust the measurements of the best layout or of the baseline, one phrase per reason."""
         standings = [self.best, self.baseline] if self.baseline is not self.best else [self.best]
         return tuple(
             f"t{run.number:04d} {run.layout.label()}: {suspicion}"
@@ -54,7 +54,7 @@ class Answer:
 
 
 def answer(trials: Sequence[FinishedTrial]) -> Answer | None:
-    """Return what the finished trials answer; None if no layout is measured, or if all measured ones are out."""
+    """Return the answer computed from finished trials; None if no layout was measured, or all measured ones are out."""
     trials = sorted(trials, key=lambda trial: trial.number)
     machine_drift, out = drift(trials), ruled_out(trials)
     finals = counting_finals(trials, out)
@@ -71,13 +71,17 @@ def answer(trials: Sequence[FinishedTrial]) -> Answer | None:
 def counting_finals(
     trials: Sequence[FinishedTrial], out: Mapping[Layout, str]
 ) -> dict[Layout, list[FinishedTrial]]:
-    """Return the completed finals of each layout, if the answer rests on them; otherwise none."""
+    """Return the completed finals by layout, without the layouts in `out`, if the answer is computed from finals.
+
+    It is not as long as fewer than two layouts have completed a final, or a finalist has not run; the result is then
+    empty.
+    """
     finals = _completed_by_layout([final for final in finals_of(trials) if final.layout not in out])
     return finals if len(finals) > 1 and _first_round_is_over(trials) else {}
 
 
 def _first_round_is_over(trials: Sequence[FinishedTrial]) -> bool:
-    """Return whether every finalist has run: the baseline runs last in the first round of the finals."""
+    """Return whether every finalist has run once: the baseline has run, which is the last in the first round."""
     start = next((trial for trial in trials if trial.source == "baseline" and trial.result.metrics), None)
     return start is None or any(final.layout == start.layout for final in finals_of(trials))
 

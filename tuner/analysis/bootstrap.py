@@ -1,8 +1,9 @@
-"""The step times of layouts that ran several times, pooled, with bootstrap draws of their errors. Pure.
+"""Pools the step times of layouts that ran several times, and estimates their errors by a bootstrap.
 
-The bootstrap resamples runs and steps. Three runs of a layout say little about how much runs differ, so runs are drawn
-from the deviations of all layouts' runs from the mean of their own layout (residual bootstrap: Efron and Tibshirani, An
-Introduction to the Bootstrap, 1993, chapter 9). The steps within each run are drawn with replacement in addition.
+The bootstrap resamples runs and steps. Three runs of a layout say little about how much runs differ. So a run's
+deviation is drawn from the deviations of all runs of all layouts, each from the mean of its own layout (residual
+bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 9). In addition, the steps of each run
+are drawn with replacement.
 """
 
 from collections.abc import Sequence
@@ -13,21 +14,22 @@ import numpy as np
 from tuner.core.columns import Floats
 
 BOOTSTRAP_DRAWS: Final = 2000
-"""Bootstrap draws per layout. Assumed: the 2.5% quantile then rests on 50 draws."""
+"""The number of bootstrap draws per layout. Assumed: 50 draws then lie below the 2.5% quantile."""
 
 
 def pooled_log_times(
     layouts: Sequence[Sequence[Sequence[float]]], draws: int = BOOTSTRAP_DRAWS
 ) -> tuple[Floats, Floats]:
-    """Return the pooled step time of each layout, and draws of its error.
+    """Return the logarithm of each layout's pooled step time, and bootstrap draws of the error of that logarithm.
 
     Args:
-        layouts: the timed steps in ms, nested as layouts, runs of a layout, and steps of a run; no run is empty.
-        draws: bootstrap draws per layout.
+        layouts: the times of the timed steps in ms: for each layout, for each of its runs, the times of the run's
+            steps. No run is empty.
+        draws: the number of bootstrap draws per layout.
 
     Returns:
-        The logarithm of each layout's step time in ms (the median over its runs of the median over their steps), of
-        shape [layouts], and bootstrap draws of the error of that logarithm, of shape [layouts, draws].
+        The logarithms, of shape [layouts], and the draws of their errors, of shape [layouts, draws]. The pooled step
+        time is the median over the layout's runs of the median over a run's steps.
     """
     random = np.random.default_rng(0)
     log_medians = [np.log([np.median(steps) for steps in runs]) for runs in layouts]
@@ -45,10 +47,11 @@ def pooled_log_times(
 
 
 def _deviations_between_runs(log_medians: Sequence[Floats]) -> Floats:
-    """Return the deviations of all runs from the mean of their layout, widened because there are few of them.
+    """Return the deviation of each run's logarithm from the mean of its layout, for layouts with several runs.
 
-    The deviations of n runs are too small by a factor of sqrt(n / (n - 1)). A spread that is
-    estimated from few deviations is widened further by the ratio of Student's quantile to the normal one.
+    The deviations of n runs from their own mean are too small by the factor sqrt(n / (n - 1)), so they are widened by
+    it. They are also widened by the ratio of the 97.5% quantiles of Student's t and of the normal distribution, since
+    the spread is estimated from few deviations. Without any layout with several runs, the result is [0].
     """
     repeated = [logs for logs in log_medians if len(logs) > 1]
     if not repeated:
@@ -63,7 +66,7 @@ def _deviations_between_runs(log_medians: Sequence[Floats]) -> Floats:
 
 
 def _resampled_log_medians(steps_ms: Sequence[float], draws: int, random: np.random.Generator) -> Floats:
-    """Return the logarithms of the medians of steps drawn with replacement, of shape [draws]."""
+    """Return the logarithm of the median of a run's steps for each draw of steps with replacement; shape [draws]."""
     steps = np.asarray(steps_ms, dtype=np.float64)
     drawn = random.integers(len(steps), size=(draws, len(steps)))
     log_medians: Floats = np.log(np.median(steps[drawn], axis=1))

@@ -1,4 +1,4 @@
-"""The layouts that the search measured: those that may win, and those that cannot win and why. Pure."""
+"""Lists the layouts that the search measured: those that may win, and those that cannot win, with the reason."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,29 +13,30 @@ from tuner.trial.finished import UNFINISHED, FinishedTrial
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A layout that the search measured, with the trial that counts for it."""
+    """A layout that the search measured, with the trial whose measurement counts for the layout."""
 
     trial: FinishedTrial
     metrics: Metrics
-    """The trial's metrics as measured, without any correction."""
+    """The trial's metrics as measured, without a correction for the machine's drift."""
     factor: float
-    """Duration of a step on the machine at the time of the trial, divided by its duration at the start of the sweep."""
+    """The machine's drift: how long the same step takes at the time of the trial, divided by how long it takes at the
+    start of the sweep."""
 
     @property
     def step_time_ms(self) -> float:
-        """The step time in ms that the machine would have measured at the start of the sweep."""
+        """The step time in ms, corrected for drift: as it would have been at the start of the sweep."""
         return self.metrics.step_time_ms / self.factor
 
 
 def candidates(
     trials: Sequence[FinishedTrial], machine_drift: Drift | None, out: Mapping[Layout, str]
 ) -> list[Candidate]:
-    """Return the layouts that the search measured, fastest first, each once; a tie goes to the earlier trial.
+    """Return one candidate per layout that the search measured, fastest first; of equally fast ones the earlier first.
 
     Args:
         trials: the finished trials of a sweep.
-        machine_drift: the drift to correct for; None corrects nothing.
-        out: layouts to leave out.
+        machine_drift: the drift for which step times are corrected; None for no correction.
+        out: the layouts to leave out, because they cannot win.
     """
     measured = [
         Candidate(
@@ -54,7 +55,7 @@ def candidates(
 
 
 def ruled_out(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
-    """Return the measured layouts that cannot win, and why: they failed in a final, or train differently."""
+    """Return the measured layouts that cannot win, each with the reason: its final failed, or it trains differently."""
     failed = {
         trial.layout: f"failed in the final t{trial.number:04d}: {trial.result.outcome}: {trial.result.reason}"
         for trial in finals_of(trials)

@@ -1,4 +1,4 @@
-"""Which trials the refinement of a search is centred on, as the trials themselves record it."""
+"""Reads from the trials' records which trials are the centres of a sweep's refinement."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ from tuner.trial.finished import FinishedTrial, TrialSource
 
 
 def refinement_centres(sources: Sequence[TrialSource | FinishedTrial]) -> tuple[int, ...]:
-    """Return the numbers of the trials whose layouts the refinement varies; empty while the search is in its grid.
+    """Return the numbers of the trials around whose layouts the refinement searches; empty before the refinement.
 
     Args:
-        sources: the sources of all trials of a sweep, or the trials themselves, by number.
+        sources: the sources of all trials of a sweep, or the trials themselves, in order of their numbers.
     """
     return next((source.around for source in reversed(sources) if source.around), ())
 
 
 def refinement_sentence(trials: Sequence[FinishedTrial]) -> str | None:
-    """Return a sentence that says where the refinement began and what its centres are; None if there was none."""
+    """Return a sentence that names the refinement's first trial and its centres; None if there was no refinement."""
     refining = sorted(trial.number for trial in trials if trial.around)
     if not refining:
         return None

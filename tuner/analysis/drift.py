@@ -1,4 +1,4 @@
-"""How the machine's speed drifted over a sweep, estimated from repeated runs of the baseline's layout. Pure."""
+"""Estimates from repeated runs of the baseline how the machine's speed drifted during a sweep; says when to run one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,35 +11,37 @@ from tuner.core.layout import Layout
 from tuner.trial.finished import SEARCHED, FinishedTrial
 
 FEWEST_RUNS_FOR_DRIFT: Final = 3
-"""Fewest runs that show a drift: a straight line through only two points has no error."""
+"""The fewest runs from which a drift is estimated: the error of a straight line through two points is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """A straight line over time through the logarithms of one layout's step times, fitted by least squares."""
+    """The change of the machine's speed during a sweep: a straight line through log(step time) of the baseline's runs
+    over time, fitted by least squares."""
 
     runs: int
-    """How many runs the line is fitted to."""
+    """The number of runs to which the line is fitted."""
     began_s: float
     """When the first of these runs ended, in seconds since the epoch."""
     ended_s: float
     """When the last of these runs ended, in seconds since the epoch."""
     change: float
-    """Relative change of the step time from the first run to the last; 0.03 means that a step takes 3% longer."""
+    """The relative change of the step time from the first run to the last; 0.03 means that a step takes 3% longer."""
     change_low: float
-    """Lower end of the change's 95% interval (Student's t with runs - 2 degrees of freedom)."""
+    """The lower end of the change's 95% interval (Student's t with runs - 2 degrees of freedom)."""
     change_high: float
-    """Upper end of the change's 95% interval."""
+    """The upper end of the change's 95% interval."""
 
     @property
     def is_significant(self) -> bool:
-        """Whether the 95% interval excludes 0: the machine did change."""
+        """Whether the 95% interval of the change excludes 0, so that the machine has drifted."""
         return not self.change_low <= 0 <= self.change_high
 
     def factor(self, trial: FinishedTrial) -> float:
-        """Return how many times as long a step took when the trial ran as at the first run; 1 without a drift.
+        """Return the duration of a step at the time of a trial, divided by its duration at the first run.
 
-        The line is not extrapolated: a trial before the first run or after the last has the value at that run.
+        It is 1 if the drift is not significant. A trial before the first run gets the value at the first run, and a
+        trial after the last run the value at the last run.
         """
         at_s = ended_s(trial)
         if at_s is None or not self.is_significant:
@@ -48,7 +50,7 @@ class Drift:
         return float((1 + self.change) ** min(max(share, 0.0), 1.0))
 
     def sentence(self) -> str:
-        """Return a sentence that tells a user whether and how much the machine drifted."""
+        """Return a sentence for the user that says whether and by how much the machine drifted."""
         hours = (self.ended_s - self.began_s) / 3600
         change = (
             f"{self.change:+.1%} step time over {hours:.2g} h (95% interval {self.change_low:+.1%} to "
@@ -60,9 +62,10 @@ class Drift:
 
 
 def drift(trials: Sequence[FinishedTrial]) -> Drift | None:
-    """Return the drift that the baseline's first run and its canaries show; None for fewer than three such runs.
+    """Return the drift estimated from the baseline's first run and its canaries.
 
-    Runs on a disturbed machine are left out: they do not show the speed of the undisturbed machine.
+    Disturbed runs are left out, since they do not show the speed of the undisturbed machine. The result is None if
+    fewer than three runs remain.
     """
     points = sorted(
         (at_s, metrics.step_time_ms)
@@ -101,14 +104,13 @@ def ended_s(trial: FinishedTrial) -> float | None:
 
 
 def canary_due(trials: Sequence[FinishedTrial], every: int | None) -> Layout | None:
-    """Return the layout to run as a canary if one is due now.
+    """Return the layout to run as a canary now, which is the baseline's; None if no canary is due.
 
-    A canary runs the baseline's layout. It is due once `every` trials of the search have ended since that layout last
-    ran.
+    A canary is due once `every` trials of the search have ended since the baseline or a canary last ran.
 
     Args:
         trials: the finished trials of a sweep.
-        every: trials of the search between two canaries; None asks for no canaries.
+        every: the number of trials of the search between two canaries; None means that canaries are never due.
     """
     baseline = next(
         (trial.layout for trial in trials if trial.source == "baseline" and trial.result.metrics is not None),

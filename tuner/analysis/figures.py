@@ -1,4 +1,4 @@
-"""The measured facts of the best layout, or of one trial, compared with its rival and the baseline."""
+"""Compares the measurements of the best layout, or of one trial, with the fastest other layout and the baseline."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,50 +13,51 @@ from tuner.trial.finished import FinishedTrial
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimeComparison:
-    """Another layout's step time divided by ours; the ratio is above 1 if ours is faster."""
+    """A comparison of a layout with another layout by their step times."""
 
     trial: int
     """The number of the trial that represents the other layout."""
     label: str
     """The other layout's label."""
     ratio: float
+    """The other layout's step time divided by the layout's own; above 1 if the layout is faster than the other."""
     ratio_low: float
-    """Lower end of the ratio's interval.
+    """The lower end of the ratio's interval.
 
-    With finals it is a 95% interval. Without them it is wider: its lower end is the lower end of the other step time's
-    95% interval divided by the upper end of ours, and its upper end is the upper end of the other's divided by the
-    lower end of ours.
+    It is a 95% interval if both layouts ran in the finals. Otherwise it is wider: from the lower end of the other's 95%
+    interval divided by the upper end of the layout's own, to the upper end of the other's divided by the lower end of
+    the layout's own.
     """
     ratio_high: float
-    """Upper end of the ratio's interval."""
+    """The upper end of the ratio's interval."""
 
     @property
     def is_tie(self) -> bool:
-        """Whether the interval includes 1: noise cannot tell which of the two is faster."""
+        """Whether the interval includes 1, so that noise hides which of the two layouts is faster."""
         return self.ratio_low <= 1 <= self.ratio_high
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What was measured of one layout, and how sure it is."""
+    """The measurements of one layout, and its comparisons with other layouts."""
 
     trial: int
     """The number of the trial that represents the layout."""
     metrics: Metrics
     """The layout's measurements, pooled over its finals if it ran in them."""
     rival: StepTimeComparison | None
-    """The fastest other layout; None if no other layout completed."""
+    """The comparison with the fastest other layout; None if no other layout completed."""
     baseline: StepTimeComparison | None
-    """The baseline; None if it did not complete."""
+    """The comparison with the baseline; None if the baseline did not complete."""
     versions: Mapping[str, str]
-    """The version of each package that the trial ran with."""
+    """The versions of packages and driver with which the trial ran, by name."""
     device_name: str
-    """The device that the trial ran on."""
+    """The model name of the GPU or CPU on which the trial ran."""
     final_runs: int = 0
-    """How many finals `metrics` pools; 0 if it is one measurement."""
+    """The number of finals over which `metrics` is pooled; 0 if it is one measurement."""
 
     def gain_sentence(self) -> str:
-        """Return a sentence that states the gain over the baseline and its interval."""
+        """Return a sentence that states the gain over the baseline and the interval of the gain."""
         start = self.baseline
         if start is None:
             return "No baseline completed: the gain is unknown."
@@ -71,7 +72,7 @@ class Figures:
         return f"{gain}, t{start.trial:04d} {start.label} ({interval}{noise})."
 
     def certainty_sentence(self) -> str:
-        """Return a sentence that states on how many steps the ranking rests, and how clear it is."""
+        """Return a sentence that states the number of timed steps, and how clearly the fastest other layout differs."""
         steps = f"{len(self.metrics.step_times_ms)} timed steps"
         if self.final_runs:
             steps += f" in {self.final_runs} interleaved runs"
@@ -87,25 +88,36 @@ class Figures:
 
 
 def best_trial(trials: Iterable[FinishedTrial]) -> FinishedTrial | None:
-    """Return the trial that represents the fastest layout: its median final, or its measurement before the finals."""
+    """Return the trial that represents the fastest layout; None if no layout was measured that can win.
+
+    It is the layout's final with the median step time, or before the finals the trial that measured the layout.
+    """
     trials = sorted(trials, key=lambda trial: trial.number)
     out = ruled_out(trials)
     if counting_finals(trials, out):
         ranked = answer(trials)
         return ranked.best.trial if ranked else None
-    # A sweep asks this after each trial, and to rank the other layouts takes most of the time.
+    # A sweep calls this after each trial. Ranking the other layouts, as `answer` does, would take most of the time.
     fastest = candidates(trials, drift(trials), out)
     return fastest[0].trial if fastest else None
 
 
 def tied_trials(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Return the trials that represent the layouts tied with the best, with the best itself first."""
+    """Return the trials that represent the layouts which do not differ from the best by more than noise.
+
+    The trial of the best layout itself comes first.
+    """
     ranked = answer(trials)
     return [standing.trial for standing in ranked.tied] if ranked else []
 
 
 def figures(trials: Sequence[FinishedTrial], number: int | None = None) -> Figures | None:
-    """Return the measured facts of the best layout, or of trial `number` alone; None if there is no measurement."""
+    """Return the figures of the best layout, or of the one trial with a given number; None if it has no measurement.
+
+    Args:
+        trials: the finished trials of a sweep.
+        number: the number of the trial; None takes the best layout.
+    """
     ranked = answer(trials)
     if number is not None:
         trial = next((trial for trial in trials if trial.number == number), None)
@@ -135,7 +147,7 @@ def _over_best(other: Standing) -> StepTimeComparison:
 
 
 def _figures_of_trial(trial: FinishedTrial, ranked: Answer | None) -> Figures | None:
-    """Return what one trial measured, compared with the answer's standings."""
+    """Return the figures of one trial, compared with the standings in an answer; None if the trial did not complete."""
     metrics = trial.result.metrics
     if metrics is None:
         return None
@@ -152,7 +164,7 @@ def _figures_of_trial(trial: FinishedTrial, ranked: Answer | None) -> Figures | 
 
 
 def _over_metrics(other: Standing, ours: Metrics) -> StepTimeComparison:
-    """Compare a standing with one trial's metrics; the interval follows from the ends of both 95% intervals."""
+    """Compare another layout's standing with the metrics of one trial, `ours`, by the ends of both 95% intervals."""
     return StepTimeComparison(
         trial=other.trial.number,
         label=other.layout.label(),

@@ -1,6 +1,7 @@
-"""The finals: the fastest layouts and the baseline run again, interleaved; and which trials are repeated first. Pure.
+"""Decides what runs in the finals, in which the fastest layouts and the baseline run again, interleaved.
 
-Everything follows from the finished trials, so a resumed sweep continues its finals where they stopped.
+It also decides which disturbed trials are repeated before. Everything is computed from the finished trials, so a
+resumed sweep continues its finals where it stopped.
 """
 
 from collections.abc import Sequence
@@ -16,25 +17,28 @@ from tuner.trial.contract import Outcome
 from tuner.trial.finished import SEARCHED, FinishedTrial
 
 FEWEST_RUNS: Final = 2
-"""Fewest runs per layout in the finals: a single run does not show how much runs differ."""
+"""The fewest runs per layout in the finals: a single run does not show how much runs differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinalsPlan:
-    """How large the finals are."""
+    """The size of the finals."""
 
     finalists: int
-    """How many layouts run in the finals besides the baseline."""
+    """The number of layouts that run in the finals in addition to the baseline."""
     runs: int
-    """How often each finalist runs, and the baseline too."""
+    """The number of runs of each finalist and of the baseline."""
 
     @property
     def trials(self) -> int:
-        """The number of trials in the finals, if a baseline completed."""
+        """The number of trials in the finals, provided that the baseline completed."""
         return (self.finalists + 1) * self.runs if self.finalists else 0
 
     def smaller(self) -> "FinalsPlan":
-        """Return the next smaller finals: with fewer finalists, then with fewer runs, then none."""
+        """Return the next smaller plan: one finalist fewer; with one finalist, one run fewer; below FEWEST_RUNS, none.
+
+        The plan without finals has 0 finalists and 0 runs.
+        """
         if self.finalists > 1:
             return FinalsPlan(self.finalists - 1, self.runs)
         return FinalsPlan(1, self.runs - 1) if self.runs > FEWEST_RUNS else FinalsPlan(0, 0)
@@ -43,14 +47,14 @@ class FinalsPlan:
 def fitting_plan(
     wanted: FinalsPlan, finalists: int, trials: float, seconds: float, trial_s: float
 ) -> FinalsPlan:
-    """Return the largest finals that fit.
+    """Return the largest plan, at most as large as wanted, that fits into the trials and the time that are left.
 
     Args:
-        wanted: the finals that the sweep asks for.
-        finalists: how many layouts may run in them, besides the baseline.
-        trials: how many trials may still run.
-        seconds: how long the finals may take.
-        trial_s: the expected duration of one final in seconds.
+        wanted: the plan that the sweep asks for.
+        finalists: the number of layouts that are eligible, without the baseline.
+        trials: the number of trials that may still run.
+        seconds: the time that the finals may take, in seconds.
+        trial_s: the expected duration of one final, in seconds.
     """
     if not finalists or not wanted.runs:
         return FinalsPlan(0, 0)
@@ -61,7 +65,7 @@ def fitting_plan(
 
 
 def eligible_finalists(trials: Sequence[FinishedTrial]) -> list[Layout]:
-    """Return the layouts that may run in the finals, fastest first, without the baseline."""
+    """Return the layouts that may run in the finals in addition to the baseline, fastest first."""
     trials = sorted(trials, key=lambda trial: trial.number)
     start = baseline_layout(trials)
     layouts = [candidate.trial.layout for candidate in candidates(trials, drift(trials), ruled_out(trials))]
@@ -69,10 +73,10 @@ def eligible_finalists(trials: Sequence[FinishedTrial]) -> list[Layout]:
 
 
 def next_final(trials: Sequence[FinishedTrial], plan: FinalsPlan) -> Layout | None:
-    """Return the layout that runs next in the finals; None if they are over or there is nothing to compare.
+    """Return the layout that runs next in the finals; None if they are over, or fewer than two layouts can run.
 
-    The finals run in rounds, the fastest layout first and the baseline last. Every other round runs in the reverse
-    order, so that a drift of the machine favours no layout.
+    The finals run in rounds. In each round, every finalist runs once, from the fastest to the slowest, and then the
+    baseline. Every second round runs in the reverse order, so that a drift of the machine favours no layout.
     """
     trials = sorted(trials, key=lambda trial: trial.number)
     finalists = eligible_finalists(trials)[: plan.finalists]
@@ -94,7 +98,10 @@ def _has_completed(trials: Sequence[FinishedTrial], layout: Layout) -> bool:
 
 
 def trials_to_repeat(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Return the trials of the search that the machine disturbed and that have no repeat yet, fastest first."""
+    """Return the trials of the search that were disturbed on the machine and have not been repeated, fastest first.
+
+    A trial that ended as too slow is among them, with its lower bound in place of the step time.
+    """
     repeated = {trial.layout for trial in trials if trial.source == "repeat"}
     disturbed = [
         trial
@@ -108,17 +115,17 @@ def trials_to_repeat(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
 
 
 def _measured_or_bound_ms(trial: FinishedTrial) -> float:
-    """Return the measured step time in ms, or the lower bound of it that a trial stopped as too slow gives."""
+    """Return a trial's step time in ms, or its lower bound if the trial ended as too slow, before it measured one."""
     metrics = trial.result.metrics
     return metrics.step_time_ms if metrics else trial.result.slower_than_ms or 0.0
 
 
 def expected_trial_s(trials: Sequence[FinishedTrial], layouts: Sequence[Layout] = ()) -> float:
-    """Return how long the next trial is expected to take, in seconds.
+    """Return the expected duration of the next trial in seconds, if it runs one of `layouts`.
 
-    It is the largest over `layouts` of the median duration of the layout's completed trials. A layout that never
-    completed counts with the median of all completed trials, and so does an empty `layouts`. The result is 0 before
-    the first completed trial.
+    For one layout it is the median duration of the layout's completed trials, or of all completed trials if the layout
+    has none. The result is the largest of these over `layouts`; if `layouts` is empty, the median over all completed
+    trials. It is 0 if no trial has completed.
     """
     completed = [trial for trial in trials if trial.result.metrics is not None]
     usual_s = median(_durations_s(completed)) if completed else 0.0

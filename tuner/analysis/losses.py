@@ -1,4 +1,4 @@
-"""Whether layouts train alike: the losses of every layout compared with the baseline's, step by step. Pure."""
+"""Finds layouts that train differently, by comparing the losses of every layout with the baseline's, step by step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -19,28 +19,29 @@ LOSS_TOLERANCE: Final[Mapping[Precision, float]] = {
     "mxfp8": 1e-2,
     "nvfp4": 3e-2,
 }
-"""Largest relative difference between the losses of two layouts in one step. Layouts add up numbers in different
-orders, so their rounding differs.
+"""The largest relative difference between the losses of two layouts in one step that rounding explains. Layouts add up
+numbers in different orders, so their rounding differs.
 
-fp32 and bf16 are measured: tests/integration/test_parity.py holds 60 layouts to 1e-4 and 2e-3 over 3 steps, and sweeps
-of tiny models in fp32 stayed below 1e-7 over 13 steps. The others are assumed, and wider for coarser rounding. If the
-baseline's own runs differ by more, that larger difference is tolerated.
+fp32 and bf16 are measured: in tests/integration/test_parity.py, 60 layouts stay within 1e-4 (fp32) and 2e-3 (bf16) over
+3 steps, and sweeps of tiny models in fp32 stayed below 1e-7 over 13 steps. The others are assumed, and larger for
+coarser rounding. If the baseline's own runs differ by more, that larger difference is tolerated.
 """
 
 DRAWN_TOLERANCE: Final = 0.05
-"""Largest relative difference if the program draws the first weights itself.
+"""The largest relative difference that is tolerated if the initial weights depend on the layout
+(`tuner.trial.finished.draws_weights`).
 
-Megatron seeds these weights by tensor and pipeline rank, so every layout trains from different ones: in ten steps of a
-tiny recipe of Megatron Bridge, the losses of tp 1 and tp 2 came to differ by 0.55% (measured). The value itself is
-assumed: a layout that trains correctly stays within it, and one that loses gradients or tokens soon leaves it.
+Megatron then seeds weights by tensor and pipeline rank, so every layout starts from different weights: over ten steps
+of a tiny recipe of Megatron Bridge, the losses of tp 1 and tp 2 differed by up to 0.55% (measured). The tolerance is
+assumed: a layout that trains correctly stays within it, and a layout that loses gradients or tokens soon exceeds it.
 """
 
 
 def trains_differently(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
-    """Return the layouts whose losses differ from the baseline's by more than rounding explains, and why.
+    """Return the layouts whose losses differ from the baseline's by more than is tolerated, each with the reason.
 
-    Every trial trains on the same batches, and from the same weights unless its program draws them. The result is
-    empty if no baseline completed, or if tokens are routed at random.
+    Losses can be compared since every trial trains on the same batches and, with some programs, starts from the same
+    weights. The result is empty if no baseline completed, or if the workload routes tokens at random.
     """
     measured = [(trial, trial.result.metrics) for trial in trials if trial.result.metrics is not None]
     start = baseline_layout(trials)
@@ -72,7 +73,10 @@ def trains_differently(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
 
 
 def _tolerance(baseline: FinishedTrial, runs: Sequence[Metrics]) -> float:
-    """Return the difference that the precision explains, or the largest one between the baseline's runs if larger."""
+    """Return the largest relative difference of losses that is tolerated for layouts with the same initial weights.
+
+    It is that of the precision, or that between the baseline's own runs if it is larger.
+    """
     own_differences = _largest_differences([metrics.losses for metrics in runs], runs[0].losses)
     return max(LOSS_TOLERANCE[baseline.precision], *(difference for difference, _ in own_differences))
 
@@ -80,7 +84,12 @@ def _tolerance(baseline: FinishedTrial, runs: Sequence[Metrics]) -> float:
 def _largest_differences(
     losses: Sequence[Sequence[float]], reference: Sequence[float]
 ) -> list[tuple[float, int]]:
-    """Return the largest difference in one step, as a share of the reference, and the index of that step, per run."""
+    """Return, for each run, its largest relative difference from the reference in one step, and the index of that step.
+
+    Args:
+        losses: the losses of each run, one per step.
+        reference: the losses with which each run is compared; steps that only one of the two has are left out.
+    """
     largest = [(0.0, 0)] * len(losses)
     for length in {len(of_run) for of_run in losses}:
         runs = [number for number, of_run in enumerate(losses) if len(of_run) == length]

@@ -1,4 +1,4 @@
-"""Which runs of a layout count: the finals after the search, and a repeat in place of a disturbed measurement. Pure."""
+"""Decides which runs of a layout count: finals after the search, and a repeat instead of a disturbed measurement."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,24 @@ from tuner.trial.finished import SEARCHED, FinishedTrial
 
 
 def finals_of(trials: Sequence[FinishedTrial]) -> list[FinishedTrial]:
-    """Return the finals that count: those after the last trial that is no final. `trials` are sorted by number."""
+    """Return the finals that count, which are those after the last trial with another source than `final`.
+
+    `trials` must be sorted by number.
+    """
     last_searched = max((place for place, trial in enumerate(trials) if trial.source != "final"), default=-1)
     return list(trials[last_searched + 1 :])
 
 
 def baseline_layout(trials: Sequence[FinishedTrial]) -> Layout | None:
-    """Return the layout to beat; None before its trial has ended."""
+    """Return the layout of the baseline; None if the baseline's trial is not among the trials."""
     return next((trial.layout for trial in trials if trial.source == "baseline"), None)
 
 
 def counting_trials(trials: Sequence[FinishedTrial]) -> dict[int, FinishedTrial]:
-    """Return the run that counts for each trial of the search, keyed by the number of that trial.
+    """Return, by the number of each trial of the search, the run that counts for it: the trial itself or its repeat.
 
-    It is the trial itself, or its repeat if the machine disturbed the first measurement. If both were disturbed, the
-    faster run counts: a disturbance can only slow a run down.
+    The repeat counts if the trial was disturbed and the repeat was not. If both were disturbed, the faster of them
+    counts, since a disturbance can only slow a run down.
     """
     counting: dict[int, FinishedTrial] = {}
     disturbed: dict[Layout, list[int]] = {}
@@ -49,12 +52,15 @@ def _less_disturbed(first: FinishedTrial, repeat: FinishedTrial) -> FinishedTria
 
 
 def middle_run(runs: Sequence[FinishedTrial]) -> FinishedTrial:
-    """Return the completed run with the median step time; the faster of the two middle ones for an even count."""
+    """Return the run with the median step time; for an even number of runs, the faster of the two in the middle.
+
+    All runs must have completed.
+    """
     ordered = sorted(runs, key=lambda run: (measured_metrics(run).step_time_ms, run.number))
     return ordered[(len(ordered) - 1) // 2]
 
 
 def measured_metrics(run: FinishedTrial) -> Metrics:
-    """Return the metrics of a run that is known to have completed."""
+    """Return the metrics of a completed run; fails an assertion for any other run."""
     assert run.result.metrics is not None, "only completed runs are pooled"
     return run.result.metrics

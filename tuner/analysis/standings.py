@@ -1,4 +1,4 @@
-"""Layouts ranked by step time: by one measurement each in the search, by all of their runs after the finals. Pure."""
+"""Ranks layouts by step time: from one measurement each before the finals, from all their runs in the finals after."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,45 +19,45 @@ TAILS: Final = (0.025, 0.975)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimeRatio:
-    """One step time divided by another one, with the 95% interval of the ratio."""
+    """The step time of one layout divided by that of another, with an interval of the ratio."""
 
     value: float
     low: float
-    """Lower end of the interval."""
+    """The lower end of the ratio's interval."""
     high: float
-    """Upper end of the interval."""
+    """The upper end of the ratio's interval."""
 
     @property
     def is_tie(self) -> bool:
-        """Whether the interval includes 1: noise cannot tell which of the two is faster."""
+        """Whether the interval includes 1, so that noise hides which of the two layouts is faster."""
         return self.low <= 1 <= self.high
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """One layout's place in a ranking."""
+    """One layout in a ranking, with the measurements that count for it."""
 
     layout: Layout
     runs: tuple[FinishedTrial, ...]
-    """The runs that count for the layout: its finals, or its one measurement in the search."""
+    """The runs that count for the layout: its finals, or before the finals its one measurement in the search."""
     metrics: Metrics
-    """The pooled metrics of these runs."""
+    """The metrics of these runs, pooled."""
     over_best: StepTimeRatio
     """The layout's step time divided by the best layout's.
 
-    In a ranking of the search, the machine's drift is taken out, and the interval is wider than a 95% interval: its
-    lower end is the lower end of this layout's interval divided by the upper end of the best's, and its upper end is
-    the upper end of this layout's interval divided by the lower end of the best's.
+    After the finals, it has a 95% interval. Before them, it is corrected for the machine's drift, and its interval is
+    wider: from the lower end of this layout's 95% interval divided by the upper end of the best's, to the upper end of
+    this layout's divided by the lower end of the best's.
     """
 
     @property
     def trial(self) -> FinishedTrial:
-        """The run with the median step time, which represents all runs."""
+        """The run with the median step time, which represents the layout."""
         return middle_run(self.runs)
 
 
 def rank_candidates(candidates: Sequence[Candidate]) -> list[Standing]:
-    """Return the standings of layouts that the search measured once each, given and returned fastest first."""
+    """Return the standings of the layouts that the search measured, in the order of `candidates`: fastest first."""
     if not candidates:
         return []
     best = candidates[0]
@@ -85,7 +85,7 @@ def rank_finalists(finals: Mapping[Layout, Sequence[FinishedTrial]]) -> list[Sta
     """Return the standings of the finalists, fastest first.
 
     Args:
-        finals: the completed finals of each layout, at least one per layout.
+        finals: the completed finals by layout, at least one per layout.
     """
     steps_ms = [[measured_metrics(run).step_times_ms for run in runs] for runs in finals.values()]
     logs, errors = pooled_log_times(steps_ms)
@@ -105,9 +105,10 @@ def rank_finalists(finals: Mapping[Layout, Sequence[FinishedTrial]]) -> list[Sta
 def _pooled_metrics(
     runs: Sequence[FinishedTrial], step_ms: float, step_low_ms: float, step_high_ms: float
 ) -> Metrics:
-    """Return the metrics of several runs of one layout.
+    """Return the metrics of several runs of one layout, pooled.
 
-    Steps are concatenated, rates follow the pooled step time, peaks are the largest, and all else is the middle run's.
+    The timed steps are concatenated, throughputs are scaled to the pooled step time `step_ms`, peaks of memory are the
+    largest of any run, and everything else is taken from the run with the median step time.
     """
     middle, run_metrics = measured_metrics(middle_run(runs)), [measured_metrics(run) for run in runs]
     faster = middle.step_time_ms / step_ms

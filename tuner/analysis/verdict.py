@@ -1,4 +1,4 @@
-"""What to believe about a sweep's answer, in sentences."""
+"""Writes sentences for the user that say how far a sweep's answer can be trusted."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,11 @@ from tuner.trial.finished import FinishedTrial
 
 
 def verdict(trials: Sequence[FinishedTrial]) -> list[str]:
-    """Return one sentence per caveat: no finals, ties, layouts that are out, drift, and disturbed measurements."""
+    """Return sentences that say how far the answer can be trusted, one per subject, for subjects that apply.
+
+    The subjects are missing finals, ties, layouts that cannot win, losses that were not compared, the refinement, the
+    machine's drift, repeats, and disturbed measurements.
+    """
     ranked = answer(trials)
     if ranked is None:
         return _verdict_without_answer(trials)
