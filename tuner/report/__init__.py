@@ -1,1 +1,1 @@
-"""Pages and tables that show a sweep. Knows the answer; decides nothing."""
+"""Writes texts, tables and pages that show a sweep to its user. This room knows the answer and decides nothing."""

@@ -1,8 +1,8 @@
-"""Spans of time as people read them."""
+"""Formats durations for people."""
 
 
 def duration(seconds: float) -> str:
-    """Return a span of time as a short text: `45s`, `7m05s`, `3h10m`."""
+    """Return a duration as a short text, such as `45s`, `7m05s` or `3h10m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

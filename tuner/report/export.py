@@ -1,4 +1,4 @@
-"""The override of a measured layout in the format that a launcher takes, headed by the evidence. Pure."""
+"""Writes the override that selects a measured layout, with comments that state what was measured."""
 
 import json
 import shlex
@@ -31,7 +31,7 @@ _BRIDGE_YAML_USAGE = "for process_config_with_overrides(config, config_filepath=
 
 
 class Format(StrEnum):
-    """The formats of an override."""
+    """The format of an override's text."""
 
     BRIDGE_CLI = "bridge-cli"
     BRIDGE_PYTHON = "bridge-python"
@@ -41,7 +41,7 @@ class Format(StrEnum):
 
     @classmethod
     def of(cls, program: Program) -> "Format":
-        """Return the format that fits the program that was measured."""
+        """Return the default format for an override of the program that a trial ran."""
         return cls.MEGATRON_LM if isinstance(program, MegatronLm) else cls.BRIDGE_CLI
 
 
@@ -57,10 +57,11 @@ def export(
 
     Args:
         format: The format to write.
-        spec: The specification of the measured trial.
-        figures: The trial's measurements; they head the text as comments (in JSON they are fields).
-        rerun_command: The shell command that runs the trial again.
-        recipe_layout: The layout that the recipe has now: only the difference is written. None writes everything.
+        spec: The spec of the measured trial.
+        figures: The layout's measurements, which are written as comments at the top, or in JSON as fields.
+        rerun_command: The shell command that runs the trial again; it is written beside the measurements.
+        recipe_layout: The layout that the user's recipe or command has now, so that only differences are written. None
+            writes everything that selects the layout.
     """
     environment = _environment(format, spec)
     changes = bridge_overrides(spec, recipe_layout)
@@ -80,14 +81,17 @@ def export(
 
 
 def _environment(format: Format, spec: TrialSpec) -> dict[str, str]:
-    """Return the environment variables of the job; for Bridge all of them, since a recipe may set other values."""
+    """Return the environment variables to set for the layout; empty for a job on CPU.
+
+    For Bridge, they include variables whose knob has its default value, since a recipe may set other values.
+    """
     if spec.cluster.device != "cuda":
         return {}
     return cuda_environment(spec.layout, spec.cluster, complete=format is not Format.MEGATRON_LM)
 
 
 def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str]:
-    """Return the lines that say what was measured, on what, and how to measure it again."""
+    """Return lines that state the layout, its measurements, the machine, and how to measure it again."""
     metrics, workload, cluster = figures.metrics, spec.workload, spec.cluster
     mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
     reserved = "" if metrics.peak_reserved_gib is None else f", {metrics.peak_reserved_gib:.4g} GiB reserved"
@@ -111,7 +115,7 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
 
 
 def _environment_block(environment: Mapping[str, str]) -> list[str]:
-    """Return the lines that set the variables in the shell of the job; no lines if there are no variables."""
+    """Return lines for the user with shell commands that set environment variables; empty if there are none to set."""
     lines = [f"    export {name}={value}" for name, value in environment.items()]
     return ["the job's environment, which wins over a recipe's env_vars:", *lines] if lines else []
 
@@ -129,7 +133,15 @@ def _json(
     changes: Mapping[str, Any],
     environment: Mapping[str, str],
 ) -> str:
-    """Return the evidence and the override of every framework as the fields of a JSON object."""
+    """Return a JSON object with the measurements, the layout, and the override for Bridge and for Megatron-LM.
+
+    Args:
+        spec: The spec of the measured trial.
+        figures: The layout's measurements.
+        rerun_command: The shell command that runs the trial again.
+        changes: The override for Bridge, as values by path.
+        environment: The environment variables that the layout needs.
+    """
     comparisons = {"fastest_other_layout": figures.rival, "baseline": figures.baseline}
     data = {
         "sweep": spec.sweep,

@@ -1,4 +1,4 @@
-"""A sweep as one self-contained HTML page: the summary, two plots and every trial."""
+"""Writes one self-contained HTML page about a sweep: its summary, two plots, and a table of all trials."""
 
 import html
 from collections.abc import Sequence
@@ -19,9 +19,15 @@ STYLE: Final = (
 
 
 def html_page(trials: Sequence[FinishedTrial], sweep: str, summary_text: str) -> str:
-    """Return the page: the summary, the history, throughput against memory, and a table of every trial.
+    """Return the text of an HTML page about a sweep.
 
-    plotly.js (about 5 MB) is inlined once, so that the page opens on a machine without a network.
+    The page has the summary, a plot of throughput by trial, a plot of throughput against memory, and a table of all
+    trials. It includes plotly.js (about 5 MB), so that it can be opened without a network.
+
+    Args:
+        trials: The finished trials of the sweep.
+        sweep: The name of the sweep.
+        summary_text: The sweep's summary in Markdown.
     """
     table = trial_table(trials).drop(columns=["finished_at"])
     plots = [_history(trials), _throughput_against_memory(trials)] if completed(trials) else []

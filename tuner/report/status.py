@@ -1,4 +1,4 @@
-"""What a sweep does now, in lines for the terminal."""
+"""Writes lines for the terminal that say what a sweep is doing now."""
 
 from tuner.report.durations import duration
 from tuner.sweep.lock import Holder
@@ -6,13 +6,14 @@ from tuner.sweep.status import Status
 
 
 def status_lines(status: Status, holder: Holder | None) -> list[str]:
-    """Return lines about the tuner that runs a sweep: what it does, how far it is and when it ends.
+    """Return lines that say what the tuner of a sweep is doing, how far the sweep is, and when it will end.
 
-    If no tuner runs, the lines say that the last one was killed; if it ended by itself, there are no lines.
+    If no tuner runs the sweep, the result is a line that says that the last tuner was killed, or no line if the last
+    tuner ended by itself.
 
     Args:
-        status: The sweep's status file.
-        holder: The tuner that runs the sweep; None if none does.
+        status: The content of the sweep's status file.
+        holder: The tuner process that runs the sweep; None if there is none.
     """
     if holder is None:
         if status.ended is not None:

@@ -1,4 +1,4 @@
-"""Writes the summary of a sweep in Markdown, for a reader on the morning after."""
+"""Writes the summary of a sweep in Markdown."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +14,20 @@ from tuner.trial.contract import Outcome
 from tuner.trial.finished import FinishedTrial
 
 LONGEST_IN_SECONDS_S: Final = 600
-"""Durations below this are shown in seconds, all others in hours."""
+"""Durations below this number of seconds are shown in seconds, all others in hours."""
 
 
 def summary(
     trials: Sequence[FinishedTrial], sweep: str, stopped: str, commands: Mapping[str, str], shares: str = ""
 ) -> str:
-    """Return the summary in Markdown.
+    """Return the summary of a sweep in Markdown.
 
     Args:
-        trials: the finished trials.
+        trials: the finished trials of the sweep.
         sweep: the name of the sweep.
         stopped: a sentence that says whether the sweep finished and why it stopped.
-        commands: what to do next: each purpose with the command that serves it.
-        shares: a sentence that says where the time went; empty computes it from the trials alone.
+        commands: the commands that the user may want next, by a phrase that says what each is for.
+        shares: a sentence that says on what time was spent; if it is empty, `time_shares(trials)` is used.
     """
     lines = [f"# {sweep}", "", stopped, "", _counts(trials), "", shares or time_shares(trials), ""]
     facts, ranked = figures(trials), answer(trials)
@@ -45,12 +45,12 @@ def summary(
 
 
 def time_shares(trials: Sequence[FinishedTrial], own_s: float = 0.0, run_s: float = 0.0) -> str:
-    """Return a sentence that says on what the trials spent their time.
+    """Return a sentence that says which shares of their time the trials spent on start-up, build, warm-up and so on.
 
     Args:
         trials: the finished trials.
-        own_s: seconds that the tuner itself took between the trials of one run of the tuner.
-        run_s: the wall clock time of that run in seconds; 0 leaves out the tuner's own time.
+        own_s: the time in seconds that the tuner itself took between trials, since it was last started.
+        run_s: the wall-clock time in seconds since the tuner was last started; with 0, the sentence leaves out `own_s`.
     """
     durations = [trial.result.durations for trial in trials]
     total_s = sum(of_trial.total_s for of_trial in durations)
@@ -95,7 +95,7 @@ def _best_section(ranked: Answer, facts: Figures) -> list[str]:
 
 
 def _measured_cells(standing: Standing) -> dict[str, str]:
-    """Return the cells of one layout's column, by the names of their rows."""
+    """Return the cells of the table column for one layout, by the name of the row."""
     metrics = standing.metrics
     return {
         "layout": standing.layout.label(),

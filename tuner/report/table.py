@@ -1,4 +1,4 @@
-"""The trials of a sweep as one table of facts, measurements and knobs."""
+"""Makes one table of a sweep's trials, with their outcomes, measurements and knobs."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -18,7 +18,7 @@ MEASURED: Final = (
     "peak_allocated_gib",
     "peak_reserved_gib",
 )
-"""The fields of Metrics that the table shows."""
+"""The fields of Metrics that are columns of the table."""
 COLUMNS: Final = (
     "number",
     "source",
@@ -34,9 +34,9 @@ COLUMNS: Final = (
 
 
 def trial_table(trials: Sequence[FinishedTrial]) -> pd.DataFrame:
-    """Return the trials as a table with the columns COLUMNS, one row per trial in the order given.
+    """Return a table with the columns COLUMNS and one row per trial, in the given order.
 
-    Measurements of trials that did not complete are NaN.
+    Measurements are NaN for a trial that did not complete.
     """
     table = pd.DataFrame([_record(trial) for trial in trials], columns=list(COLUMNS))
     return table.astype(dict.fromkeys(MEASURED, float))

@@ -1,4 +1,4 @@
-"""The trials of a sweep as tables for a terminal: the finals, the search, and the trials without a measurement."""
+"""Makes the tables of a sweep's trials for a terminal: the finals, the search, and the trials without a measurement."""
 
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -16,15 +16,19 @@ from tuner.trial.finished import FinishedTrial, completed
 BEST_STYLE: Final = "bold green"
 FAILED_STYLE: Final = "red"
 MOST_ROWS: Final = 60
-"""The most rows of one table. Chosen: a night of trials, and each takes a millisecond to lay out."""
+"""The most rows of one table. Assumed: enough for a night of trials; each row takes a millisecond to lay out."""
 
 
 def terminal_table(trials: Sequence[FinishedTrial], title: str = "") -> Group:
-    """Return the trials as tables for a terminal of 80 columns or more.
+    """Return tables of trials for a terminal with at least 80 columns.
 
-    Each table is sorted by step time, and the best layout is highlighted. A table of more than MOST_ROWS rows shows the
-    fastest trials, or the latest of those without a measurement. The interval of a step time is shown as
-    the larger of the distances of its ends from the step time, in percent of the step time.
+    Measured trials are sorted by step time, and the best layout is highlighted. If a table would have more than
+    MOST_ROWS rows, it shows only the fastest trials, or for trials without a measurement the latest. The 95% interval
+    of a step time is shown as the distance of its farther end from the step time, in percent of the step time.
+
+    Args:
+        trials: The finished trials of a sweep.
+        title: A line above the tables; empty for none.
     """
     ranked = answer(trials)
     finals = ranked.ranking if ranked and ranked.is_final else ()
@@ -124,7 +128,7 @@ def _measured_table(first_heading: str) -> Table:
 
 
 def _measured_cells(metrics: Metrics) -> tuple[str, ...]:
-    """Return the cells of the step time, its interval, the throughput and the peak of memory."""
+    """Return the cells for the step time, its interval, the throughput and the peak memory."""
     step_ms = metrics.step_time_ms
     arm_ms = max(metrics.step_time_high_ms - step_ms, step_ms - metrics.step_time_low_ms)
     return (
