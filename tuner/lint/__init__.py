@@ -1,1 +1,1 @@
-"""Judges whether a user's job would start and fit, without running it; knows nothing of sweeps."""
+"""Judges, without running it, whether a user's job would start and fit into GPU memory; knows nothing of sweeps."""

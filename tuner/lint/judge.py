@@ -1,4 +1,4 @@
-"""Whether a job with a layout would start and fit, judged from the rules and the predicted memory. Pure."""
+"""Judges from the rules and the predicted memory whether a job with a given layout would start and fit."""
 
 from collections.abc import Collection
 from dataclasses import asdict
@@ -19,14 +19,14 @@ from tuner.rules.rule import Violation
 from tuner.rules.validity import broken_rules
 
 REFUSING_KINDS: Final = frozenset({"megatron", "arguments"})
-"""Kinds of rules whose breach ends the job; a layout that breaks a rule of another kind starts, and may be slow."""
+"""The kinds of rules whose breach ends a user's job; a layout that breaks only other rules starts, and may be slow."""
 
 _CONFIG_CHECKS: Final = "transformer_config.py"
-"""The file that holds Megatron-Core's checks, which Bridge runs when it resolves a recipe."""
+"""The file with Megatron-Core's checks, which Bridge runs when it resolves a recipe."""
 _ARGUMENT_CHECKS: Final = "megatron/training/arguments.py"
-"""The file that holds Megatron-LM's checks, which Bridge never runs."""
+"""The file with Megatron-LM's checks, which Bridge never runs."""
 _ADVICE_TO_BRIDGE: Final = frozenset({"param-gather-overlap-needs-both"})
-"""Rules that only Megatron-LM checks, and whose breach costs speed in Bridge."""
+"""Ids of rules that Megatron-LM checks and Bridge does not, and whose breach makes a job of Bridge slower."""
 
 
 def judge(
@@ -39,17 +39,18 @@ def judge(
     bridge_errors: tuple[Violation, ...] = (),
     lifted: Collection[str] = frozenset(),
 ) -> JobVerdict:
-    """Judge a layout of a workload on a cluster.
+    """Return the verdict on a job that trains a workload with a layout on a cluster.
 
     Args:
-        layout: The layout.
-        workload: What the job trains.
-        cluster: The GPUs.
-        memory_counts: Whether the predicted memory is the job's own, and no mere upper bound.
-        is_resolved: Whether Bridge has resolved the layout. Then the checks of its own Megatron-Core count instead of
-            our rules about them, and the rules about Megatron-LM's arguments do not apply.
-        bridge_errors: What Bridge refused when it resolved the layout.
-        lifted: Ids of rules that the job's Megatron-Core no longer has, or that the user lifts.
+        layout: The job's layout.
+        workload: The workload that the job trains.
+        cluster: The cluster on which the job would run.
+        memory_counts: Whether the predicted memory is that of the job; False if it is only an upper bound, so that the
+            job is not refused for its memory.
+        is_resolved: Whether Bridge has resolved the layout. Then Bridge has run the checks of its own Megatron-Core, so
+            our rules about these checks do not apply; nor do the rules about Megatron-LM's arguments.
+        bridge_errors: The errors that Bridge raised when it resolved the layout.
+        lifted: Ids of rules not to apply, because the user or the job's release of Megatron-Core has no such rule.
     """
     broken = broken_rules(layout, workload, cluster, lifted)
     inapplicable = {
@@ -79,18 +80,19 @@ def judge(
 
 
 def is_left_to_bridge(violation: Violation, *, refused: bool) -> bool:
-    """Return whether a broken rule is no reason to refuse: Bridge makes its check itself, or never makes it.
+    """Return whether a broken rule is no reason to refuse a recipe: Bridge runs the rule's check itself, or never.
 
     Args:
         violation: The broken rule.
-        refused: Whether Bridge refused the recipe: it stops at its first complaint, which our rule may explain.
+        refused: Whether Bridge refused the recipe. Bridge stops at its first error, so then it may not have run the
+            check of this rule.
     """
     is_argument_check = _ARGUMENT_CHECKS in violation.source and "Bridge" not in violation.source
     return is_argument_check or (_CONFIG_CHECKS in violation.source and not refused)
 
 
 def _memory(layout: Layout, workload: Workload, cluster: Cluster) -> tuple[StageMemory, float]:
-    """Return the stage with the highest predicted peak, and the probability that it fits."""
+    """Return the pipeline stage with the highest predicted peak memory, and the probability that the layout fits."""
     stages = memory_breakdown(layout, workload, cluster, implementation_of(cluster))
     table = pd.DataFrame([asdict(layout)])
     fits = float(fit_probabilities(table, workload, cluster)[0])

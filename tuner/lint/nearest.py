@@ -1,4 +1,4 @@
-"""The valid layouts that differ least from one that is refused or does not fit."""
+"""Finds the valid layouts that differ least from a layout that is refused or does not fit."""
 
 from collections.abc import Collection
 from typing import Final
@@ -16,7 +16,7 @@ from tuner.space.domain import Domain, search_domain
 from tuner.space.enumeration import enumerate_layouts
 
 NEAREST: Final = 3
-"""Number of valid layouts that are named for a refused one."""
+"""The number of valid layouts that are proposed instead of a refused one. Assumed."""
 
 _SIZES: Final = ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size")
 
@@ -24,15 +24,16 @@ _SIZES: Final = ("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size")
 def nearest_layouts(
     layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str] = frozenset()
 ) -> tuple[NearLayout, ...]:
-    """Return up to `NEAREST` valid layouts, those that are likely to fit first, then by their distance.
+    """Return up to `NEAREST` valid layouts that differ from a layout, nearest first, but likely to fit before others.
 
-    The distance sums over the knobs: a size contributes the logarithm to base 2 of the ratio, another knob 1.
+    The distance of two layouts is a sum over the knobs that differ: |log2(a / b)| for the values a and b of a degree of
+    parallelism or of the micro-batch size, and 1 for any other knob.
 
     Args:
         layout: The layout to start from; it may be invalid.
-        workload: What it trains.
-        cluster: The GPUs.
-        lifted: Ids of rules that are not applied.
+        workload: The workload that it trains.
+        cluster: The cluster on which it would run.
+        lifted: Ids of rules not to apply.
     """
     domain = _neighbourhood(layout, workload, cluster, lifted)
     table = enumerate_layouts(workload, cluster, domain, lifted=lifted).table
@@ -59,9 +60,11 @@ def nearest_layouts(
 
 
 def _neighbourhood(layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str]) -> Domain:
-    """Return the candidates of every knob: the layout's own value, the grids of a default search, and others.
+    """Return the values of every knob among which to search for a near layout.
 
-    A knob that a broken rule reads may also take its default; if the knob is a switch, it may take both values.
+    Every knob has the layout's own value. The degrees of parallelism, the micro-batch size, `sp` and the knobs of
+    pipelining also have the values of a default search. A knob that a broken rule reads also has its default, or both
+    values if it is a bool.
     """
     searched = search_domain(workload, cluster)
     searched_knobs = (*_SIZES, "sp", *(knob for knob in KNOBS if "pipeline" in knob))

@@ -1,4 +1,4 @@
-"""Choices of a layout that start and cost speed or memory.
+"""Warns of valid choices in a layout that cost speed or memory.
 
 Source: Megatron Bridge, skills/perf-parallelism-strategies, section on pitfalls.
 """
@@ -11,7 +11,7 @@ from tuner.core.workload import Workload
 
 
 def pitfalls(layout: Layout, workload: Workload, cluster: Cluster) -> Iterator[str]:
-    """Yield one warning per pitfall of a valid layout."""
+    """Yield one warning per choice in a valid layout that costs speed or memory."""
     layers = workload.model.num_layers
     if layout.pp > 1 and layout.vpp == 1 and layers % layout.pp == 0 and layers // layout.pp > 1:
         yield (
