@@ -1,4 +1,4 @@
-"""Calibrates this machine under torchrun, and keeps the calibration, one file per machine fingerprint."""
+"""Calibrates this machine under torchrun, and stores the calibration in the user's cache, one file per machine."""
 
 import math
 import os
@@ -34,16 +34,17 @@ from tuner.trial.contract import TrialFolder
 
 PROGRAM = "launchers.programs.calibration"
 LIMIT_S = 600.0
-"""How long a calibration may take. Measured: about one minute, or two where many ranks import on few cores."""
+"""The time limit of a calibration, in seconds. Assumed; it was measured to take one minute, or two if many ranks import
+torch on few cores."""
 
 _MEASURED: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "fp8")
-"""The precisions whose products the program can time."""
+"""The precisions in which the calibration program can time matrix products."""
 _GRACE_S = 5.0
 _POLL_S = 0.1
 
 
 def cache_path(machine: Machine) -> Path:
-    """Return the file that keeps a machine's calibration, under $XDG_CACHE_HOME or ~/.cache."""
+    """Return the path of the file for a machine's calibration, under $XDG_CACHE_HOME or ~/.cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not root.is_absolute():  # by the XDG specification, a relative path counts as none
         root = Path.home() / ".cache"
@@ -51,10 +52,10 @@ def cache_path(machine: Machine) -> Path:
 
 
 def load_calibration(cluster: Cluster) -> Calibration | None:
-    """Return this machine's calibration; None if it is not the cluster's machine, or was not calibrated.
+    """Return this machine's stored calibration for a cluster; None if there is none, or the cluster is another machine.
 
     Raises:
-        InputError: if the file exists and cannot be used.
+        InputError: if the file of the calibration exists but cannot be used.
     """
     machine = this_machine(cluster)
     if machine is None or not (path := cache_path(machine)).exists():
@@ -71,10 +72,11 @@ def load_calibration(cluster: Cluster) -> Calibration | None:
 
 
 def plan_for(cluster: Cluster) -> CalibrationPlan:
-    """Return what to measure for a cluster on this machine.
+    """Return the plan of a calibration for a cluster: what to measure on this machine.
 
     Raises:
-        InputError: if this machine is not the cluster's.
+        InputError: if this machine is not the cluster's, or the cluster states the peak of no precision that can be
+            measured.
     """
     machine = this_machine(cluster)
     if machine is None:
@@ -93,14 +95,15 @@ def plan_for(cluster: Cluster) -> CalibrationPlan:
 
 
 def calibrate(plan: CalibrationPlan, stop: threading.Event, limit_s: float = LIMIT_S) -> Calibration:
-    """Measure this machine, keep the calibration at the machine's `cache_path`, and return it.
+    """Measure this machine, store the calibration at the machine's `cache_path`, and return it.
 
-    The call blocks until the job has ended. It ends the job when `stop` is set; no process of the job outlives it.
+    The call blocks until all processes of the job have ended. It ends the job when `stop` is set.
 
     Raises:
         InputError: if the cache cannot be written.
         KeyboardInterrupt: if `stop` was set.
-        MegatuneError: if the job failed or took longer than `limit_s`; its folder is kept and named.
+        MegatuneError: if the job failed or took longer than `limit_s` seconds. The error names the job's folder, which
+            is not deleted.
     """
     path = cache_path(plan.machine)
     try:
@@ -131,7 +134,7 @@ def calibrate(plan: CalibrationPlan, stop: threading.Event, limit_s: float = LIM
 
 
 def _sampler(machine: Machine, folder: Path, limit_s: float) -> Sampler:
-    """Return a sampler of the machine, which counts what other processes take once all ranks measure."""
+    """Return a sampler of the machine's telemetry, whose samples get the phase `measure` once the job measures."""
     files = TrialFolder(folder)
     gpus = GpuSelection(
         0 if machine.device == "cpu" else machine.world_size, os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -140,14 +143,14 @@ def _sampler(machine: Machine, folder: Path, limit_s: float) -> Sampler:
 
 
 def _suspicions(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Return why the times are not to be trusted, one line per reason."""
+    """Return reasons not to trust the measured times, derived from telemetry, one line per reason."""
     telemetry = summarise(samples, None)
     cores = len(os.sched_getaffinity(0))
     return () if telemetry is None else suspicions(telemetry, cores, "during the calibration")
 
 
 def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: float) -> str:
-    """Run the program to its end; return what went wrong, or an empty text."""
+    """Run the calibration program to its end; return a phrase that says what went wrong, or an empty text."""
     log = folder / "log"
     log.mkdir()
     write_json(folder / "plan.json", plan)
@@ -174,7 +177,7 @@ def _run(plan: CalibrationPlan, folder: Path, stop: threading.Event, limit_s: fl
 
 
 def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
-    """Return the job's environment variables, which a trial on this machine has too: threads, network interfaces."""
+    """Return the environment variables that the job gets in addition to inherited ones, as a trial here gets them."""
     on_cpu = machine.device == "cpu"
     env = {
         MARKER: str(folder),
@@ -187,7 +190,7 @@ def _environment(machine: Machine, folder: Path) -> Mapping[str, str]:
 
 
 def _last_words(log: Path) -> str:
-    """Return the last line in the log of the first rank that failed, or else in torchrun's log."""
+    """Return the last line in the stderr.log of the first rank that failed, or else in torchrun's log."""
     report = logs.tail(log / "torchrun.log")
     for rank in failed_ranks(report):
         for path in log.glob(f"*/attempt_0/{rank}/stderr.log"):
