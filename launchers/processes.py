@@ -53,7 +53,7 @@ def python_path() -> list[str]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return the environment that a job inherits: our own, without variables that a torchrun around the tuner set."""
+    """Return the environment that a job inherits: this process's, without variables of a torchrun that started it."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN_VARIABLES)}
 
 

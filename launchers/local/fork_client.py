@@ -203,7 +203,7 @@ class ForkedJob:
             server.ask(request)
 
     def ended(self) -> bool:
-        """See RunningJob: return whether torchrun's agent has ended, or the server before it could fork the agent."""
+        """See RunningJob: return whether torchrun's agent has ended, or the server has ended before it forked one."""
         while not self._ended:
             try:
                 self._take(self._server.answers.get_nowait())

@@ -3,7 +3,7 @@
 Importing torch and Megatron takes longer than most trials. The server reads requests from its standard input, one line
 of JSON per job (`ForkRequest`), and writes answers as lines of JSON to its original standard output (`ForkAnswer`).
 It runs one job at a time. A job is torchrun's own agent, which runs in a fork of the server with the job's torchrun
-arguments; the ranks are forks of the agent. As in a job that starts anew (`ColdJob`), each rank is a process with its
+arguments; the ranks are forks of the agent. As in a job that is not forked (`ColdJob`), each rank is a process with its
 own CUDA context and log files.
 
 A fork of a process that has used CUDA cannot use CUDA. So if one of the imports has used CUDA, the server runs no job.

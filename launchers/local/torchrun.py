@@ -19,7 +19,7 @@ from tuner.trial.program import BridgeRecipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TorchrunLauncher:
-    """The launcher that runs each trial as one torchrun job on this machine. Several threads may call it at once."""
+    """The launcher that runs each trial as one torchrun job on this machine. Several threads may call `run` at once."""
 
     programs: Mapping[str, str] = field(default_factory=lambda: PROGRAMS)
     """The Python module of each program that a spec may state by name."""

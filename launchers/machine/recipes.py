@@ -114,7 +114,7 @@ def _read(request: RecipeRequest) -> list[Any]:
         except subprocess.TimeoutExpired:
             raise InputError(
                 f"Megatron Bridge did not answer in {_TIMEOUT_S:g} s: does a recipe wait for the network? "
-                "HF_HUB_OFFLINE=1 uses Hugging Face's cache alone"
+                "HF_HUB_OFFLINE=1 uses only Hugging Face's cache"
             ) from None
         lines = read_json_lines(facts_path)
     if lines and "input_error" in lines[-1]:

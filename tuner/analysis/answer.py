@@ -73,8 +73,8 @@ def counting_finals(
 ) -> dict[Layout, list[FinishedTrial]]:
     """Return the completed finals by layout, without the layouts in `out`, if the answer is computed from finals.
 
-    It is not as long as fewer than two layouts have completed a final, or a finalist has not run; the result is then
-    empty.
+    The answer is computed from finals once each finalist has run and at least two layouts have completed a final.
+    Before that, the result is empty.
     """
     finals = _completed_by_layout([final for final in finals_of(trials) if final.layout not in out])
     return finals if len(finals) > 1 and _first_round_is_over(trials) else {}

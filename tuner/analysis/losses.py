@@ -58,7 +58,7 @@ def trains_differently(trials: Sequence[FinishedTrial]) -> dict[Layout, str]:
         drawn = baseline.draws_weights or trial.draws_weights
         allowed = max(tolerance, DRAWN_TOLERANCE) if drawn else tolerance
         causes = (
-            f"{baseline.precision} and weights drawn anew explain"
+            f"{baseline.precision} and other initial weights explain"
             if drawn
             else f"{baseline.precision} explains"
         )

@@ -22,9 +22,9 @@ REFUSING_KINDS: Final = frozenset({"megatron", "arguments"})
 """The kinds of rules whose breach ends a user's job; a layout that breaks only other rules starts, and may be slow."""
 
 _CONFIG_CHECKS: Final = "transformer_config.py"
-"""The file with Megatron-Core's checks, which Bridge runs when it resolves a recipe."""
+"""The source file with Megatron-Core's checks, which Bridge runs when it resolves a recipe."""
 _ARGUMENT_CHECKS: Final = "megatron/training/arguments.py"
-"""The file with Megatron-LM's checks, which Bridge never runs."""
+"""The source file with Megatron-LM's checks, which Bridge never runs."""
 _ADVICE_TO_BRIDGE: Final = frozenset({"param-gather-overlap-needs-both"})
 """Ids of rules that Megatron-LM checks and Bridge does not, and whose breach makes a job of Bridge slower."""
 

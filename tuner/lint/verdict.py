@@ -55,7 +55,8 @@ class RecipeVerdict:
 
     facts: RecipeFacts
     verdict: JobVerdict | None = None
-    """The verdict on a job with the recipe's layout; None if `Model` or `Layout` cannot state what the recipe has."""
+    """The verdict on a job with the recipe's layout; None if Bridge could not build the recipe, or if `Model` or
+    `Layout` cannot state what the recipe has."""
     refused: tuple[Violation, ...] = ()
     """If `verdict` is None: the broken rules about degrees of parallelism and batch sizes, and Bridge's own error."""
     unjudged: str = ""

@@ -117,7 +117,7 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
 def _environment_block(environment: Mapping[str, str]) -> list[str]:
     """Return lines for the user with shell commands that set environment variables; empty if there are none to set."""
     lines = [f"    export {name}={value}" for name, value in environment.items()]
-    return ["the job's environment, which wins over a recipe's env_vars:", *lines] if lines else []
+    return ["the job's environment, which overrides a recipe's env_vars:", *lines] if lines else []
 
 
 def _comments(lines: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from tuner.trial.finished import FinishedTrial, completed
 
 BEST_STYLE: Final = "bold green"
 FAILED_STYLE: Final = "red"
-MOST_ROWS: Final = 60
+MOST_ROWS: Final = 100
 """The most rows of one table. Assumed: enough for a night of trials; each row takes a millisecond to lay out."""
 
 

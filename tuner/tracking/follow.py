@@ -1,4 +1,4 @@
-"""The process that keeps MLflow in step with a running sweep: `python -m tuner.tracking.follow RESULTS`.
+"""The process that keeps MLflow up to date with a running sweep: `python -m tuner.tracking.follow RESULTS`.
 
 A line on its stdin says that there is something new in the results folder. The process ends at once when its stdin
 ends, which also happens when the tuner dies. Each line of its stdout is a JSON object: `logged` lists the numbers of

@@ -93,6 +93,6 @@ def artifact_folder(results: Path, place: str) -> Path:
         raise InputError(
             f"{results / 'mlflow.db'}: keeps files at {one_line(place)}, outside the results folder: somebody else "
             "made it, or the folder was moved. Delete mlflow.db and mlartifacts there, and `megatune sync` writes them "
-            "anew from the trials. Or name another MLflow with --uri"
+            "again from the trials. Or name another MLflow with --uri"
         )
     return path

@@ -117,7 +117,7 @@ class MlflowRuns:
         return end is not None
 
     def _held_records(self) -> dict[int, list[str]]:
-        """Return the record hashes of the trials' MLflow runs by trial number; "" for one that was cut short."""
+        """Return, by trial number, the record hash of each MLflow run of the trial; "" for one that was cut short."""
         records: dict[int, list[str]] = defaultdict(list)
         query, token = f"tags.`mlflow.parentRunId` = '{self.run_id}'", None
         while True:

@@ -18,7 +18,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepClosing:
-    """How the sweep ended: the content of `mlflow.json` in the results folder. The file is absent while it runs."""
+    """How the sweep ended: the content of `mlflow.json` in the results folder, which has no such file while it runs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

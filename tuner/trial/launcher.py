@@ -87,7 +87,7 @@ class Launcher(Protocol):
         The call blocks until all processes of the job have ended.
 
         Args:
-            plan: the plan from `plan`.
+            plan: the plan, as returned by the method `plan`.
             stop: once it is set, the launcher ends the job, and the outcome is interrupted.
             on_heartbeat: called with each heartbeat of the job.
         """

@@ -26,9 +26,9 @@ programs, or the user's own code (any file outside Python's library folders)."""
 def outcome_of_failure(failure: Failure, phase: Phase, step: int) -> tuple[Outcome, str]:
     """Return the outcome that an exception of a rank means for the trial, and the reason in one line.
 
-    If a `raise` or `assert` of Megatron or of the user's code ends the rank before its first step has finished, the
-    layout is invalid. An exception from other code, with a text that is not known, is unexplained: the machine may be
-    at fault.
+    A known exception class or text determines the outcome, such as OOM. Any other exception means INFRASTRUCTURE if the
+    rank had finished a step. If it had not, the exception means INVALID if a `raise` or `assert` of Megatron,
+    Transformer Engine, megatune or the user's code raised it, and otherwise UNEXPLAINED: the machine may be at fault.
 
     Args:
         failure: the exception.

@@ -101,7 +101,7 @@ class Command:
 
     def __post_init__(self) -> None:
         if not self.command:
-            raise ValueError("command is empty: give the program and its arguments as a list of words")
+            raise ValueError("command is empty: state the program and its arguments as a list")
         for word in self.command:
             for name in _PLACEHOLDER.findall(word):
                 _check_placeholder(name, word)
@@ -152,9 +152,7 @@ class MegatronLm:
 
     def __post_init__(self) -> None:
         if not self.megatron_lm:
-            raise ValueError(
-                "megatron_lm is empty: give the training script and its arguments as a list of words"
-            )
+            raise ValueError("megatron_lm is empty: state the training script and its arguments as a list")
 
     @property
     def patterns(self) -> Mapping[str, str]:

@@ -49,8 +49,8 @@ class Comparison:
     figures: tuple[Figure, ...]
     """The figures that both measured."""
     loss_difference: float | None
-    """The largest relative difference of the losses of a step, over the steps that both ran; None if one of the two
-    measured nothing."""
+    """The largest relative difference between the two losses of a step, over the steps that both ran; None if one of
+    the two measured nothing."""
     versions: Mapping[str, tuple[str, str]]
     """The versions that differ, by name, of the trial and of the rerun. The model of the GPU or CPU is among them as
     `device`."""

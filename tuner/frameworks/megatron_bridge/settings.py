@@ -116,7 +116,7 @@ def bridge_changes(layout: Layout, recipe_layout: Layout | None) -> dict[str, An
     for dependent_fields in _DEPENDENT_FIELDS:
         if changed & dependent_fields:
             changed |= dependent_fields
-    # If Bridge would derive the overlaps anew, all of them are stated, also those of `ddp`: the recipe may set values
+    # If Bridge would derive the overlaps again, all of them are stated, also those of `ddp`: the recipe may set values
     # there that Bridge has overwritten so far.
     if any(map(_is_overlap, changed)) or _differ(layout, recipe_layout, _KNOBS_OF_OVERLAPS):
         changed |= set(filter(_is_overlap, wanted))

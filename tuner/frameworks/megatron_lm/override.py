@@ -18,7 +18,7 @@ def megatron_lm_usage(spec: TrialSpec, base: Layout | None) -> list[str]:
         base: The layout that the user's command has now; None if it is not known.
     """
     if isinstance(spec.program, MegatronLm):
-        return ["behind torchrun and its arguments: the command with the layout in the place of its own"]
+        return ["append to torchrun and its arguments: the command, with this layout in place of its own"]
     wanted = megatron_lm_arguments(spec.layout)
     removed_flags = set() if base is None else megatron_lm_arguments(base).keys() - wanted.keys()
     return [
