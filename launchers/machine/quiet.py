@@ -30,7 +30,7 @@ def foreign_load(stop: threading.Event) -> float:
 
 
 def wait_for_quiet(stop: threading.Event, on_wait: Callable[[str], None]) -> None:
-    """Wait until other processes keep few cores busy (FOREIGN_LOAD), but at most PATIENCE_S seconds.
+    """Wait until other processes keep at most a share FOREIGN_LOAD of the cores busy, for at most PATIENCE_S seconds.
 
     Args:
         stop: Ends the wait when it is set.

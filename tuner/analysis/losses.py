@@ -28,8 +28,8 @@ coarser rounding. If the baseline's own runs differ by more, that larger differe
 """
 
 DRAWN_TOLERANCE: Final = 0.05
-"""The largest relative difference that is tolerated if the initial weights depend on the layout
-(`tuner.trial.finished.draws_weights`).
+"""The largest relative difference between the losses of two layouts in one step that is tolerated if the initial
+weights depend on the layout (`tuner.trial.finished.draws_weights`).
 
 Megatron then seeds weights by tensor and pipeline rank, so every layout starts from different weights: over ten steps
 of a tiny recipe of Megatron Bridge, the losses of tp 1 and tp 2 differed by up to 0.55% (measured). The tolerance is

@@ -1,1 +1,1 @@
-"""MLflow as a view of the trial folders; it can be rebuilt from them at any time, and the sweep never waits for it."""
+"""Shows a sweep in MLflow, a view that can be rebuilt from the trial folders at any time. No sweep waits for MLflow."""

@@ -242,6 +242,6 @@ def _status(outcome: Outcome) -> Status:
 
 
 def _end_ms(result: TrialResult) -> int:
-    """Return when a trial ended, as recorded in its result, in ms since the epoch; the present if it has no record."""
+    """Return when a trial ended, in ms since the epoch: the time in its result, or the present if that has none."""
     ended = datetime.fromisoformat(result.finished_at) if result.finished_at else datetime.now(UTC)
     return round(ended.timestamp() * 1000)

@@ -79,7 +79,7 @@ class FinishedTrial:
     """Whether the workload routes tokens to random experts. These differ between layouts, so losses cannot be compared.
     """
     draws_weights: bool = False
-    """Whether the initial weights depend on the layout, so that losses differ more: see `draws_weights` below."""
+    """Whether the initial weights depend on the layout, so that losses differ more: what `draws_weights()` returns."""
     around: tuple[int, ...] = ()
     """The numbers of the trials whose layouts are the centres of the refinement: `TrialSource.around`."""
     result: TrialResult

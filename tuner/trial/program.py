@@ -133,7 +133,7 @@ class BridgeRecipe:
     """The keyword arguments with which the recipe's function is called."""
     text: str = ""
     """The content that the Python file had when the trial was planned; the trial and its replays run this text. Empty
-    before that, and for a recipe of Bridge."""
+    before that, and for a recipe from Bridge's own library."""
 
     def __post_init__(self) -> None:
         for name, value in self.arguments.items():

@@ -83,8 +83,8 @@ def _sharding(arguments: Namespace) -> dict[str, Any]:
 def _environment(variables: Mapping[str, str], data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the knobs that a script sets as environment variables.
 
-    Without Megatron-FSDP, Megatron-LM requires CUDA_DEVICE_MAX_CONNECTIONS=1 if tp or cp is above 1. There, a stated 1
-    becomes the knob's default 0, which means that the value is derived from the layout.
+    Without Megatron-FSDP, Megatron-LM requires CUDA_DEVICE_MAX_CONNECTIONS=1 if tp or cp is above 1. In this case, a
+    stated 1 becomes the knob's default 0, which means that the value is derived from the layout.
     """
     queues = variables.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
     needs_one_queue = max(data.get("tp", 1), data.get("cp", 1)) > 1 and not data["use_megatron_fsdp"]

@@ -134,7 +134,7 @@ def _word(item: Word | Assignment | ArrayAssignment) -> Word:
 
 
 def _continued(commands: list[ScriptCommand]) -> list[ScriptCommand]:
-    """Return the commands after those whose first word is a flag were joined to the command before them."""
+    """Join each command whose first word is a flag to the command before it, and return the resulting commands."""
     groups: list[list[ScriptCommand]] = []
     for command in commands:
         if groups and command.words[:1] and command.words[0].startswith("--"):
