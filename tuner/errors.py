@@ -1,7 +1,9 @@
 """Errors that a user acts on. The command line turns each one into a message and an exit code."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 from tuner.printable import printable
 
@@ -40,6 +42,17 @@ def machine_at_fault(error: OSError) -> str:
         f"{place}{error.strerror or error}: the machine or a file on it is at fault; mend that, and run the same "
         "command again (`megatune --debug ...` shows where it happened)"
     )
+
+
+@contextmanager
+def placed(place: Path) -> Iterator[None]:
+    """Name a place in each error of the operating system that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(place)
+        raise
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from tuner.errors import placed
 from tuner.files import write_json, write_text
 from tuner.report.summary import summary, time_shares
 from tuner.sweep.budget import Stop, is_finished
@@ -96,6 +97,7 @@ def run_sweep(
 
     check_machine(sweep.cluster)
     with (
+        placed(folder.path),
         folder.claimed(sweep, measuring_machine(sweep.cluster)) as check_claim,
         Preload(folder.path) as preload,
         Tracker.open(folder.path, sweep.tracking.uri) as tracker,

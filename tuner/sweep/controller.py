@@ -183,16 +183,15 @@ class Controller:
     def _begin_failed(self, trial: RunningTrial, error: OSError) -> None:
         reason = f"trial {trial.number} cannot begin in {self.folder.path}: {error}"
         self.state = advanced(self.state, BeginFailed(reason))
-        _log.warning(
-            "%s; %s", reason, "the sweep stops" if self.state.is_broken else f"tried again in {RETRY_S:g} s"
-        )
-        self._after_failure()
+        self._after_failure(reason)
 
-    def _after_failure(self) -> None:
-        """Give the machine time to recover, or end all trials if it has failed too often."""
+    def _after_failure(self, reason: str) -> None:
+        """Say how the machine failed; end all trials if it fails too often, else give it time to recover."""
         if self.state.is_broken:
+            _log.warning("%s; the sweep stops", reason)
             self.runner.stop_all()
         else:
+            _log.warning("%s; tried again in %g s", reason, RETRY_S)
             self.stop.wait(RETRY_S)
 
     def _close(self, reason: Stop) -> None:
@@ -231,7 +230,7 @@ class Controller:
             if self.state.halt is Halt.STOPPING:
                 self.runner.stop_all()
             elif self.state.failures:
-                self._after_failure()
+                self._after_failure(f"trial {event.number}: {event.result.reason}")
             return
         finished = finished_trial(self.sweep, trial, event.result)
         self._unwritten.append(finished)
