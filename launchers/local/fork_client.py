@@ -56,7 +56,7 @@ class Preload:
         self._lock = threading.Lock()
         self._servers: list[_Server] = []
         self._most_jobs = 0
-        """The most jobs that ran at once so far."""
+        """The largest number of jobs that have run at once so far."""
         self._unforkable: set[str] = set()
         """The programs' modules whose import used CUDA, so that their jobs cannot be forked and start as `ColdJob`s."""
 

@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _follow(follower: Follower, news: "SimpleQueue[str]") -> None:
-    """Log whatever is new until MLflow holds the sweep's end; exit with GAVE_UP if MLflow fails after the sweep ended."""
+    """Log what is new until MLflow holds the sweep's end; exit with GAVE_UP if MLflow fails after the sweep ended."""
     retry_s = FIRST_RETRY_S
     while True:
         is_last_look = follower.spool.end() is not None

@@ -54,7 +54,7 @@ step, the phase may be the part of that step instead: `forward`, `backward` or `
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """The number of steps that a trial runs and times."""
+    """How many optimizer steps a trial runs, and how many of them it times."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -290,7 +290,7 @@ class TrialResult:
     metrics: Metrics | None = None
     """The measurements; not None exactly if the outcome is completed."""
     slower_than_ms: float | None = None
-    """A lower bound of the step time in ms, if the trial ended before it measured one."""
+    """A lower bound of the step time in ms, if the trial ended before it measured its step time; otherwise None."""
     telemetry: Telemetry | None = None
     """The state of the machine during the timed steps; None if nothing was sampled."""
     suspicions: tuple[OneLine, ...] = ()

@@ -22,7 +22,7 @@ class LoggedNumber:
     figure: str
     """The field of LogFigures to which the number belongs."""
     factor: float
-    """The factor that converts the number into the unit of the field `figure`."""
+    """The factor that converts the number into the unit of the field that `figure` names."""
 
 
 FIGURES: Final[Mapping[str, LoggedNumber]] = MappingProxyType(

@@ -47,7 +47,7 @@ class Comparison:
     same_speed: bool | None
     """Whether the 95% intervals of the two step times overlap; None if one of them was not measured."""
     figures: tuple[Figure, ...]
-    """The figures that both measured."""
+    """The figures that both the trial and the rerun measured."""
     loss_difference: float | None
     """The largest relative difference between the two losses of a step, over the steps that both ran; None if one of
     the two measured nothing."""
