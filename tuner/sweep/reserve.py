@@ -8,8 +8,8 @@ from typing import Final
 
 _FILES: Final = 32
 _FILE_BYTES: Final = 8 << 10
-"""How many files keep room, and the size of each. Assumed: a full disk lacks bytes or names for files; the end of a
-sweep writes its status, its summary and MLflow's record, all of them small, and what MLflow keeps of the last trials."""
+"""How many files keep room, and the size of each. Assumed: a full disk lacks bytes or names for files. The end of a
+sweep writes its status, its summary, MLflow's record, and what MLflow keeps of the last trials; all are small."""
 
 
 @contextmanager
