@@ -52,8 +52,9 @@ class Ranking:
 
     def tell(self, row: int, measured_ms: float) -> None:
         """Learn the measured step time of a row."""
-        self._surrogate.observe(row, float(np.log(measured_ms) - self._log_predicted[row]))
-        self._best_log = min(self._best_log, float(np.log(measured_ms)))
+        log_ms = float(np.log(measured_ms))
+        self._surrogate.observe(row, float(log_ms - self._log_predicted[row]), log_ms)
+        self._best_log = min(self._best_log, log_ms)
 
     def tell_slower(self, row: int, bound_ms: float) -> None:
         """Learn that the step time of a row is larger than `bound_ms`."""
@@ -89,7 +90,8 @@ class Ranking:
         if not self._surrogate.measured:
             return None
         rows = self._considered(available, 0)
-        at = self._surrogate.at(rows)
+        with _one_blas_thread():
+            at = self._surrogate.at(rows)
         z = (self._best_log - self._log_predicted[rows] - at.mean) / at.deviation
         likeliest = np.argsort(-self._fits[rows] * stdtr(at.freedom, z), kind="stable")[:MOST_RIVALS]
         rivals = rows[likeliest]

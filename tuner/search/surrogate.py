@@ -38,6 +38,12 @@ measured, given 2, 4 and 8 rows, over the recorded groups of vTrain. There 90% i
 the landscape cpu-4-tiny-gpt, which was not used to choose them, they hold 91 to 93%.
 """
 
+MOST_MEASURED: Final = 512
+"""The most measurements that the surrogate is fitted to, since the time of a fit grows with their cube. Beyond it, the
+older half of them are the fastest, and the newer half the latest. Chosen: see docs/search.md."""
+MOST_BOUNDS: Final = 256
+"""The most bounds that the surrogate is fitted to: the latest. Chosen, for the same reason."""
+
 
 @dataclass(frozen=True, slots=True)
 class Posterior:
@@ -62,6 +68,7 @@ class Surrogate:
         self._features = features
         self._rows: list[int] = []
         self._errors: list[float] = []
+        self._log_ms: list[float] = []
         self._bounds: dict[int, float] = {}
         self._fits: dict[tuple[int, ...], _Fit] = {}
 
@@ -72,13 +79,14 @@ class Surrogate:
 
     @property
     def informed(self) -> int:
-        """The number of measurements and bounds."""
-        return len(self._rows) + len(self._bounds)
+        """The number of measurements and bounds that the surrogate is fitted to."""
+        return min(len(self._rows), MOST_MEASURED) + min(len(self._bounds), MOST_BOUNDS)
 
-    def observe(self, row: int, error: float) -> None:
-        """Learn log(measured / predicted) of a row."""
+    def observe(self, row: int, error: float, log_ms: float) -> None:
+        """Learn log(measured / predicted) of a row, whose measured step time has the logarithm `log_ms`."""
         self._rows.append(row)
         self._errors.append(error)
+        self._log_ms.append(log_ms)
         self._fits.clear()
 
     def exceed(self, row: int, bound: float) -> None:
@@ -113,14 +121,27 @@ class Surrogate:
             fit = self._fit(())
             points = self._features[list(in_flight)]
             return fit.extended(points, fit.at(points)[0], np.full(len(points), OWN_PART**2))
-        exact = _Fit.of(self._features[self._rows], np.array(self._errors))
+        fitted = self._fitted()
+        exact = _Fit.of(
+            self._features[np.array(self._rows, dtype=np.intp)[fitted]], np.array(self._errors)[fitted]
+        )
         if not self._bounds:
             return exact
-        points, bounds = self._features[list(self._bounds)], np.array(list(self._bounds.values()))
+        latest_bounds = list(self._bounds.items())[-MOST_BOUNDS:]
+        points = self._features[[row for row, _ in latest_bounds]]
+        bounds = np.array([bound for _, bound in latest_bounds])
         mean, reduced, _ = exact.at(points)
         covariance = _covariance(points, points) - reduced.T @ reduced + OWN_PART**2 * np.eye(len(points))
         values, variances = bound_sites(mean, exact.scale * covariance, bounds)
         return exact.extended(points, values, OWN_PART**2 + variances / exact.scale)
+
+    def _fitted(self) -> NDArray[np.intp]:
+        """Return which measurements the surrogate is fitted to, in the order in which they were learnt."""
+        if len(self._rows) <= MOST_MEASURED:
+            return np.arange(len(self._rows))
+        older = len(self._rows) - MOST_MEASURED // 2
+        fastest = np.argsort(self._log_ms[:older], kind="stable")[: MOST_MEASURED - MOST_MEASURED // 2]
+        return np.concatenate([np.sort(fastest), np.arange(older, len(self._rows))])
 
 
 @dataclass(frozen=True, slots=True)

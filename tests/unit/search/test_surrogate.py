@@ -18,7 +18,7 @@ ALL = np.arange(len(GRID))
 def taught(errors: dict[int, float]) -> Surrogate:
     surrogate = Surrogate(GRID)
     for row, error in errors.items():
-        surrogate.observe(row, error)
+        surrogate.observe(row, error, log_ms=error)
     return surrogate
 
 
@@ -45,6 +45,30 @@ def test_mean_and_variance_are_those_of_a_gaussian_process_of_the_learnt_scale(
     fit = float(values @ np.linalg.solve(prior, values))
     scale = (ERROR_WEIGHT * ERROR**2 + fit) / (ERROR_WEIGHT + len(rows))
     assert at.deviation**2 == pytest.approx(scale * (deviation**2 + OWN_PART**2), rel=1e-4)
+
+
+def test_of_many_measurements_the_fastest_and_the_latest_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.search.surrogate.MOST_MEASURED", 4)
+    surrogate, kept = Surrogate(GRID), Surrogate(GRID)
+    log_ms = [3.0, 1.0, 5.0, 2.0, 4.0, 6.0, 7.0]
+    for row, log_time_ms in enumerate(log_ms):
+        surrogate.observe(row, 0.1 * row, log_time_ms)
+        if row in (1, 3, 5, 6):
+            kept.observe(row, 0.1 * row, log_time_ms)
+    assert np.array_equal(surrogate.at(ALL).mean, kept.at(ALL).mean)
+    assert np.array_equal(surrogate.at(ALL).deviation, kept.at(ALL).deviation)
+    assert (surrogate.measured, surrogate.informed) == (7, 4)
+
+
+def test_of_many_bounds_the_latest_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.search.surrogate.MOST_BOUNDS", 2)
+    surrogate, kept = taught({0: 0.1}), taught({0: 0.1})
+    for row in (5, 6, 7, 8):
+        surrogate.exceed(row, 0.2 * row)
+        if row > 6:
+            kept.exceed(row, 0.2 * row)
+    assert np.array_equal(surrogate.at(ALL).mean, kept.at(ALL).mean)
+    assert surrogate.informed == 3
 
 
 def test_a_predictor_that_is_often_wrong_is_trusted_less() -> None:
