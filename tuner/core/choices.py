@@ -185,12 +185,15 @@ def _one_step(codes: Codes, row: int, among: NDArray[np.int64]) -> Iterator[tupl
     is_near = (free_differences <= 1) & differs.any(axis=1)
     near, differs, free_differences = among[is_near], differs[is_near], free_differences[is_near]
     codes = codes[near]
+    by_choice = differs & (free_differences[:, None] == np.where(_IS_FOLLOWER, 0, 1))
+    all_differences = differs.sum(axis=1)
     yielded = np.zeros(len(near), dtype=bool)
-    for choice, is_follower in enumerate(_IS_FOLLOWER):
-        by_choice = differs[:, choice] & (free_differences == (0 if is_follower else 1))
-        for value in np.unique(codes[by_choice, choice]):
-            rows = np.flatnonzero(by_choice & (codes[:, choice] == value))
-            differences = differs[rows].sum(axis=1)
+    for choice in np.flatnonzero(by_choice.any(axis=0)).tolist():
+        of_choice = np.flatnonzero(by_choice[:, choice])
+        values = codes[of_choice, choice]
+        for value in np.unique(values):
+            rows = of_choice[values == value]
+            differences = all_differences[rows]
             fewest = rows[differences == differences.min()]
             fresh = fewest[~yielded[fewest]]
             yielded[fewest] = True

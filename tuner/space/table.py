@@ -1,12 +1,11 @@
 """The table of valid layouts: the row of a layout, the layout of a row, and sizes that follow from a row's knobs."""
 
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Columns
@@ -75,26 +74,15 @@ class RowIndex:
     """Finds rows of a table of layouts again and again, in a time that does not depend on the number of rows."""
 
     def __init__(self, table: pd.DataFrame) -> None:
-        self._codes: dict[str, Mapping[str, int]] = {}
-        """The code of each text of a knob, by the name of the knob."""
-        columns = np.column_stack([self._numbers(knob, table[knob]) for knob in KNOBS]).astype(np.int64)
-        keys = [row.tobytes() for row in columns]
-        # Of equal rows, the first one counts.
-        self._rows = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+        rows = zip(*(table[knob].tolist() for knob in KNOBS), strict=True)
+        self._rows: dict[tuple[Any, ...], int] = {}
+        for number, values in enumerate(rows):
+            self._rows.setdefault(values, number)
 
     def find(self, layout: Layout) -> int | None:
         """Return the position of a layout in the table; None if the table does not hold it."""
-        numbers = []
-        for knob in KNOBS:
-            value = getattr(layout, knob)
-            codes = self._codes.get(knob)
-            numbers.append(value if codes is None else codes.get(value, -1))
-        return self._rows.get(array("q", numbers).tobytes())
+        return self._rows.get(_VALUES(layout))
 
-    def _numbers(self, knob: str, column: "pd.Series[Any]") -> NDArray[Any]:
-        """Return a column as numbers: a text becomes its code."""
-        if pd.api.types.is_numeric_dtype(column):
-            return column.to_numpy()
-        texts = column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype("category")
-        self._codes[knob] = {text: code for code, text in enumerate(texts.cat.categories)}
-        return texts.cat.codes.to_numpy()
+
+_VALUES = attrgetter(*KNOBS)
+"""Returns the values of all knobs of a layout, in the order of KNOBS."""

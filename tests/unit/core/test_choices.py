@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.layouts import cluster, mixture, workload
-from tuner.core.choices import CHOICES, FOLLOWERS, codes_of, one_step, value_of
+from tuner.core.choices import CHOICES, FOLLOWERS, Steps, codes_of, one_step, value_of
 from tuner.core.layout import KNOBS, Layout
 from tuner.space.enumeration import enumerate_layouts
 from tuner.space.table import find_row, layout_at
@@ -117,3 +117,11 @@ def test_a_change_forces_its_followers() -> None:
 def test_a_table_of_one_row_has_no_neighbours() -> None:
     assert list(one_step(codes_of(TABLE.iloc[[0]]), 0)) == []
     assert np.array_equal(codes_of(TABLE.iloc[[0]]), np.zeros((1, len(CHOICES))))
+
+
+@given(ROWS)
+def test_steps_around_a_row_are_its_rows_one_step_away(row: int) -> None:
+    found, wanted = list(Steps(CODES).around(row)), list(one_step(CODES, row))
+    assert [choice for choice, _ in found] == [choice for choice, _ in wanted]
+    for (_, rows), (_, others) in zip(found, wanted, strict=True):
+        assert rows.tolist() == others.tolist()

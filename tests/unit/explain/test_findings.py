@@ -4,13 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.trial import create_trial
 
 from tests.replay import step_time_ms, sweep_of, table_of
 from tests.trials import CLUSTER, completed_row, failed_row
 from tuner.analysis.figures import best_trial
+from tuner.core.choices import value_of
 from tuner.core.layout import Layout
 from tuner.explain.evidence import Evidence, gather
 from tuner.explain.findings import (
@@ -117,6 +122,36 @@ def test_shares_find_the_knobs_that_matter_and_need_enough_trials() -> None:
     assert importances(few, [100.0 * layout.tp for layout in few]) == {}
     assert importances(layouts, [100.0] * len(layouts)) == {}
     assert importances(layouts[:1] * 9, [float(n) for n in range(1, 10)]) == {}
+
+
+def test_shares_are_those_of_optunas_functional_anova() -> None:
+    random = np.random.default_rng(0)
+    layouts = [
+        Layout(tp=tp, pp=pp, micro_batch_size=m, sp=tp > 1)
+        for tp in (1, 2, 4)
+        for pp in (1, 2)
+        for m in (1, 2, 4)
+    ]
+    times_ms = [100.0 * layout.tp**0.5 / layout.pp + random.uniform(0, 30) for layout in layouts]
+    study = optuna.create_study()
+    for layout, ms in zip(layouts, times_ms, strict=True):
+        params = {choice: value_of(choice, layout) for choice in ("tp", "pp", "micro_batch_size", "sp")}
+        space: dict[str, BaseDistribution] = {
+            choice: CategoricalDistribution(sorted({value_of(choice, each) for each in layouts}))
+            for choice in params
+        }
+        study.add_trial(create_trial(value=float(np.log(ms)), params=params, distributions=space))
+    wanted = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    shares = importances(layouts, times_ms)
+    assert list(shares) == list(wanted)
+    assert shares == pytest.approx(wanted, rel=1e-9)
+
+
+def test_shares_of_choices_with_many_values_are_found_in_finite_time() -> None:
+    layouts = [Layout(micro_batch_size=m, pp=pp) for m in range(1, 41) for pp in (1, 2, 4)]
+    shares = importances(layouts, [100.0 + layout.micro_batch_size for layout in layouts])
+    assert shares["micro_batch_size"] > 0.9
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_effects_are_the_measured_ratios_of_pairs_that_differ_in_one_choice() -> None:

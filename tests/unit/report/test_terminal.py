@@ -11,7 +11,7 @@ from rich.text import Text
 from tests.trials import completed_row
 from tests.unit.nights import FINALS, NIGHT
 from tuner.core.layout import Layout
-from tuner.report.terminal import terminal_table
+from tuner.report.terminal import MOST_ROWS, terminal_table
 from tuner.trial.finished import FinishedTrial
 
 
@@ -82,3 +82,15 @@ def test_remarks_say_which_trials_were_disturbed_are_out_or_have_outliers() -> N
     assert "completed (out)" in terminal([NIGHT[0], out, disturbed])
     noisy = replace(NIGHT[2], result=replace(fast, metrics=replace(fast.metrics, outliers=(1,))))
     assert "completed, 1 outliers" in terminal([noisy])
+
+
+def test_of_many_trials_the_fastest_and_the_latest_failures_are_shown() -> None:
+    measured = [completed_row(number, 100.0 + number) for number in range(MOST_ROWS + 5)]
+    failed = [replace(NIGHT[4], number=1000 + number) for number in range(MOST_ROWS + 7)]
+    text = terminal([*measured, *failed])
+    assert len(re.findall(r"^ *t0\d{3}", text, re.MULTILINE)) == MOST_ROWS
+    assert len(re.findall(r"^ *t1\d{3}", text, re.MULTILINE)) == MOST_ROWS
+    assert "t0000" in text and f"t{MOST_ROWS:04d}" not in text
+    assert "t1000" not in text and f"t{1000 + MOST_ROWS + 6:04d}" in text
+    assert f"the fastest {MOST_ROWS} of {MOST_ROWS + 5} trials; all of them with --json or --html" in text
+    assert f"the latest {MOST_ROWS} of {MOST_ROWS + 7} trials" in text

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.replay import sweep_of, table_of
 from tuner.core.layout import Layout
-from tuner.space.table import find_row, layout_at, with_row
+from tuner.space.table import RowIndex, find_row, layout_at, layouts_at, with_row, with_rows
 
 TABLE = table_of(sweep_of())
 
@@ -31,3 +31,24 @@ def test_a_row_outside_the_table_is_appended_once_and_keeps_the_others() -> None
     assert with_row(TABLE, inside) is TABLE
     kinds = joined.dtypes[["tp", "sp", "micro_batch_size"]]
     pd.testing.assert_series_equal(kinds, TABLE.dtypes[["tp", "sp", "micro_batch_size"]])
+
+
+@given(st.integers(0, len(TABLE) - 1))
+def test_an_index_finds_what_a_scan_finds(row: int) -> None:
+    layout = layout_at(TABLE, row)
+    assert RowIndex(TABLE).find(layout) == row
+    assert layouts_at(TABLE, [row, 0]) == [layout, layout_at(TABLE, 0)]
+
+
+def test_an_index_finds_the_first_of_equal_rows_and_no_layout_outside_the_table() -> None:
+    index = RowIndex(pd.concat([TABLE, TABLE], ignore_index=True))
+    assert index.find(layout_at(TABLE, 3)) == 3
+    assert index.find(Layout(tp=2, cp=2)) is None
+    assert index.find(Layout(recompute_granularity="selective", recompute_modules="core_attn")) is None
+
+
+def test_several_rows_are_appended_as_one_after_the_other() -> None:
+    outside = [Layout(cp=2), Layout(cp=4, recompute_modules="moe_act"), Layout(cp=2)]
+    one_by_one = with_row(with_row(TABLE, outside[0]), outside[1])
+    pd.testing.assert_frame_equal(with_rows(TABLE, [*outside, layout_at(TABLE, 2)]), one_by_one)
+    assert with_rows(TABLE, [layout_at(TABLE, 2)]) is TABLE
