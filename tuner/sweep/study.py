@@ -2,11 +2,13 @@
 
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Final
 
 import numpy as np
 import optuna
@@ -21,6 +23,11 @@ from tuner.sweep.sinks import Sink, Snapshot
 from tuner.sweep.state import RunningTrial, SweepState
 from tuner.trial.contract import TrialResult
 from tuner.trial.finished import FinishedTrial
+
+MOST_AWAITED: Final = 500
+"""The most trials with which a sweep waits for its study. Chosen: Optuna reads them in half a second."""
+_CLOSING_S: Final = 10.0
+"""The seconds that a sweep of more trials waits at its end until its study holds all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +56,8 @@ class StudyTrial:
 class StudyProjection(Sink):
     """Keeps Optuna's study in step with the trials of a running sweep.
 
-    The sweep does not wait for it: if the study cannot be written, one warning says so, and the next start of the sweep
+    Optuna needs seconds to read thousands of trials, so with more than MOST_AWAITED a thread does the work, and the
+    sweep does not wait for it. If the study cannot be written, one warning says so, and the next start of the sweep
     builds it anew from the trial folders.
 
     Args:
@@ -62,16 +70,40 @@ class StudyProjection(Sink):
         self._study: optuna.Study | None = None
         self._space: dict[str, BaseDistribution] = {}
         self._running: dict[int, optuna.Trial] = {}
+        self._backlog: _Backlog | None = None
+        """Work that the sweep does not wait for; None while there are few trials."""
 
     def opened(self, snapshot: Snapshot, table: pd.DataFrame) -> None:
         """See Sink. The study's distributions hold every value that a row of the table may take."""
-        layouts = snapshot.state.layouts()
-        self._space = distributions(table, list(layouts.values()))
-        with self._kept_going():
-            self._study = open_study(self._path, self._name, self._space, self._trials(snapshot.state))
+        self._do(snapshot, lambda: self._open(snapshot.state, table))
 
     def begun(self, trial: RunningTrial, snapshot: Snapshot) -> None:
         """See Sink."""
+        self._do(snapshot, lambda: self._begin(trial))
+
+    def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
+        """See Sink."""
+        self._do(snapshot, lambda: self._end(trial))
+
+    def closed(self, reason: str) -> None:
+        """See Sink. What is not written by then is written when the sweep is started again."""
+        if self._backlog is not None:
+            self._backlog.wait(_CLOSING_S)
+
+    def _do(self, snapshot: Snapshot, work: Callable[[], None]) -> None:
+        if self._backlog is None and snapshot.state.next_number > MOST_AWAITED:
+            self._backlog = _Backlog()
+        if self._backlog is None:
+            work()
+        else:
+            self._backlog.add(work)
+
+    def _open(self, state: SweepState, table: pd.DataFrame) -> None:
+        with self._kept_going():
+            self._space = distributions(table, list(state.layouts().values()))
+            self._study = open_study(self._path, self._name, self._space, self._trials(state))
+
+    def _begin(self, trial: RunningTrial) -> None:
         if self._study is None or trial.number in self._running:
             return
         with self._kept_going():
@@ -84,8 +116,7 @@ class StudyProjection(Sink):
             asked.set_user_attr("layout", trial.layout.label())
             self._running[trial.number] = asked
 
-    def ended(self, trial: FinishedTrial, pruned: int, snapshot: Snapshot) -> None:
-        """See Sink."""
+    def _end(self, trial: FinishedTrial) -> None:
         if self._study is None or trial.number not in self._running:
             return
         with self._kept_going():
@@ -119,6 +150,28 @@ class StudyProjection(Sink):
                 self._path,
                 error,
             )
+
+
+class _Backlog:
+    """Work that a thread does in order. The thread ends with the process."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._done = threading.Event()
+        threading.Thread(target=self._run, name="study", daemon=True).start()
+
+    def add(self, work: Callable[[], None]) -> None:
+        """Have some work done after all other work."""
+        self._work.put(work)
+
+    def wait(self, patience_s: float) -> None:
+        """Wait until all work is done, at most `patience_s` seconds."""
+        self.add(self._done.set)
+        self._done.wait(patience_s)
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
 
 
 def distributions(table: pd.DataFrame, tried: Sequence[Layout] = ()) -> dict[str, BaseDistribution]:

@@ -397,6 +397,18 @@ def test_a_study_that_is_missing_or_differs_is_rebuilt_from_the_folders(
     assert_study_equals_folders(results)
 
 
+def test_a_study_that_the_sweep_does_not_wait_for_holds_every_trial_in_the_end(
+    results: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[tuple[Any, ...]]
+) -> None:
+    monkeypatch.setattr("tuner.sweep.study.MOST_AWAITED", 3)
+    monkeypatch.setattr("tuner.sweep.study._CLOSING_S", 600.0)
+    run_to_end(results, ReplayLauncher(LIMIT_GIB), sweep_of(budget={"trials": 6}), with_study=True)
+    assert_study_equals_folders(results)
+    run_to_end(results, ReplayLauncher(LIMIT_GIB), with_study=True)
+    assert story(results) == uninterrupted
+    assert_study_equals_folders(results)
+
+
 def test_a_study_that_agrees_is_not_rebuilt(results: Path) -> None:
     run_to_end(results, with_study=True)
     before = [trial.datetime_complete for trial in study_of(results)]
