@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,34 @@ def detect_cluster() -> Cluster:
     import torch
 
     if torch.cuda.is_available():
-        return gpu_cluster(_visible_devices())
+        return as_installed(gpu_cluster(_visible_devices()))
     return cpu_cluster(len(os.sched_getaffinity(0)), _usable_memory_bytes())
+
+
+def as_installed(cluster: Cluster) -> Cluster:
+    """Return the cluster with what is installed beside this process, which its trials share, if it can be here.
+
+    A machine without a GPU plans for another machine, so there the cluster's own word counts.
+    """
+    if cluster.device == "cpu" or not _has_gpus():
+        return cluster
+    return replace(cluster, transformer_engine=find_spec("transformer_engine") is not None)
+
+
+def _has_gpus() -> bool:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    try:
+        count: int = pynvml.nvmlDeviceGetCount()
+        return count > 0
+    except pynvml.NVMLError:
+        return False
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def gpu_cluster(devices: Sequence[Device]) -> Cluster:

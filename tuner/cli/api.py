@@ -14,7 +14,7 @@ import pandas as pd
 from tuner.analysis.answer import Answer
 from tuner.analysis.answer import answer as answer_of
 from tuner.cli.export import override
-from tuner.cli.planning import Loaded, detect, prepare, read_recipe
+from tuner.cli.planning import Loaded, as_installed, detect, prepare, read_recipe, read_sweep
 from tuner.cli.session import SweepEnd, run_sweep
 from tuner.errors import InputError
 from tuner.files import parse
@@ -26,7 +26,6 @@ from tuner.report.export import Format
 from tuner.search.grid import grid_space
 from tuner.sweep.configuration import Sweep, SweepFile
 from tuner.sweep.folder import SweepFolder
-from tuner.sweep.resolution import load_sweep as load_resolved
 from tuner.sweep.resolution import resolve
 from tuner.sweep.sinks import Sink
 from tuner.trial.finished import read_trials
@@ -38,7 +37,7 @@ def load_sweep(path: str | Path) -> Sweep:
     Raises:
         InputError: naming the file and the key that is wrong.
     """
-    return load_resolved(Path(path), detect, read_recipe)
+    return read_sweep(Path(path))
 
 
 def build_sweep(**keys: Any) -> Sweep:
@@ -49,7 +48,8 @@ def build_sweep(**keys: Any) -> Sweep:
     Raises:
         InputError: naming the key that is wrong.
     """
-    return resolve(parse(SweepFile, keys, "the sweep"), "the sweep", Path(), detect, read_recipe)
+    sweep = resolve(parse(SweepFile, keys, "the sweep"), "the sweep", Path(), detect, read_recipe)
+    return as_installed(sweep)
 
 
 def plan(sweep: Sweep) -> pd.DataFrame:

@@ -70,7 +70,11 @@ def _package(name: str, optional: bool) -> Check:
         return Check(name, "ok", version(name))
     except PackageNotFoundError:
         if optional:
-            return Check(name, "missing", "the program uses its Torch layers instead")
+            return Check(
+                name,
+                "missing",
+                "trials on GPUs run Torch's own layers instead, and predictions are for these",
+            )
         return Check(name, "failed", f"not installed: pip install {name}")
 
 

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from tuner.cli.common import AsJson, parse_layout, print_json, results_folder, stdout
-from tuner.cli.planning import detect, read_recipe
+from tuner.cli.planning import read_sweep
 from tuner.core.layout import (
     Layout,
     data_parallel_size,
@@ -19,7 +19,6 @@ from tuner.errors import InputError
 from tuner.rules.rule import Violation
 from tuner.rules.validity import broken_rules
 from tuner.sweep.configuration import Sweep
-from tuner.sweep.resolution import load_sweep
 
 
 def explain(
@@ -50,7 +49,7 @@ def explain(
             )
         if layout is None:
             raise InputError(f"{target} is a sweep file: name the layout to explain, as in tp=2 pp=4")
-        return _explain_layout(load_sweep(target, detect, read_recipe), layout, json)
+        return _explain_layout(read_sweep(target), layout, json)
 
     from tuner.cli.explain_results import explain_prediction, explain_results
 

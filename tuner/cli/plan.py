@@ -11,6 +11,7 @@ from tuner.cli.planning import load, prepare
 from tuner.cli.pruned import Pruned, print_pruned, pruned_data
 from tuner.core.choices import CHOICES
 from tuner.files import to_data
+from tuner.predict.implementation import implementation_of
 from tuner.sweep.budget import Ledger
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def _plan_data(loaded: "Loaded", prepared: "Prepared", parts: list[dict[str, Any
         "sweep": loaded.sweep.name,
         "combinations": loaded.space.combinations,
         "valid": len(loaded.space.table),
+        "implementation": implementation_of(loaded.sweep.cluster),
         "predicted_too_large": prepared.too_large,
         "rejected": _rejections(loaded),
         "stages": parts,
@@ -76,6 +78,11 @@ def _print_space(loaded: "Loaded", prepared: "Prepared") -> None:
         f"{sweep.workload.precision}",
         markup=False,
     )
+    if not sweep.cluster.transformer_engine:
+        stdout.print(
+            "Transformer Engine is not installed here, so trials run Torch's own layers, which need more memory and "
+            "time; the predictions are for these layers"
+        )
     stdout.print(f"{len(space.table):,} valid layouts of {space.combinations:,} combinations")
     if prepared.too_large:
         stdout.print(

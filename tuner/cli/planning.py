@@ -1,7 +1,7 @@
 """Reads a sweep file and prepares the table of layouts and the queue of its sweep, for commands and Python scripts."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,11 +45,23 @@ def read_recipe(program: "BridgeRecipe", cluster: Cluster) -> "RecipeFacts":
     return recipes.read_recipe(program, cluster.world_size, kind[1].lower() if kind else "h100")
 
 
+def as_installed(sweep: Sweep) -> Sweep:
+    """Return the sweep with a cluster that says whether Transformer Engine is installed, if its trials can run here."""
+    from launchers.machine.detect import as_installed as installed
+
+    return replace(sweep, cluster=installed(sweep.cluster))
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file, for the environment of this process if its trials can run here."""
+    return as_installed(load_sweep(path, detect, read_recipe))
+
+
 def load(path: Path) -> Loaded:
     """Read a sweep file and enumerate its valid layouts."""
     from tuner.search.grid import grid_space
 
-    sweep = load_sweep(path, detect, read_recipe)
+    sweep = read_sweep(path)
     return Loaded(sweep, grid_space(sweep.problem))
 
 

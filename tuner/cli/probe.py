@@ -8,13 +8,12 @@ import typer
 from rich.table import Table
 
 from tuner.cli.common import AsJson, Knobs, SweepPath, parse_layout, print_json, stderr, stdout
-from tuner.cli.planning import detect, read_recipe, refuse_invalid
+from tuner.cli.planning import read_sweep, refuse_invalid
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import to_data
 from tuner.predict.implementation import implementation_of
 from tuner.sweep.configuration import Sweep
-from tuner.sweep.resolution import load_sweep
 from tuner.trial.contract import Outcome, RankRecord
 from tuner.trial.outcomes import outcome_of_failure
 
@@ -61,7 +60,7 @@ def probe(
     """
     from launchers.machine.probe import probe as start
 
-    sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
+    sweep, layout = read_sweep(sweep_file), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))
     from tuner.sweep.specs import trial_spec
 

@@ -7,12 +7,11 @@ from typing import Annotated
 import typer
 
 from tuner.cli.common import AsJson, Knobs, SweepPath, parse_layout, print_json, stdout
-from tuner.cli.planning import detect, read_recipe, refuse_invalid
+from tuner.cli.planning import read_sweep, refuse_invalid
 from tuner.cli.progress import outcome_line
 from tuner.cli.single import run_single
 from tuner.errors import InputError
 from tuner.files import to_data, write_json
-from tuner.sweep.resolution import load_sweep
 from tuner.trial.contract import Outcome, TrialFolder
 from tuner.trial.finished import FinishedTrial, TrialSource
 
@@ -37,7 +36,7 @@ def trial(
     from launchers.machine.detect import check_machine
     from tuner.sweep.specs import trial_spec
 
-    sweep, layout = load_sweep(sweep_file, detect, read_recipe), parse_layout(knobs)
+    sweep, layout = read_sweep(sweep_file), parse_layout(knobs)
     refuse_invalid(sweep, layout, str(sweep_file))
     name = layout.label().replace(" ", "_").replace(":", "-")
     path = folder or Path("results") / sweep.name / "manual" / name

@@ -50,6 +50,9 @@ class Cluster:
     gpu: Gpu
     nodes: int = 1
     gpus_per_node: int
+    transformer_engine: bool = True
+    """Whether the environment of the trials has Transformer Engine. Without it, or on CPU, the built-in program runs
+    Torch's own layers, which need more memory."""
     cores: int | None = None
     """Processor cores that the CPU ranks of one node share; with None, each rank has a core of its own."""
     nvlink_domain_gpus: int
@@ -67,8 +70,9 @@ class Cluster:
         for name in ("nodes", "gpus_per_node", "nvlink_domain_gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.world_size > MOST_GPUS:
-            raise ValueError(f"nodes * gpus_per_node must be at most {MOST_GPUS:,}, not {self.world_size}")
+        for name in ("world_size", "nvlink_domain_gpus"):
+            if getattr(self, name) > MOST_GPUS:
+                raise ValueError(f"{name} must be at most {MOST_GPUS:,}, not {getattr(self, name)}")
         if self.cores is not None and (self.device == "cuda" or self.cores < 1):
             raise ValueError(
                 f"cores ({self.cores}) must be at least 1, and can be stated only for device cpu"

@@ -64,7 +64,7 @@ def dominating(columns: Columns, layout: Layout, workload: Workload, cluster: Cl
     mask = _differs_upwards(columns, layout, _may_drop_recompute(layout, workload, cluster))
     if cluster.device == "cpu":
         mask &= columns.on("use_distributed_optimizer") == layout.use_distributed_optimizer
-    if implementation_of(cluster) == "torch":
+    if implementation_of(cluster) != "transformer_engine":
         larger = columns["micro_batch_size"] > layout.micro_batch_size
         mask &= ~larger | _fills_the_pipeline(columns, workload, cluster)
     mask &= (columns["pp"] == layout.pp) | _merges_stages(columns, layout, workload, cluster)
@@ -133,7 +133,7 @@ def _may_drop_recompute(layout: Layout, workload: Workload, cluster: Cluster) ->
     Plain Torch's context-parallel attention is an exception. With recomputation it saves its input, which may be larger
     than the gathered keys and values that it saves without recomputation.
     """
-    torch = implementation_of(cluster) == "torch"
+    torch = implementation_of(cluster) != "transformer_engine"
     if torch and layout.recompute_granularity == "selective" and layout.cp > 1:
         return False
     recomputed_at_once = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1

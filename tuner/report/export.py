@@ -110,7 +110,18 @@ def _evidence(spec: TrialSpec, figures: Figures, rerun_command: str) -> list[str
         f"how sure: {figures.certainty_sentence()}",
         f"gain: {figures.gain_sentence()}",
         f"measured on {figures.device_name or cluster.gpu.name} with {versions or 'unrecorded versions'}",
+        *_without_transformer_engine(spec, figures),
         f"run it again: {rerun_command}",
+    ]
+
+
+def _without_transformer_engine(spec: TrialSpec, figures: Figures) -> list[str]:
+    """Return a line that warns of a measurement without Transformer Engine on GPUs; empty if it was there."""
+    if spec.cluster.device == "cpu" or not figures.versions or "transformer-engine" in figures.versions:
+        return []
+    return [
+        "Transformer Engine was not installed: the layers were Torch's own, so step time and memory are not those of "
+        "a job that has it"
     ]
 
 

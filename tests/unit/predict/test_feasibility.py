@@ -191,3 +191,15 @@ def test_stated_probabilities_are_met_on_average_if_the_errors_follow_the_prior(
         rows = (probability >= low) & (probability < high)
         assert rows.sum() > 50
         assert did_fit[rows].mean() == pytest.approx(probability[rows].mean(), abs=0.12)
+
+
+def test_without_transformer_engine_less_fits() -> None:
+    cluster = replace(load_cluster("dgx-h100"), gpus_per_node=1, nvlink_domain_gpus=1)
+    workload = Workload(model=load_model("qwen3-0.6b"), seq_length=4096, global_batch_size=16)
+    table = pd.DataFrame([asdict(Layout(micro_batch_size=8))])
+    with_it, without = (
+        float(fit_probabilities(table, workload, replace(cluster, transformer_engine=installed))[0])
+        for installed in (True, False)
+    )
+    assert with_it > 0.9
+    assert without < 0.01

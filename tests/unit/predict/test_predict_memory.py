@@ -110,7 +110,7 @@ def test_a_larger_micro_batch_never_needs_less(model: str) -> None:
     assert (np.diff(peaks) >= 0).all()
 
 
-@pytest.mark.parametrize("implementation", ["transformer_engine", "torch"])
+@pytest.mark.parametrize("implementation", ["transformer_engine", "torch_cuda", "torch"])
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_recomputing_layers_never_needs_more(model: str, implementation: Implementation) -> None:
     # With two layers per chunk, block recompute of one layer is in between.
@@ -140,7 +140,7 @@ def test_selective_recompute_never_keeps_more(modules: str) -> None:
         assert after.total_gib <= before.total_gib
 
 
-@pytest.mark.parametrize("implementation", ["transformer_engine", "torch"])
+@pytest.mark.parametrize("implementation", ["transformer_engine", "torch_cuda", "torch"])
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_a_row_is_the_largest_stage_of_its_breakdown(model: str, implementation: Implementation) -> None:
     of, on = workload(MODELS[model]), cluster(16)

@@ -447,6 +447,13 @@ def test_the_evidence_heads_every_text(form: Format) -> None:
         assert fact in head
 
 
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_measurement_without_transformer_engine_is_said_to_be_one(is_installed: bool) -> None:
+    versions = {"torch": "2.13.0"} | ({"transformer-engine": "2.9.0"} if is_installed else {})
+    text = export(Format.BRIDGE_CLI, spec_of(1, Layout()), replace(FIGURES, versions=versions), "again")
+    assert ("Transformer Engine was not installed" in text) is not is_installed
+
+
 def test_json_carries_the_evidence_as_fields() -> None:
     data = json.loads(_export(Format.JSON, Layout(tp=2)))
     assert data["metrics"]["step_time_ms"] == 80.0

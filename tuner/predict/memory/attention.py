@@ -5,7 +5,7 @@ The numbers follow the source files that tuner/predict/memory/share.py names.
 
 import numpy as np
 
-from tuner.core.columns import Floats
+from tuner.core.columns import Bools, Floats
 from tuner.predict.memory.share import HalfLayer, RankShare
 
 
@@ -23,12 +23,23 @@ def _grouped_attention(share: RankShare) -> HalfLayer:
     rotated, core_kept, extra = _grouped_inputs(share, query, group)
     scores = _scores(share)
     core = np.where(scores > 0, 2 * scores, tokens_per_head_rank * model.num_attention_heads * 4)
-    kept, dropped = share.split(
-        [("core_attn", core + _mask(share)), ("" if share.fused else "layernorm", share.norm(share.hidden))],
-        share.norm_input() + (rotated + core_kept + query) * share.size + extra,
-    )
-    gradients = (2 * query + 2 * group) * share.size + _fp32_query(share, query) + 2 * scores
+    core, inputs = core + _mask(share), (rotated + core_kept) * share.size
+    gradients = (2 * query + 2 * group) * share.size + _flash_sums(share, query, query) + 2 * scores
     gradients += _across_context(share, query, query, 2 * group)
+    is_composed = _is_composed(share)
+    if is_composed.any():
+        # Composed attention works on fp32 copies, which are saved in place of its inputs. A norm of the key saves the
+        # projection, whose part the key is.
+        probabilities = tokens_per_head_rank * model.num_attention_heads * share.seq
+        core = np.where(is_composed, 4.0 * (query + 2 * query * share.cp + probabilities), core)
+        copied = is_composed & ~share.columns.drops("core_attn")
+        inputs = np.where(copied, core_kept * share.size if model.qk_layernorm else 0, inputs)
+        composed_backward = 4.0 * (2 * probabilities + query * share.cp)
+        gradients = np.where(is_composed, np.maximum(gradients, composed_backward), gradients)
+    kept, dropped = share.split(
+        [("core_attn", core), ("" if share.fused else "layernorm", share.norm(share.hidden))],
+        share.norm_input() + inputs + query * share.size + extra,
+    )
     gradients = np.maximum(gradients, share.norm_backward(kept + dropped))
     return HalfLayer(
         kept=kept,
@@ -105,12 +116,32 @@ def _mask(share: RankShare) -> Floats:
     return np.where((share.cp > 1) | (share.model.window_size is not None), pairs, 0)
 
 
-def _fp32_query(share: RankShare, query: Floats) -> Floats:
-    """Return the bytes of the fp32 sum in which FlashAttention and cuDNN accumulate the gradient of the query.
+def _is_composed(share: RankShare) -> Bools:
+    """Return a mask of the layouts in which Torch composes attention on CUDA of matrix products; shape [rows].
 
-    `query` is the number of elements of the query. The result is 0 for plain Torch.
+    None of its kernels takes both a mask and grouped queries, so they leave no other way (sdp_utils.cpp).
     """
-    return query * 4 if share.fused else np.zeros_like(query)
+    model = share.model
+    if not share.torch_on_cuda or model.num_query_groups == model.num_attention_heads:
+        return np.zeros(len(share.tokens), dtype=bool)
+    if model.attn_logit_softcapping is not None:  # the program composes it itself
+        return np.zeros(len(share.tokens), dtype=bool)
+    return (share.cp > 1) | np.bool_(model.window_size is not None or model.softmax_type != "vanilla")
+
+
+def _flash_sums(share: RankShare, query: Floats, value: Floats) -> Floats:
+    """Return the bytes of the sums of gradients that the backward pass of a fused attention needs.
+
+    FlashAttention and cuDNN sum up the gradient of the query in fp32. Torch's FlashAttention also makes gradients of
+    keys and values for each head, before it sums them up per query group. `query` is the number of elements of the
+    query, and `value` that of one value per head. The result is 0 for plain Torch on CPU.
+    """
+    if share.fused:
+        return query * 4
+    if not share.torch_on_cuda:
+        return np.zeros_like(query)
+    is_grouped = share.model.num_query_groups != share.model.num_attention_heads
+    return query * 4 + (query + value) * share.size * is_grouped
 
 
 def _across_context(share: RankShare, query: Floats, output: Floats, key_value: Floats) -> Floats:
@@ -163,9 +194,11 @@ def _latent_attention(share: RankShare) -> HalfLayer:
         ],
         share.norm_input() + (down + value) * share.size,
     )
-    gradients = (2 * query + 2 * value) * share.size + _fp32_query(share, query)
+    gradients = (2 * query + 2 * value) * share.size + _flash_sums(share, query, value)
     gradients += _across_context(share, query, value, query + value)
-    if not share.fused:  # gradients of the probabilities, of the scores, and of the values
+    if (
+        not share.fused and not share.torch_on_cuda
+    ):  # gradients of the probabilities, of the scores, and of the values
         scores = 2 * tokens_per_head_rank * heads * share.seq
         gradients = np.maximum(gradients, 4.0 * (scores + value * share.cp)) + again
     gradients = np.maximum(gradients, share.norm_backward(kept + dropped))
@@ -182,8 +215,8 @@ def _latent_core(
 ) -> tuple[Floats, Floats, Floats]:
     """Return the bytes that multi-latent attention saves in core attention and in front of it, as three parts.
 
-    Plain Torch has no fused kernel for values that are narrower than keys. Its attention works in fp32 and saves the
-    scaled query, the scaled and gathered keys, the gathered values and the probabilities.
+    Plain Torch on CPU has no fused kernel for values that are narrower than keys. Its attention works in fp32 and saves
+    the scaled query, the scaled and gathered keys, the gathered values and the probabilities.
 
     Args:
         share: The rank's share.
@@ -196,7 +229,7 @@ def _latent_core(
         up-projections' outputs that the backward pass recomputes.
     """
     made = (2 * query + value) * share.size
-    if share.fused:
+    if share.fused or share.torch_on_cuda:
         return made, head_rows * 4, np.zeros_like(query)
     own_values = np.where((share.cp == 1) & np.bool_(share.size == 4), value * 4, 0)  # saved without a copy
     up = np.where(share.columns.drops("core_attn"), made, own_values)

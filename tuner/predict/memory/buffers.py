@@ -35,6 +35,8 @@ def run_buffers(share: RankShare, stages: StagesInFlight, layers: Floats, vocabu
     gathers = (gathers_experts(share) & (share.ep * share.etp > 1))[row] & has_experts
     total = np.maximum(total, np.where(gathers, expert_grid(share)[row], 0))
     total += _rotary_tables(share) * share.columns["vpp"][row]
+    if share.torch_on_cuda:
+        return total + CUBLAS_WORKSPACE_BYTES
     if not share.fused:
         return total
     weights = _shapes_of_weights(share, stages, layers, vocabulary)
@@ -105,10 +107,13 @@ def pipeline_tensors(
 def adam_step(share: RankShare, vocabulary: Floats, updated: Floats) -> Floats:
     """Return the bytes that Adam's step needs temporarily on each stage; shape [stages].
 
-    For the weight that it updates, Torch's Adam allocates a square root and a denominator in fp32; fused Adam allocates
-    nothing. The largest weight counts: the embedding, which has `vocabulary` rows, or less if the rank updates only
-    `updated` weights in all.
+    For the weight that it updates, Torch's Adam on CPU allocates a square root and a denominator in fp32. The largest
+    weight counts: the embedding, which has `vocabulary` rows, or less if the rank updates only `updated` weights in
+    all. On CUDA it updates all weights at once, and has one square root of each (optim/adam.py, _multi_tensor_adam).
+    Fused Adam allocates nothing.
     """
     if share.fused:
         return np.zeros_like(updated)
+    if share.torch_on_cuda:
+        return 4.0 * updated
     return 2 * 4.0 * np.minimum(vocabulary * share.model.hidden_size, updated)

@@ -5,7 +5,9 @@ Megatron-Core 0.16 (attention.py, multi_latent_attention.py, mlp.py, moe/moe_lay
 moe/experts.py), Transformer Engine 2.11 (layernorm_linear.py, linear.py, grouped_linear.py, FusedAttention,
 cross_entropy.py), and for plain Torch the modules of this repository's program (launchers/programs/harness/specs.py),
 in which every tensor was traced. A tensor that two modules save counts once, in the module that makes it. The
-implementation `transformer_engine` has fused norms, activations, rotary positions and loss.
+implementation `transformer_engine` has fused norms, activations, rotary positions and loss. `torch_cuda` has the
+modules of plain Torch, whose norms and attention are fused kernels on CUDA (PyTorch 2.9 and later, _fused_rms_norm;
+transformers/cuda/attention.cu, sdp_utils.cpp and flash_attn/flash_api.cpp).
 """
 
 from collections.abc import Iterable, Mapping
@@ -65,7 +67,11 @@ class RankShare:
         self.model = workload.model
         self.columns = columns
         self.fused = implementation == "transformer_engine"
-        """Whether norms, activations, rotary positions and loss are fused."""
+        """Whether Transformer Engine fuses norms, activations, rotary positions and loss."""
+        self.torch_on_cuda = implementation == "torch_cuda"
+        """Whether plain Torch runs on CUDA."""
+        self.fused_norms = implementation != "torch" or workload.model.normalization == "LayerNorm"
+        """Whether a norm is one kernel, which saves its input as it is."""
         tp, cp = (columns[knob].astype(np.float64) for knob in ("tp", "cp"))
         self.tp, self.cp = tp, cp
         self.ep, self.etp = (columns[knob].astype(np.float64) for knob in ("ep", "etp"))
@@ -87,9 +93,8 @@ class RankShare:
         """Number of elements of a hidden state on a rank inside the tensor parallel regions."""
         self.state: Floats = self.hidden * self.size
         """Bytes of a hidden state: the input of a layer, a checkpoint, or a gradient between stages."""
-        is_rms = workload.model.normalization == "RMSNorm"
-        self.keeps_norm_input = self.fused or self.size == 4 or not is_rms
-        """Whether a norm saves its input as it is; Torch's RMSNorm in 16 bits saves an fp32 copy instead."""
+        self.keeps_norm_input = self.fused_norms or self.size == 4
+        """Whether a norm saves its input as it is; Torch's RMSNorm on CPU saves an fp32 copy of 16 bits instead."""
 
     @property
     def overlaps_experts(self) -> Bools:
@@ -118,10 +123,10 @@ class RankShare:
         """Return the bytes that a norm of `elements` elements saves in addition to its input.
 
         A norm saves its output, which may be quantised if it `feeds_linear`, that is, if a linear layer follows.
-        Torch's RMSNorm also saves its input in fp32, and the normalised input in fp32.
+        Torch's RMSNorm on CPU also saves its input in fp32, and the normalised input in fp32.
         """
         output = elements * (self.linear if feeds_linear else self.size)
-        if self.fused or self.model.normalization == "LayerNorm":
+        if self.fused_norms:
             return output
         return output + elements * (4.0 if self.size == 4 else 8.0)
 
@@ -129,10 +134,10 @@ class RankShare:
         """Return the bytes beyond `held` that the backward pass of the norm in front of attention or MLP needs.
 
         `held` are the bytes that attention or MLP saved, of which only the input of the norm is left by then. Torch's
-        RMSNorm is made of elementwise products: beside its input, five fp32 tensors exist at the same time when the
-        gradient of its root is computed. For fused norms and LayerNorm the result is 0.
+        RMSNorm on CPU is made of elementwise products: beside its input, five fp32 tensors exist at the same time when
+        the gradient of its root is computed. For other norms the result is 0.
         """
-        if self.fused or self.model.normalization == "LayerNorm":
+        if self.fused_norms:
             return np.zeros_like(held)
         return (5 + 1) * 4.0 * self.hidden - held
 

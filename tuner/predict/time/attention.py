@@ -34,7 +34,7 @@ def core_attention(operations: Operations, sliding: bool) -> ModuleTime:
     heads, seq_length = model.num_attention_heads / ops.tp, ops.workload.seq_length
     macs = core_attention_macs(model, seq_length, sliding) * ops.tokens / ops.tp
     capped = model.attn_logit_softcapping is not None
-    if ops.implementation == "transformer_engine" and not capped:
+    if ops.implementation != "torch" and not capped:
         forward_ms = ops.rates.attention_ms(2 * macs, ATTENTION_EFFICIENCY)
         backward_ms = BACKWARD_ATTENTION * forward_ms
     else:
@@ -45,7 +45,7 @@ def core_attention(operations: Operations, sliding: bool) -> ModuleTime:
         forward_ms = ops.rates.attention_ms(square_flops, 1.0) + ops.rates.moved_ms(score_bytes, passes / 2)
         backward_ms = 2 * forward_ms
     exchange = ContextExchange(model, ops.rates, ops.layouts, ops.tokens)
-    if ops.implementation == "torch":
+    if ops.implementation != "transformer_engine":
         exchange_forward_ms, exchange_backward_ms = exchange.gathered_ms(gathers_again=False)
     else:
         exchange_forward_ms, exchange_backward_ms = exchange.exposed_ms(forward_ms, backward_ms)

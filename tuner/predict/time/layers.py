@@ -24,10 +24,14 @@ once."""
 RESIDUAL_PASSES: Final = 6
 """Reads and writes of the hidden state by a layer's two bias-dropout-adds in the forward pass. Counted: each reads
 state and residual, and writes their sum. The look-up of an embedding is assumed to have as many."""
-LOSS_BYTES: Final[Mapping[Implementation, float]] = {"transformer_engine": 24.0, "torch": 60.0}
+LOSS_BYTES: Final[Mapping[Implementation, float]] = {
+    "transformer_engine": 24.0,
+    "torch_cuda": 60.0,
+    "torch": 60.0,
+}
 """Bytes that the cross entropy moves per logit, forward and backward together. Transformer Engine has one fused kernel,
 and plain Torch has one kernel per operation. Assumed from its operations."""
-LOSS_REDUCTIONS: Final[Mapping[Implementation, int]] = {"transformer_engine": 1, "torch": 3}
+LOSS_REDUCTIONS: Final[Mapping[Implementation, int]] = {"transformer_engine": 1, "torch_cuda": 3, "torch": 3}
 """Number of all-reduces of the cross entropy over the ranks that share the vocabulary. Counted for torch in
 Megatron-Core's tensor_parallel/cross_entropy.py: the largest logit, the true logit and the sum. Transformer Engine's
 fused cross entropy has one."""

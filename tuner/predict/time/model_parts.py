@@ -25,6 +25,7 @@ BACKWARD_LAUNCHES: Final = 115
 passes, 108 launch a kernel."""
 EXPERTS_LAUNCHES: Final[Mapping[Implementation, tuple[float, float]]] = {
     "transformer_engine": (3.0, 0.0),
+    "torch_cuda": (1.8, 0.18),
     "torch": (1.8, 0.18),
 }
 """Operations that the host launches for a layer with experts, as multiples of those for a dense layer: first for the

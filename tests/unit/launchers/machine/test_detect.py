@@ -1,10 +1,13 @@
 """The devices of a machine are described as a cluster."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launchers.machine.detect import Device, cpu_cluster, gpu_cluster
+from launchers.machine import detect
+from launchers.machine.detect import Device, as_installed, cpu_cluster, gpu_cluster
 from search_spaces.loader import load_cluster
 from tuner.errors import InputError
 
@@ -59,3 +62,21 @@ def test_cpu_ranks_are_few_and_share_at_most_half_of_the_memory_or_the_least_tha
     assert cluster.world_size <= max(cores, 2)
     share = memory_bytes / 2 / GIB / cluster.world_size
     assert cluster.gpu.memory_gib == pytest.approx(max(share, LEAST_MEMORY_GIB), abs=0.005)
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_cluster_whose_trials_can_run_here_says_whether_transformer_engine_is_installed(
+    is_installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detect, "_has_gpus", lambda: True)
+    monkeypatch.setattr(detect, "find_spec", lambda name: object() if is_installed else None)
+    assert as_installed(load_cluster("dgx-h100")).transformer_engine is is_installed
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_on_a_machine_without_gpus_the_clusters_own_word_counts(
+    stated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detect, "_has_gpus", lambda: False)
+    cluster = replace(load_cluster("dgx-h100"), transformer_engine=stated)
+    assert as_installed(cluster) == cluster
