@@ -1,16 +1,20 @@
 """What a foreign results folder or file can do to those who read it: waste no time or memory, and hide nothing."""
 
+import io
 import json
 import os
 import shutil
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
@@ -272,3 +276,49 @@ def test_no_file_in_a_trials_folder_passes_for_a_module_that_its_job_imports(
     with Preload(folder.path) as preload:
         result = TorchrunLauncher(start=preload.start).run(launcher.plan(spec, folder), threading.Event())
     assert not marker.exists(), result.reason
+
+
+_VALUES = st.one_of(
+    st.integers(-(2**70), 2**70),
+    st.integers(-2, 2),
+    st.sampled_from([2**31, 2**63, 1e308, -1e308, 1e-308, 5e-324, 0.0, 1e30]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=5),
+    st.sampled_from(
+        [None, True, [], {}, [[]], "none", "${oc.env:HOME}", "\u202e", "a\nb", "2026-01-01T00:00:00+00:00"]
+    ),
+)
+
+
+def _leaves(data: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values of JSON data, those of mappings and lists too."""
+    items: Any = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [place, *(leaf for key, value in items for leaf in _leaves(value, (*place, key)))]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of sizes that no sweep has
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_in_any_place_is_shown_or_is_an_input_error(
+    finished: Path, in_memory: Path, data: Any
+) -> None:
+    results = Path(shutil.copytree(finished, in_memory / "fuzzed", dirs_exist_ok=True))
+    trial = SweepFolder(results).trial(data.draw(st.integers(0, 3)))
+    file = data.draw(
+        st.sampled_from([trial.spec, trial.result, trial.source, trial.plan, results / "sweep.json"])
+    )
+    content = json.loads(file.read_text())
+    *place, last = data.draw(st.sampled_from(_leaves(content)[1:]))
+    parent = content
+    for key in place:
+        parent = parent[key]
+    parent[last] = data.draw(_VALUES)
+    file.write_text(json.dumps(content))
+    command = data.draw(
+        st.sampled_from(["show", "show --pruned", "export", "export --format json", "explain"])
+    )
+    word, *options = command.split()
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        code = run([word, str(results), *options])
+    assert code in (0, 2, 3), (command, file.name, place, last, parent[last], printed.getvalue())

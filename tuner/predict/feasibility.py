@@ -75,7 +75,8 @@ class Feasibility:
         total_errors, self._own_total_error = np.zeros(1), 1e-6
         total_prior = np.zeros(1)
         if cluster.device == "cuda":
-            uncertain_share = UNCERTAINTY * float(np.mean(beyond_gib)) / memory_gib
+            mean_beyond_gib = float(np.mean(beyond_gib)) if len(table) else 0.0
+            uncertain_share = UNCERTAINTY * mean_beyond_gib / memory_gib
             deviation = min(np.hypot(TOTAL_ERROR, uncertain_share), LARGEST_TOTAL_ERROR)
             total_errors = np.arange(-3 * deviation, 3 * deviation, 4 * _GRID_STEP)
             total_prior = -0.5 * (total_errors / deviation) ** 2

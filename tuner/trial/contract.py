@@ -7,6 +7,7 @@ per rank and `result.json`, also after an error. So a program needs to import on
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -312,6 +313,11 @@ class TrialResult:
             raise ValueError("metrics are present exactly if the outcome is completed")
         if self.slower_than_ms is not None and (self.metrics is not None or self.slower_than_ms <= 0):
             raise ValueError("slower_than_ms must be above 0, and absent if there are metrics")
+        if self.finished_at:
+            try:
+                datetime.fromisoformat(self.finished_at).timestamp()
+            except (ValueError, OverflowError):
+                raise ValueError(f"finished_at is no time in ISO 8601: {self.finished_at}") from None
 
     @property
     def is_too_large(self) -> bool:
