@@ -21,6 +21,7 @@ import pytest
 
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Precision, Workload
+from tuner.rules.releases import installed_release, rules_of_other_releases
 
 STEPS = 3
 TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-3
@@ -141,6 +142,14 @@ PARALLEL: list[tuple[Model, Layout]] = [
     (PREDICTING, Layout(pp=4, pipeline_model_parallel_layout="Ett|tt|m|L")),
     (BF16, Layout(ep=2, overlap_moe_expert_parallel_comm=True)),
 ]
+OTHER_RELEASES = rules_of_other_releases(installed_release())
+if "etp-is-tp-without-ep" in OTHER_RELEASES:
+    PARALLEL += [
+        (MOE, Layout(etp=2)),
+        (MOE, Layout(tp=2, sp=True, micro_batch_size=4, moe_token_dispatcher_type="allgather")),
+    ]
+if "uniform-recompute-by-chunk" in OTHER_RELEASES:
+    SINGLE += [(DENSE, replace(FULL_UNIFORM, recompute_num_layers=3))]
 
 Runs = Mapping[str, Mapping[str, Any]]
 

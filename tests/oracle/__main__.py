@@ -13,7 +13,7 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any
 
-from tests.oracle.draws import Draw, directed_draws, random_draws
+from tests.oracle.draws import OTHER_RELEASES, Draw, directed_draws, random_draws
 from tests.oracle.megatron import Answer, judge, prepare
 from tuner.core.layout import DEFAULTS
 from tuner.rules.rule import Violation
@@ -25,13 +25,14 @@ PROCESSES = 2
 def disagreement(answer: Answer, violations: tuple[Violation, ...]) -> str:
     """Say how Megatron and the rules disagree; empty if they agree.
 
-    A `canonical` rule only claims that another layout spells the same run, so Megatron may take what breaks one.
+    A `canonical` rule only claims that another layout spells the same run, and an `arguments` rule that a training loop
+    refuses the layout, so Megatron-Core may take or refuse what breaks one.
     """
     kinds = {violation.kind for violation in violations}
     refused = bool(kinds & {"megatron", "program"})
     if answer.accepted and refused and "canonical" not in kinds:
         return "Megatron takes what a rule says it refuses"
-    if not answer.accepted and not refused:
+    if not answer.accepted and not refused and "arguments" not in kinds:
         return "Megatron refuses what no rule says it refuses"
     return ""
 
@@ -55,7 +56,7 @@ def report(draw: Draw, answer: Answer, violations: tuple[Violation, ...], how: s
 def ask(draw: Draw) -> tuple[Draw, Answer, tuple[Violation, ...]]:
     """Ask Megatron and the rules about one draw."""
     answer = judge(draw.workload, draw.layout, draw.cluster.world_size)
-    return draw, answer, broken_rules(draw.layout, draw.workload, draw.cluster)
+    return draw, answer, broken_rules(draw.layout, draw.workload, draw.cluster, OTHER_RELEASES)
 
 
 def main() -> None:

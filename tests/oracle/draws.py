@@ -13,6 +13,7 @@ from tuner.core.layout import Layout, layout_from
 from tuner.core.pipeline_layout import DECODER, EMBEDDING, LOSS, MTP, write
 from tuner.core.workload import Model, Workload
 from tuner.rules.recompute import MODULES
+from tuner.rules.releases import installed_release, rules_of_other_releases
 from tuner.rules.validity import broken_rules
 from tuner.space.domain import Domain
 from tuner.space.enumeration import enumerate_layouts
@@ -187,7 +188,9 @@ _RECOMPUTES: tuple[dict[str, Any], ...] = (
     _recompute("selective", modules="shared_experts"),
     _recompute("selective", modules="layernorm+moe"),
 )
-_LIFTED = frozenset({"uneven-split-balanced", "interleaving-overlaps-p2p"})
+OTHER_RELEASES = rules_of_other_releases(installed_release())
+"""The rules that do not hold in the installed release."""
+_LIFTED = OTHER_RELEASES | {"uneven-split-balanced", "interleaving-overlaps-p2p"}
 
 
 def directed_draws() -> Iterator[Draw]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from tuner.cli.common import AsJson, ResultsRoot, print_json, stdout
 from tuner.cli.planning import detect
 from tuner.errors import InputError
+from tuner.rules.releases import how_tested
 
 Status = Literal["ok", "missing", "failed"]
 """The state of a check; `missing` is no fault, but says that something optional is not installed."""
@@ -37,7 +38,9 @@ def doctor(results: ResultsRoot = Path("results"), json: AsJson = False) -> int:
     """Check everything that a trial needs on this machine. Exit code 0 if trials can run, 2 if not."""
     checks = [
         Check("python", "ok", platform.python_version()),
-        *(_package(name, optional=False) for name in ("torch", "megatron-core", "optuna", "mlflow")),
+        _package("torch", optional=False),
+        _package("megatron-core", optional=False, note=how_tested),
+        *(_package(name, optional=False) for name in ("optuna", "mlflow")),
         _package("transformer-engine", optional=True),
         _try("megatron imports", _import_megatron),
         _try("machine", _machine),
@@ -64,10 +67,11 @@ def _try(name: str, check: Callable[[], str]) -> Check:
         return Check(name, "failed", f"{type(error).__name__}: {error}")
 
 
-def _package(name: str, optional: bool) -> Check:
-    """Whether a package is installed, and its version."""
+def _package(name: str, optional: bool, note: Callable[[str], str] | None = None) -> Check:
+    """Whether a package is installed, and its version, followed by what `note` returns for this version."""
     try:
-        return Check(name, "ok", version(name))
+        installed = version(name)
+        return Check(name, "ok", installed if note is None else f"{installed}, {note(installed)}")
     except PackageNotFoundError:
         if optional:
             return Check(

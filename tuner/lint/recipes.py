@@ -1,4 +1,4 @@
-"""Whether a recipe of Megatron Bridge would start and fit, judged from what Bridge says when it resolves it. Pure."""
+"""Judges whether a recipe of Megatron Bridge would start and fit, from what Bridge says when it resolves the recipe."""
 
 from collections.abc import Collection
 from typing import Final
@@ -18,19 +18,20 @@ from tuner.frameworks.megatron_bridge.recipe_layout import layout_of
 from tuner.frameworks.megatron_bridge.recipe_workload import workload_of
 from tuner.lint.judge import REFUSING_KINDS, is_left_to_bridge, judge
 from tuner.lint.verdict import RecipeVerdict
+from tuner.rules.releases import rules_of_other_releases
 from tuner.rules.rule import Violation
-from tuner.rules.validity import broken_rules, gone_rules
+from tuner.rules.validity import broken_rules
 
 _RULES_OF_GRIDS: Final = frozenset({"dense-grid", "expert-grid", "batch-by-micro-batch"})
-"""Rules that can be checked without an architecture."""
+"""Ids of the rules that read only the degrees of parallelism and the batch sizes, so that they apply to any model."""
 
 
 def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = True) -> RecipeVerdict:
-    """Judge a recipe on the cluster that Bridge has resolved it for.
+    """Return the verdict on a recipe, on the cluster for which Bridge has resolved it.
 
     Args:
         facts: What Bridge says of the recipe.
-        cluster: A cluster of as many GPUs as the recipe was resolved for.
+        cluster: A cluster with as many GPUs as the recipe was resolved for.
         memory_is_known: Whether the memory of the cluster's GPUs is known; if not, no recipe is refused for its memory.
     """
     missing = missing_on_this_machine(facts)
@@ -51,7 +52,7 @@ def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = T
                 memory_counts=memory_is_known and not memory_is_overstated(facts),
                 is_resolved=True,
                 bridge_errors=errors,
-                lifted=gone_rules(facts.megatron_core),
+                lifted=rules_of_other_releases(facts.megatron_core),
             )
             return RecipeVerdict(facts=facts, verdict=verdict, notes=notes)
         errors = (*_broken_grids(layout, facts, cluster), *errors)
@@ -63,9 +64,15 @@ def judge_recipe(facts: RecipeFacts, cluster: Cluster, memory_is_known: bool = T
 def refused_beside_bridge(
     layout: Layout, workload: Workload, cluster: Cluster, lifted: Collection[str]
 ) -> tuple[Violation, ...]:
-    """Return the broken rules that end the job of a recipe which Bridge resolves without complaint.
+    """Return the broken rules that would end the job of a recipe although Bridge resolves the recipe without an error.
 
-    These rules are about checks that Bridge does not make when it resolves a recipe, or checks of our own program.
+    They are rules about checks that Bridge does not run when it resolves a recipe, and rules of the kind `program`.
+
+    Args:
+        layout: The recipe's layout.
+        workload: The workload that the recipe trains.
+        cluster: The cluster for which Bridge has resolved the recipe.
+        lifted: Ids of rules not to apply.
     """
     return tuple(
         item
@@ -82,7 +89,10 @@ def _errors_of_bridge(facts: RecipeFacts) -> tuple[Violation, ...]:
 
 
 def _broken_grids(layout: Layout, facts: RecipeFacts, cluster: Cluster) -> tuple[Violation, ...]:
-    """Return the broken rules that can be checked for any model: whether the grids and the batch suit the GPUs."""
+    """Return the broken rules about whether the degrees of parallelism and the batch sizes suit the number of GPUs.
+
+    These rules apply to any model, so they are checked with a model of size 1.
+    """
     batch = facts.values.get("train.global_batch_size") or 0
     if batch < 1:
         return ()

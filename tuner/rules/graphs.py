@@ -309,6 +309,6 @@ RULES: tuple[Rule, ...] = (
             "transformer_engine; change it, or turn the overlap off"
         ),
         source=TRANSFORMER_CONFIG,
-        gone_in="0.19",
+        gone_in="0.18",
     ),
 )

@@ -2,12 +2,14 @@
 
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
+from tuner.core.layout import Layout
 from tuner.core.workload import Workload
 from tuner.rules.rule import Rule, implies, not_all, rule
 from tuner.rules.sources import TRANSFORMER_CONFIG, VALIDATE_ARGS
 
 FSDP = "megatron/core/distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py"
 DDP_CONFIG = "megatron/core/distributed/distributed_data_parallel_config.py"
+OFFLOAD_AND_GRAPHS = "cpu_offloading_num_layers cuda_graph_impl cuda_graph_scope"
 SHARDING_KNOBS = "use_megatron_fsdp data_parallel_sharding_strategy"
 
 
@@ -32,6 +34,19 @@ def _keeps_activations(columns: Columns) -> Bools:
     """Return a mask of the rows where no layer's activations are offloaded to the host."""
     keeps: Bools = columns["cpu_offloading_num_layers"] == 0
     return keeps
+
+
+def _graphs(columns: Columns, *, whole: bool) -> Bools:
+    """Return a mask of the rows with a CUDA graph of the full iteration, or, if not `whole`, with graphs of layers."""
+    graphs: Bools = ~columns.among("cuda_graph_impl", "none") & (columns.graphs("full_iteration") == whole)
+    return graphs
+
+
+def _explain_offload_and_graphs(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    return (
+        f"cpu_offloading_num_layers ({layout.cpu_offloading_num_layers}) excludes CUDA graphs, but cuda_graph_impl is "
+        f"{layout.cuda_graph_impl} and cuda_graph_scope {layout.cuda_graph_scope}: choose one of them"
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -142,15 +157,19 @@ RULES: tuple[Rule, ...] = (
     rule(
         "offload-excludes-graphs",
         "megatron",
-        "cpu_offloading_num_layers cuda_graph_impl",
-        holds=lambda columns, workload, cluster: (
-            _keeps_activations(columns) | columns.among("cuda_graph_impl", "none")
-        ),
-        message=lambda layout, workload, cluster: (
-            f"cpu_offloading_num_layers ({layout.cpu_offloading_num_layers}) excludes CUDA graphs, but cuda_graph_impl "
-            f"is {layout.cuda_graph_impl}: choose one of them"
-        ),
+        OFFLOAD_AND_GRAPHS,
+        holds=lambda columns, workload, cluster: _keeps_activations(columns) | ~_graphs(columns, whole=False),
+        message=_explain_offload_and_graphs,
         source=TRANSFORMER_CONFIG,
+    ),
+    rule(
+        "offload-excludes-full-iteration-graph",
+        "megatron",
+        OFFLOAD_AND_GRAPHS,
+        holds=lambda columns, workload, cluster: _keeps_activations(columns) | ~_graphs(columns, whole=True),
+        message=_explain_offload_and_graphs,
+        source=TRANSFORMER_CONFIG,
+        gone_in="0.18",
     ),
     rule(
         "nccl-ub-needs-cuda",

@@ -4,13 +4,14 @@ from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
-from tuner.rules.rule import Rule, implies, not_all, remainder, rule
+from tuner.rules.rule import Predicate, Rule, implies, not_all, remainder, rule
 from tuner.rules.shapes import has_moe_layers
 from tuner.rules.sources import TRANSFORMER_CONFIG
 
 MOE_LAYER = "megatron/core/transformer/moe/moe_layer.py"
 DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py"
 FLEX_KNOBS = "moe_token_dispatcher_type moe_flex_dispatcher_backend ep etp"
+SHARED_OVERLAP_KNOBS = "moe_shared_expert_overlap moe_token_dispatcher_type"
 
 
 def _needs_pre_softmax(model: Model) -> bool:
@@ -54,9 +55,11 @@ def _shared_overlap_has_shared_experts(
     return has_shared or ~columns.on("moe_shared_expert_overlap")
 
 
-def _shared_overlap_uses_alltoall(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    alltoall = columns.among("moe_token_dispatcher_type", "alltoall")
-    return implies(columns.on("moe_shared_expert_overlap"), alltoall)
+def _shared_overlap_avoids(dispatcher: str) -> Predicate:
+    """Return a predicate: the layout does not overlap shared experts with the communication of this dispatcher."""
+    return lambda columns, workload, cluster: not_all(
+        columns.on("moe_shared_expert_overlap"), columns.among("moe_token_dispatcher_type", dispatcher)
+    )
 
 
 def _overlapped_shared_experts_are_kept(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
@@ -75,6 +78,13 @@ def _explain_router_groups(layout: Layout, workload: Workload, cluster: Cluster)
         f"moe_router_group_topk ({model.moe_router_group_topk}) needs moe_router_num_groups "
         f"({model.moe_router_num_groups}) to be at least as large, and to divide num_moe_experts "
         f"({model.num_moe_experts}): correct the model"
+    )
+
+
+def _explain_shared_overlap(layout: Layout, workload: Workload, cluster: Cluster) -> str:
+    return (
+        f"moe_shared_expert_overlap does not work with the dispatcher {layout.moe_token_dispatcher_type}: turn it off "
+        "or use alltoall"
     )
 
 
@@ -114,6 +124,7 @@ RULES: tuple[Rule, ...] = (
             f"({layout.etp}) is not tp ({layout.tp}): set etp to {layout.tp}, or ep above 1"
         ),
         source="megatron/core/tensor_parallel/layers.py knows expert weights by ep > 1 alone",
+        gone_in="0.19",
     ),
     rule(
         "experts-by-ep",
@@ -178,7 +189,7 @@ RULES: tuple[Rule, ...] = (
         holds=_hybridep_has_expert_ranks,
         message=_explain_flex,
         source=DISPATCHER,
-        gone_in="0.19",
+        gone_in="0.18",
     ),
     rule(
         "flex-needs-deepep",
@@ -203,15 +214,21 @@ RULES: tuple[Rule, ...] = (
         source=MOE_LAYER,
     ),
     rule(
-        "shared-overlap-needs-alltoall",
+        "shared-overlap-excludes-allgather",
         "megatron",
-        "moe_shared_expert_overlap moe_token_dispatcher_type",
-        holds=_shared_overlap_uses_alltoall,
-        message=lambda layout, workload, cluster: (
-            "moe_shared_expert_overlap works with the alltoall dispatcher alone, not "
-            f"{layout.moe_token_dispatcher_type}: turn it off or use alltoall"
-        ),
+        SHARED_OVERLAP_KNOBS,
+        holds=_shared_overlap_avoids("allgather"),
+        message=_explain_shared_overlap,
         source=TRANSFORMER_CONFIG,
+    ),
+    rule(
+        "shared-overlap-excludes-flex",
+        "megatron",
+        SHARED_OVERLAP_KNOBS,
+        holds=_shared_overlap_avoids("flex"),
+        message=_explain_shared_overlap,
+        source=TRANSFORMER_CONFIG,
+        gone_in="0.18",
     ),
     rule(
         "shared-overlap-excludes-recompute",

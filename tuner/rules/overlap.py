@@ -3,7 +3,7 @@
 from tuner.core.cluster import Cluster
 from tuner.core.columns import Bools, Columns
 from tuner.core.workload import Workload
-from tuner.rules.rule import Explanation, Kind, Predicate, Rule, implies, rule
+from tuner.rules.rule import Explanation, Kind, Predicate, Rule, implies, not_all, rule
 from tuner.rules.sources import TRANSFORMER_CONFIG, VALIDATE_ARGS
 
 PLAIN_SCHEDULE = (
@@ -37,6 +37,7 @@ def _expert_overlap(
     message: Explanation,
     kind: Kind = "megatron",
     source: str = TRANSFORMER_CONFIG,
+    since: str = "",
     gone_in: str = "",
 ) -> Rule:
     """Return the rule that a layout with overlap_moe_expert_parallel_comm on must satisfy `needs`.
@@ -55,6 +56,7 @@ def _expert_overlap(
             f"overlap_moe_expert_parallel_comm {message(layout, workload, cluster)}, or turn it off"
         ),
         source=source,
+        since=since,
         gone_in=gone_in,
     )
 
@@ -70,11 +72,6 @@ def _interleaving_overlaps_p2p(columns: Columns, workload: Workload, cluster: Cl
 def _param_gather_overlap_has_both(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
     both = columns.on("overlap_grad_reduce") & columns.on("use_distributed_optimizer")
     return implies(columns.on("overlap_param_gather"), both)
-
-
-def _interleaved_param_gather_has_optimizer(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
-    interleaved = columns.on("overlap_param_gather") & (columns["vpp"] > 1)
-    return implies(interleaved, columns.on("use_distributed_optimizer"))
 
 
 def _token_inputs_are_not_freed(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
@@ -101,10 +98,13 @@ def _no_full_recompute(columns: Columns, workload: Workload, cluster: Cluster) -
     return not_full & no_method & no_layers
 
 
-def _mtp_has_one_layer_and_pp(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
-    if workload.model.mtp_num_layers is None:
-        return True
-    return (columns["pp"] > 1) & (workload.model.mtp_num_layers == 1)
+def _fsdp_has_no_layer_graphs(columns: Columns, workload: Workload, cluster: Cluster) -> Bools:
+    layer_graphs = ~columns.among("cuda_graph_impl", "none") & ~columns.graphs("full_iteration")
+    return not_all(columns.on("use_megatron_fsdp"), layer_graphs)
+
+
+def _mtp_has_pp(columns: Columns, workload: Workload, cluster: Cluster) -> Bools | bool:
+    return workload.model.mtp_num_layers is None or columns["pp"] > 1
 
 
 RULES: tuple[Rule, ...] = (
@@ -151,18 +151,7 @@ RULES: tuple[Rule, ...] = (
             f"overlap_param_gather needs overlap_grad_reduce (it is {layout.overlap_grad_reduce}) and "
             f"use_distributed_optimizer (it is {layout.use_distributed_optimizer}): turn these two on, or it off"
         ),
-        source=VALIDATE_ARGS,
-    ),
-    rule(
-        "interleaved-param-gather-needs-optimizer",
-        "megatron",
-        "overlap_param_gather use_distributed_optimizer vpp",
-        holds=_interleaved_param_gather_has_optimizer,
-        message=lambda layout, workload, cluster: (
-            f"overlap_param_gather with vpp ({layout.vpp}) > 1 needs use_distributed_optimizer: turn it on or the "
-            "overlap off"
-        ),
-        source="megatron/core/distributed/param_and_grad_buffer.py, start_param_sync",
+        source=f"{VALIDATE_ARGS}; with several replicas also core/distributed/param_and_grad_buffer.py, since 0.17",
     ),
     rule(
         "tp-overlap-needs-sp",
@@ -238,7 +227,7 @@ RULES: tuple[Rule, ...] = (
             f"excludes recompute of moe, but recompute_modules is {layout.recompute_modules}: drop moe"
         ),
         kind="arguments",
-        source="Megatron Bridge, training/comm_overlap.py",
+        source=f"Megatron Bridge, training/comm_overlap.py; since 0.17 also {TRANSFORMER_CONFIG}",
     ),
     _expert_overlap(
         "expert-overlap-excludes-shared-overlap",
@@ -247,19 +236,39 @@ RULES: tuple[Rule, ...] = (
         message=lambda layout, workload, cluster: "excludes moe_shared_expert_overlap: turn that off",
     ),
     _expert_overlap(
+        "expert-overlap-with-fsdp-excludes-layer-graphs",
+        "use_megatron_fsdp cuda_graph_impl cuda_graph_scope",
+        needs=_fsdp_has_no_layer_graphs,
+        message=lambda layout, workload, cluster: (
+            f"with use_megatron_fsdp excludes CUDA graphs of layers, but cuda_graph_impl is {layout.cuda_graph_impl} "
+            f"and cuda_graph_scope {layout.cuda_graph_scope}: turn them off, or capture the full iteration"
+        ),
+        source="megatron/core/distributed/fsdp/mcore_fsdp_adapter.py",
+        since="0.18",
+    ),
+    _expert_overlap(
         "expert-overlap-needs-half-precision",
         "",
         needs=lambda columns, workload, cluster: workload.precision != "fp32",
         message=lambda layout, workload, cluster: f"needs bf16 or fp16, not {workload.precision}",
     ),
     _expert_overlap(
-        "expert-overlap-and-mtp",
-        "pp",
-        needs=_mtp_has_one_layer_and_pp,
+        "expert-overlap-needs-one-mtp-layer",
+        "",
+        needs=lambda columns, workload, cluster: (workload.model.mtp_num_layers or 0) <= 1,
         message=lambda layout, workload, cluster: (
-            "supports at most one layer of multi-token prediction (the model has "
-            f"{workload.model.mtp_num_layers}), and with one needs pp > 1 (it is {layout.pp})"
+            "supports at most one layer of multi-token prediction, and the model has "
+            f"{workload.model.mtp_num_layers}: turn it off"
         ),
+    ),
+    _expert_overlap(
+        "expert-overlap-of-mtp-needs-pp",
+        "pp",
+        needs=_mtp_has_pp,
+        message=lambda layout, workload, cluster: (
+            f"needs pp > 1 with multi-token prediction, and pp is {layout.pp}: turn it off or raise pp"
+        ),
+        gone_in="0.18",
     ),
     rule(
         "delayed-wgrad-needs-expert-overlap",

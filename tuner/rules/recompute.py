@@ -305,6 +305,7 @@ RULES: tuple[Rule, ...] = (
         holds=_groups_divide_chunks,
         message=_explain_chunks,
         source=CHECKPOINTED_FORWARD,
+        gone_in="0.17",
     ),
     rule(
         "block-recompute-below-chunk",

@@ -52,6 +52,9 @@ class Rule:
     """Returns the message for a layout that breaks the rule."""
     source: str
     """The code that refuses a layout, as a path inside Megatron-LM's repository unless the text names another place."""
+    since: str = ""
+    """The first release of Megatron-Core that refuses layouts that break the rule, such as `0.17`; empty if the oldest
+    supported release refuses them."""
     gone_in: str = ""
     """The first release of Megatron-Core known to accept layouts that break the rule, such as `0.19`; empty if the
     newest release still refuses them."""
@@ -87,6 +90,7 @@ def rule(
     holds: Predicate,
     message: Explanation,
     source: str,
+    since: str = "",
     gone_in: str = "",
 ) -> Rule:
     """Return a Rule. `knobs` is one text that names the knobs that `holds` reads, separated by spaces."""
@@ -97,6 +101,7 @@ def rule(
         holds=holds,
         message=message,
         source=source,
+        since=since,
         gone_in=gone_in,
     )
 

@@ -50,35 +50,20 @@ RULES: tuple[Rule, ...] = (
 def active_rules(lifted: Collection[str] = frozenset()) -> tuple[Rule, ...]:
     """Return every rule except those whose ids are in `lifted`, which are switched off.
 
-    The user switches rules off, and a newer Megatron-Core needs some of them no longer (see `gone_rules`).
+    The user switches rules off, and some rules do not hold in every release of Megatron-Core (see
+    `tuner.rules.releases`).
 
     Raises:
-        InputError: if an id is unknown, or its rule can't be switched off: only a policy can, or a rule that some
-            release of Megatron-Core no longer needs.
+        InputError: if an id is unknown, or its rule can't be switched off: only a policy can, or a rule that does not
+            hold in every supported release of Megatron-Core.
     """
-    liftable = {rule.id for rule in RULES if rule.kind == "policy" or rule.gone_in}
+    liftable = {rule.id for rule in RULES if rule.kind == "policy" or rule.since or rule.gone_in}
     for name in sorted(set(lifted) - liftable):
         hint = did_you_mean(name, liftable)
         choices = f"; what can be lifted: {', '.join(sorted(liftable))}"
         problem = "is no policy" if name in {rule.id for rule in RULES} else "is no rule"
         raise InputError(f"lift: '{name}' {problem}{hint}{choices}")
     return tuple(rule for rule in RULES if rule.id not in lifted)
-
-
-def gone_rules(megatron_core: str) -> frozenset[str]:
-    """Return the ids of the rules that are no longer needed with this release of Megatron-Core (see `Rule.gone_in`).
-
-    `megatron_core` is a version such as `0.19.2`; an empty text, for an unknown version, counts as the newest.
-    """
-    release = _release(megatron_core)
-    return frozenset(
-        rule.id for rule in RULES if rule.gone_in and (not release or _release(rule.gone_in) <= release)
-    )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Return the major and the minor number of a version such as `0.19.2`; empty for an empty text."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def broken_rules(

@@ -19,7 +19,8 @@ from tuner.frameworks.megatron_bridge.recipe_layout import layout_of
 from tuner.frameworks.megatron_bridge.recipe_workload import workload_of
 from tuner.frameworks.megatron_lm.command import read_command
 from tuner.frameworks.megatron_lm.trial_command import resolved_program
-from tuner.rules.validity import active_rules, gone_rules
+from tuner.rules.releases import installed_release, rules_of_other_releases
+from tuner.rules.validity import active_rules
 from tuner.space.domain import REFINED, Domain, default_domain, search_domain
 from tuner.sweep.configuration import ClusterChoice, Sweep, SweepFile, WorkloadChoice
 from tuner.sweep.tracking_uri import refuse_password
@@ -124,7 +125,7 @@ class _Training:
     program_layout: Layout | None = None
     """The layout that the program has before megatune changes it; None if it was not read."""
     dropped_rules: frozenset[str] = frozenset()
-    """Rules that the program's version of Megatron-Core no longer has."""
+    """Rules that do not hold in the program's release of Megatron-Core; empty if the release is unknown."""
 
 
 def _training(
@@ -152,10 +153,15 @@ def _training(
             baseline=_agreed("baseline", layout, baseline),
             recipe=file.recipe or facts.name,
             program_layout=layout,
-            dropped_rules=gone_rules(facts.megatron_core),
+            dropped_rules=rules_of_other_releases(facts.megatron_core),
         )
     assert stated is not None, "SweepFile refuses other programs without a workload"
-    return _Training(workload=stated, baseline=baseline, recipe=file.recipe)
+    return _Training(
+        workload=stated,
+        baseline=baseline,
+        recipe=file.recipe,
+        dropped_rules=rules_of_other_releases(installed_release()) if program == BUILT_IN else frozenset(),
+    )
 
 
 @contextmanager

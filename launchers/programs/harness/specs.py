@@ -105,5 +105,11 @@ def _repair_megatron() -> None:
     """Replace what Megatron uses of Transformer Engine even if it is not installed, such as the state of fp8."""
     moe_utils.te_general_gemm = None
     multi_latent_attention.HAVE_TE = False
+    # Without Transformer Engine the newer releases take no replicated down projection (`Linear` is None there), and
+    # build no query norm beside a projection that could contain it. The spec has both, as 0.16 builds them.
+    multi_latent_attention.Linear = Linear
+    multi_latent_attention.MLASelfAttention._resolve_qk_norm_config = lambda self, submodules: vars(
+        submodules
+    )
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
     random.activation_recompute_forward = random.fp8_autocast = lambda **unused: nullcontext()

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from megatron.core import package_info
 from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallelConfig
 
@@ -75,6 +76,8 @@ _MOE_FIELDS = (
 )
 _MLA_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
+_RELEASE = (package_info.MAJOR, package_info.MINOR)
+"""The installed release of Megatron-Core."""
 _REFUSED_KNOBS = ("cuda_graph_impl", "use_megatron_fsdp")
 """Knobs whose features this program lacks; `tuner.trial.program.NOT_BUILT_IN` lists the features."""
 _CUDA_KNOBS = (
@@ -144,11 +147,11 @@ def _refuse_unsupported(workload: Workload, layout: Layout, device: str) -> None
             raise ValueError(f"{knob}: this program trains without it; a recipe or a command may have it")
     if workload.fp8_param:
         raise ValueError("fp8_param: this program keeps weights in 16 bits; leave it out of the workload")
-    if workload.model.is_moe and layout.ep == 1 and layout.etp != layout.tp:
-        # Megatron treats weights as experts' only if ep is above 1: `expert_parallel` in layers.py and in
+    if workload.model.is_moe and layout.ep == 1 and layout.etp != layout.tp and _RELEASE < (0, 19):
+        # Older releases treat weights as experts' only if ep is above 1: `expert_parallel` in layers.py and in
         # extensions/transformer_engine.py.
         raise ValueError(
-            f"with ep 1 Megatron reduces the experts' gradients like dense ones, which is wrong if etp "
+            f"with ep 1 Megatron before 0.19 reduces the experts' gradients like dense ones, which is wrong if etp "
             f"({layout.etp}) is not tp ({layout.tp}): set etp to tp, or ep above 1"
         )
 

@@ -1,6 +1,7 @@
 """`megatune doctor` looks at all that a trial needs; tests/integration/test_doctor.py has it load the real Megatron."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ def test_doctor_names_what_a_trial_needs_and_writes_nothing(
     checks = {check["check"]: check for check in json.loads(capsys.readouterr().out)}
     needed = ("torch", "megatron-core", "optuna", "mlflow", "megatron imports", "machine", "gloo on loopback")
     assert all(checks[name]["status"] == "ok" for name in needed)
+    assert re.match(r"\d+\.\d+\S*, (not )?tested", checks["megatron-core"]["told"])
     assert checks["megatron imports"]["told"] == f"the program {PROGRAM} loads"
     assert not list(Path().iterdir())
 

@@ -13,7 +13,7 @@ from tuner.core.columns import Columns
 from tuner.core.layout import KNOBS, Layout, data_parallel_size, expert_data_parallel_size, min_gpus
 from tuner.core.workload import Workload
 from tuner.errors import InputError
-from tuner.rules.validity import RULES, active_rules, broken_rules, gone_rules
+from tuner.rules.validity import RULES, active_rules, broken_rules
 
 LATENT_WITH_MTP = workload(latent(mtp_num_layers=1))
 
@@ -130,15 +130,6 @@ def test_a_lifted_policy_is_not_judged() -> None:
 def test_only_policies_and_what_newer_releases_take_can_be_lifted(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         active_rules({name})
-
-
-def test_a_newer_megatron_asks_less() -> None:
-    layout = Layout(ep=8, overlap_moe_expert_parallel_comm=True)
-    broken = ids_of_broken_rules(layout, MIXTURE, cluster(8))
-    assert broken == {"expert-overlap-needs-two-experts"}
-    assert gone_rules("0.16.1") == gone_rules("0.18") == frozenset()
-    assert broken < gone_rules("0.19.2+689cb04") == gone_rules("0.20") == gone_rules("")
-    assert not broken_rules(layout, MIXTURE, cluster(8), lifted=gone_rules("0.19"))
 
 
 @given(
