@@ -252,7 +252,10 @@ def test_a_trial_is_replayed_from_its_folder_after_the_recipes_file_is_gone(
         (recorded.path / name).write_text(text)
     write_json(recorded.result, result)
     Path(recipe.recipe).unlink()
-    assert megatune(["replay", str(recorded.path), "--folder", str(again), "--yes"]) in {0, 3}  # as fast, or not
+    assert megatune(["replay", str(recorded.path), "--folder", str(again), "--yes"]) in {
+        0,
+        3,
+    }  # as fast, or not
     replayed = read_json(TrialResult, TrialFolder(again).result)
     assert replayed.metrics is not None and result.metrics is not None
     assert replayed.metrics.losses == result.metrics.losses

@@ -22,7 +22,11 @@ from tuner.core.workload import Workload
 from tuner.predict.memory.peak import memory_breakdown
 
 GIB = 2**30
-FULL: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FULL: dict[str, Any] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
