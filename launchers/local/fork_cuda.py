@@ -4,6 +4,7 @@ A fork of a process that has used CUDA cannot use CUDA. In torch, a mere call of
 use, unless NVML can answer it.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,7 +31,21 @@ def has_used_cuda(descriptors: Path = Path("/proc/self/fd")) -> bool:
     import torch
 
     is_initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return is_initialized or _CUDA_DEVICE in _targets(descriptors)
+    return is_initialized or _CUDA_DEVICE in _targets(descriptors) or _spoils_forks()
+
+
+def _spoils_forks() -> bool:
+    """Return what torch says in a fork of this process: whether CUDA cannot be used there.
+
+    A question for the number of devices suffices if NVML cannot answer it, as for MIG slices in CUDA_VISIBLE_DEVICES.
+    """
+    from torch.cuda import _is_in_bad_fork
+
+    pid = os.fork()
+    if not pid:
+        os._exit(int(_is_in_bad_fork()))
+    _, status = os.waitpid(pid, 0)
+    return status != 0
 
 
 def _targets(descriptors: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from enum import EnumMeta, IntEnum
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -21,6 +21,9 @@ GPUS = "STANDIN_GPUS"
 """Variable with the path of a file that describes the machine's GPUs: one line per GPU, as `tests.cuda.gpus` writes."""
 ASKED = "STANDIN_ASKED"
 """Variable with the path of a file. A process adds one line to it each time it asks CUDA for the number of GPUs."""
+
+FIELDS = ("kind", "name", "uuid", "total_mib", "used_mib", "nvlinks", "processes")
+"""What a line of the file of GPUS says, separated by bars."""
 
 _NATIVE = "transformer_engine_torch"
 _CUDNN = 91_200
@@ -126,7 +129,10 @@ def _without_native_library(common: Any) -> None:
 
 
 def _with_gpus(cuda: Any) -> None:
-    """Let torch count the GPUs of the described machine; the driver's own call runs too, and spoils later forks."""
+    """Let torch find the GPUs of the described machine.
+
+    The driver's own calls run too, since they make CUDA unusable in later forks. Nothing can be computed.
+    """
     if GPUS not in os.environ:
         return
     import torch
@@ -137,21 +143,50 @@ def _with_gpus(cuda: Any) -> None:
     def count() -> int:
         _note_question()
         ask_driver()
-        return visible_count()
+        return len(visible_gpus())
+
+    def initialise() -> None:
+        ask_driver()
+        cuda._queued_calls.clear()  # they ask for more than is described
 
     native._cuda_getDeviceCount = count
+    native._cuda_init = initialise
+    cuda.current_device = lambda: (cuda.init(), 0)[1]
+    cuda.get_device_properties = lambda device=0: (cuda.init(), _properties(device))[1]
+    cuda.get_device_capability = lambda device=0: (cuda.init(), _capability(visible_gpus()[0]))[1]
 
 
-def visible_count() -> int:
-    """Return how many of the described GPUs CUDA_VISIBLE_DEVICES leaves visible."""
+def visible_gpus() -> list[dict[str, str]]:
+    """Return the described GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order."""
     lines = Path(os.environ[GPUS]).read_text(encoding="ascii").splitlines()
+    gpus = [dict(zip(FIELDS, line.split("|"), strict=True)) for line in lines]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with_index = [gpu for gpu in gpus if gpu["kind"] == "gpu"]
     if visible is None:
-        return sum(line.split("|")[0] == "gpu" for line in lines)
-    return len([name for name in visible.split(",") if name.strip()])
+        return with_index
+    by_name = {str(index): gpu for index, gpu in enumerate(with_index)} | {gpu["uuid"]: gpu for gpu in gpus}
+    return [by_name[name.strip()] for name in visible.split(",") if name.strip()]
+
+
+def _properties(device: Any) -> SimpleNamespace:
+    gpu = visible_gpus()[getattr(device, "index", device) or 0]
+    major, minor = _capability(gpu)
+    return SimpleNamespace(
+        name=gpu["name"],
+        uuid=gpu["uuid"].partition("-")[2],
+        total_memory=int(gpu["total_mib"]) << 20,
+        major=major,
+        minor=minor,
+        multi_processor_count=132,
+    )
+
+
+def _capability(gpu: dict[str, str]) -> tuple[int, int]:
+    return (10, 0) if "B200" in gpu["name"] else (9, 0)
 
 
 def _note_question() -> None:
+    """Add a line with this process's id and its stack, the innermost function first, to the file of ASKED."""
     if ASKED in os.environ:
         frames = [f"{Path(frame.filename).name}:{frame.name}" for frame in traceback.extract_stack()[:-2]]
         with Path(os.environ[ASKED]).open("a", encoding="utf-8") as file:
