@@ -11,7 +11,7 @@ import torch
 def main(folder: Path) -> None:
     error = ""
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
     told = {"error": error, "devices": torch.cuda.device_count(), "environment": dict(os.environ)}

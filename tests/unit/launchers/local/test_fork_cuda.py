@@ -31,3 +31,8 @@ def test_hidden_cuda_is_back_once_the_stack_is_closed(monkeypatch: pytest.Monkey
         assert (torch.cuda.is_available(), torch.cuda.device_count()) == (False, 0)
         hidden.close()
         assert (torch.cuda.is_available(), torch.cuda.device_count()) == (True, 8)
+
+
+def test_a_fork_tells_that_cuda_is_spoilt_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert has_used_cuda()
