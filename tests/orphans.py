@@ -78,7 +78,8 @@ def kill_tuner(program: str, number: signal.Signals, folder: Path) -> Aftermath:
     try:
         while not started.exists():
             if tuner.poll() is not None or time.monotonic() > deadline_s:
-                raise AssertionError(f"the first trial never began: {tuner.stderr and tuner.stderr.read()}")
+                tuner.kill()
+                raise AssertionError(f"the first trial never began: {tuner.communicate()[1]}")
             time.sleep(0.1)
         time.sleep(0.5)  # all ranks are up
         processes = _processes(results.path, pids)
