@@ -78,7 +78,7 @@ def completed_row(
         durations=Durations(startup_s=8.0, build_s=1.0, warmup_s=2.0, measure_s=3.0, total_s=15.0),
         versions={"torch": "2.13.0", "megatron-core": "0.16.1"},
         device_name="NVIDIA H100 80GB HBM3",
-        finished_at=f"2026-03-01T02:{number:02d}:00+00:00",
+        finished_at=f"2026-03-01T{2 + number // 60:02d}:{number % 60:02d}:00+00:00",
     )
     return FinishedTrial(
         number=number,
@@ -104,7 +104,7 @@ def failed_row(
         rank=3,
         durations=Durations(startup_s=8.0, total_s=12.0),
         versions={"torch": "2.13.0"},
-        finished_at=f"2026-03-01T02:{number:02d}:00+00:00",
+        finished_at=f"2026-03-01T{2 + number // 60:02d}:{number % 60:02d}:00+00:00",
     )
     return FinishedTrial(
         number=number,

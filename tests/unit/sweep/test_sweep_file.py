@@ -14,6 +14,7 @@ from tuner.core.cluster import Cluster
 from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import read_json, to_data, write_json
+from tuner.rules.releases import installed_release, rules_of_other_releases
 from tuner.space.domain import REFINED, search_domain
 from tuner.sweep.configuration import Sweep
 from tuner.sweep.resolution import load_sweep
@@ -263,7 +264,8 @@ def test_a_sweep_holds_what_its_file_states(tmp_path: Path) -> None:
     assert set(sweep.domain["sp"]) == {False, True}
     assert (sweep.domain["pp"], sweep.domain["recompute_granularity"]) == ((2,), ("none",))
     assert sweep.baseline == Layout(pp=2)
-    assert (sweep.recipe, sweep.lifted, sweep.seed) == ("mine", frozenset({"tp-inside-nvlink"}), 7)
+    assert (sweep.recipe, sweep.seed) == ("mine", 7)
+    assert sweep.lifted == {"tp-inside-nvlink"} | rules_of_other_releases(installed_release())
     assert (sweep.budget.trials, sweep.budget.hours, sweep.budget.gpu_hours) == (3, 8.0, None)
     assert sweep.experiment == "night shift"
 
