@@ -23,10 +23,6 @@ from tuner.trial.contract import TrialFolder, TrialSpec
 from tuner.trial.program import Command, LogFigures, MegatronLm, read_log
 
 
-class _TooFewStepsError(Exception):
-    """The command exited with code 0, but reported less than a measurement needs."""
-
-
 def main(arguments: list[str]) -> int:
     """Run the trial; return the exit code, which is the command's own if it failed.
 
@@ -112,12 +108,11 @@ class _Log:
 
         Raises:
             NonFiniteLossError: if a loss is not finite.
-            _TooFewStepsError: if the output states too few steps or no peak memory, or the command wrote no result
-                itself.
+            EOFError: if the output ended with too few steps or no peak memory, or the command wrote no result itself.
         """
         if not self.patterns:
             if not self.monitor.folder.result.exists():
-                raise _TooFewStepsError(
+                raise EOFError(
                     f"the command wrote no {self.monitor.folder.result.name}, and program.log names no figures"
                 )
             return
@@ -126,7 +121,7 @@ class _Log:
         needed = self.spec.measurement.warmup_steps + self.spec.measurement.min_steps
         if len(self.times_ms) < needed or self.peak[0] is None:
             peak = "no peak memory" if self.peak[0] is None else "a peak memory"
-            raise _TooFewStepsError(
+            raise EOFError(
                 f"the output states {len(self.times_ms)} step times and {peak}; needed are {needed} step times "
                 "(measurement: warmup_steps + min_steps) and a peak memory"
             )

@@ -11,6 +11,8 @@ from tuner.trial.failure_texts import BROKEN_MACHINE, COMMUNICATION, DEVICE, OUT
 _OOM_KINDS = ("OutOfMemoryError", "MemoryError")
 _COMMUNICATION_KINDS = ("torch.distributed.", "torch._C._distributed_c10d.")
 _DEVICE_KINDS = ("AcceleratorError",)
+_OWN_KINDS = ("tuner.errors.",)
+"""What megatune itself says of a program that cannot run, whatever the layout."""
 _NON_FINITE = "NonFiniteLossError"
 """The name of the exception class that a program raises if the loss is NaN or infinite."""
 _NON_FINITE_TEXTS = ("found nan in local", "found inf in local")
@@ -53,7 +55,9 @@ def _outcome(kind: str, message: str, traceback: str, step: int) -> Outcome:
         return Outcome.OOM
     if kind.startswith(_COMMUNICATION_KINDS) or COMMUNICATION.search(text):
         return Outcome.COMMUNICATION
-    if step or kind.endswith(_DEVICE_KINDS) or DEVICE.search(text) or _is_of_the_system(kind):
+    if step or kind.startswith(_OWN_KINDS) or kind.endswith(_DEVICE_KINDS):
+        return Outcome.INFRASTRUCTURE
+    if DEVICE.search(text) or _is_of_the_system(kind):
         return Outcome.INFRASTRUCTURE
     innermost = traceback[traceback.rfind('  File "') :]
     return Outcome.INVALID if _REFUSAL.match(innermost) else Outcome.UNEXPLAINED

@@ -121,3 +121,11 @@ def test_a_lost_connection_is_the_cause_if_nothing_else_failed() -> None:
 
 def test_without_a_failed_rank_there_is_no_cause() -> None:
     assert cause_of([RankRecord(rank=0, host="node", phase="teardown", step=8)]) is None
+
+
+def test_what_megatune_says_of_a_program_is_no_verdict_on_its_layout() -> None:
+    raised = '  File "/work/launchers/programs/load.py", line 1, in load\n    raise error\n'
+    failure = Failure(
+        kind="tuner.errors.InputError", message="no such function", traceback=raised, time_s=0.0
+    )
+    assert outcome_of_failure(failure, "build", 0)[0] is Outcome.INFRASTRUCTURE
