@@ -1,7 +1,7 @@
 # `make sweep` tunes a tiny GPT and a tiny MoE with real jobs on 4 CPU ranks. `make test` runs all tests. Both set up what
 # they need. The oldest supported release of Megatron-Core is the one that they run with; `make test-newest` runs the tests
 # with the newest one, in an environment of its own.
-OLDEST_PYTHONS := 3.11
+OLDEST_PYTHONS := 3.11 3.12 3.13
 NEWEST_PYTHONS := 3.13 3.12
 PYTHON ?= $(call python,$(OLDEST_PYTHONS))
 NEWEST_PYTHON ?= $(call python,$(NEWEST_PYTHONS))

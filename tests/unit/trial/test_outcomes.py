@@ -124,7 +124,7 @@ def test_without_a_failed_rank_there_is_no_cause() -> None:
 
 
 def test_what_megatune_says_of_a_program_is_no_verdict_on_its_layout() -> None:
-    raised = '  File "/work/launchers/programs/load.py", line 1, in load\n    raise error\n'
+    raised = '  File "/opt/code/launchers/programs/load.py", line 1, in load\n    raise error\n'
     failure = Failure(
         kind="tuner.errors.InputError", message="no such function", traceback=raised, time_s=0.0
     )
