@@ -12,8 +12,8 @@ from launchers.watch.ownership import OwnProcesses, sees_all_processes
 RELEASE_S: Final = 30.0
 """How long the driver may take to free the memory of ended processes, in seconds. Assumed."""
 TOLERANCE_GIB: Final = 0.25
-"""How much more memory of a GPU may be in use after a job than before it. Assumed: more than the driver's own state
-takes."""
+"""The growth of a GPU's memory in use, from before a job to after it, that counts as released. Assumed: more than the
+driver's own state takes."""
 OCCUPIED_SHARE: Final = 0.01
 """The share of a GPU's memory that others may hold while an out-of-memory still counts. Assumed: a display or an MPS
 server takes less, and the prediction of a layout's memory is not more exact."""

@@ -137,9 +137,9 @@ class Feasibility:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Curve:
-    """The probability of fitting as a function of a row's room, for one standard deviation of a layout's own error.
+    """A curve that gives the probability that a row fits into memory, for a given room of the row.
 
-    The room is defined in `Feasibility._room`.
+    `Feasibility._room` defines the room. A curve belongs to one standard deviation of a layout's own prediction error.
     """
 
     index: NDArray[np.intp]

@@ -14,7 +14,7 @@ from tuner.printable import OneLine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptDeadline:
-    """When the last trial of a sweep is to have ended: the content of `deadline.json`."""
+    """The time by which the last trial of a sweep should have ended, as `deadline.json` records it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

@@ -56,7 +56,7 @@ class MlflowRuns:
     tags: Mapping[str, str]
     """The tags that the sweep's MLflow run and every trial's MLflow run have."""
     _records: dict[int, list[str]] | None = field(default=None, init=False, repr=False)
-    """The record hashes of the trials' MLflow runs in MLflow, by trial number; None before MLflow was asked."""
+    """For each trial number, the hash of the record that MLflow has of the trial; None until MLflow was asked."""
 
     @classmethod
     def open(cls, client: MlflowClient, folder: SweepFolder, uri: str) -> "MlflowRuns":

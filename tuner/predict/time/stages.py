@@ -89,7 +89,7 @@ def _exact(partition: Partition, before: Ints) -> Floats:
 
 
 def _mean(partition: Partition, before: Ints, pattern: tuple[LayerKind, ...]) -> Floats:
-    """Return the number of decoder layers of each kind on every rank, estimated by shares: [kinds, ranks].
+    """Return the estimated number of decoder layers of each kind on every rank; shape [kinds, ranks].
 
     Layers that come before all layers of the last layer's kind (dense layers before those with experts) are in the
     first chunk. All other chunks have each kind in proportion to its share of the remaining layers. `before[k, i]` is
