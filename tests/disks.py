@@ -20,11 +20,15 @@ def small_disk(folder: Path, size: str = "8m", names: int = 2000) -> Iterator[No
         folder: the folder.
         size: how many bytes the disk holds, as tmpfs takes it.
         names: how many files and folders it holds.
+
+    Raises:
+        pytest.skip.Exception: if no disk can be mounted here.
     """
     _mount("-t", "tmpfs", "-o", f"size={size},nr_inodes={names}", "tmpfs", str(folder))
     try:
         yield
     finally:
+        # Lazily: a fork server keeps the log of its first job open.
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 

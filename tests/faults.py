@@ -1,10 +1,6 @@
 """The faults that trials are tested with: the outcome that each must get, and how soon it must be over."""
 
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from tests.trials import CLUSTER, spec_of
 from tuner.core.layout import Layout
@@ -15,7 +11,6 @@ from tuner.trial.contract import Limits, Outcome, TrialFolder, TrialResult, Tria
 PROGRAM = "tests.integration.programs.faults"
 CPU = replace(CLUSTER, device="cpu", gpus_per_node=2, nvlink_domain_gpus=2)
 LIMITS = Limits(startup_s=50.0, step_s=50.0, trial_s=60.0)
-SMALL_DISK_MIB = 8
 
 
 class Programs(dict[str, str]):
@@ -42,7 +37,7 @@ class Fault:
     within_s: float = 25.0
     """Time from the launcher's start to the end of the last process: the fault's own, and a slow machine's start."""
     needs_small_disk: bool = False
-    """Whether the trial's folder must be a disk of its own with SMALL_DISK_MIB."""
+    """Whether the trial's folder must be a small disk of its own (tests/disks.py)."""
 
     def spec(self) -> TrialSpec:
         """Return a trial of two ranks on this machine's CPU that ends in this way."""
@@ -141,19 +136,3 @@ def lost(folder: TrialFolder, result: TrialResult) -> list[str]:
     if named != result.reason and not (folder.path / named.removesuffix(")")).is_file():
         missing.append(named)
     return missing
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """Mount a disk of SMALL_DISK_MIB on an empty folder; raise PermissionError where that is forbidden."""
-    options = f"size={SMALL_DISK_MIB}m"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        raise PermissionError(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        # Lazily: a fork server keeps the log of its first job open.
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -16,12 +16,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
+
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.processes import marked_processes
 from tests.bad_nights import BAD_NIGHTS, live_through
 from tests.bench import kill
-from tests.faults import FAULTS, Fault, Programs, lost, small_disk, spec_for, wrong
+from tests.disks import small_disk
+from tests.faults import FAULTS, Fault, Programs, lost, spec_for, wrong
 from tests.orphans import DEATHS, ORPHANS_S, PROGRAMS, kill_tuner
 from tuner.trial.contract import Outcome, TrialFolder
 
@@ -94,7 +97,7 @@ def try_fault(fault: Fault, start: str, launcher: TorchrunLauncher, root: Path) 
         if fault.needs_small_disk:
             try:
                 stack.enter_context(small_disk(folder.path))
-            except PermissionError:
+            except pytest.skip.Exception:
                 return replace(row, injected=False)
         result = launcher.run(launcher.plan(fault.spec(), folder), threading.Event())
         row = replace(
@@ -151,7 +154,7 @@ def try_nights() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 morning = live_through(night, Path(folder))
-            except PermissionError:
+            except pytest.skip.Exception:
                 print(line((night.name, "not injected: no disk can be mounted here", *[""] * 5)), flush=True)
                 continue
         wrong_text = morning.wrong(night)

@@ -5,8 +5,6 @@ import pty
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from mlflow import MlflowClient
 
 from launchers.processes import marked_processes
 from launchers.tracking import FINISH_S
+from tests.bad_nights import SWEEP, held_after_trial_0, start, wait_for
 from tests.disks import fill, fill_names, read_only, small_disk
 from tests.replay import claim
 from tuner.cli.api import load_sweep
@@ -27,38 +26,8 @@ from tuner.sweep.folder import SweepFolder
 from tuner.trial.contract import Outcome, TrialResult
 from tuner.trial.finished import read_trials
 
-TRAINER = Path(__file__).parent / "programs" / "trainer.py"
-SWEEP: Mapping[str, Any] = {
-    "name": "night",
-    "workload": {"model": "tiny-gpt", "seq_length": 64, "global_batch_size": 4, "precision": "fp32"},
-    "cluster": {"name": "cpu-4", "gpus_per_node": 2},
-    "knobs": {"micro_batch_size": [1, 2], "tp": [1, 2]},
-    "baseline": {"micro_batch_size": 1},
-    "budget": {"trials": 3, "min_gain": None, "finalists": 0},
-    "measurement": {"min_steps": 5, "max_steps": 5},
-    "program": {
-        "command": [
-            *(sys.executable, str(TRAINER), "--train-iters", "{steps}"),
-            *("--micro-batch-size", "{micro_batch_size}", "--tensor-model-parallel-size", "{tp}"),
-        ],
-        "log": "megatron-lm",
-    },
-}
-"""A trainer that sleeps: a trial takes 2 s, most of it start-up."""
-
 LONG = {"min_steps": 3000, "max_steps": 3000}
 """Measurements under which the baseline takes two minutes."""
-
-
-def _start(folder: Path, *arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **streams}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tuner", *arguments],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
-        **streams,
-    )
 
 
 def _ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
@@ -74,29 +43,10 @@ def _write(folder: Path, **changes: Any) -> SweepFolder:
     return SweepFolder(folder / "results" / "night")
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, "the sweep ended early"
-        assert time.monotonic() < deadline_s, f"{path} never came"
-        time.sleep(0.005)
-
-
-@contextmanager
-def _held_after_trial_0(folder: SweepFolder, process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Hold the tuner up while it takes in the result of trial 0."""
-    _wait_for(folder.trial(0).result, process)
-    process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGCONT)
-
-
 def _goes_on(cwd: Path, folder: SweepFolder) -> None:
     """Check that the same command finishes the sweep and leaves what was measured as it is."""
     before = [trial.result for trial in read_trials(folder.path)]
-    code, text = _ended(_start(cwd, "sweep", "sweep.yaml"))
+    code, text = _ended(start(cwd, "sweep", "sweep.yaml"))
     assert code == 0, text
     after = [trial.result for trial in read_trials(folder.path)]
     assert len(after) == 3
@@ -112,8 +62,8 @@ def test_a_disk_that_is_full_between_trials_ends_with_code_4_and_mlflow_is_told(
     folder = _write(tmp_path, tracking={"uri": elsewhere})
     (tmp_path / "results").mkdir()
     with small_disk(tmp_path / "results", size="32m"):
-        tuner = _start(tmp_path, "sweep", "sweep.yaml")
-        with _held_after_trial_0(folder, tuner):
+        tuner = start(tmp_path, "sweep", "sweep.yaml")
+        with held_after_trial_0(folder, tuner):
             fill_up(tmp_path / "results")
         code, text = _ended(tuner)
         assert code == 4, text
@@ -122,12 +72,12 @@ def test_a_disk_that_is_full_between_trials_ends_with_code_4_and_mlflow_is_told(
         assert "go on with: megatune sweep sweep.yaml" in text
         assert "No space left on device" in (folder.path / "summary.md").read_text(), "room was kept for it"
         if f"it took longer than {FINISH_S:g} s" in text:  # a loaded machine
-            assert _ended(_start(tmp_path, "sync", "night", "--uri", elsewhere))[0] == 0
+            assert _ended(start(tmp_path, "sync", "night", "--uri", elsewhere))[0] == 0
         client = MlflowClient(tracking_uri=elsewhere)
         (experiment,) = client.search_experiments(filter_string="name LIKE 'megatune/%'")
         (run,) = client.search_runs([experiment.experiment_id], "tags.`megatune.kind` = 'sweep'")
         assert run.info.status == "FAILED", text
-        code, text = _ended(_start(tmp_path, "sweep", "sweep.yaml"))
+        code, text = _ended(start(tmp_path, "sweep", "sweep.yaml"))
         assert code == 4, text
         assert "error: results/night" in text and "No space left on device" in text
         for filler in (tmp_path / "results").glob("filler*"):
@@ -137,8 +87,8 @@ def test_a_disk_that_is_full_between_trials_ends_with_code_4_and_mlflow_is_told(
 
 def test_a_results_folder_that_is_deleted_ends_with_code_4(tmp_path: Path) -> None:
     folder = _write(tmp_path)
-    tuner = _start(tmp_path, "sweep", "sweep.yaml")
-    with _held_after_trial_0(folder, tuner):
+    tuner = start(tmp_path, "sweep", "sweep.yaml")
+    with held_after_trial_0(folder, tuner):
         shutil.rmtree(folder.path)
     code, text = _ended(tuner)
     assert code == 4, text
@@ -149,8 +99,8 @@ def test_a_results_folder_that_is_deleted_ends_with_code_4(tmp_path: Path) -> No
 
 def test_a_results_folder_that_becomes_read_only_ends_with_code_4(tmp_path: Path) -> None:
     folder = _write(tmp_path)
-    tuner = _start(tmp_path, "sweep", "sweep.yaml")
-    with _held_after_trial_0(folder, tuner):
+    tuner = start(tmp_path, "sweep", "sweep.yaml")
+    with held_after_trial_0(folder, tuner):
         context = read_only(folder.path)
         context.__enter__()
     try:
@@ -164,11 +114,11 @@ def test_a_results_folder_that_becomes_read_only_ends_with_code_4(tmp_path: Path
 
 def test_a_tuner_leaves_a_folder_that_another_tuner_has_made_anew(tmp_path: Path) -> None:
     folder = _write(tmp_path)
-    tuner = _start(tmp_path, "sweep", "sweep.yaml")
-    with _held_after_trial_0(folder, tuner):
+    tuner = start(tmp_path, "sweep", "sweep.yaml")
+    with held_after_trial_0(folder, tuner):
         shutil.rmtree(folder.path)
-        other = _start(tmp_path, "sweep", "sweep.yaml")
-        _wait_for(folder.trial(0).spec, other)
+        other = start(tmp_path, "sweep", "sweep.yaml")
+        wait_for(folder.trial(0).spec, other)
     code, text = _ended(other)
     assert code == 0, text
     assert [trial.number for trial in read_trials(folder.path)] == [0, 1, 2]
@@ -194,7 +144,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_and_no_view_stops_the_sweep(
     folder = _write(tmp_path, budget={**SWEEP["budget"], "trials": 1})
     (folder.path / name).mkdir(parents=True)
     (folder.path / name / "file").touch()
-    ended, text = _ended(_start(tmp_path, "sweep", "sweep.yaml"))
+    ended, text = _ended(start(tmp_path, "sweep", "sweep.yaml"))
     assert ended == code, text
     assert told in text
 
@@ -223,16 +173,16 @@ def test_a_broken_stdout_and_stderr_do_not_end_a_sweep_nor_change_its_exit_code(
     tmp_path: Path, streams: Callable[[Path], Mapping[str, Any]]
 ) -> None:
     folder = _write(tmp_path)
-    assert _start(tmp_path, "sweep", "sweep.yaml", **streams(tmp_path)).wait(timeout=200) == 0
+    assert start(tmp_path, "sweep", "sweep.yaml", **streams(tmp_path)).wait(timeout=200) == 0
     assert len(read_trials(folder.path)) == 3
     assert "Finished" in (folder.path / "summary.md").read_text()
-    out, _ = _start(tmp_path, "show", "night", "--json").communicate(timeout=60)
+    out, _ = start(tmp_path, "show", "night", "--json").communicate(timeout=60)
     assert out.startswith(b"{"), "no file took the place of a closed stream"
 
 
 def test_a_reader_that_takes_one_line_does_not_end_a_sweep(tmp_path: Path) -> None:
     folder = _write(tmp_path)
-    tuner = _start(tmp_path, "sweep", "sweep.yaml", stderr=subprocess.STDOUT)
+    tuner = start(tmp_path, "sweep", "sweep.yaml", stderr=subprocess.STDOUT)
     assert tuner.stdout is not None
     assert tuner.stdout.readline().startswith(b"night: ")
     tuner.stdout.close()
@@ -252,8 +202,8 @@ def test_a_terminal_that_goes_away_without_a_signal_does_not_end_a_sweep(tmp_pat
     folder = _write(tmp_path)
     with _terminal() as (master, slave):
         # In a session of its own, without a terminal that controls it, as after `disown`.
-        tuner = _start(tmp_path, "sweep", "sweep.yaml", stdout=slave, stderr=slave, start_new_session=True)
-    _wait_for(folder.trial(0).heartbeat, tuner)
+        tuner = start(tmp_path, "sweep", "sweep.yaml", stdout=slave, stderr=slave, start_new_session=True)
+    wait_for(folder.trial(0).heartbeat, tuner)
     os.close(master)
     assert tuner.wait(timeout=200) == 0
     assert len(read_trials(folder.path)) == 3
@@ -262,7 +212,7 @@ def test_a_terminal_that_goes_away_without_a_signal_does_not_end_a_sweep(tmp_pat
 def test_a_terminal_that_hangs_up_interrupts_the_sweep_which_then_goes_on(tmp_path: Path) -> None:
     folder = _write(tmp_path, measurement=LONG)
     with _terminal() as (master, slave):
-        tuner = _start(
+        tuner = start(
             tmp_path,
             *("sweep", "sweep.yaml"),
             stdin=slave,
@@ -273,7 +223,7 @@ def test_a_terminal_that_hangs_up_interrupts_the_sweep_which_then_goes_on(tmp_pa
                 os.open(os.ttyname(0), os.O_RDWR)
             ),  # takes it as controlling terminal
         )
-    _wait_for(folder.trial(0).heartbeat, tuner)
+    wait_for(folder.trial(0).heartbeat, tuner)
     os.close(master)
     assert tuner.wait(timeout=60) == 130
     assert read_json(TrialResult, folder.trial(0).result).outcome is Outcome.INTERRUPTED
@@ -282,8 +232,8 @@ def test_a_terminal_that_hangs_up_interrupts_the_sweep_which_then_goes_on(tmp_pa
 
 def test_sighup_ends_the_running_trial_and_says_how_to_resume(tmp_path: Path) -> None:
     folder = _write(tmp_path, measurement=LONG)
-    tuner = _start(tmp_path, "sweep", "sweep.yaml")
-    _wait_for(folder.trial(0).heartbeat, tuner)
+    tuner = start(tmp_path, "sweep", "sweep.yaml")
+    wait_for(folder.trial(0).heartbeat, tuner)
     tuner.send_signal(signal.SIGHUP)
     code, text = _ended(tuner)
     assert code == 130, text
@@ -295,10 +245,10 @@ def test_sighup_ends_the_running_trial_and_says_how_to_resume(tmp_path: Path) ->
 
 def test_under_nohup_a_sweep_outlives_sighup(tmp_path: Path) -> None:
     folder = _write(tmp_path)
-    tuner = _start(
+    tuner = start(
         tmp_path, "sweep", "sweep.yaml", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
-    _wait_for(folder.trial(0).heartbeat, tuner)
+    wait_for(folder.trial(0).heartbeat, tuner)
     tuner.send_signal(signal.SIGHUP)
     code, text = _ended(tuner)
     assert code == 0, text
@@ -307,7 +257,7 @@ def test_under_nohup_a_sweep_outlives_sighup(tmp_path: Path) -> None:
 
 def test_a_deadline_holds_until_another_one_is_given(tmp_path: Path) -> None:
     folder = _write(tmp_path)
-    code, text = _ended(_start(tmp_path, "sweep", "sweep.yaml", "--max-trials", "1", "--deadline", "07:00"))
+    code, text = _ended(start(tmp_path, "sweep", "sweep.yaml", "--max-trials", "1", "--deadline", "07:00"))
     assert code == 0, text
     kept = folder.read_deadline()
     assert kept is not None and kept.asked == "07:00"
@@ -315,14 +265,14 @@ def test_a_deadline_holds_until_another_one_is_given(tmp_path: Path) -> None:
     # The night has passed.
     write_json(folder.deadline, KeptDeadline(asked="07:00", at="2026-01-02T07:00:00+01:00"))
     for arguments in ([], ["--deadline", "07:00"]):
-        code, text = _ended(_start(tmp_path, "sweep", "sweep.yaml", *arguments))
+        code, text = _ended(start(tmp_path, "sweep", "sweep.yaml", *arguments))
         assert code == 0, text
         assert "to end by 2026-01-02 07:00+01:00" in text
         assert "The deadline of this sweep has passed, so no further trial begins." in text
         assert "Go on until another deadline: megatune sweep sweep.yaml --deadline 20" in text
         assert len(read_trials(folder.path)) == 1
     again = text.split("megatune sweep sweep.yaml --deadline ")[1].split()[0]
-    code, text = _ended(_start(tmp_path, "sweep", "sweep.yaml", "--deadline", again))
+    code, text = _ended(start(tmp_path, "sweep", "sweep.yaml", "--deadline", again))
     assert code == 0, text
     assert len(read_trials(folder.path)) == 3
 
@@ -332,7 +282,7 @@ def test_a_reading_command_ends_quietly_with_its_reader(tmp_path: Path, argument
     claim(_write(tmp_path), load_sweep(tmp_path / "sweep.yaml"))
     reader, writer = os.pipe()
     os.close(reader)
-    process = _start(tmp_path, *arguments, stdout=writer)
+    process = start(tmp_path, *arguments, stdout=writer)
     os.close(writer)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
@@ -341,6 +291,6 @@ def test_a_reading_command_ends_quietly_with_its_reader(tmp_path: Path, argument
 def test_an_export_that_cannot_be_written_fails(tmp_path: Path) -> None:
     claim(_write(tmp_path), load_sweep(tmp_path / "sweep.yaml"))
     with Path("/dev/full").open("wb") as full:
-        code, text = _ended(_start(tmp_path, "show", "night", stdout=full))
+        code, text = _ended(start(tmp_path, "show", "night", stdout=full))
     assert code == 4
     assert "No space left on device" in text

@@ -18,7 +18,8 @@ import pytest
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
 from launchers.processes import marked_processes
-from tests.faults import FAULTS, LIMITS, Fault, Programs, lost, small_disk, spec_for, wrong
+from tests.disks import small_disk
+from tests.faults import FAULTS, LIMITS, Fault, Programs, lost, spec_for, wrong
 from tuner.files import read_json
 from tuner.trial.contract import Heartbeat, Limits, Outcome, TrialFolder, TrialResult, TrialSpec
 
@@ -122,10 +123,7 @@ def test_a_fault_is_reported_with_its_cause_and_leaves_its_evidence_but_no_proce
 ) -> None:
     with ExitStack() as stack:
         if fault.needs_small_disk:
-            try:
-                stack.enter_context(small_disk(folder.path))
-            except PermissionError as error:
-                pytest.skip(str(error))
+            stack.enter_context(small_disk(folder.path))
         result = run(fault.program, folder, fault.limits, launcher)
         assert wrong(fault, result) == ""
         assert lost(folder, result) == []
