@@ -1,6 +1,7 @@
 """What all tests share: settings of Hypothesis, a cache of their own, and folders in memory."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,3 +34,22 @@ def in_memory() -> Iterator[Path]:
 def results(in_memory: Path) -> Path:
     """The path of a results folder that does not exist yet."""
     return Path(tempfile.mkdtemp(dir=in_memory)) / "night"
+
+
+@pytest.fixture(scope="session")
+def finished(in_memory: Path) -> Path:
+    """The results of a sweep with measured trials and one that ran out of memory; no test may change them."""
+    from tests.replay import ReplayLauncher, sweep_of
+    from tests.unit.cli.commands import write_results
+    from tuner.core.layout import Layout
+
+    results = in_memory / "finished"
+    layouts = [Layout(tp=4, pp=2), Layout(micro_batch_size=2), Layout(tp=2), Layout(pp=2)]
+    write_results(results, sweep_of(), layouts, ReplayLauncher(limit_gib=60.0))
+    return results
+
+
+@pytest.fixture
+def night(finished: Path, results: Path) -> Path:
+    """A copy of the finished results, which a test may spoil."""
+    return Path(shutil.copytree(finished, results))

@@ -1,12 +1,14 @@
 """Makes trials for tests: specs, results and folders as a sweep leaves them, with metrics made from one step time."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tuner.core.cluster import Cluster, Gpu
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
 from tuner.files import write_json
-from tuner.trial.contract import Durations, Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Durations, Measurement, Metrics, Outcome, TrialFolder, TrialResult, TrialSpec
 from tuner.trial.finished import FinishedTrial, TrialSource, trial_folder
 
 MODEL = Model(
@@ -20,6 +22,7 @@ MODEL = Model(
     vocab_size=256,
 )
 
+PIPELINE = Layout(pp=2)
 WORKLOAD = Workload(model=MODEL, seq_length=128, global_batch_size=16, precision="bf16")
 
 CLUSTER = Cluster(
@@ -38,6 +41,20 @@ CLUSTER = Cluster(
 
 def spec_of(number: int, layout: Layout, *, sweep: str = "night", cluster: Cluster = CLUSTER) -> TrialSpec:
     return TrialSpec(sweep=sweep, number=number, workload=WORKLOAD, cluster=cluster, layout=layout)
+
+
+def gloo_trial(steps: int, layout: Layout = PIPELINE, **changes: Any) -> TrialSpec:
+    """Return a trial of a few timed steps that two Gloo ranks on any machine can run."""
+    gpu = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
+    spec = TrialSpec(
+        sweep="night",
+        number=0,
+        workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
+        cluster=replace(CLUSTER, device="cpu", gpu=gpu, gpus_per_node=2, nvlink_domain_gpus=2),
+        layout=layout,
+        measurement=Measurement(min_steps=steps, max_steps=steps),
+    )
+    return replace(spec, **changes)
 
 
 def metrics_of(step_time_ms: float, half_interval_ms: float = 1.0, peak_gib: float = 10.0) -> Metrics:

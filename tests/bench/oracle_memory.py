@@ -60,7 +60,8 @@ class MeasuredDraw(NamedTuple):
         return self.draw.stage.total_gib / self.measured_gib - 1
 
 
-def _model(name: str, **fields: Any) -> Model:
+def model(name: str, **fields: Any) -> Model:
+    """Return a small model with these fields."""
     defaults: dict[str, Any] = {
         "num_layers": 8,
         "hidden_size": 1024,
@@ -73,8 +74,8 @@ def _model(name: str, **fields: Any) -> Model:
     return Model(name=name, **{**defaults, **fields})
 
 
-_MOE: dict[str, Any] = {"num_moe_experts": 16, "moe_ffn_hidden_size": 704, "moe_router_topk": 4}
-_MLA: dict[str, Any] = {
+MOE: dict[str, Any] = {"num_moe_experts": 16, "moe_ffn_hidden_size": 704, "moe_router_topk": 4}
+MLA: dict[str, Any] = {
     "multi_latent_attention": True,
     "num_query_groups": 16,
     "q_lora_rank": 384,
@@ -87,9 +88,9 @@ _MLA: dict[str, Any] = {
 
 FAMILIES: dict[str, tuple[Model, ...]] = {
     "dense": (
-        _model("llama"),
-        _model("large-vocabulary", num_layers=6, vocab_size=151936, qk_layernorm=True),
-        _model(
+        model("llama"),
+        model("large-vocabulary", num_layers=6, vocab_size=151936, qk_layernorm=True),
+        model(
             "gpt",
             ffn_hidden_size=4096,
             num_query_groups=16,
@@ -101,7 +102,7 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
             add_bias_linear=True,
             share_embeddings_and_output_weights=True,
         ),
-        _model(
+        model(
             "wide",
             num_layers=12,
             hidden_size=2048,
@@ -111,36 +112,36 @@ FAMILIES: dict[str, tuple[Model, ...]] = {
         ),
     ),
     "moe": (
-        _model("mixture", **_MOE),
-        _model(
+        model("mixture", **MOE),
+        model(
             "shared",
-            **{**_MOE, "num_moe_experts": 16, "moe_router_topk": 2},
+            **{**MOE, "num_moe_experts": 16, "moe_router_topk": 2},
             moe_shared_expert_intermediate_size=1408,
             moe_layer_freq=2,
             qk_layernorm=True,
         ),
-        _model(
-            "few-large", **{**_MOE, "num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 2816}
+        model(
+            "few-large", **{**MOE, "num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 2816}
         ),
     ),
     "mla": (
-        _model(
+        model(
             "latent",
-            **_MLA,
-            **_MOE,
+            **MLA,
+            **MOE,
             moe_shared_expert_intermediate_size=704,
             moe_layer_freq=(0, *(1,) * 7),
             moe_router_score_function="sigmoid",
             moe_router_enable_expert_bias=True,
         ),
-        _model(
+        model(
             "latent-mtp",
-            **{**_MLA, "q_lora_rank": None},
-            **_MOE,
+            **{**MLA, "q_lora_rank": None},
+            **MOE,
             moe_shared_expert_intermediate_size=1408,
             mtp_num_layers=1,
         ),
-        _model("latent-dense", **_MLA, num_layers=12),
+        model("latent-dense", **MLA, num_layers=12),
     ),
 }
 

@@ -1,31 +1,21 @@
 """A trial is run again from its record alone."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.trials import CLUSTER, MODEL, failed_row, metrics_of, spec_of
+from tests.trials import failed_row, gloo_trial, metrics_of, spec_of
 from tuner.cli.app import run
 from tuner.core.layout import Layout
-from tuner.core.workload import Workload
 from tuner.files import read_json, write_json
-from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Outcome, TrialFolder, TrialResult
 
 
 def test_a_trial_is_run_again_from_its_folder_and_differences_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
-    spec = TrialSpec(
-        sweep="night",
-        number=7,
-        workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
-        cluster=replace(CLUSTER, device="cpu", gpu=gpu, gpus_per_node=2, nvlink_domain_gpus=2),
-        layout=Layout(pp=2),
-        measurement=Measurement(min_steps=2, max_steps=2),
-        give_up_above_ms=1e-6,  # a bound of the sweep, which does not apply to the rerun
-    )
+    # The bound is one of the sweep, which does not apply to the rerun.
+    spec = gloo_trial(steps=2, number=7, give_up_above_ms=1e-6)
     recorded, rerun = TrialFolder(tmp_path / "t0007"), TrialFolder(tmp_path / "again")
     recorded.path.mkdir()
     write_json(recorded.spec, spec)

@@ -1,25 +1,14 @@
 """A trial measures alike whether its ranks are forked or started cold."""
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
-from tests.trials import CLUSTER, MODEL
-from tuner.core.layout import Layout
-from tuner.core.workload import Workload
-from tuner.trial.contract import Measurement, Metrics, TrialFolder, TrialResult, TrialSpec
+from tests.trials import gloo_trial
+from tuner.trial.contract import Metrics, TrialFolder, TrialResult
 
-GPU = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
-SPEC = TrialSpec(
-    sweep="test",
-    number=0,
-    workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
-    cluster=replace(CLUSTER, device="cpu", gpu=GPU, gpus_per_node=2, nvlink_domain_gpus=2),
-    layout=Layout(pp=2),
-    measurement=Measurement(min_steps=3, max_steps=3),
-)
+SPEC = gloo_trial(steps=3)
 
 
 def run(launcher: TorchrunLauncher, folder: Path) -> TrialResult:

@@ -5,12 +5,14 @@ What they allocate is imitated on fake tensors (tests/bench/torch_on_cuda.py); n
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from launchers.programs.megatron_core.probe import prepare, probe
 from search_spaces.loader import load_cluster
+from tests.bench.oracle_memory import MLA, MOE, model
 from tests.bench.torch_on_cuda import torch_on_cuda
 from tuner.core.layout import Layout
 from tuner.core.workload import Model, Workload
@@ -23,17 +25,6 @@ FULL: dict[str, Any] = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
-MOE: dict[str, Any] = {"num_moe_experts": 16, "moe_ffn_hidden_size": 704, "moe_router_topk": 4}
-MLA: dict[str, Any] = {
-    "multi_latent_attention": True,
-    "num_query_groups": 16,
-    "q_lora_rank": 384,
-    "kv_lora_rank": 256,
-    "qk_head_dim": 64,
-    "qk_pos_emb_head_dim": 32,
-    "v_head_dim": 64,
-    "qk_layernorm": True,
-}
 GPT: dict[str, Any] = {
     "num_query_groups": 16,
     "gated_linear_unit": False,
@@ -43,33 +34,22 @@ GPT: dict[str, Any] = {
 }
 
 
-def model(**fields: Any) -> Model:
-    sizes: dict[str, Any] = {
-        "num_layers": 4,
-        "hidden_size": 1024,
-        "ffn_hidden_size": 2816,
-        "num_attention_heads": 16,
-        "num_query_groups": 4,
-        "kv_channels": 64,
-        "vocab_size": 32_000,
-    }
-    return Model(name="test", **{**sizes, **fields})
-
+small = partial(model, "small", num_layers=4)
 
 CASES: dict[str, tuple[Model, Layout, int]] = {
-    "dense": (model(), Layout(micro_batch_size=2), 1),
-    "normed queries": (model(qk_layernorm=True), Layout(micro_batch_size=2), 1),
-    "sequence parallel": (model(), Layout(tp=2, sp=True, micro_batch_size=4), 8),
-    "pipeline": (model(), Layout(pp=2, micro_batch_size=2), 8),
-    "layer norm": (model(**GPT), Layout(micro_batch_size=2), 1),
-    "experts": (model(**MOE), Layout(ep=4, micro_batch_size=2), 8),
-    "latent attention": (model(**MLA), Layout(micro_batch_size=2), 1),
-    "latent attention, recomputed": (model(**MLA), Layout(tp=2, sp=True, micro_batch_size=2, **FULL), 8),
-    "window and grouped queries": (model(window_size=(511, 0)), Layout(), 1),
-    "window": (model(window_size=(511, 0), num_query_groups=16), Layout(micro_batch_size=2), 1),
-    "context parallel": (model(), Layout(cp=2, micro_batch_size=2), 8),
-    "sinks": (model(softmax_type="learnable"), Layout(), 1),
-    "all weights updated at once": (model(vocab_size=128_000, num_layers=12), Layout(**FULL), 1),
+    "dense": (small(), Layout(micro_batch_size=2), 1),
+    "normed queries": (small(qk_layernorm=True), Layout(micro_batch_size=2), 1),
+    "sequence parallel": (small(), Layout(tp=2, sp=True, micro_batch_size=4), 8),
+    "pipeline": (small(), Layout(pp=2, micro_batch_size=2), 8),
+    "layer norm": (small(**GPT), Layout(micro_batch_size=2), 1),
+    "experts": (small(**MOE), Layout(ep=4, micro_batch_size=2), 8),
+    "latent attention": (small(**MLA), Layout(micro_batch_size=2), 1),
+    "latent attention, recomputed": (small(**MLA), Layout(tp=2, sp=True, micro_batch_size=2, **FULL), 8),
+    "window and grouped queries": (small(window_size=(511, 0)), Layout(), 1),
+    "window": (small(window_size=(511, 0), num_query_groups=16), Layout(micro_batch_size=2), 1),
+    "context parallel": (small(), Layout(cp=2, micro_batch_size=2), 8),
+    "sinks": (small(softmax_type="learnable"), Layout(), 1),
+    "all weights updated at once": (small(num_layers=12, vocab_size=128_000), Layout(**FULL), 1),
 }
 
 

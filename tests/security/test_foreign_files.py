@@ -18,18 +18,17 @@ from hypothesis import strategies as st
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
-from tests.replay import ReplayLauncher, claim, sweep_of
-from tests.trials import CLUSTER, MODEL, completed_row, failed_row, spec_of, write_trial
-from tests.unit.cli.commands import refused, write_results
+from tests.replay import claim, sweep_of
+from tests.trials import completed_row, failed_row, gloo_trial, spec_of, write_trial
+from tests.unit.cli.commands import refused
 from tuner.cli.app import run
 from tuner.core.layout import Layout
-from tuner.core.workload import Workload
 from tuner.errors import InputError
 from tuner.files import read_json, read_json_data, read_json_lines, read_text, read_yaml_data
 from tuner.frameworks.megatron_bridge.override import bridge_words
 from tuner.printable import one_line
 from tuner.sweep.folder import SweepFolder
-from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialResult, TrialSpec
+from tuner.trial.contract import Outcome, TrialFolder, TrialResult
 from tuner.trial.program import BridgeRecipe, Command, Program
 
 READING_COMMANDS = ("show", "show --json", "export", "explain", "sync")
@@ -43,21 +42,6 @@ HIDDEN = {
     "a carriage return": "good\rbad",
     "a line separator": "one\u2028two",
 }
-
-
-@pytest.fixture(scope="module")
-def finished(in_memory: Path) -> Path:
-    """The results of a sweep with measured trials and one that ran out of memory."""
-    results = in_memory / "foreign"
-    layouts = [Layout(tp=4, pp=2), Layout(micro_batch_size=2), Layout(tp=2), Layout(pp=2)]
-    write_results(results, sweep_of(), layouts, ReplayLauncher(limit_gib=60.0))
-    return results
-
-
-@pytest.fixture
-def night(finished: Path, results: Path) -> Path:
-    """A copy of the finished results, which a test may spoil."""
-    return Path(shutil.copytree(finished, results))
 
 
 @pytest.mark.timeout(60)
@@ -247,7 +231,6 @@ def test_numbers_that_explode_are_shown_or_are_an_input_error(
 
 
 MODULES = ("torch", "numpy", "pydantic", "yaml", "tuner", "launchers", "megatron", "psutil", "sitecustomize")
-GPU = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
 
 
 @pytest.mark.timeout(240)
@@ -260,15 +243,7 @@ def test_no_file_in_a_trials_folder_passes_for_a_module_that_its_job_imports(
     for module in MODULES:
         (folder.path / f"{module}.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
     monkeypatch.chdir(folder.path)
-    spec = TrialSpec(
-        sweep="night",
-        number=0,
-        workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
-        cluster=replace(CLUSTER, device="cpu", gpu=GPU, gpus_per_node=2, nvlink_domain_gpus=2),
-        layout=Layout(),
-        measurement=Measurement(min_steps=2, max_steps=2),
-        program=program,
-    )
+    spec = gloo_trial(steps=2, layout=Layout(), program=program)
     launcher = TorchrunLauncher()
     result = launcher.run(launcher.plan(spec, folder), threading.Event())
     assert not marker.exists(), result.reason

@@ -5,7 +5,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -16,21 +16,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from launchers.local.fork_client import Preload
 from launchers.local.torchrun import TorchrunLauncher
-from tests.trials import CLUSTER, MODEL
-from tuner.core.layout import Layout
-from tuner.core.workload import Workload
-from tuner.trial.contract import Measurement, Outcome, TrialFolder, TrialSpec
+from tests.trials import gloo_trial
+from tuner.trial.contract import Outcome, TrialFolder
 from tuner.trial.launcher import LaunchPlan
 
-GPU = replace(CLUSTER.gpu, name="cpu", memory_gib=1.0, peak_tflops={"fp32": 0.1})
-SPEC = TrialSpec(
-    sweep="test",
-    number=0,
-    workload=Workload(model=MODEL, seq_length=64, global_batch_size=8, precision="fp32"),
-    cluster=replace(CLUSTER, device="cpu", gpu=GPU, gpus_per_node=2, nvlink_domain_gpus=2),
-    layout=Layout(pp=2),
-    measurement=Measurement(min_steps=50, max_steps=50),
-)
+SPEC = gloo_trial(steps=50)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.replay import ReplayLauncher, claim, sweep_of
+from tests.replay import claim, sweep_of
 from tests.trials import completed_row, failed_row, write_trial
-from tests.unit.cli.commands import write_results
 from tuner.cli.app import run
-from tuner.core.layout import Layout
 from tuner.errors import InputError
 from tuner.files import read_yaml_data, to_data
 from tuner.sweep.folder import SweepFolder
@@ -104,21 +101,6 @@ def test_no_module_lets_data_run_as_code() -> None:
     assert len(modules) > 80
     offenders = {str(path.relative_to(ROOT)): offences(path.read_text()) for path in modules}
     assert {path: names for path, names in offenders.items() if names} == {}
-
-
-@pytest.fixture(scope="module")
-def finished(in_memory: Path) -> Path:
-    """The results of a sweep with measured trials and one that ran out of memory."""
-    results = in_memory / "finished"
-    layouts = [Layout(tp=4, pp=2), Layout(micro_batch_size=2), Layout(tp=2), Layout(pp=2)]
-    write_results(results, sweep_of(), layouts, ReplayLauncher(limit_gib=60.0))
-    return results
-
-
-@pytest.fixture
-def night(finished: Path, results: Path) -> Path:
-    """A copy of the finished results, which a test may spoil."""
-    return Path(shutil.copytree(finished, results))
 
 
 def _change(path: Path, change: Callable[[Any], None]) -> None:
