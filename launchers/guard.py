@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 import psutil
 
@@ -30,7 +31,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _POLL_MS = 500
 
 
-def main(command: list[str]) -> int:
+def main(command: list[str]) -> NoReturn:
     """Run a command as the module's docstring says; exit this process with code 0 when everything has ended."""
     answers = os.dup(1)
     os.dup2(2, 1)

@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from launchers.watch.meters import CpuMeter
 from launchers.watch.ownership import OwnProcesses
@@ -22,7 +21,7 @@ def foreign_load(stop: threading.Event) -> float:
 
     The measurement ends early if `stop` is set.
     """
-    meter = CpuMeter(OwnProcesses(Path("/no/trial/runs/yet")))
+    meter = CpuMeter(OwnProcesses())
     first = meter.read("measure")
     stop.wait(_WINDOW_S)
     telemetry = summarise((first, meter.read("measure")), None)

@@ -34,11 +34,11 @@ class OwnProcesses:
     of the process that it was forked from: the sweep's folder, which contains the trial's.
 
     Args:
-        folder: The trial's folder.
+        folder: The trial's folder; None if no trial runs, so that only the tuner's processes are own.
         earlier: Ids of the processes that used the trial's GPUs before it began.
     """
 
-    def __init__(self, folder: Path, earlier: Collection[int] = ()) -> None:
+    def __init__(self, folder: Path | None = None, earlier: Collection[int] = ()) -> None:
         self._folder, self._earlier = folder, frozenset(earlier)
         self._is_own: dict[int, bool] = {}
         """For the ids of processes that were asked about before: whether the process is the trial's or the tuner."""
@@ -73,7 +73,7 @@ class OwnProcesses:
             marker = psutil.Process(pid).environ().get(MARKER)
         except (psutil.Error, OSError):  # it belongs to another user, has ended, or is outside our container
             return False
-        return marker is not None and self._folder.is_relative_to(marker)
+        return marker is not None and self._folder is not None and self._folder.is_relative_to(marker)
 
 
 def _runs(pid: int) -> bool:
