@@ -1,4 +1,4 @@
-"""How stop, pause and resume ask the tuner that runs a sweep, and tell what it did."""
+"""Sends the requests of the commands stop, pause and resume to the tuner of a sweep, and prints what it did."""
 
 import time
 from typing import Final
@@ -27,6 +27,7 @@ def ask_tuner(folder: SweepFolder, wish: Wish) -> None:
             f"{folder.path}: no megatune runs this sweep, so there is nothing to {wish.split('_')[0]}; "
             "`megatune sweep` starts it or goes on with it"
         )
+    before = read_status(folder)
     request = ask(folder, wish)
     status = _answer(folder, holder, request.id)
     if status is None:
@@ -34,18 +35,28 @@ def ask_tuner(folder: SweepFolder, wish: Wish) -> None:
         raise InputError(
             f"{folder.path}: the tuner ({holder}) has not answered within {_ANSWER_S:g} s; the request is withdrawn"
         )
-    _tell(folder, holder, wish, status)
+    _tell(folder, holder, wish, status, before)
 
 
-def _tell(folder: SweepFolder, holder: Holder, wish: Wish, status: Status) -> None:
-    running = ", ".join(f"trial {trial.number} ({trial.label})" for trial in status.running)
+def _tell(folder: SweepFolder, holder: Holder, wish: Wish, status: Status, before: Status | None) -> None:
+    """Print what the tuner did.
+
+    Args:
+        folder: The sweep's folder.
+        holder: The tuner.
+        wish: What it was asked for.
+        status: Its status after it took the request.
+        before: Its status before that; None if it had none.
+    """
+    running = _running(status)
     if wish == "pause":
         ending = f"; {running} still runs to its end" if running else ""
         stdout.print(f"paused{ending}; `megatune resume {folder.path}` goes on", markup=False, soft_wrap=True)
     elif wish == "resume":
         stdout.print(f"going on ({holder})", markup=False, soft_wrap=True)
     else:
-        if running:
+        # A trial may have ended before the status was read.
+        if running := running or (_running(before) if before else ""):
             doing = "waiting for" if wish == "stop_after_this_trial" else "ending"
             stdout.print(f"{doing} {running}", markup=False, soft_wrap=True)
         while holder_of(folder.lock) is not None:
@@ -58,6 +69,10 @@ def _tell(folder: SweepFolder, holder: Holder, wish: Wish, status: Status) -> No
             markup=False,
             soft_wrap=True,
         )
+
+
+def _running(status: Status) -> str:
+    return ", ".join(f"trial {trial.number} ({trial.label})" for trial in status.running)
 
 
 def _answer(folder: SweepFolder, holder: Holder, request: str) -> Status | None:
