@@ -16,7 +16,7 @@ import psutil
 import yaml
 
 from launchers.processes import marked_processes
-from tests.disks import fill, fill_names, read_only, small_disk
+from tests.disks import delete, fill, fill_names, read_only, small_disk
 from tuner.sweep.folder import SweepFolder
 from tuner.trial.finished import read_trials
 
@@ -107,7 +107,7 @@ def _read_only(night: Night, stack: ExitStack) -> None:
 
 
 def _deleted(night: Night, stack: ExitStack) -> None:
-    shutil.rmtree(night.sweep.path)
+    delete(night.sweep.path)
 
 
 def _output_closed(night: Night, stack: ExitStack) -> None:

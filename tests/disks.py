@@ -1,6 +1,7 @@
 """Disks for tests: small ones that can be filled, and folders that become read-only."""
 
 import itertools
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -57,6 +58,12 @@ def fill_names(folder: Path) -> None:
     with suppress(OSError):
         for number in itertools.count():
             (folder / "fillers" / str(number)).touch()
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder although other processes write in it, as MLflow's may."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mount(*arguments: str, patience_s: float = 0.0) -> None:

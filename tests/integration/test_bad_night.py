@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from launchers.processes import marked_processes
 from launchers.tracking import FINISH_S
 from tests.bad_nights import SWEEP, held_after_trial_0, start, wait_for
-from tests.disks import fill, fill_names, read_only, small_disk
+from tests.disks import delete, fill, fill_names, read_only, small_disk
 from tests.replay import claim
 from tuner.cli.api import load_sweep
 from tuner.files import read_json, write_json
@@ -89,7 +89,7 @@ def test_a_results_folder_that_is_deleted_ends_with_code_4(tmp_path: Path) -> No
     folder = _write(tmp_path)
     tuner = start(tmp_path, "sweep", "sweep.yaml")
     with held_after_trial_0(folder, tuner):
-        shutil.rmtree(folder.path)
+        delete(folder.path)
     code, text = _ended(tuner)
     assert code == 4, text
     assert "No such file or directory" in text
@@ -116,7 +116,7 @@ def test_a_tuner_leaves_a_folder_that_another_tuner_has_made_anew(tmp_path: Path
     folder = _write(tmp_path)
     tuner = start(tmp_path, "sweep", "sweep.yaml")
     with held_after_trial_0(folder, tuner):
-        shutil.rmtree(folder.path)
+        delete(folder.path)
         other = start(tmp_path, "sweep", "sweep.yaml")
         wait_for(folder.trial(0).spec, other)
     code, text = _ended(other)
